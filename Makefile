@@ -1,0 +1,139 @@
+# Each target sets up all that it needs: .venv, torch, the other dependencies, the compiled extension. Done once, it
+# starts in seconds; `make help` lists the targets and what can be chosen.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+SYSTEM_TORCH ?=
+ARGS ?=
+
+comma := ,
+# SYSTEM_TORCH=0 means no.
+SYSTEM := $(filter-out 0,$(SYSTEM_TORCH))
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+OPS := bitorch_qlinear/_ops_cpu.so
+CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# A shell function for recipes: end with one sentence.
+DIE := die() { echo "make: $$*" >&2; exit 1; }
+
+.PHONY: help demo test lint format build clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1 /p' Makefile | \
+	while read target what; do printf '  make %-7s %s\n' $$target "$$what"; done
+	@echo 'Choices, as in "make test TORCH=torch==2.14.1":'
+	@echo '  PYTHON=python3             the Python that .venv is made from, 3.10 or later'
+	@echo '  TORCH=torch==2.13.0        the torch to install'
+	@echo '  TORCH_INDEX=URL            where from, such as https://download.pytorch.org/whl/cpu'
+	@echo '  SYSTEM_TORCH=1             use the torch and packages that PYTHON has; needs no network'
+	@echo '  BITORCH_QLINEAR_CUDA=0|1   without or with CUDA operators; unset, the build decides and says why'
+	@echo '  ARGS="-k pack"             arguments for pytest or the demo'
+
+demo: build  ## train, pack and time a binarized classifier
+	$(PY) -m bitorch_qlinear.demo $(ARGS)
+
+# A selection of tests covers less: only the whole run is held to the coverage that pyproject.toml asks for.
+COVERAGE := --cov $(if $(ARGS),--cov-fail-under=0)
+ifdef SYSTEM
+HAS = $(PY) -c 'import $(1)' 2>/dev/null
+test: PYTEST_FLAGS = $$($(call HAS,xdist) && echo '-n auto') $$($(call HAS,pytest_cov) && echo '$(COVERAGE)')
+else
+test: PYTEST_FLAGS = -n auto $(COVERAGE)
+endif
+test: build  ## run the tests, with coverage
+	$(PY) -m pytest $(PYTEST_FLAGS) $(ARGS)
+
+lint: build  ## check style and types
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: build  ## rewrite the code in the style that lint checks
+	$(PY) -m ruff check --select I --fix
+	$(PY) -m ruff format
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+build: $(OPS) $(VENV)/installed  ## set up .venv and compile the extension
+
+clean:  ## remove what was built (not .venv)
+	rm -rf build dist *.egg-info bitorch_qlinear/*.so .coverage htmlcov .hypothesis .*_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+# Make compares times, not values: where a record in .venv says another configuration than today's, what it stands for
+# is out of date whatever its time. Python is named by its base, so that an activated .venv is the same one.
+NAME_PYTHON := import sys, importlib.metadata as m; print(sys.base_prefix, *sys.version_info[:3]
+NAME_PYTHON += $(if $(SYSTEM),$(comma) "system torch"$(comma) m.version("torch")))
+VENV_CONFIG := $(strip $(shell $(PYTHON) -c '$(NAME_PYTHON)' 2>/dev/null) $(if $(SYSTEM),,$(TORCH) $(TORCH_INDEX)))
+BUILD_CONFIG := CUDA=$(BITORCH_QLINEAR_CUDA) CXX=$(if $(filter default,$(origin CXX)),,$(CXX))
+ifneq ($(VENV_CONFIG),$(strip $(shell cat $(VENV)/config 2>/dev/null)))
+.PHONY: $(VENV)/config
+endif
+ifneq ($(BUILD_CONFIG),$(shell cat $(VENV)/build-config 2>/dev/null))
+.PHONY: $(OPS)
+endif
+
+# What is missing is said now, not after torch's download.
+$(VENV)/config:
+	@$(DIE); \
+	$(PYTHON) -c '' 2>/dev/null || \
+	die "'$(PYTHON)' does not run here: install Python 3.10 or later, or name one, as in 'make test PYTHON=/usr/bin/python3'."; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	die "'$(PYTHON)' is $$($(PYTHON) --version 2>&1): install Python 3.10 or later, or name one, as in 'make test PYTHON=python3.12'."; \
+	$(PYTHON) -c 'import venv$(if $(SYSTEM),,$(comma) ensurepip)' 2>/dev/null || \
+	die "'$(PYTHON)' has no venv module: install it (Debian, Ubuntu: apt install python3-venv)."; \
+	command -v $${CXX:-c++} >/dev/null || { test -z "$$CXX" && { command -v g++ || command -v clang++; } >/dev/null; } || \
+	die "there is no C++ compiler '$${CXX:-c++}': install one (Debian, Ubuntu: apt install g++) or name it in CXX."; \
+	echo "make: new .venv for $(VENV_CONFIG)"
+ifdef SYSTEM
+# PYTHON may be in an environment itself, whose packages --system-site-packages does not show: the .pth file does.
+	@site=$$($(PYTHON) -c 'import sysconfig as s; print(s.get_path("purelib"), s.get_path("platlib"), sep="\n")') && \
+	$(PYTHON) -m venv --clear --system-site-packages --without-pip $(VENV) && \
+	echo "$$site" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system.pth"
+else
+	@$(PYTHON) -m venv --clear $(VENV)
+endif
+	@echo '$(VENV_CONFIG)' > $@
+
+# torch first, in a step of its own: the build compiles against it, and its download is the long one.
+# (numpy, which the tests want anyway, because torch warns at import without it.)
+$(VENV)/tools: $(VENV)/config
+ifdef SYSTEM
+	@$(DIE); error=$$($(PY) -c 'import torch' 2>&1) || die "SYSTEM_TORCH=1 takes the torch of '$(PYTHON)', which does" \
+	"not import ($$(echo "$$error" | tail -n 1)): name another PYTHON, or leave SYSTEM_TORCH out."
+	$(PIP) install --retries 0 setuptools ninja pybind11
+else
+	$(PIP) install $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') '$(TORCH)'
+	$(PIP) install --upgrade setuptools ninja pybind11 numpy
+endif
+	@touch $@
+
+# setup.py itself rather than pip, which hides the compiler's output and the line about CUDA. csrc's folders are among
+# the prerequisites: their time changes where a file comes or goes. The result is dated by the build's start, so that an
+# edit made meanwhile is not lost.
+$(OPS): $(VENV)/tools setup.py pyproject.toml bitorch_qlinear/_version.py $(shell find csrc)
+	@touch $(VENV)/build-start
+	$(PY) setup.py -q build_ext --inplace
+	@touch -r $(VENV)/build-start $@ && echo '$(BUILD_CONFIG)' > $(VENV)/build-config
+
+$(VENV)/installed: $(VENV)/tools setup.py pyproject.toml bitorch_qlinear/_version.py | $(OPS)
+ifdef SYSTEM
+	$(PIP) install --retries 0 --no-build-isolation -e '.[test,lint]' || $(PIP) install --no-deps --no-build-isolation -e .
+	@$(PY) -c "$$LIST_MISSING"
+else
+	$(PIP) install --no-build-isolation -e '.[test,lint]'
+endif
+	@touch $@
+
+define LIST_MISSING
+import importlib.metadata as m, re
+norm = lambda name: re.sub("[-_.]+", "-", name).lower()
+have = {norm(d.name) for d in m.distributions()}
+want = {norm(re.match("[\\w.-]+", r)[0]) for r in m.requires("bitorch_qlinear")}
+if want - have:
+    print("make: going on without", ", ".join(sorted(want - have)), "(not there; some targets and tests need them)")
+endef
+export LIST_MISSING

@@ -1,0 +1,24 @@
+"""torch.func.vmap of the operators that handle one tensor; the products are batched by their autograd Functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.library.register_vmap("bitorch_qlinear::pack_bits")
+def _(info: Any, in_dims: tuple[int, None], x: Tensor, strict: bool) -> tuple[Tensor, int]:
+    return torch.ops.bitorch_qlinear.pack_bits(x.movedim(in_dims[0], 0), strict), 0
+
+
+@torch.library.register_vmap("bitorch_qlinear::unpack_bits")
+def _(info: Any, in_dims: tuple[int, None, None], words: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+    return torch.ops.bitorch_qlinear.unpack_bits(words.movedim(in_dims[0], 0).contiguous(), k, dtype), 0
+
+
+@torch.library.register_vmap("bitorch_qlinear::prepare_weight")
+def _(info: Any, in_dims: tuple[int, None], weight_words: Tensor, k: int) -> tuple[Tensor, int]:
+    each = weight_words.movedim(in_dims[0], 0).contiguous()
+    return torch.stack([torch.ops.bitorch_qlinear.prepare_weight(words, k) for words in each]), 0

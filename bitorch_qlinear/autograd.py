@@ -1,0 +1,191 @@
+"""The packed product as one differentiable function: forward by XNOR-popcount, backward straight through.
+
+With ``y = s(x) · s(W)ᵀ + b`` and ``g = dL/dy`` (Hubara et al., https://arxiv.org/abs/1602.02830)::
+
+    dL/dx = input rule's gradient of g · s(W), and 0 where |x| > threshold
+    dL/dW = weight rule's gradient of gᵀ · s(x)
+    dL/db = g summed over the leading dimensions
+
+What backward needs of x is its signs and which elements are in range, two bits an element: these are saved, not x. Only
+rules whose derivative is a function of x (approxsign, swishsign) save x as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import functional
+from ._function import apply
+from .quantizations import BinaryRule
+
+__all__ = ["Rules", "binary_linear"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How both factors become ±1 and what gradient they hand back.
+
+    Attributes:
+        input: Rule of the input.
+        weight: Rule of the weight.
+    """
+
+    input: BinaryRule
+    weight: BinaryRule
+
+
+def _in_range_limit(rule: BinaryRule, threshold: float | None) -> float | None:
+    """Beyond which |x| the gradient of x is 0: the lower of threshold (None and 0: none) and the rule's own limit."""
+    if not threshold:
+        return rule.limit
+    return threshold if rule.limit is None else min(threshold, rule.limit)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """A gradient, whose own backward is an error in words."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, witness: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("bitorch_qlinear: QLinear is differentiable only once: signs have no second derivative.")
+
+
+class BinaryLinear(torch.autograd.Function):
+    """See the module; call it through :func:`binary_linear`."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        words: Tensor,
+        prepared: Tensor | None,
+        rules: Rules,
+        limit: float | None,
+        out_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, x_words, in_range_words = torch.ops.bitorch_qlinear.linear_train(
+            x,
+            words,
+            weight.shape[1],
+            bias,
+            weight_prepared=prepared,
+            out_dtype=out_dtype,
+            strict=rules.input.strict,
+            threshold=limit,
+        )
+        return y, x_words, in_range_words
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, weight, bias, words, _, ctx.rules, limit, _ = inputs
+        _, x_words, in_range_words = output
+        ctx.mark_non_differentiable(x_words, in_range_words)
+        ctx.set_materialize_grads(False)
+        ctx.k = weight.shape[1]
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(
+            x_words,
+            None if limit is None else in_range_words,
+            words,
+            None if ctx.rules.input.derivative is None else x,
+            weight if ctx.rules.weight.changes_gradient else None,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 8
+        with torch.no_grad():
+            gradients = _gradients(ctx, grad)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            gradients = [None if g is None else _once_differentiable(g) for g in gradients]
+        return *gradients, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
+            # A batch of x alone is more rows.
+            outputs = apply(BinaryLinear, args[0].movedim(in_dims[0], 0), *args[1:])
+            return outputs, (0, 0, None if args[6] is None else 0)
+        each = [
+            apply(
+                BinaryLinear,
+                *(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)),
+            )
+            for i in range(info.batch_size)
+        ]
+        return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0, 0, 0)
+
+
+def _once_differentiable(grad: Tensor) -> Tensor:
+    witness = torch.zeros((), dtype=grad.dtype, device=grad.device, requires_grad=True)
+    marked: Tensor = apply(_OnceDifferentiable, grad, witness)
+    return marked
+
+
+def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """Those of x, weight and bias, in their dtypes; None where not needed."""
+    x_words, in_range_words, words, x, weight = ctx.saved_tensors
+    x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    rows = grad.reshape(-1, grad.shape[-1])
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = (grad @ functional.unpack_bits(words, ctx.k, grad.dtype)).to(x_dtype)
+        if x is not None:
+            grad_x = grad_x * ctx.rules.input.derivative(x)
+        if in_range_words is not None:
+            grad_x = torch.where(functional.unpack_bits(in_range_words, ctx.k, torch.bool), grad_x, 0)
+    if ctx.needs_input_grad[1]:
+        signs = functional.unpack_bits(x_words, ctx.k, grad.dtype).reshape(rows.shape[0], ctx.k)
+        grad_weight = (rows.t() @ signs).to(weight_dtype)
+        if weight is not None:
+            grad_weight = ctx.rules.weight.gradient(grad_weight, weight)
+    if ctx.needs_input_grad[2]:
+        grad_bias = rows.sum(0).to(bias_dtype)
+    return [grad_x, grad_weight, grad_bias]
+
+
+def binary_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    words: Tensor,
+    prepared: Tensor | None,
+    rules: Rules,
+    threshold: float | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``s(x) · s(weight)ᵀ + bias``, differentiable once in x, weight and bias.
+
+    Args:
+        x: Shape ``(..., k)``.
+        weight: Shape ``(n, k)``.
+        bias: Shape ``(n,)`` or None.
+        words: The packed signs of `weight`.
+        prepared: Their prepared form, or None.
+        rules: How signs and gradients are made.
+        threshold: The gradient of x is 0 where not ``|x| <= threshold``; None and 0 cancel nothing.
+        out_dtype: By default that of x.
+
+    Returns:
+        Shape ``(..., n)``.
+
+    Raises:
+        RuntimeError: As the operators do; and in a second backward.
+    """
+    limit = _in_range_limit(rules.input, threshold)
+    y: Tensor = apply(BinaryLinear, x, weight, bias, words, prepared, rules, limit, out_dtype)[0]
+    return y

@@ -1,0 +1,117 @@
+"""Packed weights, remembered until the weight that they were made from changes."""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import _C, _library
+
+__all__ = ["PackedWeight", "WeightCache"]
+
+
+class PackedWeight(NamedTuple):
+    """The two forms that the operators take.
+
+    Attributes:
+        words: int32, shape ``(n, ceil(k / 32))``.
+        prepared: The form that the active kernel reads, or None.
+    """
+
+    words: Tensor
+    prepared: Tensor | None
+
+
+class _Entry:
+    """The state of a weight at one moment, and what was packed from it then."""
+
+    __slots__ = (
+        "address",
+        "bytes",
+        "device",
+        "dtype",
+        "generation",
+        "packed",
+        "sample",
+        "shape",
+        "strict",
+        "stride",
+        "version",
+        "weight",
+    )  # fmt: skip
+
+    def __init__(self, weight: Tensor, strict: bool) -> None:
+        self.weight = weakref.ref(weight)
+        self.version = weight._version
+        self.address = weight.data_ptr()
+        self.dtype, self.device = weight.dtype, weight.device
+        self.shape, self.stride = weight.shape, weight.stride()
+        self.strict, self.generation = strict, _library.generation
+        self.bytes = weight.nbytes
+        self.sample = _C.sample(self.address, self.bytes) if weight.is_cpu and weight.is_contiguous() else None
+        self.packed = _pack(weight, strict)  # last: a write during it makes this entry out of date, not wrong
+
+    def holds(self, weight: Tensor, strict: bool) -> bool:
+        """Whether the weight is the same and unchanged, in about half a microsecond."""
+        return (
+            self.weight() is weight
+            and self.version == weight._version
+            and self.address == weight.data_ptr()
+            and self.dtype is weight.dtype
+            and self.shape == weight.shape
+            and self.stride == weight.stride()
+            and self.device == weight.device
+            and self.strict is strict
+            and self.generation == _library.generation
+            and (self.sample is None or _C.sample_matches(self.address, self.bytes, self.sample))
+        )
+
+
+class WeightCache:
+    """One layer's packed weights.
+
+    The key is the weight tensor itself, held weakly, with its version, address, dtype, device, shape and strides. A
+    write through ``.data`` or a NumPy view moves none of these: on the CPU a sample of raw values, spread over the
+    matrix, is compared as well, which catches writes that change most of it. Copying or pickling gives an empty cache.
+
+    Several threads may use one cache: an entry is replaced as a whole, and dated before its weight is read.
+    """
+
+    __slots__ = ("_entry",)
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._entry: _Entry | None = None
+
+    def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
+        """Rebuild as an empty cache: what is cached belongs to one weight in one process."""
+        return (WeightCache, ())
+
+    def clear(self) -> None:
+        """Forget what was packed."""
+        self._entry = None
+
+    def get(self, weight: Tensor, strict: bool) -> PackedWeight:
+        """What was packed from this weight if it has not changed since; else pack and prepare it.
+
+        Only a plain Parameter is remembered: it alone is sure to notice its changes.
+        """
+        entry = self._entry
+        if entry is not None and entry.holds(weight, strict):
+            return entry.packed
+        if type(weight) is not nn.Parameter or weight.is_inference():
+            return _pack(weight, strict)
+        self._entry = entry = _Entry(weight, strict)
+        return entry.packed
+
+
+def _pack(weight: Tensor, strict: bool) -> PackedWeight:
+    operators = torch.ops.bitorch_qlinear
+    # Not an inference tensor, even under inference_mode: the cache outlives the block, and a later forward may save it
+    # for backward.
+    with torch.inference_mode(False), torch.no_grad():
+        words = operators.pack_bits(weight.detach(), strict)
+        return PackedWeight(words, operators.prepare_weight(words, weight.shape[1]))

@@ -1,0 +1,71 @@
+// The portable packing and unpacking of a row: what every instruction set's version must equal.
+#pragma once
+
+#include <cstdint>
+
+#include "../dtype.h"
+#include "../packed.h"
+
+namespace bitorch_qlinear {
+namespace {
+
+// |v| of every type that widen() returns, NaN staying NaN.
+inline double absolute(double v) { return v < 0 ? -v : v; }
+inline float absolute(float v) { return v < 0 ? -v : v; }
+
+// The bits of values [begin, end) of a row, with the first at bit 0; end - begin <= 32.
+template <class T>
+inline uint32_t sign_bits(const T* x, int64_t begin, int64_t end, bool strict) {
+    uint32_t word = 0;
+    for (int64_t i = begin; i < end; ++i) {
+        const auto v = widen(x[i]);
+        word |= static_cast<uint32_t>(strict ? v > 0 : !(v < 0)) << (i - begin);
+    }
+    return word;
+}
+
+template <class T>
+inline uint32_t in_range_bits(const T* x, int64_t begin, int64_t end, decltype(widen(T{})) threshold) {
+    uint32_t word = 0;
+    for (int64_t i = begin; i < end; ++i) {
+        word |= static_cast<uint32_t>(absolute(widen(x[i])) <= threshold) << (i - begin);
+    }
+    return word;
+}
+
+template <class T>
+void pack_row_portable(const void* row, int64_t k, bool strict, double threshold, uint32_t* words, uint32_t* in_range) {
+    using Wide = decltype(widen(T{}));
+    const T* x = static_cast<const T*>(row);
+    for (int64_t w = 0; w < words_for(k); ++w) {
+        const int64_t begin = w * kWordBits, end = k - begin < kWordBits ? k : begin + kWordBits;
+        words[w] = sign_bits(x, begin, end, strict);
+        if (in_range) in_range[w] = in_range_bits(x, begin, end, static_cast<Wide>(threshold));
+    }
+}
+
+// Bit 0 -> zero, bit 1 -> one, both given as the output's bit patterns.
+template <class T>
+inline void unpack_patterns(const uint32_t* words, int64_t k, void* data, T zero, T one) {
+    T* out = static_cast<T*>(data);
+    for (int64_t begin = 0; begin < k; begin += kWordBits) {
+        const uint32_t word = words[begin / kWordBits];
+        const int64_t size = k - begin < kWordBits ? k - begin : kWordBits;
+        for (int64_t i = 0; i < size; ++i) out[begin + i] = (word >> i & 1) ? one : zero;
+    }
+}
+
+inline void unpack_row_portable(const uint32_t* words, int64_t k, void* out, DType dtype) {
+    switch (dtype) {
+        case DType::float64: return unpack_patterns<uint64_t>(words, k, out, 0xBFF0000000000000u, 0x3FF0000000000000u);
+        case DType::float32: return unpack_patterns<uint32_t>(words, k, out, 0xBF800000u, 0x3F800000u);
+        case DType::float16: return unpack_patterns<uint16_t>(words, k, out, 0xBC00u, 0x3C00u);
+        case DType::bfloat16: return unpack_patterns<uint16_t>(words, k, out, 0xBF80u, 0x3F80u);
+        case DType::int32: return unpack_patterns<uint32_t>(words, k, out, 0xFFFFFFFFu, 1u);
+        case DType::int8: return unpack_patterns<uint8_t>(words, k, out, 0xFFu, 1u);
+        case DType::boolean: return unpack_patterns<uint8_t>(words, k, out, 0u, 1u);
+    }
+}
+
+}  // namespace
+}  // namespace bitorch_qlinear

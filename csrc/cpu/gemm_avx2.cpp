@@ -1,0 +1,410 @@
+// Binary matrix product by product tables (AVX2). Its slow twin is gemm_scalar.cpp.
+//
+// popcount(a ^ b) is summed over K by table lookups that keep the *output index* in the byte lane, so
+// that no sum ever goes across lanes. A nibble (4 values of K) of two rows of x, p and q, selects a
+// 16-byte table (256 of them, 4 KiB, resident in L1):
+//
+//     T[p, q][w] = popcount(p ^ w) | popcount(q ^ w) << 4                  w = 0 .. 15
+//
+// and one vpshufb of it by 32 bytes, each the weight nibble of one output, gives 32 outputs x 4 values
+// x 2 rows = 256 multiply-adds. Three lookups make a GROUP s (12 values; at most 12 in a 4-bit field):
+//
+//     A += s         bytes, modulo 256:  row p + 16 row q
+//     B += s >> 4    16-bit shift unmasked: row q in each byte, plus 16 x (row p of the odd byte) in
+//                    the even byte
+//
+// A and B are untangled once a BLOCK of at most 240 values (a count of 240 fits in a byte) into 16-bit
+// sums, and these into int32 once a SPAN of at most 65520 values.
+//
+// Ports of a Zen 3 core: 2 shuffles or shifts a cycle, 4 byte adds. A group for 32 outputs is 3
+// shuffles + 1 shift (FP1/FP2) + 4 adds = 8 operations on 4 pipes = 2 cycles for 768 multiply-adds: at
+// most 384 a cycle.
+//
+// The prepared form: panels of 64 outputs; in a panel, for each 8 values of K one cache line with the
+// weights' byte of each output. Even bytes hold outputs 0-15 and odd bytes 16-31 of each half, so that
+// the 16-bit halves of a sum are consecutive outputs:
+//
+//     byte     0    1    2    3   ...   30   31  |  32   33  ...   63
+//     output  +0  +16   +1  +17   ...  +15  +31  | +32  +48  ...  +63
+//
+// A UNIT is 3 such lines: 6 nibbles, two groups, 24 values. Weight bits past K are 0, and so are those
+// of x, so padding never counts.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "target.h"
+
+// Our own headers too are compiled for AVX2 here; what they define has internal linkage.
+BITORCH_QLINEAR_AVX2_BEGIN
+#include "bits.h"
+#include "kernel.h"
+#include "pack_avx2.h"
+
+namespace bitorch_qlinear {
+namespace {
+
+using Vector = __m256i;
+
+constexpr int64_t kPanel = 64;
+constexpr int64_t kUnit = 24;
+constexpr int64_t kUnitBytes = 3 * kPanel;
+constexpr int64_t kUnitNibbles = 6;
+constexpr int64_t kUnitsPerBlock = 10;   // 240 values: the largest count still fits in a byte
+constexpr int64_t kUnitsPerSpan = 2730;  // 65520 values: the largest count still fits in 16 bits
+static_assert(kUnit * kUnitsPerBlock <= 255, "a block's count must fit in a byte");
+static_assert(kUnit * kUnitsPerSpan <= 65535, "a span's count must fit in 16 bits");
+
+// Two panels at a time: four weight vectors share each table that is loaded, and their eight sums fill
+// half of the register file.
+constexpr int64_t kColumns = 2 * kPanel;
+// The rows' 16-bit sums take 256 bytes a row: 128 rows are 32 KiB. Fewer rows read the packed weights
+// more often, more rows fall out of L2 (measured on Zen 3, M = 512: 32 rows 708 GMAC/s, 64: 787,
+// 128: 786, 256: 753).
+constexpr int64_t kRows = 128;
+
+struct Tables {
+    alignas(4096) uint8_t pair[256 * 16];  // [p | q << 4][w]
+    alignas(64) uint8_t single[16 * 16];   // [p][w]
+};
+
+constexpr uint8_t nibble_popcount(int v) { return (v & 1) + (v >> 1 & 1) + (v >> 2 & 1) + (v >> 3 & 1); }
+
+constexpr Tables make_tables() {
+    Tables tables{};
+    for (int i = 0; i < 256; ++i) {
+        for (int w = 0; w < 16; ++w) {
+            tables.pair[16 * i + w] = nibble_popcount((i & 15) ^ w) | nibble_popcount((i >> 4) ^ w) << 4;
+        }
+    }
+    for (int i = 0; i < 16; ++i) {
+        for (int w = 0; w < 16; ++w) tables.single[16 * i + w] = nibble_popcount(i ^ w);
+    }
+    return tables;
+}
+constexpr Tables kTables = make_tables();
+
+inline Vector load(const void* p) { return _mm256_loadu_si256(static_cast<const Vector*>(p)); }
+inline void store(void* p, Vector v) { _mm256_storeu_si256(static_cast<Vector*>(p), v); }
+inline Vector load_table(const uint8_t* tables, const uint16_t* offset) {
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(tables + *offset)));
+}
+inline Vector look_up(Vector table, Vector nibbles) { return _mm256_shuffle_epi8(table, nibbles); }
+inline Vector sum(Vector a, Vector b, Vector c) { return _mm256_add_epi8(_mm256_add_epi8(a, b), c); }
+inline Vector low_nibbles(Vector v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+inline Vector high_nibbles(Vector v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
+// gcc 12 turns a = a + b on loop-carried registers into moves and spills; tying the register to the
+// sum avoids them (8 % of the whole call).
+inline void accumulate(Vector& a, Vector b) { asm("vpaddb %1, %0, %0" : "+x"(a) : "x"(b)); }
+
+// The 16-bit sums of 32 outputs. `whole` adds bytes as even + 256 odd modulo 2^16 and `odd` the odd
+// bytes alone; even = whole - 256 odd modulo 2^16 is left to widen(), which saves a mask each block.
+struct Sums {
+    Vector whole, odd;
+};
+
+inline void add_bytes(Sums* sums, Vector bytes, bool first) {
+    const Vector odd = _mm256_srli_epi16(bytes, 8);
+    sums->whole = first ? bytes : _mm256_add_epi16(sums->whole, bytes);
+    sums->odd = first ? odd : _mm256_add_epi16(sums->odd, odd);
+}
+
+// A and B of one block -> byte counts of rows p and q -> their 16-bit sums.
+inline void flush_pair(Vector a, Vector b, Sums* p, Sums* q, bool first) {
+    // B's low nibbles are q mod 16 in every byte, so A - 16 (q mod 16) is p mod 256 exactly.
+    const Vector high = _mm256_set1_epi8(static_cast<char>(0xF0));
+    const Vector row_p = _mm256_sub_epi8(a, _mm256_and_si256(_mm256_slli_epi16(b, 4), high));
+    // What p's odd byte left in B's even byte is 16 (p mod 16).
+    const Vector leak = _mm256_and_si256(_mm256_srli_epi16(row_p, 4), _mm256_set1_epi16(0xF0));
+    add_bytes(p, row_p, first);
+    add_bytes(q, _mm256_sub_epi8(b, leak), first);
+}
+
+// Per row pair and 128 outputs: [weight vector 0..3][row p, row q].
+struct PairSums {
+    Sums rows[4][2];
+};
+
+// The inner loop: one row pair x 128 outputs x one block, from planar weights [nibble][128 bytes].
+__attribute__((noinline)) void pair_planar(const uint8_t* planar, const uint16_t* x, int64_t units, PairSums* sums,
+                                           bool first) {
+    Vector a[4], b[4];
+    BITORCH_QLINEAR_UNROLL
+    for (int v = 0; v < 4; ++v) a[v] = b[v] = _mm256_setzero_si256();
+    for (int64_t groups = 2 * units; groups; --groups, planar += 3 * kColumns, x += 3) {
+        const Vector t0 = load_table(kTables.pair, x), t1 = load_table(kTables.pair, x + 1),
+                     t2 = load_table(kTables.pair, x + 2);
+        BITORCH_QLINEAR_UNROLL
+        for (int v = 0; v < 4; ++v) {
+            const uint8_t* w = planar + 32 * v;
+            const Vector s =
+                sum(look_up(t0, load(w)), look_up(t1, load(w + kColumns)), look_up(t2, load(w + 2 * kColumns)));
+            accumulate(a[v], s);
+            accumulate(b[v], _mm256_srli_epi16(s, 4));
+        }
+    }
+    BITORCH_QLINEAR_UNROLL
+    for (int v = 0; v < 4; ++v) flush_pair(a[v], b[v], &sums->rows[v][0], &sums->rows[v][1], first);
+}
+
+// One row pair x 64 outputs x one block, from the prepared form; Spread also leaves the nibbles planar
+// for the row pairs that follow.
+template <bool Spread>
+__attribute__((noinline)) void pair_panel(const uint8_t* panel, uint8_t* planar, const uint16_t* x, int64_t units,
+                                          Sums (*sums)[2], bool first) {
+    Vector a[2], b[2];
+    BITORCH_QLINEAR_UNROLL
+    for (int v = 0; v < 2; ++v) a[v] = b[v] = _mm256_setzero_si256();
+    for (; units; --units, panel += kUnitBytes, planar += kUnitNibbles * kColumns, x += kUnitNibbles) {
+        BITORCH_QLINEAR_UNROLL
+        for (int v = 0; v < 2; ++v) {
+            Vector w[kUnitNibbles];
+            BITORCH_QLINEAR_UNROLL
+            for (int line = 0; line < 3; ++line) {
+                const Vector bytes = load(panel + kPanel * line + 32 * v);
+                w[2 * line] = low_nibbles(bytes);
+                w[2 * line + 1] = high_nibbles(bytes);
+            }
+            if (Spread) {
+                BITORCH_QLINEAR_UNROLL
+                for (int i = 0; i < kUnitNibbles; ++i) store(planar + kColumns * i + 32 * v, w[i]);
+            }
+            BITORCH_QLINEAR_UNROLL
+            for (int i = 0; i < kUnitNibbles; i += 3) {
+                const Vector s = sum(look_up(load_table(kTables.pair, x + i), w[i]),
+                                     look_up(load_table(kTables.pair, x + i + 1), w[i + 1]),
+                                     look_up(load_table(kTables.pair, x + i + 2), w[i + 2]));
+                accumulate(a[v], s);
+                accumulate(b[v], _mm256_srli_epi16(s, 4));
+            }
+        }
+    }
+    BITORCH_QLINEAR_UNROLL
+    for (int v = 0; v < 2; ++v) flush_pair(a[v], b[v], &sums[v][0], &sums[v][1], first);
+}
+
+// A single row x Panels * 64 outputs x one span: byte sums, flushed every block.
+template <int Panels>
+__attribute__((noinline)) void single_row(const uint8_t* panels, int64_t panel_bytes, const uint16_t* x, int64_t units,
+                                          Sums (*sums)[2]) {
+    constexpr int kVectors = 2 * Panels;
+    for (bool first = true; units > 0; units -= kUnitsPerBlock, first = false) {
+        Vector a[kVectors];
+        BITORCH_QLINEAR_UNROLL
+        for (int v = 0; v < kVectors; ++v) a[v] = _mm256_setzero_si256();
+        for (int64_t u = units < kUnitsPerBlock ? units : kUnitsPerBlock; u; --u) {
+            BITORCH_QLINEAR_UNROLL
+            for (int line = 0; line < 3; ++line, panels += kPanel, x += 2) {
+                const Vector t0 = load_table(kTables.single, x), t1 = load_table(kTables.single, x + 1);
+                BITORCH_QLINEAR_UNROLL
+                for (int v = 0; v < kVectors; ++v) {
+                    const Vector bytes = load(panels + v / 2 * panel_bytes + v % 2 * 32);
+                    accumulate(a[v], look_up(t0, low_nibbles(bytes)));
+                    accumulate(a[v], look_up(t1, high_nibbles(bytes)));
+                }
+            }
+        }
+        BITORCH_QLINEAR_UNROLL
+        for (int v = 0; v < kVectors; ++v) add_bytes(&sums[v][0], a[v], first);
+    }
+}
+
+// The 16-bit sums of one row -> int32 counts of 32 `vectors` outputs, set or added to.
+inline void widen_sums(const Sums (*sums)[2], int row, int vectors, int32_t* counts, bool first) {
+    for (int v = 0; v < vectors; ++v) {
+        const Vector odd = sums[v][row].odd;
+        const Vector even = _mm256_sub_epi16(sums[v][row].whole, _mm256_slli_epi16(odd, 8));
+        const __m128i quarters[4] = {_mm256_castsi256_si128(even), _mm256_extracti128_si256(even, 1),
+                                     _mm256_castsi256_si128(odd), _mm256_extracti128_si256(odd, 1)};
+        BITORCH_QLINEAR_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            int32_t* out = counts + 32 * v + 8 * i;
+            const Vector values = _mm256_cvtepu16_epi32(quarters[i]);
+            store(out, first ? values : _mm256_add_epi32(values, load(out)));
+        }
+    }
+}
+
+// 32 bytes (256 values) of a packed row from byte `begin` on; what lies past k is 0.
+inline Vector load_bits(const uint32_t* row, int64_t begin, int64_t k) {
+    const int64_t word = begin / kWordBytes, left = k - 8 * begin;
+    if (left >= 256) return load(row + word);
+    alignas(32) uint32_t words[8] = {};
+    for (int64_t i = 0; kWordBits * i < left; ++i) words[i] = row[word + i] & word_mask(word + i, k);
+    return load(words);
+}
+
+inline int64_t units_for(int64_t k) { return ceil_div(k, kUnit); }
+// Table offsets of a row (pair): one a nibble, in whole vectors of 64.
+inline int64_t offsets_for(int64_t k) { return ceil_div(units_for(k) * kUnitNibbles, 64) * 64; }
+
+// Two packed rows -> table offsets 16 (p | q << 4), one a nibble, in order of K. q may be null (zeros).
+void make_offsets(const uint32_t* p, const uint32_t* q, int64_t k, uint16_t* offsets) {
+    for (int64_t begin = 0; 2 * begin < offsets_for(k); begin += 32, offsets += 64) {
+        const Vector bits_p = load_bits(p, begin, k);
+        const Vector bits_q = q ? load_bits(q, begin, k) : _mm256_setzero_si256();
+        const Vector even = _mm256_or_si256(low_nibbles(bits_p), _mm256_slli_epi16(low_nibbles(bits_q), 4));
+        const Vector odd = _mm256_or_si256(high_nibbles(bits_p), _mm256_andnot_si256(_mm256_set1_epi8(15), bits_q));
+        // Nibbles in order, but for the 128-bit lanes that unpack keeps apart.
+        const Vector low = _mm256_unpacklo_epi8(even, odd), high = _mm256_unpackhi_epi8(even, odd);
+        const __m128i quarters[4] = {_mm256_castsi256_si128(low), _mm256_castsi256_si128(high),
+                                     _mm256_extracti128_si256(low, 1), _mm256_extracti128_si256(high, 1)};
+        BITORCH_QLINEAR_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            store(offsets + 16 * i, _mm256_slli_epi16(_mm256_cvtepu8_epi16(quarters[i]), 4));
+        }
+    }
+}
+
+int64_t align64(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
+
+// A tile's private memory, each part aligned to 64 bytes.
+struct Workspace {
+    uint16_t* offsets;  // [row pairs][offsets_for(k)]
+    PairSums* sums;     // [row pairs]
+    uint8_t* planar;    // one block's weights, [nibble][128 outputs]; 7.5 KiB
+    int32_t* counts;    // [rows][128] where K takes several spans, else one row reused
+    int64_t bytes;
+
+    Workspace(uint8_t* base, int64_t rows, int64_t k) {
+        const int64_t pairs = ceil_div(rows, 2), count_rows = units_for(k) > kUnitsPerSpan ? rows : 1;
+        const int64_t at_sums = align64(pairs * offsets_for(k) * 2);
+        const int64_t at_planar = at_sums + pairs * static_cast<int64_t>(sizeof(PairSums));
+        const int64_t at_counts = at_planar + kUnitsPerBlock * kUnitNibbles * kColumns;
+        bytes = at_counts + count_rows * kColumns * 4;
+        offsets = reinterpret_cast<uint16_t*>(base);
+        sums = reinterpret_cast<PairSums*>(base + at_sums);
+        planar = base + at_planar;
+        counts = reinterpret_cast<int32_t*>(base + at_counts);
+    }
+};
+
+// All rows of a tile x up to two panels x one span of K, into 16-bit sums.
+void multiply_span(const uint8_t* panels, int64_t panel_bytes, int count, const Workspace& work, int64_t rows,
+                   int64_t offset_stride, Range units) {
+    if (size(units) == 0) {
+        for (int64_t pair = 0; pair < ceil_div(rows, 2); ++pair) work.sums[pair] = PairSums{};
+        return;
+    }
+    if (rows == 1) {
+        const uint8_t* from = panels + units.begin * kUnitBytes;
+        const uint16_t* x = work.offsets + units.begin * kUnitNibbles;
+        count == 2 ? single_row<2>(from, panel_bytes, x, size(units), work.sums->rows)
+                   : single_row<1>(from, panel_bytes, x, size(units), work.sums->rows);
+        return;
+    }
+    const int64_t pairs = ceil_div(rows, 2), blocks = ceil_div(size(units), kUnitsPerBlock);
+    int64_t begin = units.begin;
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t end = units.begin + size(units) * (block + 1) / blocks;
+        for (int half = 0; half < count; ++half) {
+            const uint8_t* panel = panels + half * panel_bytes + begin * kUnitBytes;
+            const uint16_t* x = work.offsets + begin * kUnitNibbles;
+            Sums(*sums)[2] = work.sums->rows + 2 * half;
+            pairs > 1 ? pair_panel<true>(panel, work.planar + kPanel * half, x, end - begin, sums, block == 0)
+                      : pair_panel<false>(panel, work.planar, x, end - begin, sums, block == 0);
+        }
+        for (int64_t pair = 1; pair < pairs; ++pair) {
+            pair_planar(work.planar, work.offsets + pair * offset_stride + begin * kUnitNibbles, end - begin,
+                        work.sums + pair, block == 0);
+        }
+        begin = end;
+    }
+}
+
+void gemm(const Product& product, Range rows, Range columns, uint8_t* memory) {
+    const int64_t words = words_for(product.k), units = units_for(product.k), stride = offsets_for(product.k);
+    const Workspace work(memory, size(rows), product.k);
+    for (int64_t row = rows.begin; row < rows.end; row += 2) {
+        const uint32_t* p = product.x + row * words;
+        make_offsets(p, row + 1 < rows.end ? p + words : nullptr, product.k,
+                     work.offsets + (row - rows.begin) / 2 * stride);
+    }
+    const int64_t panel_bytes = units * kUnitBytes;
+    const int64_t spans = units > kUnitsPerSpan ? ceil_div(units, kUnitsPerSpan) : 1;
+    for (int64_t column = columns.begin; column < columns.end; column += kColumns) {
+        const int64_t width = columns.end - column < kColumns ? columns.end - column : kColumns;
+        const int count = width > kPanel ? 2 : 1;
+        const uint8_t* panels = product.panels + column / kPanel * panel_bytes;
+        for (int64_t span = 0; span < spans; ++span) {
+            const Range part{units * span / spans, units * (span + 1) / spans};
+            multiply_span(panels, panel_bytes, count, work, size(rows), stride, part);
+            for (int64_t row = 0; row < size(rows); ++row) {
+                int32_t* counts = work.counts + (spans > 1 ? row * kColumns : 0);
+                widen_sums(work.sums[row / 2].rows, row % 2, 2 * count, counts, span == 0);
+                if (span + 1 == spans) write_outputs(product.y, rows.begin + row, column, counts, width);
+            }
+        }
+    }
+}
+
+// 16 x 16 bytes, in place: v[i] becomes column i. Each round interleaves registers 8 apart, which
+// rotates the eight index bits (row, column) by one; after four rounds they have changed places.
+inline void transpose(__m128i* v) {
+    for (int round = 0; round < 4; ++round) {
+        __m128i next[16];
+        BITORCH_QLINEAR_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            next[2 * i] = _mm_unpacklo_epi8(v[i], v[i + 8]);
+            next[2 * i + 1] = _mm_unpackhi_epi8(v[i], v[i + 8]);
+        }
+        for (int i = 0; i < 16; ++i) v[i] = next[i];
+    }
+}
+
+// 16 bytes of weight row `row` from byte `begin` on; 0 past n and past k.
+inline __m128i load_weight_bits(const uint32_t* words, int64_t row, int64_t n, int64_t begin, int64_t k) {
+    if (row >= n) return _mm_setzero_si128();
+    const uint32_t* from = words + row * words_for(k);
+    const int64_t word = begin / kWordBytes, left = k - 8 * begin;
+    if (left >= 128) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + word));
+    alignas(16) uint32_t tail[4] = {};
+    for (int64_t i = 0; kWordBits * i < left; ++i) tail[i] = from[word + i] & word_mask(word + i, k);
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(tail));
+}
+
+void prepare(const uint32_t* words, int64_t n, int64_t k, Range panels, uint8_t* out) {
+    const int64_t lines = 3 * units_for(k);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+        uint8_t* to = out + panel * lines * kPanel;
+        for (int64_t begin = 0; begin < lines; begin += 16) {
+            for (int half = 0; half < 2; ++half) {
+                __m128i even[16], odd[16];
+                for (int i = 0; i < 16; ++i) {
+                    const int64_t row = panel * kPanel + 32 * half + i;
+                    even[i] = load_weight_bits(words, row, n, begin, k);
+                    odd[i] = load_weight_bits(words, row + 16, n, begin, k);
+                }
+                transpose(even);
+                transpose(odd);
+                for (int64_t i = 0; i < 16 && begin + i < lines; ++i) {
+                    __m128i* line = reinterpret_cast<__m128i*>(to + (begin + i) * kPanel + 32 * half);
+                    _mm_storeu_si128(line, _mm_unpacklo_epi8(even[i], odd[i]));
+                    _mm_storeu_si128(line + 1, _mm_unpackhi_epi8(even[i], odd[i]));
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+const Kernel kAvx2Kernel = {
+    .name = "avx2",
+    .requires_features = "AVX2, FMA, F16C and BMI2",
+    .runs_on = [](const CpuFeatures& features) { return features.avx2; },
+    .pack_row = {pack_row_avx2<double>, pack_row_avx2<float>, pack_row_avx2<Half>, pack_row_avx2<BFloat16>},
+    .unpack_row = unpack_row_portable,
+    .layout = {.id = 1, .panel = kPanel, .unit = kUnit, .unit_bytes = kUnitBytes},
+    .prepare = prepare,
+    .row_tile = kRows,
+    .column_tile = kColumns,
+    .workspace_bytes = [](int64_t rows, int64_t k) -> int64_t { return Workspace(nullptr, rows, k).bytes; },
+    .gemm = gemm,
+};
+
+}  // namespace bitorch_qlinear
+BITORCH_QLINEAR_TARGET_END
+#endif

@@ -1,0 +1,42 @@
+// The portable kernel and the slow twin of all others: XOR and popcount over the interchange form,
+// one 32-bit word at a time, as packed.h and epilogue.h define it.
+#include "bits.h"
+#include "kernel.h"
+
+namespace bitorch_qlinear {
+namespace {
+
+int32_t differing_bits(const uint32_t* a, const uint32_t* b, int64_t k) {
+    int32_t count = 0;
+    for (int64_t w = 0; w < words_for(k); ++w) count += __builtin_popcount((a[w] ^ b[w]) & word_mask(w, k));
+    return count;
+}
+
+void gemm(const Product& product, Range rows, Range columns, uint8_t*) {
+    const int64_t words = words_for(product.k);
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+        for (int64_t j = columns.begin; j < columns.end; ++j) {
+            const int32_t count = differing_bits(product.x + i * words, product.weight + j * words, product.k);
+            write_outputs(product.y, i, j, &count, 1);
+        }
+    }
+}
+
+}  // namespace
+
+const Kernel kScalarKernel = {
+    .name = "scalar",
+    .requires_features = "nothing",
+    .runs_on = [](const CpuFeatures&) { return true; },
+    .pack_row = {pack_row_portable<double>, pack_row_portable<float>, pack_row_portable<Half>,
+                 pack_row_portable<BFloat16>},
+    .unpack_row = unpack_row_portable,
+    .layout = {.id = 0, .panel = 1, .unit = kWordBits, .unit_bytes = 0},
+    .prepare = nullptr,
+    .row_tile = 16,
+    .column_tile = 1,
+    .workspace_bytes = [](int64_t, int64_t) -> int64_t { return 0; },
+    .gemm = gemm,
+};
+
+}  // namespace bitorch_qlinear

@@ -1,0 +1,83 @@
+// The kernel record: everything that belongs to one instruction set, in one struct, so that the form
+// of the prepared weights can never belong to another kernel than the one that reads it.
+#pragma once
+
+#include <cstdint>
+
+#include "../epilogue.h"
+#include "../packed.h"
+#include "cpu_features.h"
+
+namespace bitorch_qlinear {
+
+// Packs one row of k values, contiguous, into words_for(k) words; bits past k are 0.
+//   bit = !(v < 0), or v > 0 where `strict`.
+// Where in_range is not null, its bit is |v| <= threshold (so NaN is out of range); the threshold is
+// representable in the row's type.
+using PackRow = void (*)(const void* x, int64_t k, bool strict, double threshold, uint32_t* words, uint32_t* in_range);
+
+// The inverse: k values from words_for(k) words. For float types and int8 +-1, for bool the bit itself.
+using UnpackRow = void (*)(const uint32_t* words, int64_t k, void* out, DType dtype);
+
+// The prepared form of the weights: a 64-byte header, then for each panel of outputs and each unit of
+// K `unit_bytes` bytes. unit_bytes is 0 for a kernel that reads the words themselves.
+struct Layout {
+    uint32_t id;
+    int64_t panel;
+    int64_t unit;
+    int64_t unit_bytes;
+};
+
+struct PreparedHeader {
+    char magic[8];
+    uint32_t layout;
+    uint32_t reserved;
+    int64_t n;
+    int64_t k;
+    char padding[32];
+};
+constexpr char kPreparedMagic[8] = {'b', 'i', 't', 'o', 'r', 'c', 'h', 'q'};
+static_assert(sizeof(PreparedHeader) == 64, "the prepared form's header is one cache line");
+
+static inline int64_t prepared_bytes(const Layout& layout, int64_t n, int64_t k) {
+    return static_cast<int64_t>(sizeof(PreparedHeader)) +
+           ceil_div(n, layout.panel) * ceil_div(k, layout.unit) * layout.unit_bytes;
+}
+
+// One product: x[m][words] (+-1) by weight[n][words], both row-major and contiguous; y as in Output.
+// `panels` is what follows the header of the prepared form.
+struct Product {
+    const uint32_t* x;
+    const uint32_t* weight;
+    const uint8_t* panels;
+    int64_t m, n, k;
+    Output y;
+};
+
+struct Range {
+    int64_t begin, end;
+};
+static inline int64_t size(Range range) { return range.end - range.begin; }
+
+struct Kernel {
+    const char* name;
+    const char* requires_features;
+    bool (*runs_on)(const CpuFeatures&);
+    PackRow pack_row[kFloatTypes];
+    UnpackRow unpack_row;
+    Layout layout;
+    // Writes the panels [begin, end) of the prepared form from row-major words; null if unit_bytes is 0.
+    void (*prepare)(const uint32_t* words, int64_t n, int64_t k, Range panels, uint8_t* out);
+    // Tiles that gemm takes: at most row_tile rows, columns from a multiple of column_tile on.
+    int64_t row_tile, column_tile;
+    int64_t (*workspace_bytes)(int64_t rows, int64_t k);
+    // Computes y[rows][columns]; workspace is aligned to 64 bytes and private to the call.
+    void (*gemm)(const Product&, Range rows, Range columns, uint8_t* workspace);
+};
+
+extern const Kernel kScalarKernel;
+#if defined(__x86_64__)
+extern const Kernel kAvx2Kernel;
+#endif
+
+}  // namespace bitorch_qlinear

@@ -1,0 +1,71 @@
+// bitorch_qlinear._C: what the build was and what the processor offers, and the comparison that tells
+// whether weights were written behind torch's back. No torch header, no operator.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <cstring>
+#include <string>
+
+#include "cpu/cpu_features.h"
+
+namespace {
+
+namespace py = pybind11;
+
+constexpr int64_t kSamples = 64;
+constexpr int64_t kSampleBytes = 8;
+
+// Copies `kSamples` chunks, evenly spread from the first byte to the last.
+void take_sample(const char* data, int64_t bytes, char* sample) {
+    for (int64_t i = 0; i < kSamples; ++i) {
+        const int64_t at = static_cast<int64_t>(static_cast<double>(bytes - kSampleBytes) * i / (kSamples - 1));
+        std::memcpy(sample + i * kSampleBytes, data + at, kSampleBytes);
+    }
+}
+
+py::bytes sample(uintptr_t address, int64_t bytes) {
+    const char* data = reinterpret_cast<const char*>(address);
+    if (bytes <= kSamples * kSampleBytes) return py::bytes(data, static_cast<size_t>(bytes < 0 ? 0 : bytes));
+    char taken[kSamples * kSampleBytes];
+    take_sample(data, bytes, taken);
+    return py::bytes(taken, sizeof taken);
+}
+
+bool sample_matches(uintptr_t address, int64_t bytes, const py::bytes& expected) {
+    char* before = nullptr;
+    Py_ssize_t size = 0;
+    if (PyBytes_AsStringAndSize(expected.ptr(), &before, &size) != 0) throw py::error_already_set();
+    const char* data = reinterpret_cast<const char*>(address);
+    if (bytes <= kSamples * kSampleBytes)
+        return size == bytes && std::memcmp(before, data, static_cast<size_t>(size)) == 0;
+    if (size != kSamples * kSampleBytes) return false;
+    char now[kSamples * kSampleBytes];
+    take_sample(data, bytes, now);
+    return std::memcmp(before, now, sizeof now) == 0;
+}
+
+py::dict build_info() {
+    py::dict info;
+    info["version"] = BITORCH_QLINEAR_VERSION;
+    info["torch"] = BITORCH_QLINEAR_TORCH_VERSION;
+    info["cuda_targets"] = BITORCH_QLINEAR_CUDA_TARGETS;
+#if defined(__clang__)
+    info["compiler"] = "clang " __clang_version__;
+#else
+    info["compiler"] = "gcc " __VERSION__;
+#endif
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "Build and processor information of bitorch_qlinear.";
+    module.def("build_info", &build_info, "Version, compiler, torch built against, CUDA targets.");
+    module.def("cpu_capability", &bitorch_qlinear::cpu_capability,
+               "What processor and operating system offer: AVX512, AVX2, NEON or DEFAULT.");
+    module.def("sample", &sample, py::arg("address"), py::arg("bytes"),
+               "Raw values spread evenly over `bytes` bytes at `address`.");
+    module.def("sample_matches", &sample_matches, py::arg("address"), py::arg("bytes"), py::arg("expected"),
+               "Whether sample(address, bytes) would return `expected`.");
+}

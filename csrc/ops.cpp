@@ -1,0 +1,18 @@
+// The operators' schemas, and nothing else. Each device registers its implementations in its own file.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(bitorch_qlinear, library) {
+    library.def("pack_bits(Tensor x, bool strict=False) -> Tensor");
+    library.def("unpack_bits(Tensor words, SymInt k, ScalarType dtype) -> Tensor");
+    library.def("prepare_weight(Tensor weight_words, SymInt k) -> Tensor");
+    library.def(
+        "binary_linear(Tensor x_words, Tensor weight_words, SymInt k, Tensor? bias=None, *, "
+        "Tensor? weight_prepared=None, Tensor? scale=None, ScalarType? out_dtype=None) -> Tensor");
+    library.def(
+        "linear(Tensor x, Tensor weight_words, SymInt k, Tensor? bias=None, *, Tensor? weight_prepared=None, "
+        "Tensor? scale=None, ScalarType? out_dtype=None, bool strict=False) -> Tensor");
+    library.def(
+        "linear_train(Tensor x, Tensor weight_words, SymInt k, Tensor? bias=None, *, "
+        "Tensor? weight_prepared=None, Tensor? scale=None, ScalarType? out_dtype=None, bool strict=False, "
+        "float? threshold=None) -> (Tensor, Tensor, Tensor)");
+}

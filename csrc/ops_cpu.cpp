@@ -1,0 +1,455 @@
+// The operators on the CPU: check, allocate, share tiles among torch's threads, call the kernel.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+#include "cpu/dispatch.h"
+#include "epilogue.h"
+
+namespace bitorch_qlinear {
+namespace {
+
+using torch::stable::get_num_threads;
+using torch::stable::parallel_for;
+
+// Below this many multiply-adds (about 20 us), or bytes to pack or unpack, waking threads costs more
+// than they save.
+constexpr int64_t kSerialProducts = int64_t{1} << 24;
+constexpr int64_t kSerialValues = int64_t{1} << 16;
+
+const int32_t kCpu = aoti_torch_device_type_cpu();
+
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
+    std::vector<int64_t> strides(sizes.size());
+    int64_t stride = 1;
+    for (size_t d = sizes.size(); d-- > 0;) {
+        strides[d] = stride;
+        stride *= std::max<int64_t>(sizes[d], 1);
+    }
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+        torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), kCpu, 0, &handle));
+    return Tensor(handle);
+}
+
+// Scratch memory, aligned to a cache line. Null after a failure, so that a thread of the pool, which
+// must not throw, can report it.
+struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+};
+using Scratch = std::unique_ptr<uint8_t, Free>;
+
+Scratch allocate(int64_t bytes) {
+    return Scratch(static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(ceil_div(bytes, 64) * 64 + 64))));
+}
+
+[[noreturn]] void fail_memory() { throw std::runtime_error("bitorch_qlinear: out of memory for scratch space"); }
+
+// x as rows of k contiguous values, `stride` values apart.
+struct Rows {
+    Tensor tensor;  // keeps the memory alive
+    const uint8_t* data;
+    DType dtype;
+    int64_t m, k, stride;
+
+    const void* row(int64_t i) const { return data + i * stride * element_size(dtype); }
+};
+
+// Whether the leading dimensions walk through memory with one stride; if so, which.
+std::optional<int64_t> row_stride(const Tensor& x) {
+    const auto sizes = x.sizes();
+    const auto strides = x.strides();
+    const int64_t last = x.dim() - 1;
+    if (sizes[last] > 1 && strides[last] != 1) return std::nullopt;
+    int64_t stride = sizes[last], expected = -1;
+    for (int64_t d = last - 1; d >= 0; --d) {
+        if (sizes[d] == 1) continue;
+        if (expected < 0) {
+            stride = strides[d];
+        } else if (strides[d] != expected) {
+            return std::nullopt;
+        }
+        expected = strides[d] * sizes[d];
+    }
+    return stride;
+}
+
+Rows check_rows(const Tensor& x, int64_t k) {
+    const DType dtype = check_float("x", x.scalar_type());
+    check_dimensions("x", x, 1, "(..., k)");
+    if (x.size(x.dim() - 1) != k)
+        fail("x", "expected k = ", k, " values in the last dimension, got ", x.size(x.dim() - 1));
+    check_values(k);
+    check_memory("x", x, kCpu, element_size(dtype));
+    int64_t m = 1;
+    for (int64_t d = 0; d + 1 < x.dim(); ++d) m *= x.size(d);
+    std::optional<int64_t> stride = m == 0 || k == 0 ? k : row_stride(x);
+    Tensor rows = stride ? x : torch::stable::contiguous(x);
+    const uint8_t* data = static_cast<const uint8_t*>(rows.data_ptr());
+    return {std::move(rows), data, dtype, m, k, stride.value_or(k)};
+}
+
+std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) {
+    const auto sizes = tensor.sizes();
+    std::vector<int64_t> result(sizes.begin(), sizes.end());
+    result.back() = last;
+    return result;
+}
+
+uint32_t* words_of(const Tensor& words) { return static_cast<uint32_t*>(words.data_ptr()); }
+
+void pack_rows(const Rows& x, bool strict, double threshold, uint32_t* words, uint32_t* in_range) {
+    const PackRow pack_row = active_kernel().pack_row[static_cast<int>(x.dtype)];
+    const int64_t width = words_for(x.k);
+    const int64_t grain = std::max<int64_t>(1, kSerialValues / std::max<int64_t>(x.k, 1));
+    const auto pack = [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            pack_row(x.row(i), x.k, strict, threshold, words + i * width, in_range ? in_range + i * width : nullptr);
+        }
+    };
+    x.m > grain ? parallel_for(0, x.m, grain, pack) : pack(0, x.m);
+}
+
+// bias or scale as n contiguous values of T, converted where they are not.
+class Vector {
+  public:
+    Vector(const std::optional<Tensor>& vector, DType type) {
+        if (!vector) return;
+        const DType from = *dtype_of(vector->scalar_type());
+        const int64_t n = vector->size(0), stride = vector->stride(0);
+        const uint8_t* data = static_cast<const uint8_t*>(vector->data_ptr());
+        if (n == 0 || (from == type && stride == 1)) {
+            values_ = data;
+            return;
+        }
+        converted_ = allocate(n * element_size(type));
+        if (!converted_) fail_memory();
+        for (int64_t i = 0; i < n; ++i) {
+            const uint8_t* value = data + i * stride * element_size(from);
+            if (type == DType::float64) {
+                reinterpret_cast<double*>(converted_.get())[i] = read(value, from);
+            } else {
+                reinterpret_cast<float*>(converted_.get())[i] = static_cast<float>(read(value, from));
+            }
+        }
+        values_ = converted_.get();
+    }
+    const void* get() const { return values_; }
+
+  private:
+    // Exact: double holds every value of the other types.
+    static double read(const void* value, DType dtype) {
+        switch (dtype) {
+            case DType::float64: return *static_cast<const double*>(value);
+            case DType::float32: return *static_cast<const float*>(value);
+            case DType::float16: return widen(*static_cast<const Half*>(value));
+            default: return widen(*static_cast<const BFloat16*>(value));
+        }
+    }
+
+    const void* values_ = nullptr;
+    Scratch converted_;
+};
+
+// ---- prepared weights ----------------------------------------------------------------------------
+
+void write_prepared(const Kernel& kernel, const uint32_t* words, int64_t n, int64_t k, uint8_t* out) {
+    PreparedHeader header{};
+    std::copy(std::begin(kPreparedMagic), std::end(kPreparedMagic), header.magic);
+    header.layout = kernel.layout.id;
+    header.n = n;
+    header.k = k;
+    std::memcpy(out, &header, sizeof header);
+    if (!kernel.prepare) return;
+    const int64_t panels = ceil_div(n, kernel.layout.panel);
+    const int64_t grain = std::max<int64_t>(1, kSerialValues * 8 / std::max<int64_t>(kernel.layout.panel * k, 1));
+    const auto prepare = [&](int64_t begin, int64_t end) {
+        kernel.prepare(words, n, k, {begin, end}, out + sizeof header);
+    };
+    panels > grain ? parallel_for(0, panels, grain, prepare) : prepare(0, panels);
+}
+
+// Refuses whatever prepare_weight did not make for this kernel and these sizes.
+const uint8_t* check_prepared(const Tensor& prepared, const Kernel& kernel, int64_t n, int64_t k) {
+    constexpr const char* kName = "weight_prepared";
+    if (prepared.scalar_type() != ScalarType::Byte || prepared.dim() != 1 || !prepared.is_contiguous()) {
+        fail(kName, "expected the contiguous uint8 vector that prepare_weight makes, got ",
+             dtype_name(prepared.scalar_type()), " with ", prepared.dim(), " dimensions");
+    }
+    check_memory(kName, prepared, kCpu, 1);
+    const int64_t header_bytes = sizeof(PreparedHeader);
+    if (prepared.numel() < header_bytes)
+        fail(kName, "expected at least ", header_bytes, " bytes, got ", prepared.numel());
+    const uint8_t* data = static_cast<const uint8_t*>(prepared.data_ptr());
+    PreparedHeader header;
+    std::memcpy(&header, data, sizeof header);
+    if (!std::equal(std::begin(kPreparedMagic), std::end(kPreparedMagic), header.magic)) {
+        fail(kName, "expected what prepare_weight makes, got a tensor without its header");
+    }
+    if (header.layout != kernel.layout.id) {
+        fail(kName, "expected layout ", kernel.layout.id, " of kernel ", kernel.name, ", got layout ", header.layout,
+             ": prepare the weights again where they are used");
+    }
+    if (header.n != n || header.k != k) {
+        fail(kName, "expected weights prepared for n = ", n, " and k = ", k, ", got n = ", header.n,
+             " and k = ", header.k);
+    }
+    if (prepared.numel() != prepared_bytes(kernel.layout, n, k)) {
+        fail(kName, "expected ", prepared_bytes(kernel.layout, n, k), " bytes, got ", prepared.numel());
+    }
+    return data + header_bytes;
+}
+
+// ---- the product ---------------------------------------------------------------------------------
+
+// Splits y into equal tiles, as many as a multiple of the threads, and computes each with its own
+// workspace. Every element is an integer sum, so the result does not depend on the split.
+void multiply(const Kernel& kernel, const Product& product) {
+    if (product.m == 0 || product.n == 0) return;
+    const bool serial = static_cast<double>(product.m) * product.n * product.k < kSerialProducts;
+    const int64_t threads = serial ? 1 : get_num_threads();
+    int64_t row_tiles = ceil_div(product.m, kernel.row_tile);
+    const int64_t rows = std::min(ceil_div(ceil_div(product.m, row_tiles), 2) * 2, product.m);
+    row_tiles = ceil_div(product.m, rows);
+    const int64_t wanted = threads / std::gcd(row_tiles, threads);
+    const int64_t columns = ceil_div(ceil_div(product.n, wanted), kernel.column_tile) * kernel.column_tile;
+    const int64_t column_tiles = ceil_div(product.n, columns);
+
+    std::atomic<bool> out_of_memory{false};
+    const auto compute = [&](int64_t begin, int64_t end) {
+        const Scratch workspace = allocate(kernel.workspace_bytes(rows, product.k));
+        if (!workspace) {
+            out_of_memory = true;
+            return;
+        }
+        for (int64_t tile = begin; tile < end; ++tile) {
+            const int64_t row = tile / column_tiles * rows, column = tile % column_tiles * columns;
+            kernel.gemm(product, {row, std::min(row + rows, product.m)},
+                        {column, std::min(column + columns, product.n)}, workspace.get());
+        }
+    };
+    const int64_t tiles = row_tiles * column_tiles;
+    threads > 1 && tiles > 1 ? parallel_for(0, tiles, 1, compute) : compute(0, tiles);
+    if (out_of_memory) fail_memory();
+}
+
+// The right-hand side of every linear operator, checked.
+struct Weight {
+    const Kernel& kernel;
+    const uint32_t* words;
+    const uint8_t* panels;  // null: not prepared
+    int64_t n, k;
+    const std::optional<Tensor>& bias;
+    const std::optional<Tensor>& scale;
+    ScalarType out_type;
+};
+
+Weight check_weight(const Tensor& words, int64_t k, const std::optional<Tensor>& bias,
+                    const std::optional<Tensor>& prepared, const std::optional<Tensor>& scale, ScalarType out_type) {
+    check_values(k);
+    check_weight_words(words, k, kCpu);
+    const int64_t n = words.size(0);
+    check_vector("bias", bias, n, kCpu);
+    check_vector("scale", scale, n, kCpu);
+    if (out_type != ScalarType::Int) {
+        check_float("out_dtype", out_type);
+    } else if (bias || scale) {
+        fail("out_dtype", "int32 is the product itself, and takes neither bias nor scale");
+    }
+    const Kernel& kernel = active_kernel();
+    const uint8_t* panels = prepared ? check_prepared(*prepared, kernel, n, k) : nullptr;
+    return {kernel, words_of(words), panels, n, k, bias, scale, out_type};
+}
+
+Tensor multiply_words(const uint32_t* x_words, int64_t m, const Weight& weight, const std::vector<int64_t>& sizes) {
+    Tensor y = empty(sizes, weight.out_type);
+    const DType dtype = *dtype_of(weight.out_type), sum = dtype == DType::float64 ? DType::float64 : DType::float32;
+    const Vector bias(weight.bias, sum), scale(weight.scale, sum);
+    Scratch prepared;
+    const uint8_t* panels = weight.panels;
+    if (!panels && weight.kernel.prepare && m > 0) {
+        prepared = allocate(prepared_bytes(weight.kernel.layout, weight.n, weight.k));
+        if (!prepared) fail_memory();
+        write_prepared(weight.kernel, weight.words, weight.n, weight.k, prepared.get());
+        panels = prepared.get() + sizeof(PreparedHeader);
+    }
+    multiply(weight.kernel, {x_words,
+                             weight.words,
+                             panels,
+                             m,
+                             weight.n,
+                             weight.k,
+                             {y.data_ptr(), dtype, weight.n, static_cast<int32_t>(weight.k), bias.get(), scale.get()}});
+    return y;
+}
+
+// ---- operators -----------------------------------------------------------------------------------
+
+Tensor pack_bits(const Tensor& x, bool strict) {
+    check_dimensions("x", x, 1, "(..., k)");
+    const Rows rows = check_rows(x, x.size(x.dim() - 1));
+    Tensor words = empty(sizes_with_last(x, words_for(rows.k)), ScalarType::Int);
+    pack_rows(rows, strict, 0, words_of(words), nullptr);
+    return words;
+}
+
+Tensor unpack_bits(const Tensor& words, int64_t k, ScalarType type) {
+    check_values(k);
+    check_words("words", words, k, kCpu);
+    const std::optional<DType> dtype = dtype_of(type);
+    if (!dtype) fail("dtype", "expected a float type, int32, int8 or bool, got ", dtype_name(type));
+    Tensor values = empty(sizes_with_last(words, k), type);
+    if (k == 0) return values;
+    const int64_t width = words_for(k), m = words.numel() / width;
+    const UnpackRow unpack_row = active_kernel().unpack_row;
+    const uint32_t* from = words_of(words);
+    uint8_t* to = static_cast<uint8_t*>(values.data_ptr());
+    const int64_t grain = std::max<int64_t>(1, kSerialValues / k);
+    const auto unpack = [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            unpack_row(from + i * width, k, to + i * k * element_size(*dtype), *dtype);
+        }
+    };
+    m > grain ? parallel_for(0, m, grain, unpack) : unpack(0, m);
+    return values;
+}
+
+Tensor prepare_weight(const Tensor& words, int64_t k) {
+    check_values(k);
+    check_weight_words(words, k, kCpu);
+    const Kernel& kernel = active_kernel();
+    Tensor prepared = empty({prepared_bytes(kernel.layout, words.size(0), k)}, ScalarType::Byte);
+    write_prepared(kernel, words_of(words), words.size(0), k, static_cast<uint8_t*>(prepared.data_ptr()));
+    return prepared;
+}
+
+Tensor binary_linear(const Tensor& x_words, const Tensor& weight_words, int64_t k, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& weight_prepared, const std::optional<Tensor>& scale,
+                     std::optional<ScalarType> out_dtype) {
+    check_values(k);
+    check_words("x_words", x_words, k, kCpu);
+    const Weight weight =
+        check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(ScalarType::Float));
+    int64_t m = 1;
+    for (int64_t d = 0; d + 1 < x_words.dim(); ++d) m *= x_words.size(d);
+    return multiply_words(words_of(x_words), m, weight, sizes_with_last(x_words, weight.n));
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& weight_prepared, const std::optional<Tensor>& scale,
+              std::optional<ScalarType> out_dtype, bool strict) {
+    const Rows rows = check_rows(x, k);
+    const Weight weight =
+        check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(x.scalar_type()));
+    const Scratch words = allocate(rows.m * words_for(k) * kWordBytes);
+    if (!words) fail_memory();
+    uint32_t* x_words = reinterpret_cast<uint32_t*>(words.get());
+    pack_rows(rows, strict, 0, x_words, nullptr);
+    return multiply_words(x_words, rows.m, weight, sizes_with_last(x, weight.n));
+}
+
+// The threshold as x's dtype holds it: the comparison is then exact in the wider type of the kernel.
+double round_to(double threshold, DType dtype) {
+    switch (dtype) {
+        case DType::float64: return threshold;
+        case DType::float32: return static_cast<float>(threshold);
+        case DType::float16: {
+            Half half;
+            narrow(static_cast<float>(threshold), &half);
+            return widen(half);
+        }
+        default: {
+            BFloat16 value;
+            narrow(static_cast<float>(threshold), &value);
+            return widen(value);
+        }
+    }
+}
+
+// Without a threshold every element is in range, and no bits are kept: in_range_words is empty.
+std::tuple<Tensor, Tensor, Tensor> linear_train(const Tensor& x, const Tensor& weight_words, int64_t k,
+                                                const std::optional<Tensor>& bias,
+                                                const std::optional<Tensor>& weight_prepared,
+                                                const std::optional<Tensor>& scale, std::optional<ScalarType> out_dtype,
+                                                bool strict, std::optional<double> threshold) {
+    const Rows rows = check_rows(x, k);
+    const Weight weight =
+        check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(x.scalar_type()));
+    if (threshold && !(*threshold >= 0)) fail("threshold", "expected a number >= 0 or None, got ", *threshold);
+    const std::vector<int64_t> word_sizes = sizes_with_last(x, words_for(k));
+    Tensor x_words = empty(word_sizes, ScalarType::Int);
+    Tensor in_range = empty(threshold ? word_sizes : std::vector<int64_t>{0}, ScalarType::Int);
+    pack_rows(rows, strict, threshold ? round_to(*threshold, rows.dtype) : 0, words_of(x_words),
+              threshold ? words_of(in_range) : nullptr);
+    Tensor y = multiply_words(words_of(x_words), rows.m, weight, sizes_with_last(x, weight.n));
+    return {y, x_words, in_range};
+}
+
+}  // namespace
+}  // namespace bitorch_qlinear
+
+STABLE_TORCH_LIBRARY_IMPL(bitorch_qlinear, CPU, library) {
+    library.impl("pack_bits", TORCH_BOX(&bitorch_qlinear::pack_bits));
+    library.impl("unpack_bits", TORCH_BOX(&bitorch_qlinear::unpack_bits));
+    library.impl("prepare_weight", TORCH_BOX(&bitorch_qlinear::prepare_weight));
+    library.impl("binary_linear", TORCH_BOX(&bitorch_qlinear::binary_linear));
+    library.impl("linear", TORCH_BOX(&bitorch_qlinear::linear));
+    library.impl("linear_train", TORCH_BOX(&bitorch_qlinear::linear_train));
+}
+
+// ---- what Python asks about the kernels, as plain C -----------------------------------------------
+
+// Each string lives until the same thread's next call.
+#define BITORCH_QLINEAR_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+template <class Function>
+const char* hold(Function function) {
+    static thread_local std::string held;
+    held = function();
+    return held.c_str();
+}
+}  // namespace
+
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_version() { return BITORCH_QLINEAR_VERSION; }
+
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_kernels() { return hold(bitorch_qlinear::available_kernels); }
+
+// "" or what is wrong.
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_force_kernel(const char* name) {
+    return hold([&]() -> std::string {
+        try {
+            name ? bitorch_qlinear::force_kernel(name) : static_cast<void>(bitorch_qlinear::active_kernel());
+        } catch (const std::exception& error) {
+            return error.what();
+        }
+        return "";
+    });
+}
+
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_kernel() { return bitorch_qlinear::active_kernel().name; }
+
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_kernel_reason() {
+    return hold(bitorch_qlinear::active_kernel_reason);
+}
+
+// The prepared form's geometry: outputs a panel, values a unit, bytes a unit.
+BITORCH_QLINEAR_EXPORT void bitorch_qlinear_layout(int64_t* out) {
+    const bitorch_qlinear::Layout& layout = bitorch_qlinear::active_kernel().layout;
+    out[0] = layout.panel;
+    out[1] = layout.unit;
+    out[2] = layout.unit_bytes;
+}
