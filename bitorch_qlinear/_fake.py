@@ -24,12 +24,25 @@ def _check_float(name: str, dtype: torch.dtype) -> None:
     torch._check(dtype in _FLOATS, lambda: f"bitorch_qlinear: {name}: expected a float dtype, got {dtype}")
 
 
-def _check_last(name: str, tensor: Tensor, expected: int) -> None:
+def _check_dimension(name: str, tensor: Tensor) -> None:
     torch._check(tensor.dim() >= 1, lambda: f"bitorch_qlinear: {name}: expected at least one dimension, got none")
+
+
+def _check_last(name: str, tensor: Tensor, expected: int) -> None:
+    _check_dimension(name, tensor)
     torch._check(
         tensor.shape[-1] == expected,
         lambda: f"bitorch_qlinear: {name}: expected {expected} in the last dimension, got {tensor.shape[-1]}",
     )
+
+
+def _check_device(first: Tensor, **others: Tensor | None) -> None:
+    """One real argument among meta tensors would otherwise get a result that nobody computes."""
+    for name, tensor in others.items():
+        torch._check(
+            tensor is None or tensor.device == first.device,
+            lambda name=name: f"bitorch_qlinear: {name}: expected a tensor on the same device as the first argument",
+        )
 
 
 def _check_words(name: str, words: Tensor, k: int) -> None:
@@ -60,7 +73,7 @@ def _check_weight(
 @torch.library.register_fake("bitorch_qlinear::pack_bits")
 def _(x: Tensor, strict: bool = False) -> Tensor:
     _check_float("x", x.dtype)
-    _check_last("x", x, x.shape[-1])
+    _check_dimension("x", x)
     return x.new_empty((*x.shape[:-1], _words_for(x.shape[-1])), dtype=torch.int32)
 
 
@@ -90,6 +103,7 @@ def _(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     out_dtype = out_dtype or torch.float32
+    _check_device(x_words, weight_words=weight_words, bias=bias, weight_prepared=weight_prepared, scale=scale)
     _check_words("x_words", x_words, k)
     _check_weight(weight_words, k, bias, scale, out_dtype)
     return x_words.new_empty((*x_words.shape[:-1], weight_words.shape[0]), dtype=out_dtype)
@@ -108,6 +122,7 @@ def _linear(
     strict: bool = False,
 ) -> Tensor:
     out_dtype = out_dtype or x.dtype
+    _check_device(x, weight_words=weight_words, bias=bias, weight_prepared=weight_prepared, scale=scale)
     _check_float("x", x.dtype)
     _check_last("x", x, k)
     _check_weight(weight_words, k, bias, scale, out_dtype)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 @torch.library.register_vmap("bitorch_qlinear::pack_bits")
-def _(info: Any, in_dims: tuple[int, None], x: Tensor, strict: bool) -> tuple[Tensor, int]:
+def _(info: Any, in_dims: tuple[int, ...], x: Tensor, strict: bool = False) -> tuple[Tensor, int]:
+    # torch leaves out arguments that equal the schema's default.
     return torch.ops.bitorch_qlinear.pack_bits(x.movedim(in_dims[0], 0), strict), 0
 
 
@@ -21,4 +22,8 @@ def _(info: Any, in_dims: tuple[int, None, None], words: Tensor, k: int, dtype: 
 @torch.library.register_vmap("bitorch_qlinear::prepare_weight")
 def _(info: Any, in_dims: tuple[int, None], weight_words: Tensor, k: int) -> tuple[Tensor, int]:
     each = weight_words.movedim(in_dims[0], 0).contiguous()
-    return torch.stack([torch.ops.bitorch_qlinear.prepare_weight(words, k) for words in each]), 0
+    prepared = [torch.ops.bitorch_qlinear.prepare_weight(words, k) for words in each]
+    if not prepared:  # of the right length all the same
+        one = torch.ops.bitorch_qlinear.prepare_weight(each.new_zeros(each.shape[1:]), k)
+        return one.new_empty((0, *one.shape)), 0
+    return torch.stack(prepared), 0

@@ -25,8 +25,12 @@ _linear_entry = getattr(_linear, "_op", _linear)
 
 
 def has_kernels(tensor: Tensor) -> bool:
-    """Whether the operators have kernels (or, for meta, shapes) for this tensor's device; others compute in float."""
-    return tensor.is_cpu or tensor.is_meta
+    """Whether the operators have kernels (or, for meta, shapes) for this tensor; others compute in float.
+
+    A DTensor's device has them, but the operators have no rules for sharding. It is known by name, for importing its
+    module takes half a second.
+    """
+    return (tensor.is_cpu or tensor.is_meta) and type(tensor).__name__ != "DTensor"
 
 
 def _check_threshold(threshold: float | None) -> float | None:
@@ -220,7 +224,8 @@ class QLinear(nn.Linear):
         """The rules of input and weight, or None where the packed path does not compute them."""
         modules: dict[str, Any] = self._modules
         activation, weight_quantization = modules["activation"], modules["weight_quantization"]
-        plan = self._plan
+        # A compiled graph that looked at the plan would be compiled anew once an eager call has made one.
+        plan = None if torch.compiler.is_compiling() else self._plan
         if (
             plan is not None
             and plan.activation is activation

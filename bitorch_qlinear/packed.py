@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from . import _library, functional
 from ._function import apply, transforms_active
-from .linear import QLinear, fused_linear, has_kernels
+from .linear import Activation, QLinear, fused_linear, has_kernels
 from .quantizations import BinaryRule, binary_rule, get_quantization
 
 __all__ = ["PackEntry", "PackReport", "PackedQLinear", "pack"]
@@ -265,19 +265,21 @@ class PackedQLinear(nn.Module):
     ) -> None:
         key, k_key = f"{prefix}weight", f"{prefix}k"
         weight = state_dict.get(key)
-        if weight is not None and weight.is_floating_point():
+        if not isinstance(weight, Tensor):
+            pass  # missing, or not a tensor: reported by torch
+        elif weight.is_floating_point():
             if weight.shape != (self.out_features, self.in_features):
                 expected = (self.out_features, self.in_features)
                 error_msgs.append(f"{key}: expected float weights of shape {expected}, got {tuple(weight.shape)}")
                 return
             state_dict[key] = _pack_anywhere(weight, self.strict_weight)
             state_dict[k_key] = torch.tensor(self.in_features)
-        elif weight is not None:
+        else:
             problem = self._problem(key, weight) or self._problem_of_k(k_key, state_dict.get(k_key))
             if problem:
                 error_msgs.append(problem)
                 return
-            state_dict[key] = weight.view(torch.int32)
+            state_dict[key] = weight.view(torch.int32).contiguous()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -294,9 +296,9 @@ class PackedQLinear(nn.Module):
             return f"{key}: expected zero bits past k = {self.in_features} in the last word of each row, got others"
         return None
 
-    def _problem_of_k(self, key: str, k: Tensor | None) -> str | None:
-        if k is None or k.device.type == "meta":
-            return None  # reported as missing by torch
+    def _problem_of_k(self, key: str, k: Any) -> str | None:
+        if not isinstance(k, Tensor) or k.device.type == "meta":
+            return None  # missing, or not a tensor: reported by torch
         if k.dim() != 0 or k.dtype is not torch.int64:
             return f"{key}: expected a 0-dim int64 tensor, got {k.dtype} with {k.dim()} dimensions"
         if int(k) != self.in_features:
@@ -360,11 +362,13 @@ def _reason_against(layer: QLinear) -> str:
         return f"{type(layer).__name__} has a forward of its own"
     if layer._forward_hooks or layer._forward_pre_hooks:
         return "it has forward hooks"
+    if type(layer.activation) is not Activation:
+        return "its activation was replaced"
     for name, quantization in (("input", layer.input_quantization), ("weight", layer.weight_quantization)):
         if binary_rule(quantization) is None:
             mode = " in training mode" if quantization.training else ""
             return f"its {name} quantization, {quantization!r}{mode}, is not sign-like"
-    return "" if layer._packed_rules() is not None else "its activation was replaced or has hooks"
+    return "" if layer._packed_rules() is not None else "its activation has hooks"
 
 
 def _bytes(*tensors: Tensor | None) -> int:

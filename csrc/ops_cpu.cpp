@@ -39,20 +39,27 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
         stride *= std::max<int64_t>(sizes[d], 1);
     }
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+    const AOTITorchError error = aoti_torch_empty_strided(
         static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-        torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), kCpu, 0, &handle));
+        torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), kCpu, 0, &handle);
+    if (error) {
+        std::ostringstream shape;
+        for (const int64_t size : sizes) shape << size << ", ";
+        fail("result", "cannot allocate shape (", shape.str(), ") of ", dtype_name(type));
+    }
     return Tensor(handle);
 }
 
 // Scratch memory, aligned to a cache line. Null after a failure, so that a thread of the pool, which
-// must not throw, can report it.
+// must not throw, can report it; an expanded x can ask for more bytes than an int64 counts.
 struct Free {
     void operator()(void* memory) const { std::free(memory); }
 };
 using Scratch = std::unique_ptr<uint8_t, Free>;
 
-Scratch allocate(int64_t bytes) {
+Scratch allocate(int64_t count, int64_t item_bytes = 1) {
+    int64_t bytes;
+    if (__builtin_mul_overflow(count, item_bytes, &bytes) || bytes > INT64_MAX / 2) return nullptr;
     return Scratch(static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(ceil_div(bytes, 64) * 64 + 64))));
 }
 
@@ -87,17 +94,25 @@ std::optional<int64_t> row_stride(const Tensor& x) {
     return stride;
 }
 
+Tensor contiguous_copy(const Tensor& x) {
+    try {
+        return torch::stable::contiguous(x);
+    } catch (const std::exception&) {  // its text names a file of the build
+        fail("x", "cannot allocate a contiguous copy of it");
+    }
+}
+
 Rows check_rows(const Tensor& x, int64_t k) {
+    check_values(k);
     const DType dtype = check_float("x", x.scalar_type());
     check_dimensions("x", x, 1, "(..., k)");
     if (x.size(x.dim() - 1) != k)
         fail("x", "expected k = ", k, " values in the last dimension, got ", x.size(x.dim() - 1));
-    check_values(k);
     check_memory("x", x, kCpu, element_size(dtype));
     int64_t m = 1;
     for (int64_t d = 0; d + 1 < x.dim(); ++d) m *= x.size(d);
     std::optional<int64_t> stride = m == 0 || k == 0 ? k : row_stride(x);
-    Tensor rows = stride ? x : torch::stable::contiguous(x);
+    Tensor rows = stride ? x : contiguous_copy(x);
     const uint8_t* data = static_cast<const uint8_t*>(rows.data_ptr());
     return {std::move(rows), data, dtype, m, k, stride.value_or(k)};
 }
@@ -135,7 +150,7 @@ class Vector {
             values_ = data;
             return;
         }
-        converted_ = allocate(n * element_size(type));
+        converted_ = allocate(n, element_size(type));
         if (!converted_) fail_memory();
         for (int64_t i = 0; i < n; ++i) {
             const uint8_t* value = data + i * stride * element_size(from);
@@ -218,7 +233,6 @@ const uint8_t* check_prepared(const Tensor& prepared, const Kernel& kernel, int6
 // Splits y into equal tiles, as many as a multiple of the threads, and computes each with its own
 // workspace. Every element is an integer sum, so the result does not depend on the split.
 void multiply(const Kernel& kernel, const Product& product) {
-    if (product.m == 0 || product.n == 0) return;
     const bool serial = static_cast<double>(product.m) * product.n * product.k < kSerialProducts;
     const int64_t threads = serial ? 1 : get_num_threads();
     int64_t row_tiles = ceil_div(product.m, kernel.row_tile);
@@ -276,11 +290,12 @@ Weight check_weight(const Tensor& words, int64_t k, const std::optional<Tensor>&
 
 Tensor multiply_words(const uint32_t* x_words, int64_t m, const Weight& weight, const std::vector<int64_t>& sizes) {
     Tensor y = empty(sizes, weight.out_type);
+    if (m == 0 || weight.n == 0) return y;
     const DType dtype = *dtype_of(weight.out_type), sum = dtype == DType::float64 ? DType::float64 : DType::float32;
     const Vector bias(weight.bias, sum), scale(weight.scale, sum);
     Scratch prepared;
     const uint8_t* panels = weight.panels;
-    if (!panels && weight.kernel.prepare && m > 0) {
+    if (!panels && weight.kernel.prepare) {
         prepared = allocate(prepared_bytes(weight.kernel.layout, weight.n, weight.k));
         if (!prepared) fail_memory();
         write_prepared(weight.kernel, weight.words, weight.n, weight.k, prepared.get());
@@ -354,7 +369,7 @@ Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std:
     const Rows rows = check_rows(x, k);
     const Weight weight =
         check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(x.scalar_type()));
-    const Scratch words = allocate(rows.m * words_for(k) * kWordBytes);
+    const Scratch words = allocate(rows.m, words_for(k) * kWordBytes);
     if (!words) fail_memory();
     uint32_t* x_words = reinterpret_cast<uint32_t*>(words.get());
     pack_rows(rows, strict, 0, x_words, nullptr);

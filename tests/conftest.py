@@ -1,0 +1,65 @@
+"""The kernel fixture, seeds and hypothesis' profile. All of it is local to a process, so tests run in parallel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from bitorch_qlinear import _library
+
+# function_scoped_fixture: forcing a kernel once serves all examples of a test.
+settings.register_profile(
+    "reproducible",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("reproducible")
+
+# Test processes share the cores; more threads than cores wait for each other most of the time.
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=_library.available_kernels())
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each CPU kernel of this processor in turn: forced, and proven to be the active one."""
+    _library.force_kernel(request.param)
+    try:
+        assert _library.active_kernel() == request.param
+        yield request.param
+        assert _library.active_kernel() == request.param, "the test itself changed the kernel"
+    finally:
+        _library.force_kernel(None)
+
+
+@pytest.fixture
+def on_scalar(kernel: str) -> Callable[..., Any]:
+    """Calls a function with the scalar twin active, and the kernel under test again afterwards."""
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        _library.force_kernel("scalar")
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _library.force_kernel(kernel)
+
+    return call
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores torch's number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

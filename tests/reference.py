@@ -1,0 +1,141 @@
+"""What the operators must compute, written to be obviously right: float64, one bit at a time, no operator of ours."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+def signs(x: Tensor, strict: bool = False) -> Tensor:
+    """s(v) in float64: -1 if v < 0, else +1 (NaN and both zeros too); strict: +1 only where v > 0."""
+    v = x.to(torch.float64)
+    positive = v > 0 if strict else ~(v < 0)
+    return torch.where(positive, 1.0, -1.0).to(torch.float64)
+
+
+def in_range(x: Tensor, threshold: float) -> Tensor:
+    """The mask |x| <= t as torch computes it, in x's dtype; NaN is out of range."""
+    return x.abs() <= threshold
+
+
+def pack(bits: Tensor) -> Tensor:
+    """Bit i of word w is element 32 w + i; 0 past the last element."""
+    k = bits.shape[-1]
+    padded = np.zeros((*bits.shape[:-1], -(-k // 32), 32), np.uint32)
+    for i in range(32):
+        padded[..., : len(range(i, k, 32)), i] = bits.numpy()[..., i::32]
+    words = np.zeros(padded.shape[:-1], np.uint32)
+    for i in range(32):
+        words |= padded[..., i] << np.uint32(i)
+    return torch.from_numpy(words.view(np.int32))
+
+
+def unpack(words: Tensor, k: int) -> Tensor:
+    """The first k bits of each row, as bool."""
+    source = words.numpy().view(np.uint32)
+    bits = np.zeros((*source.shape[:-1], k), bool)
+    for i in range(min(k, 32)):
+        bits[..., i::32] = (source[..., : len(range(i, k, 32))] >> np.uint32(i)) & np.uint32(1)
+    return torch.from_numpy(bits)
+
+
+def pack_signs(x: Tensor, strict: bool = False) -> Tensor:
+    return pack(signs(x, strict) > 0)
+
+
+def unpack_signs(words: Tensor, k: int) -> Tensor:
+    """float64 ±1."""
+    return unpack(words, k).to(torch.float64) * 2 - 1
+
+
+def product(x_signs: Tensor, w_signs: Tensor) -> Tensor:
+    """The exact integers x · wᵀ (float64 holds every integer up to 2⁵³), int64."""
+    rows = x_signs.reshape(x_signs.shape[:-1].numel(), x_signs.shape[-1])
+    return (rows @ w_signs.T).to(torch.int64).reshape(*x_signs.shape[:-1], w_signs.shape[0])
+
+
+def epilogue(integers: Tensor, bias: Tensor | None, scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """cast(T(integer) · T(scale) + T(bias)), every operation rounded once by torch."""
+    if out_dtype is torch.int32:
+        return integers.to(torch.int32)
+    t = torch.float64 if out_dtype is torch.float64 else torch.float32
+    y = integers.to(t)
+    if scale is not None:
+        y = y * scale.to(t)
+    if bias is not None:
+        y = y + bias.to(t)
+    return y.to(out_dtype)
+
+
+def linear_reference(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    strict_x: bool = False,
+    strict_w: bool = False,
+) -> Tensor:
+    """The linear layer of real x (..., k) and w (n, k)."""
+    return epilogue(product(signs(x, strict_x), signs(w, strict_w)), bias, scale, out_dtype or x.dtype)
+
+
+def same(actual: Tensor, expected: Tensor) -> Tensor:
+    """Elementwise: the same bits, so that +0 and -0 differ; a NaN equals every NaN."""
+    if not expected.is_floating_point():
+        return actual == expected
+    bits = BITS[expected.dtype]
+    actual, expected = actual.resolve_neg(), expected.resolve_neg()
+    return (actual.contiguous().view(bits) == expected.contiguous().view(bits)) | (actual.isnan() & expected.isnan())
+
+
+def assert_equal(actual: Tensor, expected: Tensor, what: object = "") -> None:
+    """Same dtype, shape and bits; otherwise the first mismatch with its coordinate and both values."""
+    assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype}, expected {expected.dtype}"
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    wrong = ~same(actual, expected)
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, first at {at}: "
+            f"got {actual[at].item()!r}, expected {expected[at].item()!r}"
+        )
+
+
+def special_values(dtype: torch.dtype) -> Tensor:
+    """±0, ±inf, about ±1, smallest and largest denormals and normals, quiet and signalling NaN of both signs."""
+    info = torch.finfo(dtype)
+    bits = BITS[dtype]
+    sign = torch.iinfo(bits).min
+    infinity = int(torch.tensor(float("inf"), dtype=dtype).view(bits))
+    smallest_normal = int(torch.tensor(info.tiny, dtype=dtype).view(bits))
+    patterns = [0, 1, smallest_normal - 1, smallest_normal, infinity - 1, infinity, infinity + 1, -sign - 1]
+    one = int(torch.tensor(1.0, dtype=dtype).view(bits))
+    quiet = int(torch.tensor(float("nan"), dtype=dtype).view(bits)) & (-sign - 1)
+    patterns += [one, one - 1, one + 1, quiet]
+    return torch.tensor([p for q in patterns for p in (q, q + sign)], dtype=bits).view(dtype)
+
+
+def random_values(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Random bit patterns, normal values and special ones, a third each."""
+    bits = BITS[dtype]
+    info = torch.iinfo(bits)
+    patterns = torch.randint(info.min, info.max, shape, dtype=bits, generator=generator).view(dtype)
+    normal = torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+    special = special_values(dtype)
+    chosen = special[torch.randint(len(special), shape, generator=generator)]
+    kind = torch.randint(3, shape, generator=generator)
+    return torch.where(kind == 0, patterns, torch.where(kind == 1, normal, chosen))
+
+
+def random_words(rows: int, k: int, generator: torch.Generator, stray: bool = False) -> Tensor:
+    """Packed words of random bits; with `stray`, the bits past k are random too."""
+    words = torch.randint(-(2**31), 2**31, (rows, -(-k // 32)), dtype=torch.int64, generator=generator)
+    words = words.to(torch.int32)
+    if not stray and k % 32:
+        words[:, -1] &= (1 << k % 32) - 1
+    return words

@@ -1,0 +1,219 @@
+"""What was built: shared objects, the way to them, the version handshake, the choice of a kernel, the CUDA decision."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bitorch_qlinear
+from bitorch_qlinear import _C, _library
+
+PACKAGE = Path(bitorch_qlinear.__file__).parent
+ROOT = PACKAGE.parent
+OPERATOR_LIBRARIES = sorted(PACKAGE.glob("_ops_*.so"))
+
+
+def run_python(code, cwd=ROOT, **environment):
+    """A fresh process; what it printed, or what it died of."""
+    variables = {name: value for name, value in os.environ.items() if name not in ("BITORCH_QLINEAR_CPU", "PYTHONPATH")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=variables | environment, cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+
+
+def last_line(result):
+    return (result.stdout + result.stderr).strip().splitlines()[-1]
+
+
+# ---- the shared objects ----------------------------------------------------------------------------
+
+
+def test_operator_library_is_built():
+    assert PACKAGE / "_ops_cpu.so" in OPERATOR_LIBRARIES
+
+
+@pytest.mark.parametrize("library", OPERATOR_LIBRARIES, ids=lambda path: path.name)
+def test_operators_do_not_depend_on_python(library):
+    assert shutil.which("nm") and shutil.which("objdump"), "binutils are missing: this property cannot be tested"
+    output = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True
+    ).stdout
+    symbols = [line.split()[-1] for line in output.splitlines()]
+    assert any(symbol.startswith("aoti_torch_") for symbol in symbols), "nm's output was not understood"
+    assert not [symbol for symbol in symbols if re.match(r"_?Py|THP", symbol) or "pybind11" in symbol]
+    # Nothing of torch but its C functions, which are stable: no C++ name of at::, c10:: or torch::.
+    assert not [symbol for symbol in symbols if re.match(r"_ZNK?S?t?(2at|3c10|5torch)", symbol)]
+    headers = subprocess.run(["objdump", "-p", library], check=True, capture_output=True, text=True).stdout
+    needed = re.findall(r"NEEDED\s+(\S+)", headers)
+    assert needed and not [name for name in needed if "python" in name], needed
+
+
+def test_operators_need_only_torch():
+    result = run_python(
+        f"import sys, torch\n"
+        f"torch.ops.load_library({str(PACKAGE / '_ops_cpu.so')!r})\n"
+        f"words = torch.ops.bitorch_qlinear.pack_bits(torch.tensor([[1.0, -1.0, 0.0]]))\n"
+        f"y = torch.ops.bitorch_qlinear.linear(torch.ones(2, 3), words, 3)\n"
+        f"print(words.tolist(), y.tolist(), any(name.startswith('bitorch_qlinear') for name in sys.modules))",
+        cwd="/",
+    )
+    assert last_line(result) == "[[5]] [[1.0], [1.0]] False"
+
+
+def test_info():
+    info = bitorch_qlinear.info()
+    assert list(info) == [
+        "version",
+        "compiler",
+        "torch_built",
+        "torch_running",
+        "cuda",
+        "cpu_capability",
+        "kernels",
+        "kernel",
+        "kernel_reason",
+    ]
+    assert info["version"] == bitorch_qlinear.__version__ == _C.build_info()["version"]
+    assert info["torch_running"] == torch.__version__
+    assert info["torch_built"] == _C.build_info()["torch"]
+    assert re.match(r"(gcc|clang) \d", info["compiler"])
+    assert info["cpu_capability"] == _C.cpu_capability() in ("AVX512", "AVX2", "NEON", "DEFAULT")
+    assert ("avx2" in info["kernels"]) == (info["cpu_capability"] in ("AVX512", "AVX2"))
+    assert info["kernels"][-1] == "scalar" and info["kernel"] in info["kernels"] and info["kernel_reason"]
+
+
+# ---- the choice of a kernel ------------------------------------------------------------------------
+
+WHICH = """
+import torch, bitorch_qlinear
+from bitorch_qlinear import _library, functional
+words = functional.pack_bits(torch.ones(3, 70))
+layout = int.from_bytes(bytes(functional.prepare_weight(words, 70)[8:12].tolist()), "little")
+print(bitorch_qlinear.info()["kernel"], _library.prepared_layout()[0], layout, bitorch_qlinear.info()["kernel_reason"])
+"""
+
+
+@pytest.mark.parametrize("name", [*_library.available_kernels(), ""])
+def test_kernel_by_environment(name):
+    expected = name or _library.available_kernels()[0]
+    result = run_python(WHICH, BITORCH_QLINEAR_CPU=name)
+    assert result.returncode == 0, result.stderr
+    kernel, panel, layout, reason = last_line(result).split(" ", 3)
+    # Proven by the form that it gives to weights, not by its word alone.
+    assert (kernel, int(panel), int(layout)) == (expected, *{"scalar": (1, 0), "avx2": (64, 1)}[expected])
+    automatic = expected == _library.available_kernels()[0]
+    assert ("forced" in reason) != automatic
+
+
+@pytest.mark.parametrize("name", ["avx1024", "AVX2", "scalar "])
+def test_unknown_kernel_is_an_error_at_import(name):
+    result = run_python("import bitorch_qlinear", BITORCH_QLINEAR_CPU=name)
+    kernels = ", ".join(_library.available_kernels())
+    assert result.returncode != 0
+    assert last_line(result) == (
+        f"RuntimeError: BITORCH_QLINEAR_CPU: expected one of the kernels that this processor can run ({kernels}), "
+        f'got "{name}"'
+    )
+
+
+# ---- a build that does not belong to the code ------------------------------------------------------
+
+STALE = """
+import sys, types
+version = types.ModuleType("bitorch_qlinear._version")
+version.__version__ = "99.0"
+sys.modules["bitorch_qlinear._version"] = version
+"""
+STALE_OPERATORS_ONLY = """
+module = types.ModuleType("bitorch_qlinear._C")
+module.build_info = lambda: {"version": "99.0"}
+sys.modules["bitorch_qlinear._C"] = module
+"""
+
+
+@pytest.mark.parametrize(("patch", "part"), [(STALE, "module _C"), (STALE + STALE_OPERATORS_ONLY, "operators")])
+def test_stale_build(patch, part):
+    result = run_python(patch + "import bitorch_qlinear")
+    assert result.returncode != 0
+    assert last_line(result).startswith(
+        f"ImportError: bitorch_qlinear 99.0 found its {part} built for version {bitorch_qlinear.__version__}: a stale "
+    )
+    assert "make build" in last_line(result) and "pip install" in last_line(result)
+
+
+@pytest.mark.parametrize(
+    ("part", "damage", "message"),
+    [
+        ("_C*.so", b"not a shared object", "bitorch_qlinear._C is not built for this Python"),
+        ("_ops_cpu.so", b"not a shared object", "bitorch_qlinear's operators cannot be loaded by torch 2"),
+        ("_ops_cpu.so", None, "bitorch_qlinear's operators are not built (_ops_cpu.so is missing)"),
+    ],
+)
+def test_missing_and_damaged_builds(tmp_path, part, damage, message):
+    copy = tmp_path / "bitorch_qlinear"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    (library,) = copy.glob(part)
+    library.unlink() if damage is None else library.write_bytes(damage)
+    result = run_python("import bitorch_qlinear", cwd=tmp_path)
+    assert result.returncode != 0
+    assert last_line(result).startswith(f"ImportError: {message}"), result.stderr
+    assert "make build" in last_line(result)
+
+
+# ---- setup.py ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def decide_cuda():
+    """setup.py's function; imported as a module, setup.py builds nothing."""
+    spec = importlib.util.spec_from_file_location("setup_of_bitorch_qlinear", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    before = Path.cwd()
+    os.chdir(ROOT)  # it names its sources relative to itself
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("BITORCH_QLINEAR_CUDA", raising=False)
+            spec.loader.exec_module(module)
+    finally:
+        os.chdir(before)
+    return module.decide_cuda
+
+
+@pytest.mark.parametrize(
+    ("switch", "torch_cuda", "nvcc", "sources", "expected", "reason"),
+    [
+        ("0", "13.0", True, True, False, "BITORCH_QLINEAR_CUDA=0"),
+        ("0", None, False, False, False, "BITORCH_QLINEAR_CUDA=0"),
+        ("1", "13.0", True, True, True, "BITORCH_QLINEAR_CUDA=1"),
+        (None, "13.0", True, True, True, "13.0"),
+        ("", "12.6", True, True, True, "12.6"),
+        (None, None, True, True, False, "without CUDA"),
+        (None, "13.0", False, True, False, "no nvcc"),
+        (None, "13.0", True, False, False, "no CUDA code"),
+        ("", None, False, False, False, "no CUDA code, .*without CUDA, .*no nvcc"),
+    ],
+)
+def test_cuda_decision(decide_cuda, switch, torch_cuda, nvcc, sources, expected, reason):
+    decision, why = decide_cuda(switch, torch_cuda, nvcc, sources)
+    assert decision is expected and re.search(reason, why)
+
+
+@pytest.mark.parametrize(
+    ("switch", "torch_cuda", "nvcc", "sources", "message"),
+    [
+        ("1", None, True, True, "without CUDA"),
+        ("1", "13.0", False, True, "no nvcc"),
+        ("1", "13.0", True, False, "no CUDA code"),
+        ("yes", "13.0", True, True, "must be 0 or 1, not 'yes'"),
+        ("2", None, False, False, "must be 0 or 1"),
+    ],
+)
+def test_cuda_switch_that_cannot_be_followed(decide_cuda, switch, torch_cuda, nvcc, sources, message):
+    with pytest.raises(ValueError, match=message):
+        decide_cuda(switch, torch_cuda, nvcc, sources)

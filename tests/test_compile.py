@@ -1,0 +1,221 @@
+"""torch.compile and torch.export: one graph, no recompilation, the same numbers."""
+
+import io
+import warnings
+
+import pytest
+import torch
+import torch._dynamo
+from torch import nn
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+
+import bitorch_qlinear.linear as linear_module
+from bitorch_qlinear import PackedQLinear, QLinear, pack
+
+K, N = 70, 9
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    monkeypatch.setattr(linear_module, "_warned_of_packing", True)  # the warning has its own test
+    yield
+    torch._dynamo.reset()
+
+
+def layer_like(training=True, **options):
+    return QLinear(K, N, **{"gradient_cancellation_threshold": 0.9, **options}).train(training)
+
+
+def results(function, layer, x, g):
+    leaf = x.clone().requires_grad_()
+    y = function(leaf)
+    return (y.detach(), *torch.autograd.grad(y, [leaf, *layer.parameters()], g))
+
+
+# ---- compile ----
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_forward_and_backward(training, dynamic):
+    layer = layer_like(training)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (3, 5):
+        x, g = torch.randn(2, rows, K), torch.randint(-3, 4, (2, rows, N)).float()
+        for ours, want in zip(results(compiled, layer, x, g), results(layer, layer, x, g), strict=True):
+            assert torch.equal(ours, want)
+
+
+@pytest.mark.parametrize(
+    ("input_quantization", "weight_quantization"),
+    [("swishsign", "approxsign"), ("steheaviside", "steheaviside"), ("inputdorefa", "weightdorefa")],
+)
+def test_other_quantizations(input_quantization, weight_quantization):
+    layer = layer_like(input_quantization=input_quantization, weight_quantization=weight_quantization)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, g = torch.randn(3, K), torch.randint(-3, 4, (3, N)).float()
+    for ours, want in zip(results(compiled, layer, x, g), results(layer, layer, x, g), strict=True):
+        torch.testing.assert_close(ours, want)
+
+
+@pytest.mark.parametrize("make", [layer_like, lambda: layer_like(False), lambda: pack(layer_like(False))])
+def test_no_recompilation_per_batch_size(make):
+    layer, counter = make(), CompileCounter()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for rows in (2, 3, 17, 64, 5):
+            x = torch.randn(rows, K)
+            assert torch.equal(compiled(x), layer(x))  # nor does an eager call in between compile it anew
+    assert counter.frame_count == 1
+
+
+def test_no_recompilation_per_batch_size_in_backward():
+    layer, counter = layer_like(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for rows in (2, 3, 17):
+        compiled(torch.randn(rows, K, requires_grad=True)).sum().backward()
+        counts.append(counter.frame_count)
+    assert counts == [2, 2, 2]  # forward and backward
+
+
+def test_a_weight_that_changes_does_not_recompile_and_is_seen():
+    layer, counter = layer_like(False), CompileCounter()
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    x = torch.randn(3, K)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(compiled(x), layer(x))
+            layer.weight.neg_()
+            assert torch.equal(compiled(x), layer(x))
+    assert counter.frame_count == 1
+
+
+def test_inductor_trains():
+    layer = layer_like(weight_quantization="steheaviside")
+    compiled = torch.compile(layer, fullgraph=True)
+    x, g = torch.randn(3, K), torch.randint(-3, 4, (3, N)).float()
+    for ours, want in zip(results(compiled, layer, x, g), results(layer, layer, x, g), strict=True):
+        assert torch.equal(ours, want)
+
+
+def test_inductor_infers():
+    packed = pack(nn.Sequential(layer_like(False), nn.ReLU()))
+    compiled = torch.compile(packed, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for rows in (3, 8):
+            x = torch.randn(rows, K)
+            assert torch.equal(compiled(x), packed(x))
+
+
+def test_autocast_in_the_graph():
+    layer = layer_like()
+    x = torch.randn(3, K)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return layer(x)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = layer(x)
+    assert want.dtype is torch.bfloat16
+    assert torch.equal(run(x), want)
+
+
+def test_warning_of_packing_per_call(monkeypatch):
+    monkeypatch.setattr(linear_module, "_warned_of_packing", False)
+
+    def said(layer, compiled=True):
+        function = torch.compile(layer, fullgraph=True, backend="eager") if compiled else layer
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            function(torch.randn(2, K))
+        return [str(warning.message) for warning in caught if "bitorch_qlinear" in str(warning.message)]
+
+    assert said(layer_like(True)) == said(pack(layer_like(False))) == said(layer_like(False), compiled=False) == []
+    (message,) = said(layer_like(False))
+    assert "bitorch_qlinear.pack(model) before torch.compile" in message
+    assert said(layer_like(False)) == said(QLinear(K, N).eval()) == []
+
+
+# ---- a compiled PackedQLinear ----
+
+
+def test_compiled_packed_layer_sees_new_words():
+    packed, counter = PackedQLinear.from_float(layer_like(False)), CompileCounter()
+    compiled = torch.compile(packed, fullgraph=True, backend=counter)
+    x = torch.randn(3, K)
+    for _ in range(3):
+        other = layer_like(False)
+        with torch.no_grad():
+            packed.load_state_dict(PackedQLinear.from_float(other).state_dict())
+            assert torch.equal(compiled(x), other(x))
+            packed.load_state_dict(layer_like(False).state_dict())
+            assert torch.equal(compiled(x), packed(x))
+            packed.weight.copy_(PackedQLinear.from_float(other).weight)
+            packed.bias.copy_(other.bias)
+            packed.repack()
+            assert torch.equal(compiled(x), other(x))
+    assert counter.frame_count == 1
+
+
+# ---- export ----
+
+
+def exported_operators(program):
+    return [node.target for node in program.graph.nodes if node.op == "call_function"]
+
+
+def save_and_load(program):
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file)
+
+
+OPS = torch.ops.bitorch_qlinear
+
+
+@pytest.mark.parametrize(
+    ("make", "operators"),
+    [
+        (lambda: layer_like(False), [OPS.pack_bits.default, OPS.linear.default]),
+        (lambda: PackedQLinear.from_float(layer_like(False)), [OPS.prepare_weight.default, OPS.linear.default]),
+    ],
+    ids=["QLinear", "PackedQLinear"],
+)
+def test_export(make, operators):
+    layer = make().requires_grad_(False)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(layer, (torch.randn(4, K),), dynamic_shapes=({0: batch},))
+    ours = [target for target in exported_operators(program) if "bitorch_qlinear" in str(target)]
+    assert ours == operators
+    assert {str(target).split(".")[0] for target in exported_operators(program)} <= {"bitorch_qlinear", "aten"}
+    assert all(node.op != "higher_order" and "autograd" not in str(node.target) for node in program.graph.nodes)
+    loaded = save_and_load(program)
+    assert {key for key in program.state_dict if key != "k"} == {"weight", "bias"}
+    for rows in (1, 4, 33):
+        x = torch.randn(rows, K)
+        assert torch.equal(program.module()(x), layer(x))
+        assert torch.equal(loaded.module()(x), layer(x))
+
+
+def test_exported_program_holds_words_not_what_one_kernel_reads():
+    layer = pack(nn.Sequential(QLinear(1024, 256, bias=False)).eval())
+    program = torch.export.export(layer, (torch.randn(2, 1024),))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    floats = 4 * 1024 * 256
+    assert sum(tensor.nbytes for tensor in program.state_dict.values()) == floats // 32 + 8
+    assert file.tell() < floats // 8
+
+
+def test_export_of_a_network_with_gradients_wanted():
+    model = nn.Sequential(nn.Linear(4, K), layer_like(False), nn.Linear(N, 2))
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+        torch.testing.assert_close(program.module()(x), model(x))

@@ -1,0 +1,191 @@
+"""The demo, small: what it claims, what it writes, and its errors. Nothing here depends on how fast it ran."""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from bitorch_qlinear import PackedQLinear, QLinear, demo, info
+
+EPOCHS, HIDDEN, SEED = 3, 256, 1
+
+
+class Run(NamedTuple):
+    output: str
+    results: dict[str, Any]
+    png: bytes
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tests run side by side: more threads than cores would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, _one_thread: None) -> Run:
+    folder = tmp_path_factory.mktemp("demo")
+    png, results = folder / "demo.png", folder / "demo.json"
+    flags = {"epochs": EPOCHS, "hidden": HIDDEN, "seed": SEED, "device": "cpu", "plot": png, "json": results}
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
+        patch.setattr(demo, "ROUNDS", 2)
+        patch.setattr(demo, "BLOCK_SECONDS", 0.0)
+        demo.main([part for name, value in flags.items() for part in (f"--{name}", str(value))])
+    return Run(output.getvalue(), json.loads(results.read_text()), png.read_bytes())
+
+
+def test_learns_and_packs_without_a_difference(run: Run) -> None:
+    assert run.results["test_accuracy"] > 0.85
+    assert run.results["identical_predictions"] is True
+    assert f"packed {demo.HIDDEN_LAYERS} of {demo.HIDDEN_LAYERS} QLinear" in run.output
+    assert "identical for all 450 test images" in run.output
+
+
+def test_tables_name_all_models(run: Run) -> None:
+    for name in (demo.FLOAT32, demo.QLINEAR, demo.PACKED):
+        rows = [line for line in run.output.splitlines() if line.startswith(name)]
+        assert len(rows) == 2, f"one row of sizes and one of latencies for {name}"
+        assert all(row.count("×") == (0 if name == demo.FLOAT32 else 4) for row in rows)
+    for word in ("[kB]", "[µs]", "batch 256", f"kernel: {info()['kernel']}", "threads: 1", demo.processor_name()):
+        assert word in run.output
+
+
+def test_json_holds_what_was_measured_and_where(run: Run) -> None:
+    results = run.results
+    assert results["settings"] == {
+        "epochs": EPOCHS,
+        "hidden": HIDDEN,
+        "hidden_layers": demo.HIDDEN_LAYERS,
+        "seed": SEED,
+    }
+    assert len(results["training"]["loss"]) == len(results["training"]["test_accuracy"]) == EPOCHS
+    environment = results["environment"]
+    assert environment["kernel"] == info()["kernel"]
+    assert environment["cpu_capability"] == info()["cpu_capability"]
+    assert environment["torch"] == torch.__version__
+    assert environment["threads"] == 1
+    assert environment["processor"] and environment["date"]
+    assert list(results["models"]) == [demo.FLOAT32, demo.QLINEAR, demo.PACKED]
+    for costs in results["models"].values():
+        assert len(costs) == 8 and all(value > 0 for value in costs.values())
+
+
+def test_sizes_are_those_of_the_weights(run: Run) -> None:
+    floats, qlinear, packed = run.results["models"].values()
+    weights = demo.HIDDEN_LAYERS * HIDDEN * HIDDEN
+    assert floats["resident_hidden_bytes"] == 4 * weights
+    # Both forms of the bits, with 64 bytes of header and 8 bytes of k a layer, are 2/32 of the floats.
+    both = 2 * weights // 8 + 64 * demo.HIDDEN_LAYERS
+    assert 0 <= packed["resident_hidden_bytes"] - both <= 1024
+    assert 0 <= qlinear["resident_hidden_bytes"] - 4 * weights - both <= 1024
+    assert 0 < packed["checkpoint_hidden_bytes"] - weights // 8 < 8192
+    assert floats["checkpoint_hidden_bytes"] > 4 * weights
+    for costs in (floats, qlinear, packed):
+        assert costs["checkpoint_model_bytes"] > costs["checkpoint_hidden_bytes"]
+        assert costs["resident_model_bytes"] > costs["resident_hidden_bytes"]
+
+
+def test_plot_is_a_png(run: Run) -> None:
+    assert run.png.startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_default_model_is_binarized_inside() -> None:
+    arguments = demo.parse_arguments([])
+    model = demo.build_model(64, arguments.hidden)
+    layers = list(demo.hidden_layers(model))
+    assert len(layers) >= 2 and all(type(layer) is QLinear for layer in layers)
+    assert all(layer.in_features == layer.out_features >= 1024 for layer in layers)
+    assert type(model.first) is type(model.last) is nn.Linear
+
+
+def test_same_seed_same_training() -> None:
+    def curve() -> demo.Curve:
+        digits = demo.load_digits(SEED, torch.device("cpu"))
+        torch.manual_seed(SEED)
+        return demo.train(demo.build_model(64, 32), digits, 2)
+
+    assert curve() == curve()
+
+
+def test_every_class_is_split_alike() -> None:
+    digits = demo.load_digits(SEED, torch.device("cpu"))
+    assert (len(digits.x_train), len(digits.x_test)) == (1347, 450)
+    assert digits.x_train.min() == -1 and digits.x_train.max() == 1
+    train, test = (labels.bincount(minlength=demo.CLASSES) / len(labels) for labels in (digits.y_train, digits.y_test))
+    torch.testing.assert_close(train, test, atol=0.005, rtol=0)
+
+
+def test_difference_of_the_packed_model_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(QLinear(64, 10)), torch.randn(5, 64)
+
+    def pack_badly(model: nn.Module, report: bool) -> tuple[nn.Module, str]:
+        return nn.Sequential(PackedQLinear(64, 10)), ""
+
+    monkeypatch.setattr(demo, "pack", pack_badly)
+    with pytest.raises(RuntimeError, match=r"differs from the trained one in \d+ of 50 logits"):
+        demo.pack_and_check(model, x)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--epochs", "0"], "--epochs: expected a whole number of at least 1, got '0'"),
+        (["--hidden", "wide"], "--hidden: expected a whole number of at least 1, got 'wide'"),
+        (["--seed", "-1"], "--seed"),
+        (["--seed", str(2**32)], "--seed: expected a whole number from 0 to 2**32 - 1"),
+        (["--device", "nowhere"], "cannot compute on 'nowhere' here"),
+        (["--device", "meta"], "cannot compute on 'meta' here"),
+        (["--plot", "no/such/folder/demo.png"], "--plot: expected the path of a file in an existing folder"),
+        (["--json", "."], "--json: expected the path of a file in an existing folder"),
+        (["--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_bad_flag(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        demo.main(flags)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
+def test_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        demo.main(["--device", "cuda"])
+    assert "cannot compute on 'cuda' here" in capsys.readouterr().err
+
+
+def test_help_documents_each_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        demo.main(["--help"])
+    assert error.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{flag} " in text for flag in ("epochs", "hidden", "seed", "device", "plot", "json"))
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [("tabulate", "tabulate"), ("matplotlib", "matplotlib"), ("sklearn.datasets", "scikit-learn")],
+)
+def test_missing_package(module: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit) as error:
+        demo.main(["--plot", str(tmp_path / "demo.png")])
+    assert str(error.value).startswith(f"The demo needs {package} (")
+    assert str(error.value).endswith("pip install 'bitorch_qlinear[demo]'")
+
+
+def test_processor_without_cpuinfo(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> str:
+        raise OSError
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert demo.processor_name()
