@@ -44,6 +44,18 @@ inline float bits_float(uint32_t bits) {
     return value;
 }
 
+inline uint64_t double_bits(double value) {
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+inline double bits_double(uint64_t bits) {
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 inline double widen(double value) { return value; }
 inline float widen(float value) { return value; }
 inline float widen(BFloat16 value) { return bits_float(uint32_t{value.bits} << 16); }

@@ -215,7 +215,8 @@ def one_element_changed(weight):
 def test_identity_and_address_are_compared_not_only_values():
     layer, x = QLinear(512, 301).eval(), torch.randn(3, 512)
     assert [packings(layer, x) for _ in range(2)] == [1, 0]
-    layer.weight.data = one_element_changed(layer.weight)  # the same tensor and version at another address
+    kept = layer.weight.data  # so that what lies at the old address stays as it was
+    layer.weight.data = one_element_changed(kept)  # the same tensor and version at another address
     assert [packings(layer, x) for _ in range(2)] == [1, 0]
     other = nn.Parameter(layer.weight.data)  # another tensor at the same address
     other.data.copy_(one_element_changed(other))

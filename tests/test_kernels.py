@@ -147,6 +147,22 @@ def test_pack_every_value(kernel, dtype, strict, threshold):
         assert_equal(range_words, pack(in_range(x, threshold)))
 
 
+@dtypes
+@pytest.mark.parametrize("strict", [False, True])
+def test_denormals_keep_their_sign_where_torch_flushes_them(kernel, dtype, strict):
+    # The setting is each thread's own: bits that followed it would depend on the thread that packs a row.
+    tiny = torch.finfo(dtype).smallest_normal / 2
+    x = torch.tensor([-tiny, tiny, -0.0, 0.0] * 17, dtype=dtype)
+    expected = F.pack_bits(x, strict)
+    assert_equal(F.unpack_bits(expected, 4 * 17), torch.tensor([-1.0, 1, *((-1, -1) if strict else (1, 1))] * 17))
+    assert torch.set_flush_denormal(True)
+    try:
+        words = F.pack_bits(x, strict)
+    finally:
+        torch.set_flush_denormal(False)
+    assert_equal(words, expected)
+
+
 @pytest.mark.parametrize("out", [*FLOATS, torch.int32, torch.int8, torch.bool], ids=lambda dtype: str(dtype)[6:])
 def test_unpack_every_length(kernel, out):
     generator = torch.Generator().manual_seed(3)

@@ -13,13 +13,20 @@ namespace {
 inline double absolute(double v) { return v < 0 ? -v : v; }
 inline float absolute(float v) { return v < 0 ? -v : v; }
 
+// v > 0 and v < 0 by the bit pattern: a comparison of floats takes denormals for zero in those threads
+// in which somebody asked for that, and results would depend on the thread.
+inline bool is_positive(float v) { return float_bits(v) - 1 < 0x7F800000u; }
+inline bool is_negative(float v) { return is_positive(bits_float(float_bits(v) ^ 0x80000000u)); }
+inline bool is_positive(double v) { return double_bits(v) - 1 < 0x7FF0000000000000u; }
+inline bool is_negative(double v) { return is_positive(bits_double(double_bits(v) ^ 0x8000000000000000u)); }
+
 // The bits of values [begin, end) of a row, with the first at bit 0; end - begin <= 32.
 template <class T>
 inline uint32_t sign_bits(const T* x, int64_t begin, int64_t end, bool strict) {
     uint32_t word = 0;
     for (int64_t i = begin; i < end; ++i) {
         const auto v = widen(x[i]);
-        word |= static_cast<uint32_t>(strict ? v > 0 : !(v < 0)) << (i - begin);
+        word |= static_cast<uint32_t>(strict ? is_positive(v) : !is_negative(v)) << (i - begin);
     }
     return word;
 }

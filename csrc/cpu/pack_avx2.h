@@ -1,74 +1,108 @@
-// Packing a row with AVX2: compare eight (four) values at a time and gather the masks.
-// The twin that says what it computes is pack_row_portable in bits.h.
+// Packing a row with AVX2, 32 values at a time. The twin that says what it computes is pack_row_portable
+// in bits.h.
 #pragma once
 
 namespace bitorch_qlinear {
 namespace {
 
-// 8 consecutive values as two compare masks: bit i of the result belongs to x[i].
-struct Float8 {
-    __m256 v;
-    template <bool Strict>
-    uint32_t signs() const {
-        const __m256 zero = _mm256_setzero_ps();
-        return static_cast<uint32_t>(
-            _mm256_movemask_ps(Strict ? _mm256_cmp_ps(v, zero, _CMP_GT_OQ) : _mm256_cmp_ps(v, zero, _CMP_NLT_UQ)));
-    }
-    uint32_t in_range(__m256 threshold) const {
-        const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
-        return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(magnitude, threshold, _CMP_LE_OQ)));
-    }
-    static __m256 broadcast(double threshold) { return _mm256_set1_ps(static_cast<float>(threshold)); }
-};
+// v < 0 (Negative) or v > 0 by the bit pattern, see is_positive: patterns from 1 to infinity behind the
+// sign. 32 values give a word, bit i belonging to x[i].
 
-struct Double8 {
-    __m256d low, high;
-    template <bool Strict>
-    uint32_t signs() const {
-        const __m256d zero = _mm256_setzero_pd();
-        const auto mask = [&](__m256d v) {
-            return static_cast<uint32_t>(
-                _mm256_movemask_pd(Strict ? _mm256_cmp_pd(v, zero, _CMP_GT_OQ) : _mm256_cmp_pd(v, zero, _CMP_NLT_UQ)));
-        };
-        return mask(low) | mask(high) << 4;
+template <bool Negative>
+inline uint32_t signs(const float* x) {
+    const __m256i offset = _mm256_set1_epi32(Negative ? INT32_MIN + 1 : 1), last = _mm256_set1_epi32(0x7F7FFFFF);
+    uint32_t word = 0;
+    BITORCH_QLINEAR_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 8 * i));
+        const __m256i distance = _mm256_sub_epi32(bits, offset);
+        const __m256i inside = _mm256_cmpeq_epi32(_mm256_min_epu32(distance, last), distance);
+        word |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(inside))) << (8 * i);
     }
-    uint32_t in_range(__m256d threshold) const {
-        const auto mask = [&](__m256d v) {
-            const __m256d magnitude = _mm256_andnot_pd(_mm256_set1_pd(-0.0), v);
-            return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(magnitude, threshold, _CMP_LE_OQ)));
-        };
-        return mask(low) | mask(high) << 4;
-    }
-    static __m256d broadcast(double threshold) { return _mm256_set1_pd(threshold); }
-};
+    return word;
+}
 
-inline Float8 load8(const float* x) { return {_mm256_loadu_ps(x)}; }
-inline Double8 load8(const double* x) { return {_mm256_loadu_pd(x), _mm256_loadu_pd(x + 4)}; }
-inline Float8 load8(const Half* x) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))}; }
-inline Float8 load8(const BFloat16* x) {
+template <bool Negative>
+inline uint32_t signs(const double* x) {
+    // Without a minimum of 64 bits: flip the sign bit for v < 0, then 0 < pattern <= infinity.
+    const __m256i flip = _mm256_set1_epi64x(Negative ? INT64_MIN : 0);
+    const __m256i infinity = _mm256_set1_epi64x(0x7FF0000000000000);
+    uint32_t word = 0;
+    BITORCH_QLINEAR_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        const __m256i bits = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 4 * i)), flip);
+        const __m256i inside =
+            _mm256_andnot_si256(_mm256_cmpgt_epi64(bits, infinity), _mm256_cmpgt_epi64(bits, _mm256_setzero_si256()));
+        word |= static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(inside))) << (4 * i);
+    }
+    return word;
+}
+
+template <bool Negative, int Infinity>
+inline uint32_t signs_16(const void* x) {
+    const __m256i offset = _mm256_set1_epi16(Negative ? INT16_MIN + 1 : 1), last = _mm256_set1_epi16(Infinity - 1);
+    const auto inside = [&](const __m256i* from) {
+        const __m256i distance = _mm256_sub_epi16(_mm256_loadu_si256(from), offset);
+        return _mm256_cmpeq_epi16(_mm256_min_epu16(distance, last), distance);
+    };
+    const __m256i* halves = static_cast<const __m256i*>(x);
+    // pack keeps the 128-bit lanes apart; the permutation puts their quarters in order.
+    const __m256i bytes = _mm256_packs_epi16(inside(halves), inside(halves + 1));
+    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xD8)));
+}
+template <bool Negative>
+inline uint32_t signs(const Half* x) {
+    return signs_16<Negative, 0x7C00>(x);
+}
+template <bool Negative>
+inline uint32_t signs(const BFloat16* x) {
+    return signs_16<Negative, 0x7F80>(x);
+}
+
+// |v| <= threshold of 32 values; NaN is out of range.
+
+inline __m256 load8(const float* x) { return _mm256_loadu_ps(x); }
+inline __m256 load8(const Half* x) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))); }
+inline __m256 load8(const BFloat16* x) {
     const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+}
+
+template <class T>
+inline uint32_t in_range(const T* x, double threshold) {
+    const __m256 limit = _mm256_set1_ps(static_cast<float>(threshold));
+    uint32_t word = 0;
+    BITORCH_QLINEAR_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), load8(x + 8 * i));
+        word |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(magnitude, limit, _CMP_LE_OQ))) << (8 * i);
+    }
+    return word;
+}
+
+inline uint32_t in_range(const double* x, double threshold) {
+    const __m256d limit = _mm256_set1_pd(threshold);
+    uint32_t word = 0;
+    BITORCH_QLINEAR_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        const __m256d magnitude = _mm256_andnot_pd(_mm256_set1_pd(-0.0), _mm256_loadu_pd(x + 4 * i));
+        word |= static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(magnitude, limit, _CMP_LE_OQ))) << (4 * i);
+    }
+    return word;
 }
 
 // Whole words by vectors; the last, partial one by the twin.
 template <class T, bool Strict, bool InRange>
-inline void pack_words(const T* x, int64_t k, double threshold, uint32_t* words, uint32_t* in_range) {
-    const auto limit = decltype(load8(x))::broadcast(threshold);
+inline void pack_words(const T* x, int64_t k, double threshold, uint32_t* words, uint32_t* range_words) {
     const int64_t whole = k / kWordBits;
     for (int64_t w = 0; w < whole; ++w) {
-        uint32_t signs = 0, range = 0;
-        BITORCH_QLINEAR_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            const auto values = load8(x + w * kWordBits + 8 * i);
-            signs |= values.template signs<Strict>() << (8 * i);
-            if (InRange) range |= values.in_range(limit) << (8 * i);
-        }
-        words[w] = signs;
-        if (InRange) in_range[w] = range;
+        const T* from = x + w * kWordBits;
+        words[w] = Strict ? signs<false>(from) : ~signs<true>(from);
+        if (InRange) range_words[w] = in_range(from, threshold);
     }
     if (k % kWordBits) {
         pack_row_portable<T>(x + whole * kWordBits, k % kWordBits, Strict, threshold, words + whole,
-                             InRange ? in_range + whole : nullptr);
+                             InRange ? range_words + whole : nullptr);
     }
 }
 
