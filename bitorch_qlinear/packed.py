@@ -227,11 +227,7 @@ class PackedQLinear(nn.Module):
         with torch.inference_mode(False):
             source = None if self.weight.is_meta or self.weight.is_inference() else _Source.of(self.weight)
             prepared = functional.prepare_weight(self.weight, self.in_features)
-        before = self.weight_prepared
-        if before is not None and before.shape == prepared.shape and before.device == prepared.device:
-            before.copy_(prepared)  # in place: a compiled graph holds this buffer
-        else:
-            self.weight_prepared = prepared
+        self.weight_prepared = prepared
         self._prepared_from = source
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedQLinear:
