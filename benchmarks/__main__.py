@@ -9,10 +9,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import platform
 import statistics
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -21,18 +19,10 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-import bitorch_qlinear
 from bitorch_qlinear import PackedQLinear, QLinear
+from bitorch_qlinear.demo import environment
 
 HERE = Path(__file__).parent
-
-
-def processor() -> str:
-    """The processor's own name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def layers(k: int, n: int) -> dict[str, nn.Module]:
@@ -119,16 +109,9 @@ def main() -> None:
         m, k, n = int(shape["m"]), int(shape["k"]), int(shape["n"])
         quartiles = measure(m, k, n, options.rounds)
         results.append({"name": shape["name"], "m": m, "k": k, "n": n, "seconds_quartiles": quartiles})
-    setting = {
-        "processor": processor(),
-        "cpu_capability": bitorch_qlinear.info()["cpu_capability"],
-        "kernel": bitorch_qlinear.info()["kernel"],
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-    }
+    setting = environment(torch.device("cpu"))
     print_table(results)
-    print(", ".join(f"{name} {value}" for name, value in setting.items()))
+    print(", ".join(f"{name}: {value}" for name, value in setting.items()))
     if options.json:
         options.json.write_text(json.dumps({"setting": setting, "results": results}, indent=1) + "\n")
 

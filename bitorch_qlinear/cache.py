@@ -55,7 +55,7 @@ class _Entry:
         self.packed = _pack(weight, strict)  # last: a write during it makes this entry out of date, not wrong
 
     def holds(self, weight: Tensor, strict: bool) -> bool:
-        """Whether the weight is the same and unchanged, in about half a microsecond."""
+        """Whether the weight is the same and unchanged."""
         return (
             self.weight() is weight
             and self.version == weight._version
@@ -89,6 +89,12 @@ class WeightCache:
     def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
         """Rebuild as an empty cache: what is cached belongs to one weight in one process."""
         return (WeightCache, ())
+
+    @property
+    def packed(self) -> PackedWeight | None:
+        """What is held now."""
+        entry = self._entry
+        return None if entry is None else entry.packed
 
     def clear(self) -> None:
         """Forget what was packed."""

@@ -221,8 +221,8 @@ def resident_bytes(module: nn.Module) -> int:
     """The bytes of a module's parameters, buffers, and packed weights cached for eval mode."""
     tensors = [*module.parameters(), *module.buffers()]
     for layer in module.modules():
-        if isinstance(layer, QLinear) and (entry := layer._cache._entry) is not None:
-            tensors += [tensor for tensor in entry.packed if tensor is not None]
+        if isinstance(layer, QLinear) and (packed := layer._cache.packed) is not None:
+            tensors += [tensor for tensor in packed if tensor is not None]
     return sum(tensor.nbytes for tensor in tensors)
 
 

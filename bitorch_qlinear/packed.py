@@ -181,19 +181,20 @@ class PackedQLinear(nn.Module):
         Raises:
             RuntimeError: In backward: this layer computes no gradients.
         """
-        wanted = (x.requires_grad and torch.is_grad_enabled()) or transforms_active()
-        if wanted and not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling and ((x.requires_grad and torch.is_grad_enabled()) or transforms_active()):
             y: Tensor = apply(_InferenceOnly, x, self)
             return y
-        return self._product(x)
+        return self._product(x, compiling)
 
-    def _product(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor, compiling: bool = False) -> Tensor:
         buffers = self._buffers  # an nn.Module's attribute access costs half a microsecond
         weight, bias = buffers["weight"], buffers["bias"]
         assert weight is not None
         if not has_kernels(x):
             return F.linear(BinaryRule(self.strict_input).signs(x.detach()), self._signs(x.dtype), bias)
-        return fused_linear(x, weight, self.in_features, bias, self._current_prepared(weight), self.strict_input)
+        prepared = self._current_prepared(weight, compiling)
+        return fused_linear(x, weight, self.in_features, bias, prepared, self.strict_input, compiling)
 
     def _signs(self, dtype: torch.dtype) -> Tensor:
         """The weights as ±1, by torch's own operators: on any device."""
@@ -202,8 +203,8 @@ class PackedQLinear(nn.Module):
 
     # ---- the prepared form ----
 
-    def _current_prepared(self, weight: Tensor) -> Tensor | None:
-        if torch.compiler.is_compiling():
+    def _current_prepared(self, weight: Tensor, compiling: bool) -> Tensor | None:
+        if compiling:
             # An exported program runs elsewhere: it prepares the words for the kernel that it finds there.
             exporting = torch.compiler.is_exporting()
             return functional.prepare_weight(weight, self.in_features) if exporting else self.weight_prepared
