@@ -96,7 +96,7 @@ try:
         switch=os.environ.get("BITORCH_QLINEAR_CUDA"),
         torch_cuda_version=torch.version.cuda,
         nvcc_found=find_nvcc() is not None,
-        has_sources=bool(glob("csrc/cuda/*.cu")),
+        has_sources=os.path.exists("csrc/cuda/ops_cuda.cpp"),
     )
 except ValueError as error:
     fail(str(error))

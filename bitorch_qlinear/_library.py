@@ -74,6 +74,9 @@ def active_kernel_reason() -> str:
 def force_kernel(name: str | None) -> None:
     """Make one CPU kernel the active one in the whole process; for tests and benchmarks.
 
+    Prepared weights that a caller holds are refused from then on. The layers prepare theirs anew at the next eager
+    call; beneath a compiled model, call ``PackedQLinear.repack()``.
+
     Args:
         name: One of :func:`available_kernels`, or None for the automatic choice.
 

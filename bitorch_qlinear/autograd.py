@@ -52,14 +52,14 @@ class _OnceDifferentiable(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad: Tensor, witness: Tensor) -> Tensor:
+    def forward(grad: Tensor, *witnesses: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None: ...
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None: ...
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError("bitorch_qlinear: QLinear is differentiable only once: signs have no second derivative.")
 
 
@@ -112,7 +112,7 @@ class BinaryLinear(torch.autograd.Function):
         with torch.no_grad():
             gradients = _gradients(ctx, grad)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            gradients = [None if g is None else _once_differentiable(g) for g in gradients]
+            gradients = [None if g is None else _once_differentiable(g, grad) for g in gradients]
         return *gradients, None, None, None, None, None
 
     @staticmethod
@@ -131,9 +131,13 @@ class BinaryLinear(torch.autograd.Function):
         return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0, 0, 0)
 
 
-def _once_differentiable(grad: Tensor) -> Tensor:
-    witness = torch.zeros((), dtype=grad.dtype, device=grad.device, requires_grad=True)
-    marked: Tensor = apply(_OnceDifferentiable, grad, witness)
+def _once_differentiable(gradient: Tensor, grad: Tensor) -> Tensor:
+    """The gradient, tied to something that requires a gradient, so that a second backward arrives at the error.
+
+    Autograd sees the fresh witness; a transform of torch.func around the one that is at work sees `grad`.
+    """
+    witness = torch.zeros((), dtype=gradient.dtype, device=gradient.device, requires_grad=True)
+    marked: Tensor = apply(_OnceDifferentiable, gradient, grad, witness)
     return marked
 
 
@@ -146,11 +150,11 @@ def _times_signs(grad: Tensor, words: Tensor, k: int) -> Tensor:
     columns = max(1, (1 << 20) // max(1, words.shape[0]) // 32)  # words a block
     if columns >= words.shape[1] or torch.compiler.is_compiling():
         return grad @ functional.unpack_bits(words, k, grad.dtype)
-    blocks = [
-        grad @ functional.unpack_bits(words[:, begin : begin + columns].contiguous(), values, grad.dtype)
-        for begin in range(0, words.shape[1], columns)
-        if (values := min(32 * columns, k - 32 * begin))
-    ]
+    blocks, left = [], k
+    for part in words.split(columns, dim=1):
+        values = min(32 * columns, left)
+        blocks.append(grad @ functional.unpack_bits(part.contiguous(), values, grad.dtype))
+        left -= values
     return torch.cat(blocks, dim=-1)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _C, _library
 
@@ -23,6 +24,28 @@ class PackedWeight(NamedTuple):
 
     words: Tensor
     prepared: Tensor | None
+
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# Fused optimizers write parameters without moving their version (torch 2.13).
+register_optimizer_step_post_hook(_count_step)
+
+
+def _generation() -> int:
+    """Moves with what outdates every entry: a step of any optimizer, another kernel."""
+    return _optimizer_steps + _library.generation
+
+
+def _is_dense(weight: Tensor) -> bool:
+    """Whether its elements fill one stretch of memory, of which a sample can be taken."""
+    return weight.is_contiguous() or weight.t().is_contiguous()
 
 
 class _Entry:
@@ -49,9 +72,9 @@ class _Entry:
         self.address = weight.data_ptr()
         self.dtype, self.device = weight.dtype, weight.device
         self.shape, self.stride = weight.shape, weight.stride()
-        self.strict, self.generation = strict, _library.generation
+        self.strict, self.generation = strict, _generation()
         self.bytes = weight.nbytes
-        self.sample = _C.sample(self.address, self.bytes) if weight.is_cpu and weight.is_contiguous() else None
+        self.sample = _C.sample(self.address, self.bytes) if weight.is_cpu else None
         self.packed = _pack(weight, strict)  # last: a write during it makes this entry out of date, not wrong
 
     def holds(self, weight: Tensor, strict: bool) -> bool:
@@ -65,7 +88,7 @@ class _Entry:
             and self.stride == weight.stride()
             and self.device == weight.device
             and self.strict is strict
-            and self.generation == _library.generation
+            and self.generation == _generation()
             and (self.sample is None or _C.sample_matches(self.address, self.bytes, self.sample))
         )
 
@@ -73,9 +96,10 @@ class _Entry:
 class WeightCache:
     """One layer's packed weights.
 
-    The key is the weight tensor itself, held weakly, with its version, address, dtype, device, shape and strides. A
-    write through ``.data`` or a NumPy view moves none of these: on the CPU a sample of raw values, spread over the
-    matrix, is compared as well, which catches writes that change most of it. Copying or pickling gives an empty cache.
+    The key is the weight tensor itself, held weakly, with its version, address, dtype, device, shape and strides; and
+    a step of any optimizer outdates all caches. A write through ``.data`` or a NumPy view moves none of these: on the
+    CPU a sample of raw values, spread over the matrix, is compared as well, which catches writes that change most of
+    it. Copying or pickling gives an empty cache.
 
     Several threads may use one cache: an entry is replaced as a whole, and dated before its weight is read.
     """
@@ -103,12 +127,12 @@ class WeightCache:
     def get(self, weight: Tensor, strict: bool) -> PackedWeight:
         """What was packed from this weight if it has not changed since; else pack and prepare it.
 
-        Only a plain Parameter is remembered: it alone is sure to notice its changes.
+        Only a plain, dense Parameter is remembered: it alone is sure to notice its changes.
         """
         entry = self._entry
         if entry is not None and entry.holds(weight, strict):
             return entry.packed
-        if type(weight) is not nn.Parameter or weight.is_inference():
+        if type(weight) is not nn.Parameter or weight.is_inference() or not _is_dense(weight):
             return _pack(weight, strict)
         self._entry = entry = _Entry(weight, strict)
         return entry.packed

@@ -176,7 +176,7 @@ class QLinear(nn.Linear):
 
         Args:
             linear: The layer; its weight and bias become those of the result (the same Parameters).
-            **quantization: The keyword arguments of :class:`QLinear`.
+            **quantization: ``input_quantization``, ``weight_quantization``, ``gradient_cancellation_threshold``.
         """
         layer = cls(
             linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta", **quantization

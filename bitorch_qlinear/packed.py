@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from . import _library, functional
 from ._function import apply, transforms_active
-from .linear import Activation, QLinear, fused_linear, has_kernels
+from .linear import Activation, QLinear, autocast_dtype, fused_linear, has_kernels
 from .quantizations import BinaryRule, binary_rule, get_quantization
 
 __all__ = ["PackEntry", "PackReport", "PackedQLinear", "pack"]
@@ -40,36 +41,51 @@ def _rule_of(argument: str, quantization: str | nn.Module | None) -> BinaryRule:
     return rule
 
 
+@torch.library.custom_op("bitorch_qlinear_python::refuse_gradient", mutates_args=())
+def _refuse_gradient(grad: Tensor, shape: Sequence[int]) -> Tensor:
+    """The error of a backward. An operator, so that torch.compile puts it into the graph instead of meeting it."""
+    raise RuntimeError("PackedQLinear computes no gradients: train the QLinear and pack it afterwards.")
+
+
+@_refuse_gradient.register_fake
+def _(grad: Tensor, shape: Sequence[int]) -> Tensor:
+    return grad.new_empty(shape)
+
+
 class _InferenceOnly(torch.autograd.Function):
     """Lets a forward that torch wants to differentiate pass, and says in backward why there is no gradient."""
 
     @staticmethod
     def forward(x: Tensor, layer: PackedQLinear) -> Tensor:
-        return layer._product(x)
+        return layer._product(x, torch.compiler.is_compiling())
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None: ...
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.shape = inputs[0].shape
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
-        raise RuntimeError("PackedQLinear computes no gradients: train the QLinear and pack it afterwards.")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _refuse_gradient(grad, ctx.shape), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, layer: PackedQLinear) -> tuple[Tensor, int]:
         return apply(_InferenceOnly, x.movedim(in_dims[0], 0), layer), 0
 
 
-class _Source(NamedTuple):
-    """The state of the words that a prepared form was made from."""
+class _Prepared(NamedTuple):
+    """A prepared form with the state of the words that it was made from: one object, so that threads see both."""
 
     weight: weakref.ref[Tensor]
     version: int
     address: int
     generation: int
+    form: Tensor
 
     @staticmethod
-    def of(weight: Tensor) -> _Source:
-        return _Source(weakref.ref(weight), weight._version, weight.data_ptr(), _library.generation)
+    def make(weight: Tensor, k: int) -> _Prepared:
+        # The state first: a write during the preparation makes it out of date, not wrong.
+        state = weakref.ref(weight), weight._version, weight.data_ptr(), _library.generation
+        return _Prepared(*state, functional.prepare_weight(weight, k))
 
 
 class PackedQLinear(nn.Module):
@@ -120,7 +136,7 @@ class PackedQLinear(nn.Module):
             ValueError: A quantization that is not sign-like.
         """
         super().__init__()
-        self._prepared_from: _Source | None = None
+        self._prepared: _Prepared | None = None
         self.in_features, self.out_features = in_features, out_features
         self.strict_input = _rule_of("input_quantization", input_quantization).strict
         self.strict_weight = _rule_of("weight_quantization", weight_quantization).strict
@@ -182,7 +198,7 @@ class PackedQLinear(nn.Module):
             RuntimeError: In backward: this layer computes no gradients.
         """
         compiling = torch.compiler.is_compiling()
-        if not compiling and ((x.requires_grad and torch.is_grad_enabled()) or transforms_active()):
+        if (x.requires_grad and torch.is_grad_enabled()) or (not compiling and transforms_active()):
             y: Tensor = apply(_InferenceOnly, x, self)
             return y
         return self._product(x, compiling)
@@ -192,13 +208,24 @@ class PackedQLinear(nn.Module):
         weight, bias = buffers["weight"], buffers["bias"]
         assert weight is not None
         if not has_kernels(x):
-            return F.linear(BinaryRule(self.strict_input).signs(x.detach()), self._signs(x.dtype), bias)
+            return self._float_product(x, bias)
         prepared = self._current_prepared(weight, compiling)
         return fused_linear(x, weight, self.in_features, bias, prepared, self.strict_input, compiling)
 
+    def _float_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same values by torch's own operators, on any device: summed and rounded in the operators' T."""
+        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.linear(BinaryRule(self.strict_input).signs(x.detach()).to(dtype), self._signs(dtype))
+            y = y if bias is None else y + bias.to(dtype)
+        return y.to(autocast_dtype(x) or x.dtype)
+
     def _signs(self, dtype: torch.dtype) -> Tensor:
-        """The weights as ±1, by torch's own operators: on any device."""
-        bits = (self.weight.unsqueeze(-1) >> torch.arange(32, device=self.weight.device)) & 1
+        """The weights as ±1."""
+        if has_kernels(self.weight):
+            return functional.unpack_bits(self.weight, self.in_features, dtype)
+        shifts = torch.arange(32, device=self.weight.device, dtype=torch.int32)
+        bits = (self.weight.unsqueeze(-1) >> shifts) & 1
         return (2 * bits.reshape(self.out_features, -1)[:, : self.in_features] - 1).to(dtype)
 
     # ---- the prepared form ----
@@ -208,28 +235,32 @@ class PackedQLinear(nn.Module):
             # An exported program runs elsewhere: it prepares the words for the kernel that it finds there.
             exporting = torch.compiler.is_exporting()
             return functional.prepare_weight(weight, self.in_features) if exporting else self.weight_prepared
-        source = self._prepared_from
+        prepared = self._prepared
         if (
-            source is None
-            or source.weight() is not weight
-            or source.address != weight.data_ptr()
-            or source.generation != _library.generation
-            or weight.is_inference()  # whose changes cannot be noticed
-            or source.version != weight._version
+            prepared is None  # made on another device, or from inference tensors, whose changes cannot be noticed
+            or prepared.weight() is not weight
+            or prepared.address != weight.data_ptr()
+            or prepared.generation != _library.generation
+            or prepared.version != weight._version
+            or prepared.form is not self._buffers["weight_prepared"]
         ):
-            self.repack()
-        return self._buffers["weight_prepared"]
+            return self._prepare()
+        return prepared.form
 
     def repack(self) -> None:
         """Prepare the words anew: after writes that torch cannot notice, or beneath a compiled model."""
-        if not has_kernels(self.weight):
-            self.weight_prepared = None
-            return
+        self._prepare()
+
+    def _prepare(self) -> Tensor | None:
+        weight, prepared, form = self.weight, None, None
         with torch.inference_mode(False):
-            source = None if self.weight.is_meta or self.weight.is_inference() else _Source.of(self.weight)
-            prepared = functional.prepare_weight(self.weight, self.in_features)
-        self.weight_prepared = prepared
-        self._prepared_from = source
+            if weight.is_meta or weight.is_inference():
+                form = functional.prepare_weight(weight, self.in_features)
+            elif has_kernels(weight):
+                prepared = _Prepared.make(weight, self.in_features)
+                form = prepared.form
+        self.weight_prepared, self._prepared = form, prepared
+        return form
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedQLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -240,7 +271,7 @@ class PackedQLinear(nn.Module):
         """Leave out the prepared form, which belongs to this process."""
         state = self.__dict__.copy()
         state["_buffers"] = {**self._buffers, "weight_prepared": None}
-        state["_prepared_from"] = None
+        state["_prepared"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -355,7 +386,7 @@ class PackReport(list[PackEntry]):
 
 def _reason_against(layer: QLinear) -> str:
     """Why a QLinear cannot be packed, or ""."""
-    if type(layer).forward is not QLinear.forward:
+    if type(layer).forward is not QLinear.forward or "forward" in layer.__dict__:
         return f"{type(layer).__name__} has a forward of its own"
     if layer._forward_hooks or layer._forward_pre_hooks:
         return "it has forward hooks"

@@ -15,10 +15,13 @@ namespace py = pybind11;
 constexpr int64_t kSamples = 64;
 constexpr int64_t kSampleBytes = 8;
 
-// Copies `kSamples` chunks, evenly spread from the first byte to the last.
+// Copies `kSamples` chunks from places spread by the golden ratio: however wide a row is, they fall on all its columns
+// alike, which places at equal distances would not. The first and the last are among them.
 void take_sample(const char* data, int64_t bytes, char* sample) {
     for (int64_t i = 0; i < kSamples; ++i) {
-        const int64_t at = static_cast<int64_t>(static_cast<double>(bytes - kSampleBytes) * i / (kSamples - 1));
+        const double fraction = static_cast<double>((static_cast<uint64_t>(i) * 0x9E3779B97F4A7C15u) >> 11) * 0x1p-53;
+        const int64_t last = bytes - kSampleBytes;
+        const int64_t at = i + 1 == kSamples ? last : static_cast<int64_t>(fraction * static_cast<double>(last));
         std::memcpy(sample + i * kSampleBytes, data + at, kSampleBytes);
     }
 }

@@ -127,6 +127,7 @@ std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) {
 uint32_t* words_of(const Tensor& words) { return static_cast<uint32_t*>(words.data_ptr()); }
 
 void pack_rows(const Rows& x, bool strict, double threshold, uint32_t* words, uint32_t* in_range) {
+    if (x.k == 0) return;  // however many rows
     const PackRow pack_row = active_kernel().pack_row[static_cast<int>(x.dtype)];
     const int64_t width = words_for(x.k);
     const int64_t grain = std::max<int64_t>(1, kSerialValues / std::max<int64_t>(x.k, 1));
@@ -188,7 +189,7 @@ void write_prepared(const Kernel& kernel, const uint32_t* words, int64_t n, int6
     header.n = n;
     header.k = k;
     std::memcpy(out, &header, sizeof header);
-    if (!kernel.prepare) return;
+    if (!kernel.prepare || k == 0) return;
     const int64_t panels = ceil_div(n, kernel.layout.panel);
     const int64_t grain = std::max<int64_t>(1, kSerialValues * 8 / std::max<int64_t>(kernel.layout.panel * k, 1));
     const auto prepare = [&](int64_t begin, int64_t end) {
@@ -427,23 +428,29 @@ STABLE_TORCH_LIBRARY_IMPL(bitorch_qlinear, CPU, library) {
 
 // ---- what Python asks about the kernels, as plain C -----------------------------------------------
 
-// Each string lives until the same thread's next call.
 #define BITORCH_QLINEAR_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
+
+// A string that lives until the same thread's next call; "" after an exception, which must not leave C.
 template <class Function>
 const char* hold(Function function) {
     static thread_local std::string held;
-    held = function();
+    try {
+        held = function();
+    } catch (const std::exception&) {
+        held.clear();
+    }
     return held.c_str();
 }
+
 }  // namespace
 
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_version() { return BITORCH_QLINEAR_VERSION; }
 
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_kernels() { return hold(bitorch_qlinear::available_kernels); }
 
-// "" or what is wrong.
+// Makes the named kernel the active one ("": the automatic choice; null: leaves it as it is). "" or what is wrong.
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_force_kernel(const char* name) {
     return hold([&]() -> std::string {
         try {
@@ -455,16 +462,23 @@ BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_force_kernel(const char* name
     });
 }
 
-BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_kernel() { return bitorch_qlinear::active_kernel().name; }
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_kernel() {
+    return hold([] { return bitorch_qlinear::active_kernel().name; });
+}
 
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_kernel_reason() {
     return hold(bitorch_qlinear::active_kernel_reason);
 }
 
-// The prepared form's geometry: outputs a panel, values a unit, bytes a unit.
-BITORCH_QLINEAR_EXPORT void bitorch_qlinear_layout(int64_t* out) {
-    const bitorch_qlinear::Layout& layout = bitorch_qlinear::active_kernel().layout;
-    out[0] = layout.panel;
-    out[1] = layout.unit;
-    out[2] = layout.unit_bytes;
+// The prepared form's geometry: outputs a panel, values a unit, bytes a unit. False if no kernel is active.
+BITORCH_QLINEAR_EXPORT bool bitorch_qlinear_layout(int64_t* out) {
+    try {
+        const bitorch_qlinear::Layout& layout = bitorch_qlinear::active_kernel().layout;
+        out[0] = layout.panel;
+        out[1] = layout.unit;
+        out[2] = layout.unit_bytes;
+        return true;
+    } catch (const std::exception&) {
+        return false;
+    }
 }

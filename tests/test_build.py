@@ -217,3 +217,15 @@ def test_cuda_decision(decide_cuda, switch, torch_cuda, nvcc, sources, expected,
 def test_cuda_switch_that_cannot_be_followed(decide_cuda, switch, torch_cuda, nvcc, sources, message):
     with pytest.raises(ValueError, match=message):
         decide_cuda(switch, torch_cuda, nvcc, sources)
+
+
+def test_no_exception_leaves_a_plain_c_function():
+    code = (
+        "import ctypes, sys; lib = ctypes.CDLL(sys.argv[1]); out = (ctypes.c_int64 * 3)()\n"
+        "for name in ('kernel', 'kernel_reason'):\n"
+        "    f = getattr(lib, 'bitorch_qlinear_' + name); f.restype = ctypes.c_char_p; assert f() == b''\n"
+        "lib.bitorch_qlinear_layout.restype = ctypes.c_bool; assert not lib.bitorch_qlinear_layout(out)\n"
+    )
+    code = "import torch\n" + code  # for the libraries that the operators need
+    environment = {**os.environ, "BITORCH_QLINEAR_CPU": "nope"}
+    subprocess.run([sys.executable, "-c", code, str(_library._OPERATORS)], env=environment, check=True)

@@ -511,3 +511,39 @@ def test_fully_sharded(mesh):
         layer(X).sum().backward()
         with torch.no_grad():
             layer.weight.normal_()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.SGD(p, lr=10.0, fused=True), lambda p: torch.optim.Adam(p, lr=10.0, fused=True)]
+)
+def test_fused_optimizers_move_no_version_and_are_noticed(make):
+    layer = QLinear(512, 1024).eval()
+    x = torch.randn(3, 512)
+    packings(layer, x)
+    layer(x)[:, 5].sum().backward()  # changes one row of 1024: no sample would tell
+    make(layer.parameters()).step()
+    assert packings(layer, x) == 1
+
+
+@pytest.mark.parametrize("n", [63, 64, 126, 1008])
+def test_samples_fall_on_all_columns(n):
+    layer = QLinear(512, n).eval()
+    x = torch.randn(3, 512)
+    packings(layer, x)
+    layer.weight.data[:, 2:-2].neg_()
+    assert packings(layer, x) == 1
+
+
+def test_writes_into_a_transposed_weight_are_noticed():
+    layer = QLinear(64, 48).eval()
+    layer.weight = nn.Parameter(torch.randn(64, 48).t())
+    x = torch.randn(3, 64)
+    assert [packings(layer, x) for _ in range(2)] == [1, 0]
+    layer.weight.data.neg_()
+    assert packings(layer, x) == 1
+
+
+def test_a_weight_with_gaps_is_packed_per_call():
+    layer = QLinear(64, 48).eval()
+    layer.weight = nn.Parameter(torch.randn(48, 128)[:, ::2])
+    assert [packings(layer, torch.randn(3, 64)) for _ in range(2)] == [1, 1]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from bitorch_qlinear import QLinear
@@ -459,3 +459,17 @@ def test_autocast_that_is_off_or_of_another_device():
         assert layer(x).dtype is torch.float32
     finally:
         torch.set_autocast_enabled("cuda", False)
+
+
+@pytest.mark.parametrize("transform", [grad, jacrev], ids=["grad", "jacrev"])
+@pytest.mark.parametrize("outer_of", ["x", "weight"])
+def test_second_derivatives_of_torch_func_are_an_error(transform, outer_of):
+    layer = layer_like()
+    x, weight = torch.randn(3, K), layer.weight.detach().clone()
+
+    def loss(x, weight):
+        return functional_call(layer, {"weight": weight}, (x,)).pow(2).sum()
+
+    first, second = (0, 1) if outer_of == "weight" else (0, 0)
+    with pytest.raises(RuntimeError, match="differentiable only once"):
+        transform(lambda *both: transform(loss, first)(*both).sum(), second)(x, weight)

@@ -18,7 +18,7 @@ from torch.func import functional_call, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitorch_qlinear.packed as packed_module
-from bitorch_qlinear import PackedQLinear, QLinear, _library, pack, quantizations
+from bitorch_qlinear import PackedQLinear, QLinear, _library, functional, pack, quantizations
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SIGN_LIKE = ["sign", "approxsign", "swishsign", "steheaviside", "progressive_sign"]
@@ -715,3 +715,31 @@ def test_fallback_without_kernels(name, dtype, monkeypatch):
     assert torch.equal(PackedQLinear.from_float(unpacked).weight, state["weight"])
     with pytest.raises(RuntimeError, match="computes no gradients"):
         packed(x.requires_grad_()).sum().backward()
+
+
+def test_a_prepared_form_of_other_words_is_not_used():
+    # What is left when one of two threads that prepare different words is overtaken by the other.
+    packed, other = PackedQLinear.from_float(layer_like()), PackedQLinear.from_float(layer_like())
+    want = packed(X)
+    packed.weight_prepared = other.weight_prepared
+    assert torch.equal(packed(X), want)
+    assert torch.equal(packed.weight_prepared, functional.prepare_weight(packed.weight, K))
+
+
+def test_a_layer_with_a_forward_on_the_instance_is_not_packed():
+    layer = layer_like()
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    packed, report = pack(nn.Sequential(layer), report=True)
+    assert [entry.packed for entry in report] == [False]
+    assert "forward of its own" in report[0].reason
+    assert torch.equal(packed(X), layer(X))
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_mixed_dtypes_without_kernels(monkeypatch, x_dtype):
+    packed = PackedQLinear.from_float(layer_like())
+    x = X.to(x_dtype)
+    want = packed(x)
+    monkeypatch.setattr(packed_module, "has_kernels", lambda tensor: False)
+    assert torch.equal(packed(x), want)

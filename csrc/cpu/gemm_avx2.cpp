@@ -127,17 +127,18 @@ struct PairSums {
     Sums rows[4][2];
 };
 
-// The inner loop: one row pair x 128 outputs x one block, from planar weights [nibble][128 bytes].
+// The inner loop: one row pair x 32 Vectors outputs x one block, from planar weights [nibble][128 bytes].
+template <int Vectors>
 __attribute__((noinline)) void pair_planar(const uint8_t* planar, const uint16_t* x, int64_t units, PairSums* sums,
                                            bool first) {
-    Vector a[4], b[4];
+    Vector a[Vectors], b[Vectors];
     BITORCH_QLINEAR_UNROLL
-    for (int v = 0; v < 4; ++v) a[v] = b[v] = _mm256_setzero_si256();
+    for (int v = 0; v < Vectors; ++v) a[v] = b[v] = _mm256_setzero_si256();
     for (int64_t groups = 2 * units; groups; --groups, planar += 3 * kColumns, x += 3) {
         const Vector t0 = load_table(kTables.pair, x), t1 = load_table(kTables.pair, x + 1),
                      t2 = load_table(kTables.pair, x + 2);
         BITORCH_QLINEAR_UNROLL
-        for (int v = 0; v < 4; ++v) {
+        for (int v = 0; v < Vectors; ++v) {
             const uint8_t* w = planar + 32 * v;
             const Vector s =
                 sum(look_up(t0, load(w)), look_up(t1, load(w + kColumns)), look_up(t2, load(w + 2 * kColumns)));
@@ -146,7 +147,7 @@ __attribute__((noinline)) void pair_planar(const uint8_t* planar, const uint16_t
         }
     }
     BITORCH_QLINEAR_UNROLL
-    for (int v = 0; v < 4; ++v) flush_pair(a[v], b[v], &sums->rows[v][0], &sums->rows[v][1], first);
+    for (int v = 0; v < Vectors; ++v) flush_pair(a[v], b[v], &sums->rows[v][0], &sums->rows[v][1], first);
 }
 
 // One row pair x 64 outputs x one block, from the prepared form; Spread also leaves the nibbles planar
@@ -260,25 +261,32 @@ void make_offsets(const uint32_t* p, const uint32_t* q, int64_t k, uint16_t* off
 
 int64_t align64(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
-// A tile's private memory, each part aligned to 64 bytes.
+// Where the parts of a tile's private memory begin, in bytes, each a multiple of 64.
+struct WorkspaceLayout {
+    int64_t sums, planar, counts, end;
+};
+
+WorkspaceLayout workspace_layout(int64_t rows, int64_t k) {
+    const int64_t pairs = ceil_div(rows, 2), count_rows = units_for(k) > kUnitsPerSpan ? rows : 1;
+    WorkspaceLayout at;
+    at.sums = align64(pairs * offsets_for(k) * 2);
+    at.planar = at.sums + pairs * static_cast<int64_t>(sizeof(PairSums));
+    at.counts = at.planar + kUnitsPerBlock * kUnitNibbles * kColumns;
+    at.end = at.counts + count_rows * kColumns * 4;
+    return at;
+}
+
 struct Workspace {
     uint16_t* offsets;  // [row pairs][offsets_for(k)]
     PairSums* sums;     // [row pairs]
     uint8_t* planar;    // one block's weights, [nibble][128 outputs]; 7.5 KiB
     int32_t* counts;    // [rows][128] where K takes several spans, else one row reused
-    int64_t bytes;
 
-    Workspace(uint8_t* base, int64_t rows, int64_t k) {
-        const int64_t pairs = ceil_div(rows, 2), count_rows = units_for(k) > kUnitsPerSpan ? rows : 1;
-        const int64_t at_sums = align64(pairs * offsets_for(k) * 2);
-        const int64_t at_planar = at_sums + pairs * static_cast<int64_t>(sizeof(PairSums));
-        const int64_t at_counts = at_planar + kUnitsPerBlock * kUnitNibbles * kColumns;
-        bytes = at_counts + count_rows * kColumns * 4;
-        offsets = reinterpret_cast<uint16_t*>(base);
-        sums = reinterpret_cast<PairSums*>(base + at_sums);
-        planar = base + at_planar;
-        counts = reinterpret_cast<int32_t*>(base + at_counts);
-    }
+    Workspace(uint8_t* base, const WorkspaceLayout& at)
+        : offsets(reinterpret_cast<uint16_t*>(base)),
+          sums(reinterpret_cast<PairSums*>(base + at.sums)),
+          planar(base + at.planar),
+          counts(reinterpret_cast<int32_t*>(base + at.counts)) {}
 };
 
 // All rows of a tile x up to two panels x one span of K, into 16-bit sums.
@@ -307,8 +315,9 @@ void multiply_span(const uint8_t* panels, int64_t panel_bytes, int count, const 
                       : pair_panel<false>(panel, work.planar, x, end - begin, sums, block == 0);
         }
         for (int64_t pair = 1; pair < pairs; ++pair) {
-            pair_planar(work.planar, work.offsets + pair * offset_stride + begin * kUnitNibbles, end - begin,
-                        work.sums + pair, block == 0);
+            const uint16_t* x = work.offsets + pair * offset_stride + begin * kUnitNibbles;
+            count == 2 ? pair_planar<4>(work.planar, x, end - begin, work.sums + pair, block == 0)
+                       : pair_planar<2>(work.planar, x, end - begin, work.sums + pair, block == 0);
         }
         begin = end;
     }
@@ -316,7 +325,7 @@ void multiply_span(const uint8_t* panels, int64_t panel_bytes, int count, const 
 
 void gemm(const Product& product, Range rows, Range columns, uint8_t* memory) {
     const int64_t words = words_for(product.k), units = units_for(product.k), stride = offsets_for(product.k);
-    const Workspace work(memory, size(rows), product.k);
+    const Workspace work(memory, workspace_layout(size(rows), product.k));
     for (int64_t row = rows.begin; row < rows.end; row += 2) {
         const uint32_t* p = product.x + row * words;
         make_offsets(p, row + 1 < rows.end ? p + words : nullptr, product.k,
@@ -389,22 +398,30 @@ void prepare(const uint32_t* words, int64_t n, int64_t k, Range panels, uint8_t*
     }
 }
 
+int64_t workspace_bytes(int64_t rows, int64_t k) { return workspace_layout(rows, k).end; }
+
 }  // namespace
+}  // namespace bitorch_qlinear
+BITORCH_QLINEAR_TARGET_END
+
+namespace bitorch_qlinear {
+
+// Outside the region: this runs before anybody knows that the processor has AVX2.
+static bool runs_on(const CpuFeatures& features) { return features.avx2; }
 
 const Kernel kAvx2Kernel = {
     .name = "avx2",
     .requires_features = "AVX2, FMA, F16C and BMI2",
-    .runs_on = [](const CpuFeatures& features) { return features.avx2; },
+    .runs_on = runs_on,
     .pack_row = {pack_row_avx2<double>, pack_row_avx2<float>, pack_row_avx2<Half>, pack_row_avx2<BFloat16>},
     .unpack_row = unpack_row_portable,
     .layout = {.id = 1, .panel = kPanel, .unit = kUnit, .unit_bytes = kUnitBytes},
     .prepare = prepare,
     .row_tile = kRows,
     .column_tile = kColumns,
-    .workspace_bytes = [](int64_t rows, int64_t k) -> int64_t { return Workspace(nullptr, rows, k).bytes; },
+    .workspace_bytes = workspace_bytes,
     .gemm = gemm,
 };
 
 }  // namespace bitorch_qlinear
-BITORCH_QLINEAR_TARGET_END
 #endif

@@ -2,6 +2,9 @@
 // in bits.h.
 #pragma once
 
+// Included inside the AVX2 region, behind the intrinsics.
+#include "bits.h"
+
 namespace bitorch_qlinear {
 namespace {
 

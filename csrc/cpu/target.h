@@ -4,11 +4,11 @@
 
 #if defined(__clang__)
 #define BITORCH_QLINEAR_AVX2_BEGIN \
-    _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c,bmi,bmi2,popcnt\"))), apply_to = function)")
+    _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c,bmi2\"))), apply_to = function)")
 #define BITORCH_QLINEAR_TARGET_END _Pragma("clang attribute pop")
 #define BITORCH_QLINEAR_UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define BITORCH_QLINEAR_AVX2_BEGIN _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,bmi,bmi2,popcnt\")")
+#define BITORCH_QLINEAR_AVX2_BEGIN _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,bmi2\")")
 #define BITORCH_QLINEAR_TARGET_END _Pragma("GCC pop_options")
 #define BITORCH_QLINEAR_UNROLL _Pragma("GCC unroll 8")
 #endif

@@ -1,0 +1,205 @@
+// PTX ISA, sections "Control Flow Instructions", "Parallel Synchronization and Communication Instructions: bar, barrier,
+// bar.warp.sync, membar, fence" and "Miscellaneous Instructions".
+#pragma once
+#include "transfer.h"
+
+namespace ptx {
+
+// A handler of Flow::kBranch is called with the lanes' pc already set to the next instruction.
+inline void bra(Machine&, Warp& w, const Instr& i, u32 mask) {
+    for_lanes(mask, [&](int l) { w.pc[l] = i.targets[0]; });
+}
+inline void brx(Machine& m, Warp& w, const Instr& i, u32 mask) {
+    const u64* index = m.in(w, i.s[0]);
+    for_lanes(mask, [&](int l) {
+        if (index[l] >= i.targets.size())
+            fault(l, "illegal", "brx.idx: index " + std::to_string(index[l]) + " is past the list of targets");
+        w.pc[l] = i.targets[index[l]];
+    });
+}
+inline void decode_bra(Decoder& d) {
+    d.take("uni");
+    if (d.operand(0).kind != kLabel) d.error("the target is not a label");
+    d.i.targets = {static_cast<u32>(d.operand(0).value)};
+    d.i.flow = Flow::kBranch;
+    d.i.run = bra;
+}
+inline void decode_brx(Decoder& d) {
+    if (!d.take("idx")) d.error("only .idx is known");
+    d.take("uni");
+    d.source(0, Type::u32);
+    const Operand* list = d.operands + d.at[1];
+    if (list->kind != kTargets) d.error("lacks a list of targets");
+    for (int k = 0; k < list->count; ++k) d.i.targets.push_back(static_cast<u32>(list[1 + k].value));
+    d.i.flow = Flow::kBranch;
+    d.i.run = brx;
+}
+
+void complete_barriers(Machine& m);
+
+inline void exit_lanes(Machine& m, Warp& w, const Instr&, u32 mask) {
+    w.exited |= mask;
+    w.at_members = 0;  // those who waited for these lanes look again
+    complete_barriers(m);
+}
+inline void decode_exit(Decoder& d) {
+    d.take("uni");
+    d.i.flow = Flow::kBranch;
+    d.i.run = exit_lanes;
+}
+inline void trap(Machine&, Warp&, const Instr&, u32 mask) {
+    fault(std::countr_zero(mask), "trap", "the kernel trapped");
+}
+inline void decode_trap(Decoder& d) { d.i.run = trap; }
+inline void decode_nanosleep(Decoder& d) {
+    d.take_type();
+    d.source(0, Type::u32);
+    d.i.run = nothing;
+}
+
+// ---- Barriers of the block ------------------------------------------------------------------------------------------
+// A barrier counts warps: a warp has come once all its threads that have not exited are there.
+inline void complete_barrier(Machine& m, Barrier& b) {
+    u32 threads = 0, warps_here = 0;
+    bool all = true;
+    for (const Warp& w : m.warps) {
+        const u32 here = b.waiting[w.id] | b.arrived[w.id], living = w.lanes & ~w.exited;
+        const bool whole = (living & ~here) == 0;
+        all = all && whole;
+        if (here && whole) threads += kLanes, ++warps_here;
+    }
+    if (b.expected == 0 ? !all : threads < b.expected) return;
+    if (b.expected && threads > b.expected) {
+        fault(-1, "barrier", std::to_string(threads) + " threads came to a barrier of " + std::to_string(b.expected));
+    }
+    u32 count = 0, any = 0, every = 1;  // barrier.red
+    for (Warp& w : m.warps) {
+        for_lanes(b.waiting[w.id], [&](int l) {
+            const Instr& i = m.program->code[w.blocked_pc[l]];
+            if (!i.b) return;
+            const bool p = (m.in(w, i.s[i.s.size() - 1])[l] != 0) != (i.negated.back() != 0);
+            count += p, any |= p, every &= p;
+        });
+    }
+    for (Warp& w : m.warps) {
+        const u32 lanes = b.waiting[w.id];
+        if (!lanes) continue;
+        for_lanes(lanes, [&](int l) {
+            const Instr& i = m.program->code[w.blocked_pc[l]];
+            if (!i.b) return;
+            m.row(w, i.d[0])[l] = i.b == 1 ? count : i.b == 2 ? every : any;
+            w.initialised[i.d[0]] |= 1u << l;
+        });
+        acquire(m, w, b.gathered);
+        meet(w, lanes);
+        w.at_barrier &= ~lanes;
+    }
+    b.open = false;
+}
+inline void complete_barriers(Machine& m) {
+    for (Barrier& b : m.barriers)
+        if (b.open) complete_barrier(m, b);
+}
+// i.a: arrive only; i.b: 1 popc, 2 and, 3 or; s[0]: the barrier, s[1]: the count where targets[0] says so.
+inline void bar(Machine& m, Warp& w, const Instr& i, u32 mask) {
+    const int first = std::countr_zero(mask);
+    const u64 id = m.in(w, i.s[0])[first];
+    const u64 count = i.targets[0] ? m.in(w, i.s[1])[first] : 0;
+    for_lanes(mask, [&](int l) {
+        if (m.in(w, i.s[0])[l] != id || (i.targets[0] && m.in(w, i.s[1])[l] != count))
+            fault(l, "barrier", "threads of a warp name different barriers or counts");
+    });
+    if (id >= m.barriers.size()) fault(first, "barrier", "barrier " + std::to_string(id) + " does not exist");
+    if (count % kLanes)
+        fault(first, "barrier", "the count " + std::to_string(count) + " is not a multiple of the warp's size");
+    Barrier& b = m.barriers[id];
+    if (!b.open) {
+        b.open = true;
+        b.waiting.assign(m.warps.size(), 0);
+        b.arrived.assign(m.warps.size(), 0);
+        b.gathered = {m.block, {}, {}};
+        b.expected = static_cast<u32>(count);
+        b.reduces = i.b != 0;
+    } else if (b.expected != count) {
+        fault(first, "barrier",
+              "barrier " + std::to_string(id) + " is used with count " + std::to_string(count) +
+                  " while others wait there with " + std::to_string(b.expected));
+    }
+    if (b.reduces != (i.b != 0)) fault(first, "barrier", "barrier.red is mixed with another form at one barrier");
+    if (const u32 twice = (b.waiting[w.id] | b.arrived[w.id]) & mask)
+        fault(std::countr_zero(twice), "barrier", "a thread arrives twice at barrier " + std::to_string(id));
+    if (i.aligned) {
+        for_lanes(b.waiting[w.id], [&](int l) {
+            if (w.blocked_pc[l] != w.now)
+                fault(first, "barrier",
+                      "threads of one warp wait at two barrier instructions, here and at " + at_pc(w.blocked_pc[l]) +
+                          ": .aligned asks for the same one");
+        });
+    }
+    merge(b.gathered, publish(m, w));
+    if (i.a) {
+        b.arrived[w.id] |= mask;
+    } else {
+        b.waiting[w.id] |= mask;
+        w.at_barrier |= mask;
+        for_lanes(mask, [&](int l) {
+            w.barrier[l] = static_cast<s32>(id);
+            w.blocked_pc[l] = w.now;
+        });
+    }
+    complete_barrier(m, b);
+}
+// bar.sync is barrier.sync.aligned; .cta may stand in both.
+inline void decode_barrier(Decoder& d, bool aligned) {
+    if (!aligned && d.take("cluster")) d.error("clusters are not emulated");
+    d.take("cta");
+    d.i.aligned = aligned || d.take("aligned");
+    const int what = d.need_one({"sync", "arrive", "red"});
+    d.i.a = what == 1;
+    int k = 0;
+    if (what == 2) {
+        d.i.b = static_cast<u32>(d.need_one({"popc", "and", "or"}) + 1);
+        d.take_type();
+        d.destination(k++);
+    }
+    d.source(k++, Type::u32);
+    const int predicate = what == 2;
+    d.i.targets = {d.count() - k - predicate > 0};
+    if (d.i.targets[0]) d.source(k++, Type::u32);
+    if (d.i.a && !d.i.targets[0]) d.error("arrive lacks a thread count");
+    if (predicate) d.source(k++, Type::pred);
+    d.expect(k);
+    d.i.flow = Flow::kBranch;
+    d.i.run = bar;
+}
+inline void warp_sync(Machine&, Warp& w, const Instr&, u32 mask) { meet(w, mask); }
+inline void decode_bar(Decoder& d) {
+    if (!d.take("warp")) return decode_barrier(d, true);
+    if (!d.take("sync")) d.error("lacks .sync");
+    d.expect(1);
+    d.source(0, Type::b32);
+    d.i.members = d.i.s[0];
+    d.i.flow = Flow::kCollective;
+    d.i.run = warp_sync;
+}
+inline void decode_barrier_cta(Decoder& d) { decode_barrier(d, false); }
+
+// ---- membar, fence --------------------------------------------------------------------------------------------------
+// i.a: the scope is the block. Earlier strong reads acquire here, later strong writes release what is before here.
+inline void fence(Machine& m, Warp& w, const Instr& i, u32) {
+    if (w.has_acquired && (!i.a || w.acquired.block == m.block)) acquire(m, w, w.acquired);
+    w.fenced = publish(m, w);
+    w.has_fenced = true;
+    if (!i.a) {
+        w.fenced_gpu = w.fenced;
+        w.has_fenced_gpu = true;
+    }
+}
+inline void decode_fence(Decoder& d) {
+    d.take_one({"sc", "acq_rel", "acquire", "release"});
+    d.i.a = d.take_one({"cta", "gpu", "sys", "gl"}) == 0;
+    d.expect(0);
+    d.i.run = fence;
+}
+
+}  // namespace ptx

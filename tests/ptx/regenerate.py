@@ -1,0 +1,31 @@
+"""Compiles the textbook kernels again: `PYTHONPATH=tests python -m ptx.regenerate`.
+
+Their PTX is kept beside them, so that the tests run without nvcc.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .helpers import KERNELS
+from .machine import compile_ptx
+
+ARCH = "sm_80"
+
+
+def normalised(ptx: str) -> str:
+    """Without what depends on the directory or on nvcc's build: header comments, directories, debug strings."""
+    ptx = re.sub(r"\t\.section\t\.debug_str\n\t\{.*?\n\t\}\n?", "", ptx, flags=re.DOTALL)
+    ptx = re.sub(r'(\.file\t\d+ ")[^"]*/', r"\1", ptx)
+    return "\n".join(line.rstrip() for line in ptx.splitlines() if not line.startswith("//")).strip() + "\n"
+
+
+def generate(source: Path) -> str:
+    return normalised(compile_ptx(source, ARCH))
+
+
+if __name__ == "__main__":
+    for source in sorted(KERNELS.glob("*.cu")):
+        source.with_suffix(".ptx").write_text(generate(source))
+        print(source.with_suffix(".ptx"))
