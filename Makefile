@@ -76,6 +76,16 @@ ifneq ($(BUILD_CONFIG),$(shell cat $(VENV)/build-config 2>/dev/null))
 .PHONY: $(OPS)
 endif
 
+# A torch that is not to be had must not cost the .venv that is there.
+ifdef SYSTEM
+CAN_INSTALL = $(PYTHON) -c 'import torch' 2>/dev/null || \
+	die "SYSTEM_TORCH=1 takes the torch of '$(PYTHON)', which imports none: name another PYTHON, or leave it out."
+else
+CAN_INSTALL = test ! -x $(PY) || $(PIP) install --quiet --dry-run --no-deps --ignore-installed \
+	$(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') '$(TORCH)' >/dev/null || \
+	die "pip finds no '$(TORCH)': .venv stays as it is."
+endif
+
 # What is missing is said now, not after torch's download.
 $(VENV)/config:
 	@$(DIE); \
@@ -87,6 +97,7 @@ $(VENV)/config:
 	die "'$(PYTHON)' has no venv module: install it (Debian, Ubuntu: apt install python3-venv)."; \
 	command -v $${CXX:-c++} >/dev/null || { test -z "$$CXX" && { command -v g++ || command -v clang++; } >/dev/null; } || \
 	die "there is no C++ compiler '$${CXX:-c++}': install one (Debian, Ubuntu: apt install g++) or name it in CXX."; \
+	$(CAN_INSTALL); \
 	echo "make: new .venv for $(VENV_CONFIG)"
 ifdef SYSTEM
 # PYTHON may be in an environment itself, whose packages --system-site-packages does not show: the .pth file does.

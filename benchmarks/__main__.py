@@ -96,14 +96,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (1)")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each layer (15)")
-    parser.add_argument("--only", help="one shape of shapes.csv, by name")
+    with (HERE / "shapes.csv").open() as file:
+        shapes = list(csv.DictReader(file))
+    parser.add_argument("--only", choices=[shape["name"] for shape in shapes], help="one shape of shapes.csv")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
 
-    with (HERE / "shapes.csv").open() as file:
-        shapes = [shape for shape in csv.DictReader(file) if options.only in (None, shape["name"])]
+    shapes = [shape for shape in shapes if options.only in (None, shape["name"])]
     results = []
     for shape in tqdm(shapes, leave=False):
         m, k, n = int(shape["m"]), int(shape["k"]), int(shape["n"])

@@ -97,6 +97,8 @@ class BinaryLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.k = weight.shape[1]
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        # Only to be known to a second derivative; not saved, for its values are not used.
+        ctx.weight = None if torch.compiler.is_compiling() else weight
         ctx.save_for_backward(
             x_words,
             None if limit is None else in_range_words,
@@ -112,18 +114,19 @@ class BinaryLinear(torch.autograd.Function):
         with torch.no_grad():
             gradients = _gradients(ctx, grad)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            gradients = [None if g is None else _once_differentiable(g, grad) for g in gradients]
+            witnesses = [grad, *(t for t in (ctx.weight, ctx.saved_tensors[3]) if t is not None)]
+            gradients = [None if g is None else _once_differentiable(g, witnesses) for g in gradients]
         return *gradients, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
             # A batch of x alone is more rows.
-            outputs = apply(BinaryLinear, args[0].movedim(in_dims[0], 0), *args[1:])
+            outputs = apply(BinaryLinearEager, args[0].movedim(in_dims[0], 0), *args[1:])
             return outputs, (0, 0, None if args[6] is None else 0)
         each = [
             apply(
-                BinaryLinear,
+                BinaryLinearEager,
                 *(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)),
             )
             for i in range(info.batch_size)
@@ -131,13 +134,24 @@ class BinaryLinear(torch.autograd.Function):
         return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0, 0, 0)
 
 
-def _once_differentiable(gradient: Tensor, grad: Tensor) -> Tensor:
-    """The gradient, tied to something that requires a gradient, so that a second backward arrives at the error.
+class BinaryLinearEager(BinaryLinear):
+    """With words for forward mode, which torch.compile would take for a promise to support it."""
 
-    Autograd sees the fresh witness; a transform of torch.func around the one that is at work sees `grad`.
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise NotImplementedError(
+            "bitorch_qlinear: QLinear has no forward-mode derivative (jvp): signs have none; use backward."
+        )
+
+
+def _once_differentiable(gradient: Tensor, witnesses: list[Tensor]) -> Tensor:
+    """The gradient, tied to all that it is computed from, so that a second backward arrives at the error.
+
+    But for an x of which only bits are saved: the gradient is constant in it, almost everywhere. The fresh witness is
+    for autograd where nothing else requires a gradient.
     """
-    witness = torch.zeros((), dtype=gradient.dtype, device=gradient.device, requires_grad=True)
-    marked: Tensor = apply(_OnceDifferentiable, gradient, grad, witness)
+    fresh = torch.zeros((), dtype=gradient.dtype, device=gradient.device, requires_grad=True)
+    marked: Tensor = apply(_OnceDifferentiable, gradient, *witnesses, fresh)
     return marked
 
 
@@ -209,5 +223,6 @@ def binary_linear(
         RuntimeError: As the operators do; and in a second backward.
     """
     limit = _in_range_limit(rules.input, threshold)
-    y: Tensor = apply(BinaryLinear, x, weight, bias, words, prepared, rules, limit, out_dtype)[0]
+    function = BinaryLinear if torch.compiler.is_compiling() else BinaryLinearEager
+    y: Tensor = apply(function, x, weight, bias, words, prepared, rules, limit, out_dtype)[0]
     return y

@@ -34,6 +34,8 @@ def has_kernels(tensor: Tensor) -> bool:
 
 
 def _check_threshold(threshold: float | None) -> float | None:
+    if threshold is not None and not isinstance(threshold, (int, float)):
+        raise TypeError(f"gradient_cancellation_threshold: expected None or a number, got {threshold!r}")
     if threshold is not None and (math.isnan(threshold) or threshold < 0):
         raise ValueError(f"gradient_cancellation_threshold: expected None or a number >= 0, got {threshold}")
     return threshold
@@ -165,8 +167,10 @@ class QLinear(nn.Linear):
             TypeError: A quantization that is neither name nor module.
         """
         super().__init__(*args, **kwargs)
-        self.weight_quantization = get_quantization(weight_quantization)
-        self.activation = Activation(get_quantization(input_quantization), gradient_cancellation_threshold)
+        self.weight_quantization = get_quantization(weight_quantization, "weight_quantization")
+        self.activation = Activation(
+            get_quantization(input_quantization, "input_quantization"), gradient_cancellation_threshold
+        )
         self._cache = WeightCache()
         self._plan: _Plan | None = None
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from . import _library, functional
 from ._function import apply, transforms_active
 from .linear import Activation, QLinear, autocast_dtype, fused_linear, has_kernels
-from .quantizations import BinaryRule, binary_rule, get_quantization
+from .quantizations import BinaryRule, binary_rule, get_quantization, has_constant_rule
 
 __all__ = ["PackEntry", "PackReport", "PackedQLinear", "pack"]
 
@@ -34,7 +34,7 @@ def _pack_anywhere(weight: Tensor, strict: bool) -> Tensor:
 
 
 def _rule_of(argument: str, quantization: str | nn.Module | None) -> BinaryRule:
-    module = get_quantization(quantization)
+    module = get_quantization(quantization, argument)
     rule = binary_rule(module.eval() if isinstance(quantization, str) else module)
     if rule is None:
         raise ValueError(f"{argument}: expected a sign-like quantization, which packs into bits, got {module!r}")
@@ -69,7 +69,15 @@ class _InferenceOnly(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, layer: PackedQLinear) -> tuple[Tensor, int]:
-        return apply(_InferenceOnly, x.movedim(in_dims[0], 0), layer), 0
+        return apply(_InferenceOnlyEager, x.movedim(in_dims[0], 0), layer), 0
+
+
+class _InferenceOnlyEager(_InferenceOnly):
+    """With words for forward mode, which torch.compile would take for a promise to support it."""
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise NotImplementedError("PackedQLinear has no forward-mode derivative (jvp), nor any other.")
 
 
 class _Prepared(NamedTuple):
@@ -199,7 +207,7 @@ class PackedQLinear(nn.Module):
         """
         compiling = torch.compiler.is_compiling()
         if (x.requires_grad and torch.is_grad_enabled()) or (not compiling and transforms_active()):
-            y: Tensor = apply(_InferenceOnly, x, self)
+            y: Tensor = apply(_InferenceOnly if compiling else _InferenceOnlyEager, x, self)
             return y
         return self._product(x, compiling)
 
@@ -394,7 +402,8 @@ def _reason_against(layer: QLinear) -> str:
         return "its activation was replaced"
     for name, quantization in (("input", layer.input_quantization), ("weight", layer.weight_quantization)):
         if binary_rule(quantization) is None:
-            mode = " in training mode" if quantization.training else ""
+            # Only of one that packs in eval mode, so that nobody tries it in vain with another.
+            mode = " in training mode" if quantization.training and not has_constant_rule(quantization) else ""
             return f"its {name} quantization, {quantization!r}{mode}, is not sign-like"
     return "" if layer._packed_rules() is not None else "its activation has hooks"
 
@@ -414,7 +423,8 @@ def pack(model: nn.Module, *, inplace: bool = False, report: bool = False) -> nn
         model: Any module, also a QLinear itself.
         inplace: Replace inside `model` and free its float weights; otherwise a copy is returned, in which the packed
             layers' float weights are never copied.
-        report: Return a :class:`PackReport` too, of what was packed and what was not and why; otherwise it is logged.
+        report: Return a :class:`PackReport` too, of what was packed and what was not and why; otherwise it is logged,
+            as a warning where a QLinear stays as it is or there is none.
 
     Returns:
         The model, or the model and the report.
@@ -440,5 +450,5 @@ def pack(model: nn.Module, *, inplace: bool = False, report: bool = False) -> nn
         model = copy.deepcopy(model, replacements)
     if report:
         return model, entries
-    _logger.info("%s", entries)
+    _logger.log(logging.INFO if entries and all(entry.packed for entry in entries) else logging.WARNING, "%s", entries)
     return model

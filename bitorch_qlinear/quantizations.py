@@ -549,11 +549,12 @@ def quantization_names() -> list[str]:
     return sorted(_classes)
 
 
-def get_quantization(quantization: str | nn.Module | None) -> nn.Module:
+def get_quantization(quantization: str | nn.Module | None, argument: str = "quantization") -> nn.Module:
     """The module meant by a name, a module or None.
 
     Args:
         quantization: a name gives a new instance of that class, a module itself, None a new `Sign`.
+        argument: what the errors call it.
 
     Raises:
         ValueError: an unknown name.
@@ -564,9 +565,9 @@ def get_quantization(quantization: str | nn.Module | None) -> nn.Module:
     if isinstance(quantization, nn.Module):
         return quantization
     if not isinstance(quantization, str):
-        raise TypeError(f"quantization: expected a name, a torch.nn.Module or None, got {quantization!r}")
+        raise TypeError(f"{argument}: expected a name, a torch.nn.Module or None, got {quantization!r}")
     if quantization not in _classes:
-        raise ValueError(f"quantization: expected one of {', '.join(quantization_names())}, got {quantization!r}")
+        raise ValueError(f"{argument}: expected one of {', '.join(quantization_names())}, got {quantization!r}")
     return _classes[quantization]()
 
 

@@ -473,3 +473,19 @@ def test_second_derivatives_of_torch_func_are_an_error(transform, outer_of):
     first, second = (0, 1) if outer_of == "weight" else (0, 0)
     with pytest.raises(RuntimeError, match="differentiable only once"):
         transform(lambda *both: transform(loss, first)(*both).sum(), second)(x, weight)
+
+
+def test_every_way_to_a_second_derivative_is_an_error():
+    layer = layer_like()
+    x = torch.randn(3, K, requires_grad=True)
+
+    def gradient(y):
+        return torch.autograd.grad(y, x, create_graph=True)[0]
+
+    for ask in (
+        lambda: torch.autograd.functional.hessian(lambda z: layer(z).pow(2).sum(), x),
+        lambda: torch.autograd.grad(gradient(layer(x).pow(2).sum()).pow(2).sum(), x),
+        lambda: torch.autograd.grad(gradient(layer(x).sum()).sum(), layer.weight),
+    ):
+        with pytest.raises(RuntimeError, match="differentiable only once"):
+            ask()

@@ -320,7 +320,7 @@ def activation_replaced():
 
 
 REASONS = {
-    "its input quantization, InputDoReFa(bit_width=1) in training mode, is not sign-like": lambda: QLinear(
+    "its input quantization, InputDoReFa(bit_width=1), is not sign-like": lambda: QLinear(
         K, N, input_quantization="inputdorefa"
     ),
     "its weight quantization, Identity(bit_width=32), is not sign-like": lambda: layer_like(
