@@ -73,7 +73,7 @@ def decide_cuda(
     if switch == "0":
         return False, "BITORCH_QLINEAR_CUDA=0"
     needs = (
-        (has_sources, "this version has no CUDA code"),
+        (has_sources, "this version has no CUDA operators yet"),
         (torch_cuda_version is not None, "this torch is built without CUDA"),
         (nvcc_found, "there is no nvcc"),
     )

@@ -195,8 +195,8 @@ def decide_cuda():
         ("", "12.6", True, True, True, "12.6"),
         (None, None, True, True, False, "without CUDA"),
         (None, "13.0", False, True, False, "no nvcc"),
-        (None, "13.0", True, False, False, "no CUDA code"),
-        ("", None, False, False, False, "no CUDA code, .*without CUDA, .*no nvcc"),
+        (None, "13.0", True, False, False, "no CUDA operators yet"),
+        ("", None, False, False, False, "no CUDA operators yet, .*without CUDA, .*no nvcc"),
     ],
 )
 def test_cuda_decision(decide_cuda, switch, torch_cuda, nvcc, sources, expected, reason):
@@ -209,7 +209,7 @@ def test_cuda_decision(decide_cuda, switch, torch_cuda, nvcc, sources, expected,
     [
         ("1", None, True, True, "without CUDA"),
         ("1", "13.0", False, True, "no nvcc"),
-        ("1", "13.0", True, False, "no CUDA code"),
+        ("1", "13.0", True, False, "no CUDA operators yet"),
         ("yes", "13.0", True, True, "must be 0 or 1, not 'yes'"),
         ("2", None, False, False, "must be 0 or 1"),
     ],

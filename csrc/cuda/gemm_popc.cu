@@ -1,0 +1,90 @@
+// Binary product on CUDA cores, for every architecture and shape: XOR and __popc over tiles in shared
+// memory. The GPU twin of the tensor-core kernels; its own twin is cpu/gemm_scalar.cpp.
+//
+// A block of 256 threads computes a tile of 64 x 64 outputs, a thread 4 x 4 of them: rows ty + 16 i and
+// columns tx + 16 j. Each stage of kStage words is stored transposed, [word][row], so that the 16 columns
+// that half a warp reads are consecutive banks and its row is a broadcast; a row of kTile + 1 words keeps
+// the transposing stores apart too.
+//
+// __popc runs at 16 lanes a clock and SM (compute capability 8.x and 9.0, CUDA C++ programming guide,
+// "Arithmetic Instructions"): 32 multiply-adds each, so at most 512 a clock and SM. An estimate, not measured.
+#include "epilogue.cuh"
+
+namespace bitorch_qlinear::cuda {
+namespace {
+
+constexpr int kTile = 64;
+constexpr int kStage = 32;
+constexpr int kThreads = 256;
+constexpr int kSide = 16;             // threads along a tile's edge
+constexpr int kEach = kTile / kSide;  // outputs of a thread along it
+
+using Stage = uint32_t[kStage][kTile + 1];
+
+// Words [first, first + kStage) of the rows from `begin` on; 0 for rows and words that do not exist and for
+// bits past k.
+__device__ __forceinline__ void load_stage(const uint32_t* words, int64_t begin, int64_t rows, int64_t first, int64_t k,
+                                           Stage& stage) {
+    const int64_t width = (k + 31) / 32;
+#pragma unroll 4  // 8 in flight at once would spill at two blocks an SM
+    for (int i = 0; i < kTile * kStage / kThreads; ++i) {
+        const int index = i * kThreads + static_cast<int>(threadIdx.x), row = index / kStage, word = index % kStage;
+        uint32_t value = 0;
+        if (begin + row < rows && first + word < width) {
+            value = words[(begin + row) * width + first + word];
+            if (first + word == width - 1 && k % 32) value &= (uint32_t{1} << (k % 32)) - 1;
+        }
+        stage[word][row] = value;
+    }
+}
+
+template <class As>
+__global__ void __launch_bounds__(kThreads, 2) multiply_tiles(const Product product, int64_t column_tiles) {
+    __shared__ Stage x, weight;
+    const int64_t row = blockIdx.x / column_tiles * kTile, column = blockIdx.x % column_tiles * kTile;
+    const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
+    const int64_t width = (product.k + 31) / 32;
+    int32_t popcounts[kEach][kEach] = {};
+    for (int64_t first = 0; first < width; first += kStage) {
+        load_stage(product.x, row, product.m, first, product.k, x);
+        load_stage(product.weight, column, product.n, first, product.k, weight);
+        __syncthreads();
+#pragma unroll 4
+        for (int word = 0; word < kStage; ++word) {
+            uint32_t a[kEach], b[kEach];
+#pragma unroll
+            for (int i = 0; i < kEach; ++i) {
+                a[i] = x[word][ty + kSide * i];
+                b[i] = weight[word][tx + kSide * i];
+            }
+#pragma unroll
+            for (int i = 0; i < kEach; ++i) {
+#pragma unroll
+                for (int j = 0; j < kEach; ++j) popcounts[i][j] += __popc(a[i] ^ b[j]);
+            }
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) {
+            const int64_t m = row + ty + kSide * i, n = column + tx + kSide * j;
+            if (m < product.m && n < product.n) write_output<As>(product.y, m, n, popcounts[i][j]);
+        }
+    }
+}
+
+}  // namespace
+
+cudaError_t gemm_popc(const Product& product, cudaStream_t stream) {
+    if (product.m == 0 || product.n == 0) return cudaSuccess;
+    const int64_t column_tiles = ceil_div(product.n, kTile), tiles = ceil_div(product.m, kTile) * column_tiles;
+    if (tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
+    return with_output_type(product.y.dtype, [&](auto as) {
+        multiply_tiles<decltype(as)><<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>(product, column_tiles);
+        return cudaGetLastError();
+    });
+}
+
+}  // namespace bitorch_qlinear::cuda
