@@ -38,11 +38,6 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-def _generation() -> int:
-    """Moves with what outdates every entry: a step of any optimizer, another kernel."""
-    return _optimizer_steps + _library.generation
-
-
 def _is_dense(weight: Tensor) -> bool:
     """Whether its elements fill one stretch of memory, of which a sample can be taken."""
     return weight.is_contiguous() or weight.t().is_contiguous()
@@ -57,6 +52,7 @@ class _Entry:
         "device",
         "dtype",
         "generation",
+        "optimizer_steps",
         "packed",
         "sample",
         "shape",
@@ -72,7 +68,7 @@ class _Entry:
         self.address = weight.data_ptr()
         self.dtype, self.device = weight.dtype, weight.device
         self.shape, self.stride = weight.shape, weight.stride()
-        self.strict, self.generation = strict, _generation()
+        self.strict, self.generation, self.optimizer_steps = strict, _library.generation, _optimizer_steps
         self.bytes = weight.nbytes
         self.sample = _C.sample(self.address, self.bytes) if weight.is_cpu else None
         self.packed = _pack(weight, strict)  # last: a write during it makes this entry out of date, not wrong
@@ -88,7 +84,8 @@ class _Entry:
             and self.stride == weight.stride()
             and self.device == weight.device
             and self.strict is strict
-            and self.generation == _generation()
+            and self.generation == _library.generation
+            and self.optimizer_steps == _optimizer_steps
             and (self.sample is None or _C.sample_matches(self.address, self.bytes, self.sample))
         )
 

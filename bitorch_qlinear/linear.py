@@ -220,7 +220,8 @@ class QLinear(nn.Linear):
         weight: Any = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
         bias: Any = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         words, prepared = self._packed_weight(weight, rules.weight.strict, compiling)
-        if wants_gradient(x, weight, bias) or (not compiling and transforms_active()):
+        wanted = torch.is_grad_enabled() and wants_gradient(x, weight, bias)
+        if wanted or (not compiling and transforms_active()):
             threshold = self.activation.gradient_cancellation_threshold
             return binary_linear(x, weight, bias, words, prepared, rules, threshold, autocast_dtype(x))
         return fused_linear(x, words, self.in_features, bias, prepared, rules.input.strict, compiling)
@@ -302,7 +303,5 @@ class QLinear(nn.Linear):
 
 
 def wants_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a backward may follow."""
-    return torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
+    """Whether a backward may follow, where gradients are enabled."""
+    return x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

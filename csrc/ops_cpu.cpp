@@ -370,9 +370,14 @@ Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std:
     const Rows rows = check_rows(x, k);
     const Weight weight =
         check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(x.scalar_type()));
-    const Scratch words = allocate(rows.m, words_for(k) * kWordBytes);
-    if (!words) fail_memory();
-    uint32_t* x_words = reinterpret_cast<uint32_t*>(words.get());
+    alignas(64) uint32_t few[256];  // a row or two need no allocation
+    Scratch words;
+    uint32_t* x_words = few;
+    if (static_cast<double>(rows.m) * words_for(k) > 256) {
+        words = allocate(rows.m, words_for(k) * kWordBytes);
+        if (!words) fail_memory();
+        x_words = reinterpret_cast<uint32_t*>(words.get());
+    }
     pack_rows(rows, strict, 0, x_words, nullptr);
     return multiply_words(x_words, rows.m, weight, sizes_with_last(x, weight.n));
 }
