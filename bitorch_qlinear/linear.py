@@ -257,11 +257,14 @@ class QLinear(nn.Linear):
 
     def _packed_weight(self, weight: Tensor, strict: bool, compiling: bool) -> PackedWeight:
         """The packed weights: cached in eval mode, but for a compiled graph, which packs them at every call."""
-        if not self.training:
-            if not compiling:
-                return self._cache.get(weight, strict)
-            _warn_packing_per_call()
-        return PackedWeight(functional.pack_bits(weight.detach(), strict), None)
+        if not self.training and not compiling:
+            return self._cache.get(weight, strict)
+        words = functional.pack_bits(weight.detach(), strict)
+        if self.training:
+            return PackedWeight(words, None)
+        _warn_packing_per_call()
+        # The product would prepare them too, but out of sight of inductor's freezing, which computes both once.
+        return PackedWeight(words, functional.prepare_weight(words, self.in_features))
 
     def repack(self) -> None:
         """Forget the packed weights, so that the next forward packs them: after writes that torch cannot notice."""

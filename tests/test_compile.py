@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch._dynamo
+import torch._inductor.config as inductor_config
 from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
@@ -182,7 +183,7 @@ OPS = torch.ops.bitorch_qlinear
 @pytest.mark.parametrize(
     ("make", "operators"),
     [
-        (lambda: layer_like(False), [OPS.pack_bits.default, OPS.linear.default]),
+        (lambda: layer_like(False), [OPS.pack_bits.default, OPS.prepare_weight.default, OPS.linear.default]),
         (lambda: PackedQLinear.from_float(layer_like(False)), [OPS.prepare_weight.default, OPS.linear.default]),
     ],
     ids=["QLinear", "PackedQLinear"],
@@ -229,3 +230,16 @@ def test_backward_of_a_compiled_packed_layer_is_an_error(backend):
     assert torch.equal(y, model(x)) or backend == "inductor"  # whose first layer may round in another way
     with pytest.raises(RuntimeError, match="computes no gradients"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("freezing", [False, True])
+def test_freezing_packs_once(freezing):
+    layer, x = layer_like(training=False), torch.randn(3, K)
+    with torch.no_grad(), inductor_config.patch(freezing=freezing):
+        compiled = torch.compile(layer, fullgraph=True)
+        assert torch.equal(compiled(x), layer(x))
+        with torch.profiler.profile() as profile:
+            compiled(x)
+    ours = {event.key for event in profile.key_averages() if event.key.startswith("bitorch_qlinear::")}
+    each_call = set() if freezing else {"bitorch_qlinear::pack_bits", "bitorch_qlinear::prepare_weight"}
+    assert ours == {"bitorch_qlinear::linear"} | each_call
