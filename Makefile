@@ -78,8 +78,8 @@ endif
 
 # A torch that is not to be had must not cost the .venv that is there.
 ifdef SYSTEM
-CAN_INSTALL = $(PYTHON) -c 'import torch' 2>/dev/null || \
-	die "SYSTEM_TORCH=1 takes the torch of '$(PYTHON)', which imports none: name another PYTHON, or leave it out."
+CAN_INSTALL = error=$$($(PYTHON) -c 'import torch' 2>&1) || die "SYSTEM_TORCH=1 takes the torch of '$(PYTHON)', which does" \
+	"not import ($$(echo "$$error" | tail -n 1)): name another PYTHON, or leave SYSTEM_TORCH out."
 else
 CAN_INSTALL = test ! -x $(PY) || $(PIP) install --quiet --dry-run --no-deps --ignore-installed \
 	$(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') '$(TORCH)' >/dev/null || \
@@ -113,8 +113,6 @@ endif
 # (numpy, which the tests want anyway, because torch warns at import without it.)
 $(VENV)/tools: $(VENV)/config
 ifdef SYSTEM
-	@$(DIE); error=$$($(PY) -c 'import torch' 2>&1) || die "SYSTEM_TORCH=1 takes the torch of '$(PYTHON)', which does" \
-	"not import ($$(echo "$$error" | tail -n 1)): name another PYTHON, or leave SYSTEM_TORCH out."
 	$(PIP) install --retries 0 setuptools ninja pybind11
 else
 	$(PIP) install $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') '$(TORCH)'

@@ -111,10 +111,12 @@ class BinaryLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 8
+        saved = ctx.saved_tensors  # once: a checkpoint unpacks only once
         with torch.no_grad():
-            gradients = _gradients(ctx, grad)
+            gradients = _gradients(ctx, grad, *saved)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            witnesses = [grad, *(t for t in (ctx.weight, ctx.saved_tensors[3]) if t is not None)]
+            *_, x, _ = saved
+            witnesses = [tensor for tensor in (grad, ctx.weight, x) if tensor is not None]
             gradients = [None if g is None else _once_differentiable(g, witnesses) for g in gradients]
         return *gradients, None, None, None, None, None
 
@@ -172,9 +174,16 @@ def _times_signs(grad: Tensor, words: Tensor, k: int) -> Tensor:
     return torch.cat(blocks, dim=-1)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    """Those of x, weight and bias, in their dtypes; None where not needed."""
-    x_words, in_range_words, words, x, weight = ctx.saved_tensors
+def _gradients(
+    ctx: Any,
+    grad: Tensor,
+    x_words: Tensor,
+    in_range_words: Tensor | None,
+    words: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+) -> list[Tensor | None]:
+    """Those of x, weight and bias, in their dtypes, from what was saved; None where not needed."""
     x_dtype, weight_dtype, bias_dtype = ctx.dtypes
     rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])  # -1 cannot be found where n is 0
     grad_x = grad_weight = grad_bias = None

@@ -262,9 +262,11 @@ class PackedQLinear(nn.Module):
     def _prepare(self) -> Tensor | None:
         weight, prepared, form = self.weight, None, None
         with torch.inference_mode(False):
-            if weight.is_meta or weight.is_inference():
+            if not has_kernels(weight):
+                pass
+            elif weight.is_meta or weight.is_inference():
                 form = functional.prepare_weight(weight, self.in_features)
-            elif has_kernels(weight):
+            else:
                 prepared = _Prepared.make(weight, self.in_features)
                 form = prepared.form
         self.weight_prepared, self._prepared = form, prepared

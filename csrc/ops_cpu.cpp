@@ -130,7 +130,7 @@ void pack_rows(const Rows& x, bool strict, double threshold, uint32_t* words, ui
     if (x.k == 0) return;  // however many rows
     const PackRow pack_row = active_kernel().pack_row[static_cast<int>(x.dtype)];
     const int64_t width = words_for(x.k);
-    const int64_t grain = std::max<int64_t>(1, kSerialValues / std::max<int64_t>(x.k, 1));
+    const int64_t grain = std::max<int64_t>(1, kSerialValues / x.k);
     const auto pack = [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             pack_row(x.row(i), x.k, strict, threshold, words + i * width, in_range ? in_range + i * width : nullptr);
@@ -191,7 +191,7 @@ void write_prepared(const Kernel& kernel, const uint32_t* words, int64_t n, int6
     std::memcpy(out, &header, sizeof header);
     if (!kernel.prepare || k == 0) return;
     const int64_t panels = ceil_div(n, kernel.layout.panel);
-    const int64_t grain = std::max<int64_t>(1, kSerialValues * 8 / std::max<int64_t>(kernel.layout.panel * k, 1));
+    const int64_t grain = std::max<int64_t>(1, kSerialValues * 8 / (kernel.layout.panel * k));
     const auto prepare = [&](int64_t begin, int64_t end) {
         kernel.prepare(words, n, k, {begin, end}, out + sizeof header);
     };

@@ -11,13 +11,13 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from calls import Calls
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.func import functional_call
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitorch_qlinear import QLinear, _library, quantizations
 
@@ -25,25 +25,13 @@ K, N = 70, 9
 X = torch.linspace(-1, 1, 3 * K).sin().reshape(3, K).mul(1e3).sin()
 
 
-class Packings(TorchDispatchMode):
-    """Counts how often weights are packed."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.bitorch_qlinear.pack_bits.default
-        return func(*args, **(kwargs or {}))
-
-
 def packings(layer, x=X):
     """How often a forward packs; its output is checked on the way."""
-    with torch.no_grad(), Packings() as mode:
+    with torch.no_grad(), Calls() as calls:
         y = layer(x)
     strict = isinstance(layer.weight_quantization, quantizations.SteHeaviside)
     assert torch.equal(y, reference(layer.weight, layer.bias, x, strict))
-    return mode.count
+    return calls.names.count("pack_bits")
 
 
 def reference(weight, bias, x=X, strict=False):
@@ -73,9 +61,9 @@ def _seed():
 def test_eval_packs_once():
     layer = QLinear(K, N).eval()
     assert [packings(layer) for _ in range(4)] == [1, 0, 0, 0]
-    with Packings() as mode:  # with gradients as well
+    with Calls() as calls:  # with gradients as well
         layer(X.clone().requires_grad_()).sum().backward()
-    assert mode.count == 0
+    assert calls.names.count("pack_bits") == 0
     with torch.inference_mode():
         layer(X)
     assert packings(layer) == 0
@@ -233,11 +221,11 @@ VIEWS = {"dtype": lambda data: data.view(torch.bfloat16), "shape": lambda data: 
 @pytest.mark.parametrize("change", VIEWS.values(), ids=VIEWS)
 def test_another_view_of_the_same_memory(change):
     layer, x = QLinear(K, N, bias=False, dtype=torch.float16).eval(), X.half()
-    with Packings() as mode:
+    with Calls() as calls:
         y = layer(x)
         layer.weight.data = change(layer.weight.data)
         assert torch.equal(layer(x), y[:, : len(layer.weight)])
-    assert mode.count == 2
+    assert calls.names.count("pack_bits") == 2
 
 
 def test_a_weight_that_is_not_contiguous_is_remembered():
@@ -312,9 +300,9 @@ def test_functional_call_is_packed_per_call_and_leaves_the_cache():
     layer = warm()
     other = torch.randn(N, K)
     for weight in (other, -other, other):
-        with torch.no_grad(), Packings() as mode:
+        with torch.no_grad(), Calls() as calls:
             y = functional_call(layer, {"weight": weight}, (X,))
-        assert mode.count == 1
+        assert calls.names.count("pack_bits") == 1
         assert torch.equal(y, reference(weight, layer.bias))
     assert packings(layer) == 0
 
@@ -336,9 +324,9 @@ def test_subclasses_are_packed_per_call():
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Tagged))
     assert type(layer.weight) is not nn.Parameter
     for _ in range(2):
-        with torch.no_grad(), Packings() as mode:
+        with torch.no_grad(), Calls() as calls:
             assert torch.equal(layer(X).as_subclass(torch.Tensor), reference(layer.weight, layer.bias))
-        assert mode.count == 1
+        assert calls.names.count("pack_bits") == 1
 
 
 # ---- copies, pickles, other processes ----

@@ -489,3 +489,12 @@ def test_every_way_to_a_second_derivative_is_an_error():
     ):
         with pytest.raises(RuntimeError, match="differentiable only once"):
             ask()
+
+
+def test_create_graph_through_a_checkpoint():
+    layer = layer_like(input_quantization="approxsign")
+    x, g = torch.randn(3, K, requires_grad=True), integers(3, N)
+    want = torch.autograd.grad(layer(x), [x, *layer.parameters()], g)
+    y = checkpoint(layer, x, use_reentrant=False)
+    got = torch.autograd.grad(y, [x, *layer.parameters()], g, create_graph=True)
+    assert all(map(torch.equal, got, want))

@@ -9,8 +9,8 @@ import bitorch.quantizations as bitorch_quantizations
 import pytest
 import torch
 from bitorch.layers import QLinear as BitorchQLinear
+from calls import Calls
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitorch_qlinear.linear as linear_module
 from bitorch_qlinear import QLinear, quantization_names, quantizations, register_quantization
@@ -22,19 +22,6 @@ NAN, INF = math.nan, math.inf
 
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-class Calls(TorchDispatchMode):
-    """Counts the calls of our operators, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "bitorch_qlinear":
-            self.names.append(func._opname)
-        return func(*args, **(kwargs or {}))
 
 
 def packs(name, training):

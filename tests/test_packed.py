@@ -10,12 +10,12 @@ import weakref
 import pytest
 import torch
 from bitorch.layers import QLinear as BitorchQLinear
+from calls import Calls
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitorch_qlinear.packed as packed_module
 from bitorch_qlinear import PackedQLinear, QLinear, _library, functional, pack, quantizations
@@ -24,19 +24,6 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SIGN_LIKE = ["sign", "approxsign", "swishsign", "steheaviside", "progressive_sign"]
 K, N = 70, 9
 X = torch.linspace(-1, 1, 3 * K).reshape(3, K).mul(1e3).sin()
-
-
-class Calls(TorchDispatchMode):
-    """Counts the calls of our operators, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "bitorch_qlinear":
-            self.names.append(func._opname)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(autouse=True)
@@ -743,3 +730,14 @@ def test_mixed_dtypes_without_kernels(monkeypatch, x_dtype):
     want = packed(x)
     monkeypatch.setattr(packed_module, "has_kernels", lambda tensor: False)
     assert torch.equal(packed(x), want)
+
+
+def test_inference_tensors_without_kernels(monkeypatch):
+    packed = PackedQLinear.from_float(layer_like())
+    want = packed(X)
+    monkeypatch.setattr(packed_module, "has_kernels", lambda tensor: False)
+    with torch.inference_mode():
+        packed.weight = packed.weight.clone()
+    packed.repack()
+    assert packed.weight_prepared is None
+    assert torch.equal(packed(X), want)
