@@ -25,4 +25,16 @@ static inline uint32_t word_mask(int64_t index, int64_t k) {
     return valid <= 0 ? 0 : (uint32_t{1} << valid) - 1;
 }
 
+// What the prepared form of the weights begins with.
+struct PreparedHeader {
+    char magic[8];
+    uint32_t layout;
+    uint32_t reserved;
+    int64_t n;
+    int64_t k;
+    char padding[32];
+};
+constexpr char kPreparedMagic[8] = {'b', 'i', 't', 'o', 'r', 'c', 'h', 'q'};
+static_assert(sizeof(PreparedHeader) == 64, "the prepared form's header is one cache line");
+
 }  // namespace bitorch_qlinear

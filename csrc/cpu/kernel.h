@@ -19,7 +19,7 @@ using PackRow = void (*)(const void* x, int64_t k, bool strict, double threshold
 // The inverse: k values from words_for(k) words. For float types and int8 +-1, for bool the bit itself.
 using UnpackRow = void (*)(const uint32_t* words, int64_t k, void* out, DType dtype);
 
-// The prepared form of the weights: a 64-byte header, then for each panel of outputs and each unit of
+// The prepared form of the weights: the header (packed.h), then for each panel of outputs and each unit of
 // K `unit_bytes` bytes. unit_bytes is 0 for a kernel that reads the words themselves.
 struct Layout {
     uint32_t id;
@@ -27,17 +27,6 @@ struct Layout {
     int64_t unit;
     int64_t unit_bytes;
 };
-
-struct PreparedHeader {
-    char magic[8];
-    uint32_t layout;
-    uint32_t reserved;
-    int64_t n;
-    int64_t k;
-    char padding[32];
-};
-constexpr char kPreparedMagic[8] = {'b', 'i', 't', 'o', 'r', 'c', 'h', 'q'};
-static_assert(sizeof(PreparedHeader) == 64, "the prepared form's header is one cache line");
 
 static inline int64_t prepared_bytes(const Layout& layout, int64_t n, int64_t k) {
     return static_cast<int64_t>(sizeof(PreparedHeader)) +

@@ -1,5 +1,7 @@
-// From popcounts to outputs, as epilogue.h derives it: y = narrow(T(k - 2 popcount) * T(scale) + T(bias)),
-// each operation rounded once.
+// From popcounts to outputs, as csrc/epilogue.h derives it: y = narrow(T(k - 2 popcount) * T(scale) + T(bias)), each
+// operation rounded once, where popcount is that of a ^ b. A kernel that counts a & b has
+//     popcount(a ^ b) = popcount(a) + popcount(b) - 2 popcount(a & b).
+// All of it modulo 2^32, unsigned, so that the sum may pass 2^31 on its way: k - 2 popcount itself fits in an int32.
 #pragma once
 
 #include <type_traits>
@@ -28,19 +30,87 @@ struct As {
     using Sum = SumT;
 };
 
-template <class As>
-__device__ __forceinline__ void write_output(const Output& y, int64_t row, int64_t column, int32_t popcount) {
-    using Sum = typename As::Sum;
-    const int32_t dot = y.k - popcount - popcount;
-    auto* out = static_cast<typename As::Out*>(y.data) + row * y.n + column;
-    if constexpr (std::is_same_v<Sum, int32_t>) {
-        *out = dot;
-    } else {
-        Sum value = static_cast<Sum>(dot);
-        if (y.scale) value = multiply(value, static_cast<const Sum*>(y.scale)[column]);
-        if (y.bias) value = add(value, static_cast<const Sum*>(y.bias)[column]);
-        narrow(value, out);
+// T(channels[column]), or what changes no output where there are none.
+template <class Sum>
+__device__ __forceinline__ Sum channel(const Channels& channels, int64_t column, Sum absent) {
+    if (!channels.data) return absent;
+    switch (channels.dtype) {
+        case DType::float64: return static_cast<Sum>(static_cast<const double*>(channels.data)[column]);
+        case DType::float32: return static_cast<Sum>(static_cast<const float*>(channels.data)[column]);
+        case DType::float16: return static_cast<Sum>(__half2float(static_cast<const __half*>(channels.data)[column]));
+        default: return static_cast<Sum>(__bfloat162float(static_cast<const __nv_bfloat16*>(channels.data)[column]));
     }
+}
+
+// Scale and bias of a block's columns, as T, in shared memory: converted once, by one piece of code. (Converted where
+// they are used, the switch above made nvcc compile gemm_popc for 20 seconds instead of one.)
+template <class As, int Width>
+struct ChannelTile {
+    typename As::Sum scale[Width], bias[Width];
+
+    // All threads of the block call it, and meet at a barrier before the first use.
+    __device__ __forceinline__ void load(const Output& y, int64_t n, int64_t first) {
+        if constexpr (!std::is_same_v<typename As::Sum, int32_t>) {
+#pragma unroll 1
+            for (int i = static_cast<int>(threadIdx.x); i < Width; i += static_cast<int>(blockDim.x)) {
+                using Sum = typename As::Sum;
+                // x * 1 is x and x + (-0) is x, to the bit: without scale or bias there is no case of its own.
+                const bool exists = first + i < n;
+                scale[i] = exists ? channel<Sum>(y.scale, first + i, Sum{1}) : Sum{1};
+                bias[i] = exists ? channel<Sum>(y.bias, first + i, -Sum{0}) : -Sum{0};
+            }
+        }
+    }
+};
+
+// One output from the popcount of a ^ b.
+template <class As>
+__device__ __forceinline__ typename As::Out output(int64_t k, uint32_t popcount, typename As::Sum scale,
+                                                   typename As::Sum bias) {
+    const int32_t dot = static_cast<int32_t>(static_cast<uint32_t>(k) - 2 * popcount);
+    typename As::Out out;
+    if constexpr (std::is_same_v<typename As::Sum, int32_t>) {
+        out = dot;
+    } else {
+        narrow(add(multiply(static_cast<typename As::Sum>(dot), scale), bias), &out);
+    }
+    return out;
+}
+
+// The row [column, column + Count) of y[row], as far as it exists, from popcounts of a ^ b; `scale` and `bias` are
+// those of its columns, in a ChannelTile. Stores are 16 bytes wide where `whole_vectors` says that rows allow it.
+template <class As, int Count>
+__device__ __forceinline__ void write_outputs(const Output& y, int64_t n, int64_t k, int64_t row, int64_t column,
+                                              bool whole_vectors, const uint32_t (&popcounts)[Count],
+                                              const typename As::Sum* scale, const typename As::Sum* bias) {
+    using Out = typename As::Out;
+    constexpr int kVector = Count * sizeof(Out) < 16 ? Count : 16 / static_cast<int>(sizeof(Out));
+    static_assert(Count % kVector == 0 && (kVector & (kVector - 1)) == 0, "columns must fill whole vectors");
+    struct alignas(kVector * sizeof(Out)) Vector {
+        Out values[kVector];
+    };
+    Out* out = static_cast<Out*>(y.data) + row * n + column;
+#pragma unroll
+    for (int first = 0; first < Count; first += kVector) {
+        Vector vector;
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+            vector.values[j] = output<As>(k, popcounts[first + j], scale[first + j], bias[first + j]);
+        }
+        if (whole_vectors && column + first + kVector <= n) {
+            *reinterpret_cast<Vector*>(out + first) = vector;
+        } else {
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) {
+                if (column + first + j < n) out[first + j] = vector.values[j];
+            }
+        }
+    }
+}
+
+// Whether every row of y starts on 16 bytes.
+static inline bool rows_on_16_bytes(const Output& y, int64_t n) {
+    return reinterpret_cast<uintptr_t>(y.data) % 16 == 0 && n * element_size(y.dtype) % 16 == 0;
 }
 
 // Calls function(As<...>) for the output's type.

@@ -23,15 +23,15 @@ using Stage = uint32_t[kStage][kTile + 1];
 
 // Words [first, first + kStage) of the rows from `begin` on; 0 for rows and words that do not exist and for
 // bits past k.
-__device__ __forceinline__ void load_stage(const uint32_t* words, int64_t begin, int64_t rows, int64_t first, int64_t k,
-                                           Stage& stage) {
+__device__ __forceinline__ void load_stage(const Operand& operand, int64_t begin, int64_t rows, int64_t first,
+                                           int64_t k, Stage& stage) {
     const int64_t width = (k + 31) / 32;
 #pragma unroll 4  // 8 in flight at once would spill at two blocks an SM
     for (int i = 0; i < kTile * kStage / kThreads; ++i) {
         const int index = i * kThreads + static_cast<int>(threadIdx.x), row = index / kStage, word = index % kStage;
         uint32_t value = 0;
         if (begin + row < rows && first + word < width) {
-            value = words[(begin + row) * width + first + word];
+            value = operand.words[(begin + row) * operand.stride + first + word];
             if (first + word == width - 1 && k % 32) value &= (uint32_t{1} << (k % 32)) - 1;
         }
         stage[word][row] = value;
@@ -41,10 +41,13 @@ __device__ __forceinline__ void load_stage(const uint32_t* words, int64_t begin,
 template <class As>
 __global__ void __launch_bounds__(kThreads, 2) multiply_tiles(const Product product, int64_t column_tiles) {
     __shared__ Stage x, weight;
+    __shared__ ChannelTile<As, kTile> channels;
     const int64_t row = blockIdx.x / column_tiles * kTile, column = blockIdx.x % column_tiles * kTile;
     const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
     const int64_t width = (product.k + 31) / 32;
-    int32_t popcounts[kEach][kEach] = {};
+    uint32_t popcounts[kEach][kEach] = {};
+    channels.load(product.y, product.n, column);
+    __syncthreads();
     for (int64_t first = 0; first < width; first += kStage) {
         load_stage(product.x, row, product.m, first, product.k, x);
         load_stage(product.weight, column, product.n, first, product.k, weight);
@@ -69,8 +72,11 @@ __global__ void __launch_bounds__(kThreads, 2) multiply_tiles(const Product prod
     for (int i = 0; i < kEach; ++i) {
 #pragma unroll
         for (int j = 0; j < kEach; ++j) {
-            const int64_t m = row + ty + kSide * i, n = column + tx + kSide * j;
-            if (m < product.m && n < product.n) write_output<As>(product.y, m, n, popcounts[i][j]);
+            const int64_t m = row + ty + kSide * i;
+            const int n = tx + kSide * j;
+            if (m >= product.m) continue;
+            write_outputs<As, 1>(product.y, product.n, product.k, m, column + n, false, {popcounts[i][j]},
+                                 channels.scale + n, channels.bias + n);
         }
     }
 }

@@ -1,14 +1,25 @@
 // The CUDA kernels' launchers: raw pointers, sizes and a stream; no torch. Each returns the launch's
-// error, allocates nothing and does not synchronize.
+// error, allocates nothing, does not synchronize, and may be captured in a graph.
+//
+// Words come in two forms, both row-major:
+//   interchange  words_for(k) words a row; bits past k may be anything, and kernels mask them
+//   aligned      aligned_words_for(k) words a row, every bit past k zero, the first row on 16 bytes: rows can be read
+//                16 bytes at a time, and what a kernel reads past k adds nothing to a popcount of AND or XOR
+// Where k is a multiple of 128 and the tensor starts on 16 bytes, the interchange form is the aligned one.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
-#include "../epilogue.h"
+#include "../dtype.h"
+#include "../packed.h"
 
 namespace bitorch_qlinear::cuda {
+
+constexpr int64_t kAlignedWords = 4;
+
+static inline int64_t aligned_words_for(int64_t k) { return ceil_div(words_for(k), kAlignedWords) * kAlignedWords; }
 
 // Rows of x to packed words; the twin that says what it computes is pack_row_portable (cpu/bits.h).
 struct Pack {
@@ -16,20 +27,77 @@ struct Pack {
     DType dtype;
     int64_t m, k, stride;
     bool strict;
-    double threshold;    // representable in dtype
-    uint32_t* words;     // [m][words_for(k)]
-    uint32_t* in_range;  // the same, or null
-    int32_t* popcounts;  // [m], zero before the launch, or null: the set bits of each row of words
+    double threshold;  // representable in dtype
+    uint32_t* words;   // [m][word_stride], word_stride >= words_for(k); every bit past k becomes zero
+    int64_t word_stride;
+    uint32_t* in_range;  // [m][words_for(k)], or null
+    int32_t* popcounts;  // [m] set bits of each row of words, or null
 };
 cudaError_t pack(const Pack&, cudaStream_t);
 
-// One product. y as in Output (epilogue.h): bias and scale hold n values of T, or are null.
+// Words of the interchange form to values: +-1 of a float type, int32 or int8; for boolean the bits themselves.
+struct Unpack {
+    const uint32_t* words;  // [m][words_for(k)]
+    int64_t m, k;
+    void* values;  // [m][k]
+    DType dtype;
+};
+cudaError_t unpack(const Unpack&, cudaStream_t);
+
+// Words of the interchange form to the aligned one, and the set bits of each row (bits past k not counted).
+struct Align {
+    const uint32_t* words;  // [m][words_for(k)]
+    int64_t m, k;
+    uint32_t* aligned;       // [m][aligned_words_for(k)], or null: only count
+    int32_t* popcounts;      // [m]
+    PreparedHeader* header;  // where to write that these are m prepared weights of k values, or null
+};
+cudaError_t align(const Align&, cudaStream_t);
+
+// One factor of a product.
+struct Operand {
+    const uint32_t* words;
+    int64_t stride;            // words from row to row
+    const int32_t* popcounts;  // set bits of each row; read by the AND kernels alone
+};
+
+// n values of a float type, contiguous, or null.
+struct Channels {
+    const void* data;
+    DType dtype;
+};
+
+// y[m][n], contiguous; what each output is stands in epilogue.cuh.
+struct Output {
+    void* data;
+    DType dtype;
+    Channels scale, bias;
+};
+
+// y = x . weight^T. `prepared` is the header of the prepared form that the weights or their popcounts are taken from,
+// or null: a kernel that reads them traps where it is another than n and k ask for (prepared.cuh), for the host cannot
+// look without waiting for the device.
 struct Product {
-    const uint32_t* x;       // [m][words_for(k)]
-    const uint32_t* weight;  // [n][words_for(k)]
+    Operand x, weight;
     int64_t m, n, k;
     Output y;
+    const PreparedHeader* prepared;
 };
+
+// Operands in the interchange form (or the aligned one, which is a case of it), any m, n, k and compute capability.
 cudaError_t gemm_popc(const Product&, cudaStream_t);
+
+// The others read the aligned form, and return cudaErrorInvalidValue for operands or sizes that they do not take.
+// Rows of x that a skinny kernel takes at most.
+constexpr int64_t kSkinnyRows = 16;
+cudaError_t gemm_skinny(const Product&, cudaStream_t);           // any compute capability; no popcounts needed
+cudaError_t gemm_skinny_mma_sm80(const Product&, cudaStream_t);  // compute capability 8.0 to 9.0
+
+// A block's part of y in gemm_mma_sm80, widest first.
+enum class Tile : int { m128n256, m128n128, m64n64 };
+constexpr int kTiles = 3;
+constexpr int64_t kTileRows[kTiles] = {128, 128, 64}, kTileColumns[kTiles] = {256, 128, 64};
+cudaError_t gemm_mma_sm80(const Product&, Tile, cudaStream_t);  // compute capability 8.0 to 9.0
+cudaError_t gemm_mma_sm75(const Product&, cudaStream_t);        // compute capability 7.5 to 8.9; no popcounts needed
 
 }  // namespace bitorch_qlinear::cuda

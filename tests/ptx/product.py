@@ -1,0 +1,145 @@
+"""What the tests of the product's CUDA kernels share: their PTX, as nvcc emits it for each target, and their arguments.
+
+What runs there is emulated, never hardware. Grids and blocks are those of the launchers in csrc/cuda.
+"""
+
+import functools
+import os
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference import BITS, assert_equal, epilogue, pack, product, unpack
+
+from .machine import In, Module, Out, Struct, compile_cached, nvcc
+from .mutate import Mutant
+
+CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
+TARGETS = ["sm_75", "sm_80", "sm_90a", "sm_120"]
+# DType of csrc/dtype.h, and how a type is called in a mangled name.
+DTYPES = {torch.float64: (0, "d"), torch.float32: (1, "f"), torch.float16: (2, "6__half"), torch.int32: (4, "i")}
+DTYPES[torch.bfloat16] = (3, "13__nv_bfloat16")
+
+if nvcc() is None and os.environ.get("CI") != "true":
+    pytest.skip("nvcc, whose PTX is executed here, is not installed", allow_module_level=True)
+
+
+@functools.cache
+def source(name: str) -> str:
+    """A kernel file with our headers in place of their includes, so that its text is all that it depends on."""
+    text, seen = (CUDA / name).read_text(), set()
+
+    def include(match: re.Match) -> str:
+        path = next(
+            p for p in (CUDA / match[1], CUDA.parent / match[1], CUDA / match[1].removeprefix("../")) if p.exists()
+        )
+        path = path.resolve()
+        if path in seen:
+            return ""
+        seen.add(path)
+        return re.sub(r'#include "([^"]+)"', include, path.read_text().replace("#pragma once", ""))
+
+    return re.sub(r'#include "([^"]+)"', include, text)
+
+
+def compiled(text: str, target: str) -> str:
+    return compile_cached(text, target, ("-std=c++20", "-O3"))
+
+
+@functools.cache
+def module(name: str, target: str) -> Module:
+    return Module.from_ptx(compiled(source(name), target))
+
+
+def kernel(module: Module, pattern: str) -> str:
+    (found,) = [name for name in module.ptx.kernels if re.search(pattern, name)]
+    return found
+
+
+def numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.contiguous().view(BITS[tensor.dtype]).numpy() if tensor.dtype in BITS else tensor.numpy()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def total_letter(out: torch.dtype) -> str:
+    """T in a mangled name."""
+    return "d" if out is torch.float64 else "i" if out is torch.int32 else "f"
+
+
+def aligned_words_for(k: int) -> int:
+    return ceil_div(k, 128) * 4
+
+
+def row_popcounts(words: np.ndarray, k: int) -> np.ndarray:
+    return unpack(torch.from_numpy(words), k).sum(1).to(torch.int32).numpy()
+
+
+def prepared_header(n: int, k: int) -> np.ndarray:
+    """PreparedHeader of csrc/packed.h, as CUDA's prepared form has it."""
+    return np.frombuffer(struct.pack("<8sIIqq32x", b"bitorchq", 64, 0, n, k), np.uint8).copy()
+
+
+@dataclass
+class Call:
+    """Arguments of one product with their reference: a struct Product of csrc/cuda/kernels.h."""
+
+    fields: Struct
+    output: Out
+    y: np.ndarray
+    out: torch.dtype
+    expected: torch.Tensor
+    what: tuple
+
+    def check(self) -> None:
+        """All of y is written, and equals the reference."""
+        assert_equal(torch.from_numpy(self.y).view(self.out), self.expected, self.what)
+        assert self.output.unwritten == 0, self.what
+
+
+def product_call(
+    m: int,
+    n: int,
+    k: int,
+    out: torch.dtype = torch.int32,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    seed: int = 0,
+    aligned: bool = False,
+    header: np.ndarray | None = None,
+) -> Call:
+    """Random words, in the interchange form with random bits past k, or in the aligned form; and what their product is.
+
+    Both have popcounts, which only the AND kernels read. `header` is that of a prepared form, to be checked by kernels.
+    """
+    generator = np.random.default_rng(seed)
+    words = [generator.integers(-(2**31), 2**31, (rows, ceil_div(k, 32)), dtype=np.int32) for rows in (m, n)]
+    if aligned:
+        clean = [pack(unpack(torch.from_numpy(w), k)).numpy() for w in words]
+        words = [np.pad(w, ((0, 0), (0, aligned_words_for(k) - w.shape[1]))) for w in clean]
+    stride = words[0].shape[1]
+    unpacked = [unpack(torch.from_numpy(w[:, : ceil_div(k, 32)].copy()), k) for w in words]
+    popcounts = [u.sum(1).to(torch.int32).numpy() for u in unpacked]
+    y = np.zeros((m, n), numpy(torch.zeros(1, dtype=out)).dtype)
+    output = Out(y)
+    operands = [value for w, p in zip(words, popcounts, strict=True) for value in (In(w), stride, In(p))]
+    channels = [
+        value for v in (scale, bias) for value in ((None, 0) if v is None else (In(numpy(v)), DTYPES[v.dtype][0]))
+    ]
+    memory = None if header is None else In(header)
+    fields = Struct("QqQQqQqqqQi4xQi4xQi4xQ", *operands, m, n, k, output, DTYPES[out][0], *channels, memory)
+    expected = epilogue(product(*(2.0 * u.double() - 1 for u in unpacked)), bias, scale, out)
+    return Call(fields, output, y, out, expected, (m, n, k, out))
+
+
+def edited(name: str, edits: list[tuple[str, str]]) -> list[Mutant]:
+    text = source(name)
+    for old, _ in edits:
+        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"
+    return [Mutant(f"{old} -> {new}", compiled(text.replace(old, new), "sm_80")) for old, new in edits]

@@ -1,0 +1,78 @@
+"""csrc/cuda/gemm_popc.cu, executed as PTX against the reference; and its mutants."""
+
+import numpy as np
+import pytest
+import torch
+from reference import FLOATS, random_values
+
+from .machine import Module
+from .mutate import assert_caught, remove_barriers
+from .product import DTYPES, TARGETS, ceil_div, compiled, edited, kernel, module, product_call, source, total_letter
+
+
+def check_popc(module: Module, m: int, n: int, k: int, out: torch.dtype = torch.int32, **more) -> None:
+    """A product of random words, whose bits past k are random too."""
+    call = product_call(m, n, k, out, **more)
+    columns = ceil_div(n, 64)
+    name = kernel(module, rf"multiply_tilesI\w*AsI{DTYPES[out][1]}{total_letter(out)}E")
+    report = module.launch(name, ceil_div(m, 64) * columns, 256, [call.fields, columns], seed=more.get("seed", 0))
+    call.check()
+    assert report.bank_conflicts == 0
+
+
+def shapes() -> list[tuple[int, int, int]]:
+    """Edges of the tile of 64 x 64 outputs and of the stage of 1024 values, and random ones."""
+    tile, stage = (1, 63, 64, 65, 131), (1, 31, 32, 33, 992, 1023, 1024, 1025, 2048 + 33)
+    drawn = np.random.default_rng(0).integers(1, (140, 140, 2200), (8, 3)).tolist()
+    return [
+        *((m, 66, 40) for m in tile),
+        *((3, n, 40) for n in tile),
+        *((2, 65, k) for k in stage),
+        *map(tuple, drawn),
+    ]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_popc(target):
+    for seed, shape in enumerate(shapes()):
+        check_popc(module("gemm_popc.cu", target), *shape, seed=seed)
+
+
+@pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("target", TARGETS)
+def test_popc_outputs(target, out):
+    generator = torch.Generator().manual_seed(0)
+    total = torch.float64 if out is torch.float64 else torch.float32
+    bias, scale = random_values((67,), total, generator), torch.randn(67, generator=generator).to(total)
+    scale[:3] = torch.tensor([torch.inf, torch.nan, 3e38])
+    check_popc(module("gemm_popc.cu", target), 5, 67, 333, out)
+    if out is not torch.int32:
+        for vectors in ({"bias": bias}, {"scale": scale}, {"bias": bias, "scale": scale}):
+            check_popc(module("gemm_popc.cu", target), 5, 67, 333, out, **vectors)
+
+
+def test_mutants_of_popc_are_caught():
+    def run(module: Module, seed: int) -> None:
+        bias = torch.randn(70, generator=torch.Generator().manual_seed(seed))
+        check_popc(module, 66, 70, 1025 + 32, torch.float32, bias=bias, scale=bias.flip(0), seed=seed)
+        check_popc(module, 1, 1, 31, seed=seed)
+        check_popc(module, 2, 65, 0, torch.float32, bias=bias[:65], seed=seed)
+
+    text = compiled(source("gemm_popc.cu"), "sm_80")
+    edits = [
+        ("begin + row < rows", "begin + row <= rows"),
+        ("first + word < width", "first + word <= width"),
+        ("first + word == width - 1 && k % 32", "false"),
+        ("m >= product.m", "m > product.m"),
+        ("column + first + j < n", "column + first + j <= n"),
+        ("x[word][ty + kSide * i]", "x[word][tx + kSide * i]"),
+        ("stage[word][row] = value", "stage[word][row ^ 1] = value"),
+        ("weight[word][tx + kSide * i]", "weight[word ^ 1][tx + kSide * i]"),
+        ("first < width; first += kStage", "first + kStage < width; first += kStage"),
+        ("operand.stride", "operand.stride + 1"),
+        ("- 2 * popcount", "- popcount"),
+        ("__fmul_rn(a, b)", "__fmul_rz(a, b)"),
+    ]
+    mutants = [*edited("gemm_popc.cu", edits), *remove_barriers(text, kernel(Module.from_ptx(text), "AsIffE"))]
+    assert len(mutants) >= len(edits) + 2
+    assert_caught(text, mutants, run, seeds=range(2))
