@@ -2,6 +2,8 @@
 
 bitorch_qlinear._ops_cpu  operators for the CPU, on LibTorch's stable ABI. No Python symbol in it, so that C++ programs
                           can load it too, and one binary serves every torch from 2.10.
+bitorch_qlinear._ops_cuda the same operators for CUDA, where torch and nvcc are for it. A library of its own,
+                          because it needs torch's CUDA libraries: a CPU-only torch leaves it alone.
 bitorch_qlinear._C        small pybind11 module that says what was built. No torch header in it.
 """
 
@@ -9,9 +11,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from glob import glob
 from pathlib import Path
@@ -49,18 +53,15 @@ except ModuleNotFoundError:
     fail(f"pybind11 is not there to compile against: run 'pip install pybind11', then '{INSTALL}'.")
 
 
-def decide_cuda(
-    switch: str | None, torch_cuda_version: str | None, nvcc_found: bool, has_sources: bool
-) -> tuple[bool, str]:
+def decide_cuda(switch: str | None, torch_cuda: str | None, nvcc: str | None) -> tuple[bool, str]:
     """Whether the CUDA operators are built, and why.
 
     Never by torch.cuda.is_available(): a builder without a GPU would then make a CPU wheel in silence.
 
     Args:
         switch: The environment's BITORCH_QLINEAR_CUDA: "0", "1", or None or "" for no choice.
-        torch_cuda_version: torch.version.cuda, None in a CPU build of torch.
-        nvcc_found: Whether CUDA's compiler is there.
-        has_sources: Whether there is CUDA code to compile.
+        torch_cuda: torch.version.cuda, None in a CPU build of torch.
+        nvcc: The version of CUDA's compiler, None where it is not there.
 
     Returns:
         The decision and its reason.
@@ -72,39 +73,64 @@ def decide_cuda(
         raise ValueError(f"BITORCH_QLINEAR_CUDA must be 0 or 1, not {switch!r}.")
     if switch == "0":
         return False, "BITORCH_QLINEAR_CUDA=0"
-    needs = (
-        (has_sources, "this version has no CUDA operators yet"),
-        (torch_cuda_version is not None, "this torch is built without CUDA"),
-        (nvcc_found, "there is no nvcc"),
-    )
-    missing = ", ".join(lack for there, lack in needs if not there)
+    lacks = []
+    if torch_cuda is None:
+        lacks.append("this torch is built without CUDA")
+    if nvcc is None:
+        lacks.append("there is no nvcc with its headers")
+    if torch_cuda and nvcc and torch_cuda.split(".")[0] != nvcc.split(".")[0]:
+        lacks.append(f"this torch is built for CUDA {torch_cuda} and nvcc is of CUDA {nvcc}")
+    missing = ", ".join(lacks)
     if switch == "1" and missing:
         raise ValueError(f"BITORCH_QLINEAR_CUDA=1 asks for the CUDA operators, but: {missing}.")
     if missing:
         return False, missing
-    return True, "BITORCH_QLINEAR_CUDA=1" if switch == "1" else f"nvcc and torch for CUDA {torch_cuda_version}"
+    return True, "BITORCH_QLINEAR_CUDA=1" if switch == "1" else f"nvcc {nvcc} and torch for CUDA {torch_cuda}"
 
 
-def find_nvcc() -> str | None:
-    """The path of CUDA's compiler, or None."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    return shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), *(f"{h}/bin" for h in homes if h)]))
+def find_cuda_home() -> str | None:
+    """The CUDA toolkit's folder, or None.
+
+    An nvcc on PATH may be a wrapper outside of the toolkit, from which torch would guess a folder without headers.
+    """
+    nvcc = shutil.which("nvcc")
+    guesses = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and str(Path(nvcc).resolve().parents[1])]
+    for home in (*filter(None, guesses), "/usr/local/cuda"):
+        if os.path.exists(f"{home}/include/cuda_runtime.h") and os.path.exists(f"{home}/bin/nvcc"):
+            return home
+    return None
 
 
+def nvcc_version(cuda_home: str | None) -> str | None:
+    """The version of a toolkit's compiler, such as "13.0"."""
+    if cuda_home is None:
+        return None
+    said = subprocess.run([f"{cuda_home}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+\.\d+)", said)
+    return found and found[1]
+
+
+CUDA_HOME = find_cuda_home()
 try:
     BUILD_CUDA, CUDA_REASON = decide_cuda(
-        switch=os.environ.get("BITORCH_QLINEAR_CUDA"),
-        torch_cuda_version=torch.version.cuda,
-        nvcc_found=find_nvcc() is not None,
-        has_sources=os.path.exists("csrc/cuda/ops_cuda.cpp"),
+        switch=os.environ.get("BITORCH_QLINEAR_CUDA"), torch_cuda=torch.version.cuda, nvcc=nvcc_version(CUDA_HOME)
     )
 except ValueError as error:
     fail(str(error))
+
+# Machine code for each, and PTX of the oldest with asynchronous copies for what lies between and after. Only the "a" of
+# 90a takes Hopper's own instructions.
+CUDA_ARCHITECTURES = ["75", "80", "86", "89", "90a", "100", "120"]
+CUDA_PTX = "80"
+# torch's own variable is heard too: TORCH_CUDA_ARCH_LIST="9.0a" compiles for one machine in a seventh of the time.
+CHOSEN_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
 CUDA_TARGETS = ""  # of the CUDA operators, as _C reports them: "" where they are not built
+if BUILD_CUDA:
+    CUDA_TARGETS = CHOSEN_ARCHITECTURES or ", ".join(f"sm_{a}" for a in CUDA_ARCHITECTURES) + f", compute_{CUDA_PTX}"
 
 # This import settles where torch believes CUDA to be. Without CUDA operators the two are empty, not absent: torch then
 # looks for none, and does not warn that it found no GPU.
-with mock.patch.dict(os.environ, {} if BUILD_CUDA else {"CUDA_HOME": "", "CUDA_PATH": ""}):
+with mock.patch.dict(os.environ, {"CUDA_HOME": CUDA_HOME} if BUILD_CUDA else {"CUDA_HOME": "", "CUDA_PATH": ""}):
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
 SITE = Path(torch.__file__).parent.parent
@@ -123,22 +149,38 @@ COMPILE_FLAGS = [
     # No -march here, ever: each kernel file names its own target, and dispatch picks one at run time.
 ]
 VERSION_MACRO = ("BITORCH_QLINEAR_VERSION", f'"{VERSION}"')
-HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
+HEADERS = sorted([*glob("csrc/**/*.h", recursive=True), *glob("csrc/**/*.cuh", recursive=True)])
+NVCC_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra",
+    "-Xptxas=-warn-spills",
+    # torch's build adds its own targets where none is named.
+    *([] if CHOSEN_ARCHITECTURES else (f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES)),
+    *([] if CHOSEN_ARCHITECTURES else [f"-gencode=arch=compute_{CUDA_PTX},code=compute_{CUDA_PTX}"]),
+]
 
 
-def operator_library(name: str, sources: list[str], libraries: list[str]) -> Extension:
+def operator_library(name: str, sources: list[str], libraries: list[str], cuda: bool = False) -> Extension:
     """A plain shared object of operators, for torch.ops.load_library."""
+    device = "cuda" if cuda else "cpu"
+    # As system headers, torch's own do not warn under -Wextra.
+    cxx_flags = [*COMPILE_FLAGS, *(f"-isystem{path}" for path in include_paths(device))]
     return Extension(
         f"bitorch_qlinear.{name}",
         sources,
         depends=[*HEADERS, "setup.py"],
         include_dirs=["csrc"],
-        library_dirs=library_paths(),
-        # The stable ABI's C functions are all in libtorch_cpu; c10 and torch_python would tie us to one torch.
+        library_dirs=library_paths(device),
+        # The stable ABI's C functions are all in libtorch_cpu and libtorch_cuda; c10 and torch_python would tie us to
+        # one torch.
         libraries=libraries,
-        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), VERSION_MACRO],
-        # As system headers, torch's own do not warn under -Wextra.
-        extra_compile_args=[*COMPILE_FLAGS, *(f"-isystem{path}" for path in include_paths())],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+            VERSION_MACRO,
+            *([("USE_CUDA", None)] if cuda else []),
+        ],
+        extra_compile_args={"cxx": cxx_flags, "nvcc": NVCC_FLAGS},
         # Nothing undefined: a Python symbol that slips in stops the link.
         extra_link_args=["-Wl,-z,defs"],
         language="c++",
@@ -160,12 +202,22 @@ EXTENSIONS = [
             VERSION_MACRO,
             ("BITORCH_QLINEAR_TORCH_VERSION", f'"{torch.__version__}"'),
             ("BITORCH_QLINEAR_CUDA_TARGETS", f'"{CUDA_TARGETS}"'),
+            ("BITORCH_QLINEAR_CUDA_REASON", f'"{CUDA_REASON}"'),
+            ("BITORCH_QLINEAR_CUDA_VERSION", f'"{torch.version.cuda if BUILD_CUDA else ""}"'),
         ],
         extra_compile_args=COMPILE_FLAGS,
         language="c++",
     ),
 ]
-# The CUDA operators' library, _ops_cuda of csrc/cuda/*, is added here where BUILD_CUDA.
+if BUILD_CUDA:
+    EXTENSIONS.append(
+        operator_library(
+            "_ops_cuda",
+            sorted([*glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")]),
+            ["torch", "torch_cpu", "torch_cuda", "cudart"],
+            cuda=True,
+        )
+    )
 
 
 class BuildExt(BuildExtension):

@@ -11,6 +11,7 @@ from ._version import __version__
 
 _REMEDY = "run `make build` in a checkout, or `pip install --no-build-isolation --force-reinstall --no-deps .`"
 _OPERATORS = Path(__file__).with_name("_ops_cpu.so")
+_CUDA_OPERATORS = Path(__file__).with_name("_ops_cuda.so")
 
 generation = 0
 """How often the active kernel changed: weights prepared before the last change belong to another kernel."""
@@ -23,22 +24,48 @@ def _check_version(part: str, version: str) -> None:
         )
 
 
-def _load_operators() -> ctypes.CDLL:
-    """Register the operators with torch and return a handle to the plain C functions beside them."""
-    if not _OPERATORS.exists():
-        raise ImportError(f"bitorch_qlinear's operators are not built ({_OPERATORS.name} is missing): {_REMEDY}.")
+def _load(path: Path, prefix: str, functions: tuple[str, ...]) -> ctypes.CDLL:
+    """Register a library's operators with torch and return a handle to the plain C functions beside them."""
+    if not path.exists():
+        raise ImportError(f"bitorch_qlinear's operators are not built ({path.name} is missing): {_REMEDY}.")
     try:
-        torch.ops.load_library(_OPERATORS)
-        library = ctypes.CDLL(str(_OPERATORS))
+        torch.ops.load_library(path)
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         raise ImportError(
             f"bitorch_qlinear's operators cannot be loaded by torch {torch.__version__} (2.10 or later is needed): "
             f"{error}; {_REMEDY}."
         ) from error
-    for name in ("version", "kernels", "kernel", "kernel_reason", "force_kernel"):
-        getattr(library, f"bitorch_qlinear_{name}").restype = ctypes.c_char_p
+    for name in ("version", *functions):
+        getattr(library, f"{prefix}_{name}").restype = ctypes.c_char_p
+    _check_version("operators", getattr(library, f"{prefix}_version")().decode())
+    return library
+
+
+def _load_operators() -> ctypes.CDLL:
+    library = _load(_OPERATORS, "bitorch_qlinear", ("kernels", "kernel", "kernel_reason", "force_kernel"))
     library.bitorch_qlinear_force_kernel.argtypes = [ctypes.c_char_p]
-    _check_version("operators", library.bitorch_qlinear_version().decode())
+    return library
+
+
+def _reason_against_cuda(build: dict[str, str], torch_cuda: str | None) -> str:
+    """Why there are no kernels for CUDA tensors, or ""."""
+    if torch_cuda is None:
+        return "this torch is built without CUDA"
+    if not build["cuda_targets"]:
+        return f"bitorch_qlinear was built without CUDA operators ({build['cuda_reason']})"
+    if build["cuda_version"].split(".")[0] != torch_cuda.split(".")[0]:
+        return (
+            f"bitorch_qlinear's operators are built for CUDA {build['cuda_version']}, this torch for CUDA {torch_cuda}"
+        )
+    return ""
+
+
+def _load_cuda_operators() -> ctypes.CDLL:
+    library = _load(_CUDA_OPERATORS, "bitorch_qlinear_cuda", ("kernels", "kernel", "force_kernel", "choice"))
+    library.bitorch_qlinear_cuda_kernels.argtypes = [ctypes.c_int]
+    library.bitorch_qlinear_cuda_force_kernel.argtypes = [ctypes.c_char_p]
+    library.bitorch_qlinear_cuda_choice.argtypes = [ctypes.c_int] * 2 + [ctypes.c_int64] * 3
     return library
 
 
@@ -54,6 +81,11 @@ def _load_module_info() -> dict[str, str]:
 
 build_info = _load_module_info()
 _library = _load_operators()
+
+no_cuda_reason = _reason_against_cuda(build_info, torch.version.cuda)
+"""Why CUDA tensors are computed in float, or "": then there are kernels for them."""
+has_cuda = not no_cuda_reason
+_cuda_library = _load_cuda_operators() if has_cuda else None
 
 
 def available_kernels() -> list[str]:
@@ -97,6 +129,52 @@ def prepared_layout() -> tuple[int, int, int]:
     return layout[0], layout[1], layout[2]
 
 
-# A wrong BITORCH_QLINEAR_CPU is an error now, not at the first product.
+def available_cuda_kernels(capability: tuple[int, int]) -> list[str]:
+    """Names of the CUDA kernels that a compute capability can run; none where there are no CUDA operators."""
+    if _cuda_library is None:
+        return []
+    names = str(_cuda_library.bitorch_qlinear_cuda_kernels(10 * capability[0] + capability[1]).decode())
+    return names.split(", ") if names else []
+
+
+def cuda_choice(capability: tuple[int, int], multiprocessors: int, m: int, n: int, k: int) -> str:
+    """Which CUDA kernel computes a product on such a device, and why; or what is wrong, in words.
+
+    Raises:
+        RuntimeError: There are no CUDA operators.
+    """
+    if _cuda_library is None:
+        raise RuntimeError(f"bitorch_qlinear has no CUDA kernels here: {no_cuda_reason}.")
+    number = 10 * capability[0] + capability[1]
+    return str(_cuda_library.bitorch_qlinear_cuda_choice(number, multiprocessors, m, n, k).decode())
+
+
+def forced_cuda_kernel() -> str:
+    """Name of the CUDA kernel that is forced, or "" where each product's sizes choose it."""
+    return "" if _cuda_library is None else str(_cuda_library.bitorch_qlinear_cuda_kernel().decode())
+
+
+def force_cuda_kernel(name: str | None) -> None:
+    """Make one CUDA kernel compute all products that it can, in the whole process; for tests and benchmarks.
+
+    All CUDA kernels read one prepared form: nothing has to be prepared anew.
+
+    Args:
+        name: One of :func:`available_cuda_kernels`, or None for the automatic choice. On a device that lacks it,
+            products are errors.
+
+    Raises:
+        RuntimeError: There are no CUDA operators, or there is no kernel of that name. Nothing has changed then.
+    """
+    if _cuda_library is None:
+        raise RuntimeError(f"bitorch_qlinear has no CUDA kernels here: {no_cuda_reason}.")
+    error = _cuda_library.bitorch_qlinear_cuda_force_kernel((name or "").encode()).decode()
+    if error:
+        raise RuntimeError(error)
+
+
+# A wrong BITORCH_QLINEAR_CPU or BITORCH_QLINEAR_CUDA_KERNEL is an error now, not at the first product.
 if _error := _library.bitorch_qlinear_force_kernel(None).decode():
+    raise RuntimeError(_error)
+if _cuda_library is not None and (_error := _cuda_library.bitorch_qlinear_cuda_force_kernel(None).decode()):
     raise RuntimeError(_error)

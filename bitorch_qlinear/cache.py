@@ -43,6 +43,26 @@ def _is_dense(weight: Tensor) -> bool:
     return weight.is_contiguous() or weight.t().is_contiguous()
 
 
+class _Ready:
+    """Lets other CUDA streams than the one that packed a weight wait until it has."""
+
+    __slots__ = ("device", "event", "stream")
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream: int = torch._C._cuda_getCurrentRawStream(device.index)
+        self.event = torch.cuda.current_stream(device).record_event()
+
+    def wait(self, packed: PackedWeight) -> None:
+        if torch._C._cuda_getCurrentRawStream(self.device.index) == self.stream:
+            return
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(self.event)
+        for tensor in packed:
+            if tensor is not None:
+                tensor.record_stream(stream)
+
+
 class _Entry:
     """The state of a weight at one moment, and what was packed from it then."""
 
@@ -54,6 +74,7 @@ class _Entry:
         "generation",
         "optimizer_steps",
         "packed",
+        "ready",
         "sample",
         "shape",
         "strict",
@@ -72,6 +93,7 @@ class _Entry:
         self.bytes = weight.nbytes
         self.sample = _C.sample(self.address, self.bytes) if weight.is_cpu else None
         self.packed = _pack(weight, strict)  # last: a write during it makes this entry out of date, not wrong
+        self.ready = _Ready(weight.device) if weight.is_cuda else None
 
     def holds(self, weight: Tensor, strict: bool) -> bool:
         """Whether the weight is the same and unchanged."""
@@ -98,7 +120,9 @@ class WeightCache:
     CPU a sample of raw values, spread over the matrix, is compared as well, which catches writes that change most of
     it. Copying or pickling gives an empty cache.
 
-    Several threads may use one cache: an entry is replaced as a whole, and dated before its weight is read.
+    Several threads may use one cache: an entry is replaced as a whole, and dated before its weight is read. So may
+    several CUDA streams, which wait for the one that packed. While a CUDA graph is captured nothing is remembered or
+    taken from here, and the graph packs the weight at each replay: it could not notice that an entry was replaced.
     """
 
     __slots__ = ("_entry",)
@@ -126,8 +150,12 @@ class WeightCache:
 
         Only a plain, dense Parameter is remembered: it alone is sure to notice its changes.
         """
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return _pack(weight, strict)
         entry = self._entry
         if entry is not None and entry.holds(weight, strict):
+            if entry.ready is not None:
+                entry.ready.wait(entry.packed)
             return entry.packed
         if type(weight) is not nn.Parameter or weight.is_inference() or not _is_dense(weight):
             return _pack(weight, strict)

@@ -306,13 +306,20 @@ def processor_name() -> str:
     return f"{fields['model name']} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
 
 
+def kernel_name(device: torch.device) -> str:
+    """What computes the packed products there."""
+    if not has_kernels(torch.empty(0, device=device)):
+        return "none, computed in float"
+    return str(info()["cuda_kernel" if device.type == "cuda" else "kernel"])
+
+
 def environment(device: torch.device) -> dict[str, str | int]:
     """What a measurement depends on."""
     return {
         "processor": processor_name(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "cpu_capability": _C.cpu_capability(),
-        "kernel": str(info()["kernel"]) if has_kernels(torch.empty(0, device=device)) else "none, computed in float",
+        "kernel": kernel_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "bitorch_qlinear": __version__,
@@ -465,7 +472,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="decides the split, the initialisation and the order (default: %(default)s)",
     )
     parser.add_argument(
-        "--device", type=usable_device, default="cpu", help="where to train and measure (default: %(default)s)"
+        "--device",
+        type=usable_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to train and measure (default: the GPU that torch can use, else the CPU; here %(default)s)",
     )
     parser.add_argument("--plot", type=writable, metavar="PATH", help="write training curve and latencies as a PNG")
     parser.add_argument("--json", type=writable, metavar="PATH", help="write all measured numbers, and where from")

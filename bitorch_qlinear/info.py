@@ -15,8 +15,9 @@ def info() -> dict[str, str | list[str]]:
 
     Returns:
         ``version``, ``compiler``, ``torch_built`` and ``torch_running``, ``cuda`` (what the CUDA operators were
-        compiled for, or that they are not in), ``cpu_capability``, ``kernels`` (those that this processor can run,
-        best first), ``kernel`` (the active one) and ``kernel_reason``.
+        compiled for, or why there are none), ``cuda_devices`` (each with the kernels that it can run), ``cuda_kernel``
+        (the forced one, or that each product's sizes choose), ``cpu_capability``, ``kernels`` (those that this
+        processor can run, best first), ``kernel`` (the active one) and ``kernel_reason``.
     """
     build = _library.build_info
     return {
@@ -24,9 +25,23 @@ def info() -> dict[str, str | list[str]]:
         "compiler": build["compiler"],
         "torch_built": build["torch"],
         "torch_running": torch.__version__,
-        "cuda": build["cuda_targets"] or "not built in",
+        "cuda": _library.no_cuda_reason or build["cuda_targets"],
+        "cuda_devices": _cuda_devices(),
+        "cuda_kernel": _library.forced_cuda_kernel() or "chosen by each product's sizes",
         "cpu_capability": _C.cpu_capability(),
         "kernels": _library.available_kernels(),
         "kernel": _library.active_kernel(),
         "kernel_reason": _library.active_kernel_reason(),
     }
+
+
+def _cuda_devices() -> list[str]:
+    if not _library.has_cuda:
+        return []
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        kernels = ", ".join(_library.available_cuda_kernels(capability)) or "none: 7.5 or later is needed"
+        name = torch.cuda.get_device_name(index)
+        lines.append(f"{name}, compute capability {capability[0]}.{capability[1]}: {kernels}")
+    return lines

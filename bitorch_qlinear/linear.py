@@ -30,7 +30,17 @@ def has_kernels(tensor: Tensor) -> bool:
     A DTensor's device has them, but the operators have no rules for sharding. It is known by name, for importing its
     module takes half a second.
     """
-    return (tensor.is_cpu or tensor.is_meta) and (type(tensor) is Tensor or type(tensor).__name__ != "DTensor")
+    on_device = tensor.is_cpu or tensor.is_meta or (_library.has_cuda and tensor.is_cuda)
+    return on_device and (type(tensor) is Tensor or type(tensor).__name__ != "DTensor")
+
+
+def path_name(weight: Tensor) -> str:
+    """For a layer's repr: what computes a packed product on this tensor's device."""
+    if weight.is_cuda:
+        return "packed (CUDA)" if has_kernels(weight) else f"float (no kernels for cuda: {_library.no_cuda_reason})"
+    if not has_kernels(weight):
+        return f"float (no kernels for {weight.device.type})"
+    return f"packed ({_library.active_kernel()})"
 
 
 def _check_threshold(threshold: float | None) -> float | None:
@@ -298,11 +308,7 @@ class QLinear(nn.Linear):
         return f"{type(self).__name__}({self.extra_repr()})"
 
     def _path(self) -> str:
-        if self._packed_rules() is None:
-            return "float"
-        if not has_kernels(self.weight):
-            return f"float (no kernels for {self.weight.device.type})"
-        return f"packed ({_library.active_kernel()})"
+        return "float" if self._packed_rules() is None else path_name(self.weight)
 
 
 def wants_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from . import _library, functional
 from ._function import apply, transforms_active
-from .linear import Activation, QLinear, autocast_dtype, fused_linear, has_kernels
+from .linear import Activation, QLinear, autocast_dtype, fused_linear, has_kernels, path_name
 from .quantizations import BinaryRule, binary_rule, get_quantization, has_constant_rule
 
 __all__ = ["PackEntry", "PackReport", "PackedQLinear", "pack"]
@@ -110,7 +110,8 @@ class PackedQLinear(nn.Module):
         bias: Shape ``(N,)`` or None.
         k: K as a 0-dim int64 tensor, for the checkpoint.
         weight_prepared: The form that the kernel reads, or None on a device without kernels. Not in the checkpoint;
-            made anew when the words change, but inside a compiled model only by loading or :meth:`repack`.
+            made anew when the words change, but inside a compiled model or a captured CUDA graph only by loading or
+            :meth:`repack`.
     """
 
     weight: Tensor
@@ -252,6 +253,8 @@ class PackedQLinear(nn.Module):
             or prepared.version != weight._version
             or prepared.form is not self._buffers["weight_prepared"]
         ):
+            if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+                return functional.prepare_weight(weight, self.in_features)  # in the graph, where nothing is done yet
             return self._prepare()
         return prepared.form
 
@@ -268,9 +271,19 @@ class PackedQLinear(nn.Module):
                 form = functional.prepare_weight(weight, self.in_features)
             else:
                 prepared = _Prepared.make(weight, self.in_features)
+                if weight.is_cuda:
+                    prepared = prepared._replace(form=self._in_place(prepared.form))
                 form = prepared.form
         self.weight_prepared, self._prepared = form, prepared
         return form
+
+    def _in_place(self, form: Tensor) -> Tensor:
+        """The new form, in the memory of the present one where it fits: captured CUDA graphs read it there."""
+        present = self.weight_prepared
+        if present is None or present.shape != form.shape or present.device != form.device or present.is_inference():
+            return form
+        with torch.no_grad():
+            return present.copy_(form)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedQLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -346,12 +359,9 @@ class PackedQLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, sign rule, and which path computes them."""
         rule = "v > 0" if self.strict_input else "not v < 0"
-        path = f"packed ({_library.active_kernel()})"
-        if not has_kernels(self.weight):
-            path = f"float (no kernels for {self.weight.device.type})"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"rule={rule!r}, path={path}"
+            f"rule={rule!r}, path={path_name(self.weight)}"
         )
 
 

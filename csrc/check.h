@@ -65,12 +65,23 @@ inline DType check_float(const char* argument, ScalarType type) {
     return *dtype;
 }
 
-// On the device that this operator is registered for, and inside its own storage (a storage can be
-// resized beneath a tensor).
-inline void check_memory(const char* argument, const Tensor& tensor, int32_t device_type, int64_t item_size) {
-    int32_t type = 0;
+// Where an operator computes. The CPU has no index: -1.
+struct Device {
+    int32_t type;
+    int32_t index;
+};
+
+inline bool is_on(const Tensor& tensor, const Device& device) {
+    int32_t type = 0, index = device.index;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
-    if (type != device_type) fail(argument, "expected a tensor on the same device as the first argument");
+    if (type != device.type) return false;
+    if (index >= 0) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+    return index == device.index;
+}
+
+// On the device that the operator computes on, and inside its own storage (a storage can be resized beneath a tensor).
+inline void check_memory(const char* argument, const Tensor& tensor, const Device& device, int64_t item_size) {
+    if (!is_on(tensor, device)) fail(argument, "expected a tensor on the same device as the first argument");
     int64_t last = tensor.storage_offset();
     const auto sizes = tensor.sizes();
     const auto strides = tensor.strides();
@@ -94,7 +105,7 @@ inline void check_dimensions(const char* argument, const Tensor& tensor, int64_t
 }
 
 // Packed words [..., words_for(k)].
-inline void check_words(const char* argument, const Tensor& words, int64_t k, int32_t device_type) {
+inline void check_words(const char* argument, const Tensor& words, int64_t k, const Device& device) {
     const ScalarType type = words.scalar_type();
     if (type != ScalarType::Int && type != ScalarType::UInt32) {
         fail(argument, "expected packed words of dtype int32 or uint32, got ", dtype_name(type));
@@ -105,23 +116,23 @@ inline void check_words(const char* argument, const Tensor& words, int64_t k, in
         fail(argument, "expected ", words_for(k), " words in the last dimension for k = ", k, ", got ", got);
     }
     if (!words.is_contiguous()) fail(argument, "expected contiguous words, got a strided tensor");
-    check_memory(argument, words, device_type, kWordBytes);
+    check_memory(argument, words, device, kWordBytes);
 }
 
-inline void check_weight_words(const Tensor& words, int64_t k, int32_t device_type) {
+inline void check_weight_words(const Tensor& words, int64_t k, const Device& device) {
     if (words.dim() != 2) fail("weight_words", "expected shape (n, ceil(k / 32)), got ", words.dim(), " dimensions");
-    check_words("weight_words", words, k, device_type);
+    check_words("weight_words", words, k, device);
 }
 
 // bias and scale: n floats.
-inline void check_vector(const char* argument, const std::optional<Tensor>& vector, int64_t n, int32_t device_type) {
+inline void check_vector(const char* argument, const std::optional<Tensor>& vector, int64_t n, const Device& device) {
     if (!vector) return;
     const DType dtype = check_float(argument, vector->scalar_type());
     if (vector->dim() != 1 || vector->size(0) != n) {
         fail(argument, "expected shape (", n, "), got ", vector->dim(), " dimensions and ", vector->numel(),
              " elements");
     }
-    check_memory(argument, *vector, device_type, element_size(dtype));
+    check_memory(argument, *vector, device, element_size(dtype));
 }
 
 }  // namespace bitorch_qlinear

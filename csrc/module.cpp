@@ -52,6 +52,8 @@ py::dict build_info() {
     info["version"] = BITORCH_QLINEAR_VERSION;
     info["torch"] = BITORCH_QLINEAR_TORCH_VERSION;
     info["cuda_targets"] = BITORCH_QLINEAR_CUDA_TARGETS;
+    info["cuda_reason"] = BITORCH_QLINEAR_CUDA_REASON;
+    info["cuda_version"] = BITORCH_QLINEAR_CUDA_VERSION;
 #if defined(__clang__)
     info["compiler"] = "clang " __clang_version__;
 #else

@@ -14,9 +14,9 @@
 #include <tuple>
 #include <vector>
 
-#include "check.h"
 #include "cpu/dispatch.h"
 #include "epilogue.h"
+#include "tensors.h"
 
 namespace bitorch_qlinear {
 namespace {
@@ -29,26 +29,9 @@ using torch::stable::parallel_for;
 constexpr int64_t kSerialProducts = int64_t{1} << 24;
 constexpr int64_t kSerialValues = int64_t{1} << 16;
 
-const int32_t kCpu = aoti_torch_device_type_cpu();
+const Device kCpu{aoti_torch_device_type_cpu(), -1};
 
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
-    std::vector<int64_t> strides(sizes.size());
-    int64_t stride = 1;
-    for (size_t d = sizes.size(); d-- > 0;) {
-        strides[d] = stride;
-        stride *= std::max<int64_t>(sizes[d], 1);
-    }
-    AtenTensorHandle handle = nullptr;
-    const AOTITorchError error = aoti_torch_empty_strided(
-        static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-        torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), kCpu, 0, &handle);
-    if (error) {
-        std::ostringstream shape;
-        for (const int64_t size : sizes) shape << size << ", ";
-        fail("result", "cannot allocate shape (", shape.str(), ") of ", dtype_name(type));
-    }
-    return Tensor(handle);
-}
+Tensor empty_on_cpu(const std::vector<int64_t>& sizes, ScalarType type) { return empty(sizes, type, kCpu); }
 
 // Scratch memory, aligned to a cache line. Null after a failure, so that a thread of the pool, which
 // must not throw, can report it; an expanded x can ask for more bytes than an int64 counts.
@@ -64,67 +47,6 @@ Scratch allocate(int64_t count, int64_t item_bytes = 1) {
 }
 
 [[noreturn]] void fail_memory() { throw std::runtime_error("bitorch_qlinear: out of memory for scratch space"); }
-
-// x as rows of k contiguous values, `stride` values apart.
-struct Rows {
-    Tensor tensor;  // keeps the memory alive
-    const uint8_t* data;
-    DType dtype;
-    int64_t m, k, stride;
-
-    const void* row(int64_t i) const { return data + i * stride * element_size(dtype); }
-};
-
-// Whether the leading dimensions walk through memory with one stride; if so, which.
-std::optional<int64_t> row_stride(const Tensor& x) {
-    const auto sizes = x.sizes();
-    const auto strides = x.strides();
-    const int64_t last = x.dim() - 1;
-    if (sizes[last] > 1 && strides[last] != 1) return std::nullopt;
-    int64_t stride = sizes[last], expected = -1;
-    for (int64_t d = last - 1; d >= 0; --d) {
-        if (sizes[d] == 1) continue;
-        if (expected < 0) {
-            stride = strides[d];
-        } else if (strides[d] != expected) {
-            return std::nullopt;
-        }
-        expected = strides[d] * sizes[d];
-    }
-    return stride;
-}
-
-Tensor contiguous_copy(const Tensor& x) {
-    try {
-        return torch::stable::contiguous(x);
-    } catch (const std::exception&) {  // its text names a file of the build
-        fail("x", "cannot allocate a contiguous copy of it");
-    }
-}
-
-Rows check_rows(const Tensor& x, int64_t k) {
-    check_values(k);
-    const DType dtype = check_float("x", x.scalar_type());
-    check_dimensions("x", x, 1, "(..., k)");
-    if (x.size(x.dim() - 1) != k)
-        fail("x", "expected k = ", k, " values in the last dimension, got ", x.size(x.dim() - 1));
-    check_memory("x", x, kCpu, element_size(dtype));
-    int64_t m = 1;
-    for (int64_t d = 0; d + 1 < x.dim(); ++d) m *= x.size(d);
-    std::optional<int64_t> stride = m == 0 || k == 0 ? k : row_stride(x);
-    Tensor rows = stride ? x : contiguous_copy(x);
-    const uint8_t* data = static_cast<const uint8_t*>(rows.data_ptr());
-    return {std::move(rows), data, dtype, m, k, stride.value_or(k)};
-}
-
-std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) {
-    const auto sizes = tensor.sizes();
-    std::vector<int64_t> result(sizes.begin(), sizes.end());
-    result.back() = last;
-    return result;
-}
-
-uint32_t* words_of(const Tensor& words) { return static_cast<uint32_t*>(words.data_ptr()); }
 
 void pack_rows(const Rows& x, bool strict, double threshold, uint32_t* words, uint32_t* in_range) {
     if (x.k == 0) return;  // however many rows
@@ -274,23 +196,15 @@ struct Weight {
 
 Weight check_weight(const Tensor& words, int64_t k, const std::optional<Tensor>& bias,
                     const std::optional<Tensor>& prepared, const std::optional<Tensor>& scale, ScalarType out_type) {
-    check_values(k);
-    check_weight_words(words, k, kCpu);
+    check_weight_arguments(words, k, bias, scale, out_type, kCpu);
     const int64_t n = words.size(0);
-    check_vector("bias", bias, n, kCpu);
-    check_vector("scale", scale, n, kCpu);
-    if (out_type != ScalarType::Int) {
-        check_float("out_dtype", out_type);
-    } else if (bias || scale) {
-        fail("out_dtype", "int32 is the product itself, and takes neither bias nor scale");
-    }
     const Kernel& kernel = active_kernel();
     const uint8_t* panels = prepared ? check_prepared(*prepared, kernel, n, k) : nullptr;
     return {kernel, words_of(words), panels, n, k, bias, scale, out_type};
 }
 
 Tensor multiply_words(const uint32_t* x_words, int64_t m, const Weight& weight, const std::vector<int64_t>& sizes) {
-    Tensor y = empty(sizes, weight.out_type);
+    Tensor y = empty_on_cpu(sizes, weight.out_type);
     if (m == 0 || weight.n == 0) return y;
     const DType dtype = *dtype_of(weight.out_type), sum = dtype == DType::float64 ? DType::float64 : DType::float32;
     const Vector bias(weight.bias, sum), scale(weight.scale, sum);
@@ -316,8 +230,8 @@ Tensor multiply_words(const uint32_t* x_words, int64_t m, const Weight& weight, 
 
 Tensor pack_bits(const Tensor& x, bool strict) {
     check_dimensions("x", x, 1, "(..., k)");
-    const Rows rows = check_rows(x, x.size(x.dim() - 1));
-    Tensor words = empty(sizes_with_last(x, words_for(rows.k)), ScalarType::Int);
+    const Rows rows = check_rows(x, x.size(x.dim() - 1), kCpu);
+    Tensor words = empty_on_cpu(sizes_with_last(x, words_for(rows.k)), ScalarType::Int);
     pack_rows(rows, strict, 0, words_of(words), nullptr);
     return words;
 }
@@ -327,7 +241,7 @@ Tensor unpack_bits(const Tensor& words, int64_t k, ScalarType type) {
     check_words("words", words, k, kCpu);
     const std::optional<DType> dtype = dtype_of(type);
     if (!dtype) fail("dtype", "expected a float type, int32, int8 or bool, got ", dtype_name(type));
-    Tensor values = empty(sizes_with_last(words, k), type);
+    Tensor values = empty_on_cpu(sizes_with_last(words, k), type);
     if (k == 0) return values;
     const int64_t width = words_for(k), m = words.numel() / width;
     const UnpackRow unpack_row = active_kernel().unpack_row;
@@ -347,7 +261,7 @@ Tensor prepare_weight(const Tensor& words, int64_t k) {
     check_values(k);
     check_weight_words(words, k, kCpu);
     const Kernel& kernel = active_kernel();
-    Tensor prepared = empty({prepared_bytes(kernel.layout, words.size(0), k)}, ScalarType::Byte);
+    Tensor prepared = empty_on_cpu({prepared_bytes(kernel.layout, words.size(0), k)}, ScalarType::Byte);
     write_prepared(kernel, words_of(words), words.size(0), k, static_cast<uint8_t*>(prepared.data_ptr()));
     return prepared;
 }
@@ -359,15 +273,13 @@ Tensor binary_linear(const Tensor& x_words, const Tensor& weight_words, int64_t 
     check_words("x_words", x_words, k, kCpu);
     const Weight weight =
         check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(ScalarType::Float));
-    int64_t m = 1;
-    for (int64_t d = 0; d + 1 < x_words.dim(); ++d) m *= x_words.size(d);
-    return multiply_words(words_of(x_words), m, weight, sizes_with_last(x_words, weight.n));
+    return multiply_words(words_of(x_words), count_rows(x_words), weight, sizes_with_last(x_words, weight.n));
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std::optional<Tensor>& bias,
               const std::optional<Tensor>& weight_prepared, const std::optional<Tensor>& scale,
               std::optional<ScalarType> out_dtype, bool strict) {
-    const Rows rows = check_rows(x, k);
+    const Rows rows = check_rows(x, k, kCpu);
     const Weight weight =
         check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(x.scalar_type()));
     alignas(64) uint32_t few[256];  // a row or two need no allocation
@@ -382,37 +294,19 @@ Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std:
     return multiply_words(x_words, rows.m, weight, sizes_with_last(x, weight.n));
 }
 
-// The threshold as x's dtype holds it: the comparison is then exact in the wider type of the kernel.
-double round_to(double threshold, DType dtype) {
-    switch (dtype) {
-        case DType::float64: return threshold;
-        case DType::float32: return static_cast<float>(threshold);
-        case DType::float16: {
-            Half half;
-            narrow(static_cast<float>(threshold), &half);
-            return widen(half);
-        }
-        default: {
-            BFloat16 value;
-            narrow(static_cast<float>(threshold), &value);
-            return widen(value);
-        }
-    }
-}
-
 // Without a threshold every element is in range, and no bits are kept: in_range_words is empty.
 std::tuple<Tensor, Tensor, Tensor> linear_train(const Tensor& x, const Tensor& weight_words, int64_t k,
                                                 const std::optional<Tensor>& bias,
                                                 const std::optional<Tensor>& weight_prepared,
                                                 const std::optional<Tensor>& scale, std::optional<ScalarType> out_dtype,
                                                 bool strict, std::optional<double> threshold) {
-    const Rows rows = check_rows(x, k);
+    const Rows rows = check_rows(x, k, kCpu);
     const Weight weight =
         check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(x.scalar_type()));
-    if (threshold && !(*threshold >= 0)) fail("threshold", "expected a number >= 0 or None, got ", *threshold);
+    check_threshold(threshold);
     const std::vector<int64_t> word_sizes = sizes_with_last(x, words_for(k));
-    Tensor x_words = empty(word_sizes, ScalarType::Int);
-    Tensor in_range = empty(threshold ? word_sizes : std::vector<int64_t>{0}, ScalarType::Int);
+    Tensor x_words = empty_on_cpu(word_sizes, ScalarType::Int);
+    Tensor in_range = empty_on_cpu(threshold ? word_sizes : std::vector<int64_t>{0}, ScalarType::Int);
     pack_rows(rows, strict, threshold ? round_to(*threshold, rows.dtype) : 0, words_of(x_words),
               threshold ? words_of(in_range) : nullptr);
     Tensor y = multiply_words(words_of(x_words), rows.m, weight, sizes_with_last(x, weight.n));

@@ -74,6 +74,8 @@ def test_info():
         "torch_built",
         "torch_running",
         "cuda",
+        "cuda_devices",
+        "cuda_kernel",
         "cpu_capability",
         "kernels",
         "kernel",
@@ -186,37 +188,52 @@ def decide_cuda():
 
 
 @pytest.mark.parametrize(
-    ("switch", "torch_cuda", "nvcc", "sources", "expected", "reason"),
+    ("switch", "torch_cuda", "nvcc", "expected", "reason"),
     [
-        ("0", "13.0", True, True, False, "BITORCH_QLINEAR_CUDA=0"),
-        ("0", None, False, False, False, "BITORCH_QLINEAR_CUDA=0"),
-        ("1", "13.0", True, True, True, "BITORCH_QLINEAR_CUDA=1"),
-        (None, "13.0", True, True, True, "13.0"),
-        ("", "12.6", True, True, True, "12.6"),
-        (None, None, True, True, False, "without CUDA"),
-        (None, "13.0", False, True, False, "no nvcc"),
-        (None, "13.0", True, False, False, "no CUDA operators yet"),
-        ("", None, False, False, False, "no CUDA operators yet, .*without CUDA, .*no nvcc"),
+        ("0", "13.0", "13.0", False, "BITORCH_QLINEAR_CUDA=0"),
+        ("0", None, None, False, "BITORCH_QLINEAR_CUDA=0"),
+        ("1", "13.0", "13.0", True, "BITORCH_QLINEAR_CUDA=1"),
+        (None, "13.0", "13.2", True, "nvcc 13.2 and torch for CUDA 13.0"),
+        ("", "12.6", "12.8", True, "12.6"),
+        (None, None, "13.0", False, "without CUDA"),
+        (None, "13.0", None, False, "no nvcc"),
+        (None, "12.8", "13.0", False, "this torch is built for CUDA 12.8 and nvcc is of CUDA 13.0"),
+        ("", None, None, False, "without CUDA, .*no nvcc"),
     ],
 )
-def test_cuda_decision(decide_cuda, switch, torch_cuda, nvcc, sources, expected, reason):
-    decision, why = decide_cuda(switch, torch_cuda, nvcc, sources)
+def test_cuda_decision(decide_cuda, switch, torch_cuda, nvcc, expected, reason):
+    decision, why = decide_cuda(switch, torch_cuda, nvcc)
     assert decision is expected and re.search(reason, why)
 
 
 @pytest.mark.parametrize(
-    ("switch", "torch_cuda", "nvcc", "sources", "message"),
+    ("switch", "torch_cuda", "nvcc", "message"),
     [
-        ("1", None, True, True, "without CUDA"),
-        ("1", "13.0", False, True, "no nvcc"),
-        ("1", "13.0", True, False, "no CUDA operators yet"),
-        ("yes", "13.0", True, True, "must be 0 or 1, not 'yes'"),
-        ("2", None, False, False, "must be 0 or 1"),
+        ("1", None, "13.0", "without CUDA"),
+        ("1", "13.0", None, "no nvcc"),
+        ("1", "12.8", "13.0", "built for CUDA 12.8"),
+        ("yes", "13.0", "13.0", "must be 0 or 1, not 'yes'"),
+        ("2", None, None, "must be 0 or 1"),
     ],
 )
-def test_cuda_switch_that_cannot_be_followed(decide_cuda, switch, torch_cuda, nvcc, sources, message):
+def test_cuda_switch_that_cannot_be_followed(decide_cuda, switch, torch_cuda, nvcc, message):
     with pytest.raises(ValueError, match=message):
-        decide_cuda(switch, torch_cuda, nvcc, sources)
+        decide_cuda(switch, torch_cuda, nvcc)
+
+
+@pytest.mark.parametrize(
+    ("build", "torch_cuda", "reason"),
+    [
+        ({"cuda_targets": "sm_80", "cuda_version": "13.0"}, "13.2", ""),
+        ({"cuda_targets": "sm_80", "cuda_version": "13.0"}, "12.8", "built for CUDA 13.0, this torch for CUDA 12.8"),
+        ({"cuda_targets": "sm_80", "cuda_version": "13.0"}, None, "this torch is built without CUDA"),
+        ({"cuda_targets": "", "cuda_reason": "there is no nvcc"}, "13.0", "without CUDA operators .there is no nvcc"),
+        ({"cuda_targets": "", "cuda_reason": "there is no nvcc"}, None, "this torch is built without CUDA"),
+    ],
+)
+def test_reason_against_cuda(build, torch_cuda, reason):
+    assert re.search(reason, _library._reason_against_cuda(build, torch_cuda))
+    assert bool(_library._reason_against_cuda(build, torch_cuda)) == bool(reason)
 
 
 def test_no_exception_leaves_a_plain_c_function():

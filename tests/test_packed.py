@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 
+import bitorch_qlinear.linear as linear_module
 import bitorch_qlinear.packed as packed_module
 from bitorch_qlinear import PackedQLinear, QLinear, _library, functional, pack, quantizations
 
@@ -686,7 +687,8 @@ def test_fallback_without_kernels(name, dtype, monkeypatch):
     x = X.to(dtype, copy=True)
     x[0, :3] = torch.tensor([0.0, -0.0, torch.nan])
     want, state = layer(x), PackedQLinear.from_float(layer).state_dict()
-    monkeypatch.setattr(packed_module, "has_kernels", lambda tensor: False)
+    for module in (packed_module, linear_module):
+        monkeypatch.setattr(module, "has_kernels", lambda tensor: False)
     packed = PackedQLinear.from_float(layer)
     assert packed.weight_prepared is None
     assert "path=float (no kernels for cpu)" in repr(packed)

@@ -1,0 +1,142 @@
+// Tensors as the operators of every device take and make them.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+
+namespace bitorch_qlinear {
+
+// A contiguous tensor of memory as it comes.
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Device& device) {
+    std::vector<int64_t> strides(sizes.size());
+    int64_t stride = 1;
+    for (size_t d = sizes.size(); d-- > 0;) {
+        strides[d] = stride;
+        stride *= std::max<int64_t>(sizes[d], 1);
+    }
+    AtenTensorHandle handle = nullptr;
+    const AOTITorchError error =
+        aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                 torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device.type,
+                                 std::max(device.index, 0), &handle);
+    if (error) {
+        std::ostringstream shape;
+        for (const int64_t size : sizes) shape << size << ", ";
+        fail("result", "cannot allocate shape (", shape.str(), ") of ", dtype_name(type));
+    }
+    return Tensor(handle);
+}
+
+// x as rows of k contiguous values, `stride` values apart.
+struct Rows {
+    Tensor tensor;  // keeps the memory alive
+    const uint8_t* data;
+    DType dtype;
+    int64_t m, k, stride;
+
+    const void* row(int64_t i) const { return data + i * stride * element_size(dtype); }
+};
+
+// Whether the leading dimensions walk through memory with one stride; if so, which.
+inline std::optional<int64_t> row_stride(const Tensor& x) {
+    const auto sizes = x.sizes();
+    const auto strides = x.strides();
+    const int64_t last = x.dim() - 1;
+    if (sizes[last] > 1 && strides[last] != 1) return std::nullopt;
+    int64_t stride = sizes[last], expected = -1;
+    for (int64_t d = last - 1; d >= 0; --d) {
+        if (sizes[d] == 1) continue;
+        if (expected < 0) {
+            stride = strides[d];
+        } else if (strides[d] != expected) {
+            return std::nullopt;
+        }
+        expected = strides[d] * sizes[d];
+    }
+    return stride;
+}
+
+inline Tensor contiguous_copy(const Tensor& x) {
+    try {
+        return torch::stable::contiguous(x);
+    } catch (const std::exception&) {  // its text names a file of the build
+        fail("x", "cannot allocate a contiguous copy of it");
+    }
+}
+
+// Of the tensor's leading dimensions.
+inline int64_t count_rows(const Tensor& tensor) {
+    int64_t m = 1;
+    for (int64_t d = 0; d + 1 < tensor.dim(); ++d) m *= tensor.size(d);
+    return m;
+}
+
+inline Rows check_rows(const Tensor& x, int64_t k, const Device& device) {
+    check_values(k);
+    const DType dtype = check_float("x", x.scalar_type());
+    check_dimensions("x", x, 1, "(..., k)");
+    if (x.size(x.dim() - 1) != k)
+        fail("x", "expected k = ", k, " values in the last dimension, got ", x.size(x.dim() - 1));
+    check_memory("x", x, device, element_size(dtype));
+    const int64_t m = count_rows(x);
+    std::optional<int64_t> stride = m == 0 || k == 0 ? k : row_stride(x);
+    Tensor rows = stride ? x : contiguous_copy(x);
+    const uint8_t* data = static_cast<const uint8_t*>(rows.data_ptr());
+    return {std::move(rows), data, dtype, m, k, stride.value_or(k)};
+}
+
+inline std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) {
+    const auto sizes = tensor.sizes();
+    std::vector<int64_t> result(sizes.begin(), sizes.end());
+    result.back() = last;
+    return result;
+}
+
+inline uint32_t* words_of(const Tensor& words) { return static_cast<uint32_t*>(words.data_ptr()); }
+
+// The right-hand side's arguments that every linear operator has.
+inline void check_weight_arguments(const Tensor& words, int64_t k, const std::optional<Tensor>& bias,
+                                   const std::optional<Tensor>& scale, ScalarType out_type, const Device& device) {
+    check_values(k);
+    check_weight_words(words, k, device);
+    check_vector("bias", bias, words.size(0), device);
+    check_vector("scale", scale, words.size(0), device);
+    if (out_type != ScalarType::Int) {
+        check_float("out_dtype", out_type);
+    } else if (bias || scale) {
+        fail("out_dtype", "int32 is the product itself, and takes neither bias nor scale");
+    }
+}
+
+inline void check_threshold(const std::optional<double>& threshold) {
+    if (threshold && !(*threshold >= 0)) fail("threshold", "expected a number >= 0 or None, got ", *threshold);
+}
+
+// The threshold as x's dtype holds it: the comparison is then exact in the wider type of the kernel.
+inline double round_to(double threshold, DType dtype) {
+    switch (dtype) {
+        case DType::float64: return threshold;
+        case DType::float32: return static_cast<float>(threshold);
+        case DType::float16: {
+            Half half;
+            narrow(static_cast<float>(threshold), &half);
+            return widen(half);
+        }
+        default: {
+            BFloat16 value;
+            narrow(static_cast<float>(threshold), &value);
+            return widen(value);
+        }
+    }
+}
+
+}  // namespace bitorch_qlinear
