@@ -2,14 +2,18 @@
 
 All layers compute float32 in and out with bias; packing of the input is inside the time, that of the weights is not
 (eval mode caches it). The layers take turns, so that a busy neighbour hits all alike; ratios are of medians.
+
+``python -m benchmarks gpu`` times the CUDA kernels instead (see benchmarks/gpu.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +27,8 @@ from bitorch_qlinear import PackedQLinear, QLinear
 from bitorch_qlinear.demo import environment
 
 HERE = Path(__file__).parent
+# By the first word of the command line; without one, the layers on the CPU.
+OTHERS = {"gpu": "benchmarks.gpu"}
 
 
 def layers(k: int, n: int) -> dict[str, nn.Module]:
@@ -93,6 +99,9 @@ def measure(m: int, k: int, n: int, rounds: int) -> dict[str, dict[str, list[flo
 
 
 def main() -> None:
+    if other := OTHERS.get("".join(sys.argv[1:2])):
+        importlib.import_module(other).main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (1)")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each layer (15)")

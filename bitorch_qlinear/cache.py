@@ -43,6 +43,12 @@ def _is_dense(weight: Tensor) -> bool:
     return weight.is_contiguous() or weight.t().is_contiguous()
 
 
+def is_captured(weight: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, which would compute something from this weight later, at each replay."""
+    real = type(weight) in (Tensor, nn.Parameter)  # not a FakeTensor, whose device may not be there
+    return weight.is_cuda and real and torch.cuda.is_current_stream_capturing()
+
+
 class _Ready:
     """Lets other CUDA streams than the one that packed a weight wait until it has."""
 
@@ -150,7 +156,7 @@ class WeightCache:
 
         Only a plain, dense Parameter is remembered: it alone is sure to notice its changes.
         """
-        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_captured(weight):
             return _pack(weight, strict)
         entry = self._entry
         if entry is not None and entry.holds(weight, strict):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from . import _library, functional
 from ._function import apply, transforms_active
+from .cache import is_captured
 from .linear import Activation, QLinear, autocast_dtype, fused_linear, has_kernels, path_name
 from .quantizations import BinaryRule, binary_rule, get_quantization, has_constant_rule
 
@@ -253,7 +254,7 @@ class PackedQLinear(nn.Module):
             or prepared.version != weight._version
             or prepared.form is not self._buffers["weight_prepared"]
         ):
-            if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            if is_captured(weight):
                 return functional.prepare_weight(weight, self.in_features)  # in the graph, where nothing is done yet
             return self._prepare()
         return prepared.form
@@ -267,7 +268,7 @@ class PackedQLinear(nn.Module):
         with torch.inference_mode(False):
             if not has_kernels(weight):
                 pass
-            elif weight.is_meta or weight.is_inference():
+            elif weight.is_meta or weight.is_inference() or type(weight) is not Tensor:
                 form = functional.prepare_weight(weight, self.in_features)
             else:
                 prepared = _Prepared.make(weight, self.in_features)

@@ -77,6 +77,26 @@ __device__ __forceinline__ typename As::Out output(int64_t k, uint32_t popcount,
     return out;
 }
 
+// As many bytes, stored at once. (nvcc 13.0 takes stores of a struct of outputs apart.)
+template <int Size>
+struct Bytes;
+template <>
+struct Bytes<2> {
+    using Type = unsigned short;
+};
+template <>
+struct Bytes<4> {
+    using Type = unsigned int;
+};
+template <>
+struct Bytes<8> {
+    using Type = uint2;
+};
+template <>
+struct Bytes<16> {
+    using Type = uint4;
+};
+
 // The row [column, column + Count) of y[row], as far as it exists, from popcounts of a ^ b; `scale` and `bias` are
 // those of its columns, in a ChannelTile. Stores are 16 bytes wide where `whole_vectors` says that rows allow it.
 template <class As, int Count>
@@ -86,23 +106,23 @@ __device__ __forceinline__ void write_outputs(const Output& y, int64_t n, int64_
     using Out = typename As::Out;
     constexpr int kVector = Count * sizeof(Out) < 16 ? Count : 16 / static_cast<int>(sizeof(Out));
     static_assert(Count % kVector == 0 && (kVector & (kVector - 1)) == 0, "columns must fill whole vectors");
-    struct alignas(kVector * sizeof(Out)) Vector {
-        Out values[kVector];
-    };
+    using Vector = typename Bytes<kVector * sizeof(Out)>::Type;
     Out* out = static_cast<Out*>(y.data) + row * n + column;
 #pragma unroll
     for (int first = 0; first < Count; first += kVector) {
-        Vector vector;
+        Out values[kVector];
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
-            vector.values[j] = output<As>(k, popcounts[first + j], scale[first + j], bias[first + j]);
+            values[j] = output<As>(k, popcounts[first + j], scale[first + j], bias[first + j]);
         }
         if (whole_vectors && column + first + kVector <= n) {
-            *reinterpret_cast<Vector*>(out + first) = vector;
+            Vector vector;
+            memcpy(&vector, values, sizeof vector);
+            __stwb(reinterpret_cast<Vector*>(out + first), vector);
         } else {
 #pragma unroll
             for (int j = 0; j < kVector; ++j) {
-                if (column + first + j < n) out[first + j] = vector.values[j];
+                if (column + first + j < n) out[first + j] = values[j];
             }
         }
     }

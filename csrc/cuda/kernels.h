@@ -14,6 +14,7 @@
 
 #include "../dtype.h"
 #include "../packed.h"
+#include "heuristics.h"
 
 namespace bitorch_qlinear::cuda {
 
@@ -88,16 +89,9 @@ struct Product {
 cudaError_t gemm_popc(const Product&, cudaStream_t);
 
 // The others read the aligned form, and return cudaErrorInvalidValue for operands or sizes that they do not take.
-// Rows of x that a skinny kernel takes at most.
-constexpr int64_t kSkinnyRows = 16;
 cudaError_t gemm_skinny(const Product&, cudaStream_t);           // any compute capability; no popcounts needed
 cudaError_t gemm_skinny_mma_sm80(const Product&, cudaStream_t);  // compute capability 8.0 to 9.0
-
-// A block's part of y in gemm_mma_sm80, widest first.
-enum class Tile : int { m128n256, m128n128, m64n64 };
-constexpr int kTiles = 3;
-constexpr int64_t kTileRows[kTiles] = {128, 128, 64}, kTileColumns[kTiles] = {256, 128, 64};
-cudaError_t gemm_mma_sm80(const Product&, Tile, cudaStream_t);  // compute capability 8.0 to 9.0
-cudaError_t gemm_mma_sm75(const Product&, cudaStream_t);        // compute capability 7.5 to 8.9; no popcounts needed
+cudaError_t gemm_mma_sm80(const Product&, Tile, cudaStream_t);   // compute capability 8.0 to 9.0
+cudaError_t gemm_mma_sm75(const Product&, cudaStream_t);         // compute capability 7.5 to 8.9; no popcounts needed
 
 }  // namespace bitorch_qlinear::cuda

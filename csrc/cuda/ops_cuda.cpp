@@ -12,7 +12,6 @@
 
 #include "../tensors.h"
 #include "choice.h"
-#include "heuristics.h"
 #include "kernels.h"
 #include "prepared.cuh"
 #include "stream.h"
@@ -20,7 +19,7 @@
 namespace bitorch_qlinear::cuda {
 namespace {
 
-using bitorch_qlinear::Device;
+using bitorch_qlinear::Device;  // of torch; that of heuristics.h says what a device can do
 
 // That of an operator's first argument; the dispatcher comes here for any argument on CUDA.
 Device device_of(const char* argument, const Tensor& tensor) {
@@ -78,9 +77,10 @@ Factor factor_of_rows(const Rows& x, bool strict, const KernelRecord& kernel, co
     Factor factor = allocate_factor(x.m, x.k, true, device);
     if (!kernel.aligned) factor.operand.stride = words_for(x.k);
     if (!kernel.popcounts) factor.operand.popcounts = nullptr;
-    check_launch("pack", pack({x.data, x.dtype, x.m, x.k, x.stride, strict, 0, const_cast<uint32_t*>(factor.operand.words),
-                               factor.operand.stride, nullptr, const_cast<int32_t*>(factor.operand.popcounts)},
-                              launch.stream()));
+    check_launch("pack",
+                 pack({x.data, x.dtype, x.m, x.k, x.stride, strict, 0, const_cast<uint32_t*>(factor.operand.words),
+                       factor.operand.stride, nullptr, const_cast<int32_t*>(factor.operand.popcounts)},
+                      launch.stream()));
     return factor;
 }
 
@@ -172,8 +172,9 @@ Tensor multiply(int64_t m, const Weight& weight, const std::vector<int64_t>& siz
     if (m == 0 || weight.n == 0) return y;
     const Factor w = factor_of_weight(weight, kernel, launch, device);
     const Vector scale(weight.scale), bias(weight.bias);
-    const Product product{x.operand, w.operand, m, weight.n, weight.k,
-                          {y.data_ptr(), *dtype_of(weight.out_type), scale.channels(), bias.channels()},
+    const Product product{x.operand, w.operand,
+                          m,         weight.n,
+                          weight.k,  {y.data_ptr(), *dtype_of(weight.out_type), scale.channels(), bias.channels()},
                           w.prepared};
     check_launch(kernel.name, launch_product(choice, product, launch.stream()));
     return y;
@@ -244,9 +245,8 @@ Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std:
     const Weight weight =
         check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(x.scalar_type()), device);
     const Launch launch(device.index);
-    return multiply(rows.m, weight, sizes_with_last(x, weight.n), launch, device, [&](const KernelRecord& kernel) {
-        return factor_of_rows(rows, strict, kernel, launch, device);
-    });
+    return multiply(rows.m, weight, sizes_with_last(x, weight.n), launch, device,
+                    [&](const KernelRecord& kernel) { return factor_of_rows(rows, strict, kernel, launch, device); });
 }
 
 // The words of x are an output, in the interchange form: what a kernel wants in another is made of them.

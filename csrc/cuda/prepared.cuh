@@ -21,13 +21,20 @@ static inline int64_t prepared_bytes(int64_t n, int64_t k) {
            (prepared_holds_words(k) ? n * aligned_words_for(k) * kWordBytes : 0);
 }
 
+// The header's first 8 bytes as one number: an array of constants is no constant in device code.
+static constexpr uint64_t magic_number() {
+    uint64_t number = 0;
+    for (int i = 0; i < 8; ++i) number |= uint64_t{static_cast<uint8_t>(kPreparedMagic[i])} << (8 * i);
+    return number;
+}
+constexpr uint64_t kMagicNumber = magic_number();
+
 #ifdef __CUDACC__
 // Stops the kernel with an error if the weights were prepared for another product. One thread of a block asks.
 __device__ __forceinline__ void check_prepared(const PreparedHeader* header, int64_t n, int64_t k) {
     if (!header) return;
-    bool made_here = header->layout == kPreparedLayout && header->n == n && header->k == k;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) made_here &= header->magic[i] == kPreparedMagic[i];
+    const bool made_here = *reinterpret_cast<const uint64_t*>(header->magic) == kMagicNumber &&
+                           header->layout == kPreparedLayout && header->n == n && header->k == k;
     if (!made_here) __trap();
 }
 #endif

@@ -51,12 +51,39 @@ def test_popc_outputs(target, out):
             check_popc(module("gemm_popc.cu", target), 5, 67, 333, out, **vectors)
 
 
+@pytest.mark.parametrize("channels", FLOATS, ids=lambda dtype: "channels-" + str(dtype)[6:])
+@pytest.mark.parametrize("out", FLOATS, ids=lambda dtype: str(dtype)[6:])
+def test_popc_channels_of_any_type(out, channels):
+    """Scale and bias become T, rounded to nearest, and may have different types."""
+    generator = torch.Generator().manual_seed(1)
+    bias, scale = (random_values((67,), channels, generator) for _ in range(2))
+    other = torch.randn(67, generator=generator).to(torch.float16)
+    for target in TARGETS:
+        popc = module("gemm_popc.cu", target)
+        check_popc(popc, 2, 67, 70, out, bias=bias, scale=scale)
+        check_popc(popc, 2, 67, 70, out, bias=other, scale=scale)
+        check_popc(popc, 1, 67, 70, out, bias=bias, scale=other)
+
+
+@pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("target", TARGETS)
+def test_popc_of_no_values(target, out):
+    """k = 0: every dot is 0, and y = T(0) * scale + bias."""
+    popc, generator = module("gemm_popc.cu", target), torch.Generator().manual_seed(2)
+    check_popc(popc, 3, 70, 0, out)
+    if out is not torch.int32:
+        bias, scale = (random_values((70,), torch.float32, generator) for _ in range(2))
+        for vectors in ({"bias": bias}, {"scale": scale}, {"bias": bias, "scale": scale}):
+            check_popc(popc, 3, 70, 0, out, **vectors)
+
+
 def test_mutants_of_popc_are_caught():
     def run(module: Module, seed: int) -> None:
         bias = torch.randn(70, generator=torch.Generator().manual_seed(seed))
         check_popc(module, 66, 70, 1025 + 32, torch.float32, bias=bias, scale=bias.flip(0), seed=seed)
         check_popc(module, 1, 1, 31, seed=seed)
         check_popc(module, 2, 65, 0, torch.float32, bias=bias[:65], seed=seed)
+        check_popc(module, 1, 70, 40, torch.float32, bias=bias.double() / 3, seed=seed)
 
     text = compiled(source("gemm_popc.cu"), "sm_80")
     edits = [
@@ -72,6 +99,10 @@ def test_mutants_of_popc_are_caught():
         ("operand.stride", "operand.stride + 1"),
         ("- 2 * popcount", "- popcount"),
         ("__fmul_rn(a, b)", "__fmul_rz(a, b)"),
+        (
+            "static_cast<const double*>(channels.data)[column]",
+            "__double2float_rz(((const double*)channels.data)[column])",
+        ),
     ]
     mutants = [*edited("gemm_popc.cu", edits), *remove_barriers(text, kernel(Module.from_ptx(text), "AsIffE"))]
     assert len(mutants) >= len(edits) + 2

@@ -1,0 +1,160 @@
+"""Runs every CUDA kernel under NVIDIA's compute-sanitizer: ``python -m benchmarks.sanitize``.
+
+Four runs of one small program, side by side: memcheck (accesses outside of an allocation or misaligned), racecheck
+(shared memory), synccheck (barriers) and initcheck (reads of what nobody wrote). A tool that is not there, that the
+machine refuses or that takes too long is said so in a line, and is no failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from bitorch_qlinear import _library
+from bitorch_qlinear import functional as F
+
+ROOT = Path(__file__).parents[1]
+TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
+# torch asks CUDA for what it may lack, and goes on: no finding. Our launches are checked where they are made.
+OPTIONS = {"memcheck": ["--report-api-errors", "no"]}
+FOUND = 86  # compute-sanitizer's exit code where it found something: nobody else's
+
+
+# ---- inside ----------------------------------------------------------------------------------------
+
+
+def selection(multiprocessors: int) -> list[tuple[int, int, int]]:
+    """Edges of all tiles: one row, one past a tile, and products wide enough for the wide tiles."""
+    small = [(1, 1, 1), (1, 257, 1025), (3, 70, 129), (16, 65, 4097), (65, 67, 513), (129, 131, 512), (7, 9, 0)]
+    return small + [(129, width * multiprocessors + 1, 33) for width in (128, 256)]
+
+
+def check_product(m: int, n: int, k: int, device: torch.device) -> None:
+    """All operators at one size, against the CPU's kernel; compared on the CPU, for the tools slow everything down.
+
+    Raises:
+        AssertionError: They differ.
+    """
+    wide, words = torch.randn(m, k + 1), F.pack_bits(torch.randn(n, k))
+    bias, scale = torch.randn(n, dtype=torch.float16), torch.randn(n)
+    x, gpu_x, gpu_words = wide[:, 1:], wide.to(device)[:, 1:], words.to(device)  # rows apart, aligned nowhere
+    vectors = {"bias": bias.to(device), "scale": scale.to(device)}
+    prepared = F.prepare_weight(gpu_words, k)
+    want = F.linear_train(x, words, k, bias=bias, scale=scale, threshold=1.0)
+    for form, out in itertools.product((prepared, None), (torch.float32, torch.bfloat16)):
+        y = F.linear(gpu_x, gpu_words, k, weight_prepared=form, out_dtype=out, **vectors)
+        assert torch.equal(y.cpu(), F.linear(x, words, k, bias=bias, scale=scale, out_dtype=out)), (m, n, k, out)
+    results = F.linear_train(gpu_x, gpu_words, k, weight_prepared=prepared, threshold=1.0, **vectors)
+    assert all(torch.equal(result.cpu(), wanted) for result, wanted in zip(results, want, strict=True)), (m, n, k)
+    integers = F.binary_linear(results[1], gpu_words, k, out_dtype=torch.int32)
+    assert torch.equal(integers.cpu(), F.binary_linear(want[1], words, k, out_dtype=torch.int32)), (m, n, k)
+    values = F.unpack_bits(results[1], k, torch.float16)
+    assert torch.equal(values.cpu(), F.unpack_bits(want[1], k, torch.float16)), (m, n, k)
+
+
+def inside() -> None:
+    """What runs under a tool."""
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    kernels = _library.available_cuda_kernels(torch.cuda.get_device_capability(device))
+    shapes = selection(torch.cuda.get_device_properties(device).multi_processor_count)
+    for kernel in kernels:
+        _library.force_cuda_kernel(kernel)
+        for shape in shapes:
+            if shape[0] <= 16 or not kernel.startswith("skinny"):  # which takes no more rows
+                check_product(*shape, device)
+    torch.cuda.synchronize()
+    print("every result is right:", ", ".join(kernels))
+
+
+# ---- outside ---------------------------------------------------------------------------------------
+
+
+def find_sanitizer() -> str | None:
+    """compute-sanitizer, on PATH or in the toolkit."""
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    return shutil.which("compute-sanitizer") or next(
+        (found for home in places if home and (found := shutil.which(f"{home}/bin/compute-sanitizer"))), None
+    )
+
+
+def verdict(code: int | None, output: str) -> tuple[bool, str]:
+    """Whether a tool found nothing wrong, and what to say of its run.
+
+    Args:
+        code: Its exit code, None where it was stopped for its time.
+        output: All that it wrote.
+    """
+    lines = output.strip().splitlines() or ["no output"]
+    summary = next((line.strip("= ") for line in reversed(lines) if "SUMMARY" in line), "")
+    if code is None:
+        return True, f"did not end in time; last line: {lines[-1].strip('= ')}"
+    if code == FOUND:
+        return False, f"found something: {summary}"
+    if "AssertionError" in output:
+        return False, f"a wrong result: {lines[-1].strip('= ')}"
+    if code == 0 and summary and "every result is right" in output:
+        return True, f"clean: {summary}"
+    refusal = next((line for line in lines if re.search("not supported|Error|error|denied", line)), lines[-1])
+    return True, f"refused or failed by itself (exit code {code}): {refusal.strip('= ')}"
+
+
+def run_tools(command: list[str], program: list[str], seconds: float) -> bool:
+    """Run all tools at once, print a line and the whole output of each; whether none found anything."""
+    # Without torch's own cache every tensor is an allocation, whose ends the tools know.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    end, clean, texts = time.monotonic() + seconds, True, {}
+    with tempfile.TemporaryDirectory() as folder:
+        started = {}
+        for tool in TOOLS:
+            options = ["--tool", tool, "--error-exitcode", str(FOUND), *OPTIONS.get(tool, [])]
+            with Path(folder, tool).open("w") as output:  # a pipe would fill up, and hold its tool back
+                started[tool] = subprocess.Popen(
+                    [*command, *options, *program], stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+                )
+        for tool, process in started.items():
+            code = wait(process, end - time.monotonic())
+            texts[tool] = Path(folder, tool).read_text(errors="replace")
+            fine, line = verdict(code, texts[tool])
+            clean &= fine
+            print(f"{tool}: {line}", flush=True)
+    for tool, text in texts.items():
+        print(f"\n---- {tool} ----\n{text}")
+    return clean
+
+
+def wait(process: subprocess.Popen, seconds: float) -> int | None:
+    """A process's exit code, or None if it was killed for its time."""
+    try:
+        return process.wait(max(0.1, seconds))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__.splitlines()[0])
+    parser.add_argument("--inside", action="store_true", help="the program that the tools run")
+    parser.add_argument("--seconds", type=float, default=80.0, help="for all tools (80)")
+    options = parser.parse_args()
+    if options.inside:
+        inside()
+    elif (sanitizer := find_sanitizer()) is None:
+        print("compute-sanitizer is not there: nothing was sanitized.")
+    elif not run_tools([sanitizer], [sys.executable, "-m", "benchmarks.sanitize", "--inside"], options.seconds):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,487 @@
+"""Every CUDA kernel, forced, against the CPU's scalar kernel: every output of every size, bit for bit."""
+
+import itertools
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from reference import FLOATS, random_values, random_words, special_values
+from test_operators import (
+    BROKEN,
+    OPERATORS,
+    SINGLE,
+    TENSORS,
+    arguments,
+    assert_refused,
+    breakages,
+    call_arguments,
+    operator,
+    problems,
+)
+
+from bitorch_qlinear import _library
+from bitorch_qlinear import functional as F
+
+from .device import (
+    CUDA,
+    KERNELS,
+    MULTIPROCESSORS,
+    assert_same,
+    captured,
+    choice,
+    every_kernel,
+    forced,
+    misaligned,
+    moved,
+    moved_all,
+    no_synchronization,
+    poison,
+    several_devices,
+)
+
+OUTS = [*FLOATS, torch.int32]
+# Around one row, a warp's fragments, each kernel's tiles, and two tiles and a prime more.
+SIDES = [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 2 * 64 + 13, 255, 256, 257, 2 * 128 + 13, 2 * 256 + 17]
+# Around a word, a 16-byte vector of words, and stages of 512 and 1024 values; the odd ones are aligned nowhere.
+DEPTHS = [0, 1, 31, 32, 33, 127, 128, 129, 255, 257, 511, 512, 513, 1023, 1024, 1025, 1536, 2048, 2048 + 97, 4096 + 128]
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- products --------------------------------------------------------------------------------------
+
+
+@every_kernel
+@pytest.mark.parametrize("k", DEPTHS)
+def test_every_edge(cuda_kernel, k):
+    """All pairs of sides: each result is a corner of the largest one, which the CPU computes once."""
+    make, largest = generator(k), max(SIDES)
+    x_words, words = (random_words(largest, k, make, stray=True) for _ in range(2))
+    bias, scale = (torch.randn(largest, generator=make) for _ in range(2))
+    vectors = {out: {} if out is torch.int32 else {"bias": bias, "scale": scale} for out in OUTS}
+    expected = {out: F.binary_linear(x_words, words, k, out_dtype=out, **vectors[out]).to(CUDA) for out in vectors}
+    gpu_vectors = {out: moved_all(vectors[out]) for out in OUTS}
+    drawn = random.Random(k)
+    for m, n in itertools.product(SIDES, SIDES):
+        out = drawn.choice(OUTS)
+        place = [drawn.choice([moved, misaligned]) for _ in range(2)]
+        x, w = place[0](x_words[:m].clone()), place[1](words[:n].clone())
+        prepared = F.prepare_weight(w, k) if drawn.random() < 0.5 else None
+        corner = {name: vector[:n] for name, vector in gpu_vectors[out].items()}
+        poison(m, n, dtype=out)
+        y = F.binary_linear(x, w, k, out_dtype=out, weight_prepared=prepared, **corner)
+        options = f"{m} x {n} x {k} {out} {place[0].__name__} {place[1].__name__} prepared={prepared is not None}"
+        assert_same(y, expected[out][:m, :n], options)
+
+
+@every_kernel
+@given(problem=problems())
+@settings(max_examples=150)
+def test_any_problem(cuda_kernel, problem):
+    """The problems that the CPU kernels are tested on: any layout of x, bias and scale, any dtype, special values."""
+    threshold, x, k, strict = (problem.pop(name) for name in ("threshold", "x", "k", "strict"))
+    words, with_prepared = problem.pop("weight_words"), problem.pop("weight_prepared")
+    gpu_x, gpu_words, gpu = moved(x), moved(words), moved_all(problem)
+    if with_prepared:
+        gpu["weight_prepared"] = F.prepare_weight(gpu_words, k)
+
+    wanted = F.linear_train(x, words, k, **problem, strict=strict, threshold=threshold)
+    results = F.linear_train(gpu_x, gpu_words, k, **gpu, strict=strict, threshold=threshold)
+    for name, result, want in zip(("y", "x_words", "in_range_words"), results, wanted, strict=True):
+        assert_same(result, want, name)
+    assert_same(F.linear(gpu_x, gpu_words, k, **gpu, strict=strict), wanted[0], "linear")
+    gpu["out_dtype"] = wanted[0].dtype
+    assert_same(F.binary_linear(results[1], gpu_words, k, **gpu), wanted[0], "binary_linear")
+    assert_same(gpu_x, x, "the argument x")
+
+
+@every_kernel
+@pytest.mark.parametrize("out", OUTS, ids=str)
+def test_every_combination_of_dtypes(cuda_kernel, out):
+    m, n, k = 17, 67, 200
+    make = generator(1)
+    words = random_words(n, k, make)
+    vectors = [None, *FLOATS] if out is not torch.int32 else [None]
+    for dtype, bias, scale, strict in itertools.product(FLOATS, vectors, vectors, (False, True)):
+        x = random_values((m, k), dtype, make)
+        options = {
+            "bias": None if bias is None else random_values((n,), bias, make),
+            "scale": None if scale is None else random_values((n,), scale, make),
+            "out_dtype": out,
+            "strict": strict,
+        }
+        want = F.linear(x, words, k, **options)
+        poison(m, n, dtype=out)
+        assert_same(F.linear(moved(x), moved(words), k, **moved_all(options)), want, (dtype, bias, scale, strict))
+
+
+@every_kernel
+@pytest.mark.parametrize("equal", [True, False], ids=["all equal", "all opposite"])
+@pytest.mark.parametrize("k", [2**16 + 1, 2**20, 2**24 + 1])
+def test_extremes_of_the_sum(cuda_kernel, k, equal):
+    """Sums that random bits do not reach; beyond 2**24 a float32 rounds them."""
+    x = torch.ones(3, k, dtype=torch.bfloat16)
+    words = F.pack_bits(x if equal else -x)
+    for out in OUTS:
+        assert_same(F.linear(moved(x), moved(words), k, out_dtype=out), F.linear(x, words, k, out_dtype=out), out)
+
+
+@every_kernel
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 0), (5, 70, 0), (0, 70, 45), (5, 0, 45), (0, 0, 0)])
+def test_sizes_of_zero(cuda_kernel, m, n, k):
+    x, words, bias = torch.randn(m, k), random_words(n, k, generator(0)), torch.randn(n)
+    gpu_words = moved(words)
+    for prepared in (None, F.prepare_weight(gpu_words, k)):
+        y = F.linear_train(moved(x), gpu_words, k, moved(bias), weight_prepared=prepared, threshold=1.0)
+        for result, want in zip(y, F.linear_train(x, words, k, bias, threshold=1.0), strict=True):
+            assert_same(result, want)
+        assert_same(F.binary_linear(y[1], gpu_words, k, moved(bias), weight_prepared=prepared), y[0])
+    assert_same(F.unpack_bits(gpu_words, k), F.unpack_bits(words, k))
+
+
+@every_kernel
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 1, 1), (1, 257, 4097), (16, 129, 8192), (65, 131, 1025), (300, 600, 513)]
+)
+def test_every_element_is_written(cuda_kernel, m, n, k):
+    """A graph writes to memory that is known, and garbage before each replay."""
+    make = generator(2)
+    x, words = random_values((m, k), torch.bfloat16, make), random_words(n, k, make)
+    gpu_x, gpu_words = moved(x), moved(words)
+    graph, results = captured(lambda: F.linear_train(gpu_x, gpu_words, k, threshold=1.0, out_dtype=torch.float32))
+    wanted = F.linear_train(x, words, k, threshold=1.0, out_dtype=torch.float32)
+    for byte in (0xA5, 0xFF):
+        for result in results:
+            result.view(torch.uint8).fill_(byte)
+        graph.replay()
+        for result, want in zip(results, wanted, strict=True):
+            assert_same(result, want, f"garbage {byte:#x}")
+
+
+@every_kernel
+def test_the_same_result_every_time(cuda_kernel):
+    for m, n, k in ((3, 256, 65536), (16, 100, 40001), (200, 300, 4097)):
+        x, words = moved(random_words(m, k, generator(3))), moved(random_words(n, k, generator(4)))
+        first = F.binary_linear(x, words, k, out_dtype=torch.int32)
+        for _ in range(10):
+            assert_same(F.binary_linear(x, words, k, out_dtype=torch.int32), first)
+
+
+def agree(m: int, n: int, k: int, kernels: list[str | None]) -> None:
+    """Sizes that the scalar kernel takes long for: all against popc, whose small ones are proven."""
+    x, words = (random_words_here(rows, k) for rows in (m, n))
+    with forced("popc"):
+        want = F.binary_linear(x, words, k, out_dtype=torch.int32)
+    for kernel in kernels:
+        with forced(kernel):
+            assert_same(F.binary_linear(x, words, k, out_dtype=torch.int32), want, (kernel, m, n, k))
+
+
+def random_words_here(rows: int, k: int) -> torch.Tensor:
+    """Made on the GPU; what lies past k is random too."""
+    return torch.randint(-(2**31), 2**31, (rows, -(-k // 32)), device=CUDA, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(1, 8192, 8192), (16, 8192, 8192), (16, 256, 65536), (4096, 4096, 4096), (2048, 3000, 5001)],
+)
+def test_kernels_agree_on_large_products(m, n, k):
+    agree(m, n, k, [*KERNELS, None])
+
+
+@pytest.mark.skipif("mma_sm80" not in KERNELS, reason="there is no kernel with several tiles")
+@pytest.mark.parametrize("tile", ["128 x 256", "128 x 128", "64 x 64"])
+def test_edges_of_tiles_that_only_wide_products_get(tile):
+    """As many tiles as multiprocessors make it the best one; the choice says whether it is."""
+    widths = [int(tile.split()[-1]) * MULTIPROCESSORS + d for d in (-1, 0, 1, 13)]
+    shapes = itertools.product((127, 128, 129, 255, 256, 257, 2 * 128 + 13), widths, (33, 511, 513, 2049))
+    with forced("mma_sm80"):
+        shapes = [shape for shape in shapes if f"tiles of {tile}:" in choice(*shape)]
+    if not shapes:
+        pytest.skip("this device has another best tile for all candidates")
+    for shape in shapes:
+        agree(*shape, ["mma_sm80"])
+
+
+def test_a_forced_kernel_is_the_one_that_runs():
+    shapes = {name: (8, 300, 512) if name.startswith("skinny") else (300, 300, 512) for name in KERNELS}
+    for kernel, shape in shapes.items():
+        with forced(kernel):
+            assert re.match(rf"{kernel}\b", choice(*shape))
+    with pytest.raises(RuntimeError, match="popc"):
+        _library.force_cuda_kernel("popcorn")
+
+
+# ---- packing ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_packing_at_every_edge(dtype):
+    """Rows of all lengths, cut out of wider ones (any stride and alignment) and closed up."""
+    wide = random_values((65, max(DEPTHS) + 3), dtype, generator(5))
+    gpu_wide = moved(wide)
+    for (k, first), strict in itertools.product([*itertools.product(DEPTHS, (0, 1, 3))], (False, True)):
+        for rows in (1, 2, 65):
+            x, gpu_x = wide[:rows, first : first + k], gpu_wide[:rows, first : first + k]
+            want = F.pack_bits(x, strict)
+            for source in (gpu_x, gpu_x.contiguous()):
+                poison(*want.shape, dtype=torch.int32)
+                assert_same(F.pack_bits(source, strict), want, (rows, k, first, strict))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0, 65504.0, 1e-40, 3e38, float("inf")])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_in_range_bits(dtype, threshold):
+    special = special_values(dtype)
+    x = torch.cat(
+        [special, torch.tensor([threshold, -threshold]).to(dtype), random_values((999,), dtype, generator(6))]
+    )
+    words = random_words(3, len(x), generator(7))
+    want = F.linear_train(x, words, len(x), threshold=threshold)
+    for result, wanted in zip(F.linear_train(moved(x), moved(words), len(x), threshold=threshold), want, strict=True):
+        assert_same(result, wanted)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int32, torch.int8, torch.bool], ids=str)
+def test_unpacking(dtype):
+    for k in DEPTHS:
+        words = random_words(67, k, generator(k), stray=True)
+        want = F.unpack_bits(words, k, dtype)
+        for place in (moved, misaligned):
+            poison(*want.shape, dtype=dtype)
+            assert_same(F.unpack_bits(place(words), k, dtype), want, (k, place.__name__))
+
+
+def test_the_prepared_form():
+    """Header, popcounts padded to 16 bytes, and aligned words where k is no multiple of 128 (prepared.cuh)."""
+    for n, k in itertools.product([1, 3, 4, 5, 66], DEPTHS):
+        words = random_words(n, k, generator(8), stray=True)
+        bits = F.unpack_bits(words, k, torch.bool)
+        for place in (moved, misaligned):
+            prepared = F.prepare_weight(place(words), k).cpu()
+            assert prepared[8:12].view(torch.int32).item() == 64
+            assert prepared[16:32].view(torch.int64).tolist() == [n, k]
+            counts = prepared[64 : 64 + (n + 3) // 4 * 16].view(torch.int32)
+            assert counts[:n].tolist() == bits.sum(-1).tolist()
+            assert not counts[n:].any()
+            aligned = prepared[64 + counts.nbytes :]
+            assert (aligned.numel() == 0) == (k % 128 == 0)
+            if aligned.numel():
+                rows = aligned.view(torch.int32).view(n, -1)
+                width = -(-k // 32)
+                assert torch.equal(F.unpack_bits(rows[:, :width].contiguous(), k, torch.bool), bits)
+                used = F.unpack_bits(rows.contiguous(), 32 * rows.shape[1], torch.bool)
+                assert not used[:, k:].any()
+
+
+# ---- beyond 2**31 ----------------------------------------------------------------------------------
+
+
+def needs(gigabytes: float) -> None:
+    torch.cuda.empty_cache()
+    if (free := torch.cuda.mem_get_info(CUDA)[0]) < gigabytes * 1e9:
+        pytest.skip(f"needs {gigabytes} GB of the GPU's memory, {free / 1e9:.1f} are free")
+
+
+@every_kernel
+def test_more_than_2_to_the_31_outputs(cuda_kernel):
+    needs(18)
+    m, n, k = (16, 2**27 + 77, 40) if cuda_kernel.startswith("skinny") else (46400, 46411, 40)
+    assert m * n > 2**31
+    x, words = (torch.randint(-(2**31), 2**31, (rows, 2), device=CUDA, dtype=torch.int32) for rows in (m, n))
+    y = F.binary_linear(x, words, k, out_dtype=torch.bfloat16)
+    crossing = 2**31 // n  # the row in which the offset passes 2**31
+    rows = torch.unique(torch.tensor([0, 1, crossing - 1, crossing, m - 2, m - 1, *torch.randint(m, (60,)).tolist()]))
+    rows = rows[(rows >= 0) & (rows < m)].to(CUDA)
+    columns = torch.unique(torch.tensor([0, 1, 2**31 % n, n - 2, n - 1, *torch.randint(n, (500,)).tolist()])).to(CUDA)
+    want = F.binary_linear(x[rows].cpu(), words[columns].cpu(), k, out_dtype=torch.bfloat16)
+    assert_same(y[rows[:, None], columns], want)
+
+
+def test_more_than_2_to_the_31_values():
+    """Of x packed, of words unpacked, and apart in memory."""
+    needs(14)
+    m, k = 65600, 32768 + 5
+    x = torch.empty(m, k, dtype=torch.bfloat16, device=CUDA).normal_()
+    words = F.pack_bits(x)
+    sample = torch.tensor([0, 2**31 // k, m - 1, *torch.randint(m, (100,)).tolist()], device=CUDA)
+    assert_same(words[sample], F.pack_bits(x[sample].cpu()))
+    values = F.unpack_bits(words, k, torch.int8)
+    assert_same(values[sample], F.unpack_bits(words[sample].cpu(), k, torch.int8))
+    del values
+    far = x[:: m - 1, :1000]  # two rows, more than 2**31 values apart
+    assert_same(F.pack_bits(far), F.pack_bits(far.cpu()))
+
+
+@every_kernel
+def test_more_than_2_to_the_31_words(cuda_kernel):
+    needs(28)
+    n, k = 2**20 + 1100, 65536
+    words = torch.randint(-(2**31), 2**31, (n, k // 32), device=CUDA, dtype=torch.int32)
+    assert words.numel() > 2**31
+    x = torch.randint(-(2**31), 2**31, (2, k // 32), device=CUDA, dtype=torch.int32)
+    y = F.binary_linear(x, words, k, out_dtype=torch.int32)
+    sample = torch.tensor([0, 2**20 - 1, 2**20, n - 1, *torch.randint(n, (200,)).tolist()], device=CUDA)
+    assert_same(y[:, sample], F.binary_linear(x.cpu(), words[sample].cpu(), k, out_dtype=torch.int32))
+
+
+# ---- streams, graphs, devices ----------------------------------------------------------------------
+
+
+@every_kernel
+def test_nothing_waits_for_the_device(cuda_kernel):
+    x = torch.randn(5, 300, device=CUDA)
+    words, bias = F.pack_bits(torch.randn(70, 300, device=CUDA)), torch.randn(140, device=CUDA)[::2]
+    F.linear(x, words, 300, bias)  # the first call may load the kernel
+    with no_synchronization():
+        prepared = F.prepare_weight(words, 300)
+        x_words = F.pack_bits(x)
+        F.unpack_bits(x_words, 300)
+        F.binary_linear(x_words, words, 300, bias, weight_prepared=prepared, scale=bias)
+        F.linear(x[:, :].t().contiguous().t(), words, 300, bias)
+        F.linear_train(x, words, 300, bias, threshold=1.0)
+
+
+@every_kernel
+def test_the_current_stream(cuda_kernel):
+    """Arguments that are written behind a delay: a kernel in another stream would read what was there before."""
+    x, words = torch.randn(33, 1000), random_words(70, 1000, generator(9))
+    want = F.linear(x, words, 1000)
+    gpu_x, gpu_words = torch.zeros_like(x, device=CUDA), torch.zeros_like(words, device=CUDA)
+    x, words = moved(x), moved(words)
+    F.linear(gpu_x, gpu_words, 1000)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        gpu_x.copy_(x)
+        gpu_words.copy_(words)
+        y = F.linear(gpu_x, gpu_words, 1000, weight_prepared=F.prepare_weight(gpu_words, 1000))
+    stream.synchronize()
+    assert_same(y, want)
+
+
+@every_kernel
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 300, 4096), (16, 256, 40000), (200, 300, 1000)])
+def test_in_a_graph(cuda_kernel, m, n, k):
+    gpu_x, gpu_words = torch.zeros(m, k, device=CUDA), torch.zeros(n, -(-k // 32), device=CUDA, dtype=torch.int32)
+
+    def call():
+        return F.linear(gpu_x, gpu_words, k, weight_prepared=F.prepare_weight(gpu_words, k))
+
+    graph, y = captured(call)
+    for seed in range(3):
+        x, words = torch.randn(m, k, generator=generator(seed)), random_words(n, k, generator(seed))
+        gpu_x.copy_(x)
+        gpu_words.copy_(words)
+        graph.replay()
+        assert_same(y, F.linear(x, words, k))
+
+
+@several_devices
+@every_kernel
+def test_another_device_than_the_current_one(cuda_kernel):
+    other = torch.device("cuda", 1)
+    x, words, bias = torch.randn(33, 300), random_words(70, 300, generator(0)), torch.randn(70)
+    want = F.linear_train(x, words, 300, bias, threshold=1.0)
+    with torch.cuda.device(0):
+        gpu_x, gpu_words, gpu_bias = (moved(tensor, other) for tensor in (x, words, bias))
+        prepared = F.prepare_weight(gpu_words, 300)
+        results = F.linear_train(gpu_x, gpu_words, 300, gpu_bias, weight_prepared=prepared, threshold=1.0)
+        assert torch.cuda.current_device() == 0
+    for result, wanted in zip(results, want, strict=True):
+        assert result.device == other
+        assert_same(result, wanted)
+    with pytest.raises(RuntimeError, match="bitorch_qlinear: weight_words: expected a tensor on the same device"):
+        F.linear(gpu_x, gpu_words.to(CUDA), 300)
+
+
+# ---- errors ----------------------------------------------------------------------------------------
+
+# The host cannot look into a prepared form without waiting for the device: the kernel does, and ends the process.
+IN_THE_HEADER = ("zeros", "magic", "layout", "n one more", "n huge", "k one more", "k negative")
+
+
+def seen_by_the_host(_, argument, what):
+    return argument != "weight_prepared" or not any(part in what for part in IN_THE_HEADER)
+
+
+@pytest.mark.parametrize(("name", "argument", "what"), [p for p in breakages() if seen_by_the_host(*p.values)])
+def test_wrong_arguments_are_refused(name, argument, what):
+    values = moved_all(arguments())
+    values["weight_prepared"] = F.prepare_weight(values["weight_words"], 40)
+    values[argument] = BROKEN[argument][what](values[argument])
+    names = ("k", "x", "words", "x_words", "weight_words") if argument == "k" else (argument,)
+    assert_refused(name, values, *names)
+
+
+@pytest.mark.parametrize("name", sorted(set(OPERATORS) - set(SINGLE)))
+@pytest.mark.parametrize("argument", TENSORS)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tensors_on_different_devices_are_refused(name, argument, device):
+    values = moved_all(arguments())
+    values["weight_prepared"] = F.prepare_weight(values["weight_words"], 40)
+    names = [a.name for a in operator(name)._schema.arguments]
+    if argument in names:
+        values[argument] = values[argument].to(device)
+        assert_refused(name, values, *([argument] if argument != names[0] else TENSORS))
+
+
+def test_weights_prepared_by_the_cpu_or_for_another_size_are_refused():
+    values = moved_all(arguments())
+    others = {
+        "the CPU": moved(F.prepare_weight(arguments()["weight_words"], 40)),
+        "a larger n": F.prepare_weight(moved(random_words(9, 40, generator(0))), 40),
+        "a larger k": F.prepare_weight(moved(random_words(5, 129, generator(0))), 129),
+    }
+    for name in sorted(set(OPERATORS) - set(SINGLE)):
+        for prepared in others.values():
+            assert_refused(name, values | {"weight_prepared": prepared}, "weight_prepared")
+
+
+TRAP = """
+import torch
+from bitorch_qlinear import _library
+from bitorch_qlinear import functional as F
+words = F.pack_bits(torch.randn(5, 40, device="cuda"))
+other = F.prepare_weight(F.pack_bits(torch.randn(5, 41, device="cuda")), 41)  # as many bytes
+_library.force_cuda_kernel({kernel!r})
+y = F.linear(torch.randn(3, 40, device="cuda"), words, 40, weight_prepared=other)
+print("computed", y.cpu())
+"""
+
+
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "popc"])  # which reads the words themselves
+def test_weights_prepared_for_another_product_of_the_same_size_give_no_number(kernel):
+    """In a process of its own, whose CUDA context is lost."""
+    root = Path(__file__).parents[2]
+    code = TRAP.format(kernel=kernel)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=120)
+    assert result.returncode != 0
+    assert "computed" not in result.stdout
+    assert "CUDA error" in result.stderr, result.stderr[-2000:]
+
+
+def test_samples_of_all_operators():
+    """Full and minimal calls of each, whatever operators there will be."""
+    for name in OPERATORS:
+        for required_only in (False, True):
+            values = arguments()
+            args, kwargs = call_arguments(name, values, required_only)
+            want = operator(name)(*args, **kwargs)
+            gpu = moved_all(values) | {"weight_prepared": F.prepare_weight(moved(values["weight_words"]), 40)}
+            args, kwargs = call_arguments(name, gpu, required_only)
+            results = operator(name)(*args, **kwargs)
+            if name == "prepare_weight":
+                continue  # every device's own form
+            pairs = [(results, want)] if isinstance(want, torch.Tensor) else zip(results, want, strict=True)
+            for result, wanted in pairs:
+                assert_same(result, wanted, name)

@@ -1,0 +1,187 @@
+"""csrc/cuda/gemm_mma_sm80.cu, executed as PTX against the reference; and its mutants."""
+
+import functools
+import re
+
+import numpy as np
+import pytest
+import torch
+from reference import FLOATS, random_values
+
+from .machine import In, Module, PtxFault, Report
+from .mutate import Mutant, assert_caught, loosen_waits, remove, remove_barriers, remove_waits, swap_fragments
+from .product import DTYPES, ceil_div, compiled, kernel, module, prepared_header, product_call, source, total_letter
+
+TARGETS = ["sm_80", "sm_90a"]
+NAME = "gemm_mma_sm80.cu"
+# A tile's rows and columns, and its threads.
+THREADS = {(128, 256): 256, (128, 128): 128, (64, 64): 128}
+SMALL, SQUARE, WIDE = (64, 64), (128, 128), (128, 256)
+STAGE_BYTES, STAGES = 64, 4  # of a row; in shared memory
+
+
+def launch(module: Module, call, tile: tuple[int, int], seed: int = 0) -> Report:
+    """As the launcher does it."""
+    m, n, _, out = call.what
+    rows, columns = tile
+    name = kernel(module, rf"multiply_tilesI\w*AsI{DTYPES[out][1]}{total_letter(out)}E\w*ShapeILi{rows}ELi{columns}E")
+    grid = ceil_div(m, rows), ceil_div(n, columns)
+    whole_vectors = n * out.itemsize % 16 == 0
+    shared = STAGES * STAGE_BYTES * (rows + columns)
+    return module.launch(name, grid[0] * grid[1], THREADS[tile], [call.fields, *grid, whole_vectors], shared, seed=seed)
+
+
+def check_mma(module: Module, m: int, n: int, k: int, out=torch.int32, tile=SMALL, seed: int = 0, **more) -> Report:
+    """A product of random words."""
+    call = product_call(m, n, k, out, seed=seed, aligned=True, header=prepared_header(n, k), **more)
+    report = launch(module, call, tile, seed)
+    call.check()
+    assert report.bank_conflicts == 0, report.conflicts_by_source()
+    return report
+
+
+def shapes() -> list[tuple[int, int, int]]:
+    """Edges of the tile of 64 x 64 outputs, of 16-byte chunks, of stages and of the pipeline; random ones."""
+    stage, depth = 512, STAGES * 512
+    k = [0, 1, 31, 32, 33, 127, 128, 129]
+    k += [edge + by for edge in (stage, 2 * stage, depth, depth + stage) for by in (-32, -1, 0, 1, 32)]
+    k += [depth + 2 * stage, depth + 3 * stage + 33]
+    drawn = np.random.default_rng(0).integers(1, (140, 140, 4000), (8, 3)).tolist()
+    return [
+        *((m, 66, 40) for m in (1, 63, 64, 65, 131)),
+        *((3, n, 40) for n in (1, 7, 8, 9, 31, 33, 63, 64, 65, 131)),
+        *((2, 65, k) for k in k),
+        (9 * 64 + 1, 131, 7),  # more tile rows than neighbouring blocks share
+        *map(tuple, drawn),
+    ]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_mma(target):
+    for seed, shape in enumerate(shapes()):
+        check_mma(module(NAME, target), *shape, seed=seed)
+
+
+@pytest.mark.parametrize("tile", [SQUARE, WIDE], ids=["m128n128", "m128n256"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_mma_large_tiles(target, tile):
+    rows, columns = tile
+    m, n = (1, rows - 1, rows, rows + 1, 2 * rows + 3), (1, columns - 1, columns, columns + 1, 2 * columns + 5)
+    edges = [*((m, 34, 65) for m in m), *((18, n, 65) for n in n), *((18, 34, k) for k in (0, 513, 6 * 512 + 129))]
+    for seed, shape in enumerate([*edges, (rows + 1, columns + 9, 4 * 512 + 1)]):
+        check_mma(module(NAME, target), *shape, tile=tile, seed=seed)
+
+
+@pytest.mark.parametrize("tile", THREADS, ids=lambda tile: "m{}n{}".format(*tile))
+@pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("target", TARGETS)
+def test_mma_outputs(target, out, tile):
+    """Rows of y that are whole vectors, and that are not; all that scale and bias may be."""
+    generator = torch.Generator().manual_seed(0)
+    total = torch.float64 if out is torch.float64 else torch.float32
+    for n in (80, 67):
+        bias, scale = random_values((n,), total, generator), torch.randn(n, generator=generator).to(total)
+        scale[:3] = torch.tensor([torch.inf, torch.nan, 3e38])
+        vectors = [{}, {"bias": bias}, {"scale": scale}, {"bias": bias, "scale": scale}]
+        for more in vectors[: 1 if out is torch.int32 else 4 if tile == SMALL else 0] or vectors[3:]:
+            check_mma(module(NAME, target), 20, n, 333, out, tile, **more)
+
+
+@pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
+def test_mma_moves_whole_sectors(out):
+    """Of each 32 bytes of global memory that a warp touches at once it reads or writes all."""
+    report = check_mma(module(NAME, "sm_80"), 64, 64, 1024, out)
+    assert report.sectors == report.sectors_needed, report.excess_sectors_by_source()
+
+
+def test_mma_ignores_what_lies_behind_a_row():
+    """Words between a row's aligned words and the next row may hold anything."""
+    m, n, k = 66, 70, 700
+    call = product_call(m, n, k, aligned=True)
+    values = list(call.fields.values)
+    for operand in (0, 3):
+        words = values[operand].array
+        values[operand] = In(np.concatenate([words, np.full((len(words), 8), -1, np.int32)], 1))
+        values[operand + 1] += 8
+    call.fields = type(call.fields)(call.fields.format, *values)
+    launch(module(NAME, "sm_80"), call, SMALL)
+    call.check()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_mma_traps_on_weights_prepared_for_another_product(target):
+    right, m, n, k = prepared_header(70, 700), 3, 70, 700
+    wrong = [prepared_header(n, k + 1), prepared_header(n - 1, k)]
+    for byte in (0, 7, 8):  # of the magic number, and of the layout
+        wrong.append(right.copy())
+        wrong[-1][byte] ^= 1
+    for header in wrong:
+        with pytest.raises(PtxFault, match="trap"):
+            launch(module(NAME, target), product_call(m, n, k, aligned=True, header=header), SMALL)
+    launch(module(NAME, target), product_call(m, n, k, aligned=True), SMALL)
+
+
+@functools.cache
+def small_source(tile: str = "m64n64") -> str:
+    """The kernel for one tile and float32 alone: nvcc takes a second for it, and there are many mutants."""
+    text, types = re.subn(r".*case DType::(?!float32)\w+: return function.*\n", "", source(NAME))
+    text, tiles = re.subn(rf".*case Tile::(?!{tile})\w+: return launch.*\n", "", text)
+    assert (types, tiles) == (4, 2)
+    return text
+
+
+def edited(edits: list[tuple[str, str]], tile: str = "m64n64") -> list[Mutant]:
+    text = small_source(tile)
+    for old, _ in edits:
+        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"
+    return [Mutant(f"{old} -> {new}", compiled(text.replace(old, new), "sm_80")) for old, new in edits]
+
+
+def run_small(module: Module, seed: int) -> None:
+    bias = torch.randn(70, generator=torch.Generator().manual_seed(seed))
+    check_mma(module, 66, 70, 6 * 512 + 130, torch.float32, bias=bias, scale=bias.flip(0), seed=seed)
+    check_mma(module, 9 * 64 + 1, 65, 33, torch.float32, seed=seed)
+    check_mma(module, 2, 1, 0, torch.float32, bias=bias[:1], seed=seed)
+    check_mma(module, 3, 8, 4 * 512, torch.float32, seed=seed)
+
+
+def test_mutants_of_mma_are_caught():
+    edits = [
+        # Edges.
+        ("row + i < height", "row + i <= height"),
+        ("first + chunk < chunks", "first + chunk <= chunks"),
+        ("begin + i < rows", "begin + i <= rows"),
+        ("at.row + row >= product.m", "at.row + row > product.m"),
+        ("kStageBits - 1) / kStageBits", "kStageBits - 1) / kStageBits - 1"),
+        ("row_tiles - band * kTall < kTall", "false"),
+        ("word += kStep * operand.stride", "word += (kStep + 1) * operand.stride"),
+        # Stages.
+        ("stage < count; ++stage", "stage + 1 < count; ++stage"),
+        ("if (stage + kStages < count)", "if (stage + kStages + 1 < count)"),
+        ("stages[(stage + 1) % kStages], at, sums", "stages[stage % kStages], at, sums"),
+        # Which row and chunk a lane reads, and which outputs it holds.
+        ("16 * fragment + 8 * half + at.g][at.q]", "16 * fragment + 8 * half + at.g][at.q ^ 1]"),
+        ("column_of<Vector>(j, at.g / 2)][at.q]", "column_of<Vector>(j, at.g / 2)][at.q ^ 2]"),
+        ("kGroup * group + at.g % 2", "kGroup * group + (at.g + 1) % 2"),
+        ("{a[0].x, a[1].x, a[0].y, a[1].y}", "{a[0].x, a[0].y, a[1].x, a[1].y}"),
+        ("{b[j].z, b[j].w}", "{b[j].x, b[j].w}"),
+        ("[half % 2 * 2 + i % 2]", "[i % 2 * 2 + half % 2]"),
+        ("group[j + i / 2]", "group[j]"),
+        # What becomes of the sums.
+        ("margins.x[row] + margins.weight[column + i]", "margins.x[row] + margins.weight[column]"),
+        ("- 2 * both", "- both"),
+        ("channels.bias + column", "channels.bias + column + 1"),
+    ]
+    text = compiled(small_source(), "sm_80")
+    name = kernel(Module.from_ptx(text), "multiply_tiles")
+    waits = [*remove_waits(text, name), *loosen_waits(text, name)]
+    at_ptx = [
+        *remove_barriers(text, name),
+        *waits,
+        *remove("commit removed", text, name, r"cp\.async\.commit_group"),
+        *swap_fragments(text, name)[5:13],  # of one instruction: of its sums, a and b
+    ]
+    assert len(waits) == 2 * 3 and len(at_ptx) == 4 + 6 + 5 + 8
+    # The last wait, for what an early end left in flight: stages that are no longer needed, behind the margins.
+    last = {waits[i].name: "nothing reads or writes where the copies go" for i in (2, 5)}
+    assert_caught(text, [*edited(edits), *at_ptx], run_small, seeds=range(2), equivalent=last)

@@ -1,0 +1,211 @@
+"""The parts of the GPU benchmark that need no GPU: tables, targets, files; the runner; what is made of a sanitizer."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_run, sanitize
+
+CPU = torch.device("cpu")
+SMALL = [gpu.Shape(3, 16, 45), gpu.Shape(17, 16, 64)]
+
+
+def made_up_timer(calls, flush):
+    """Three microseconds a call, as if measured; the calls must run."""
+    for call in calls[:2]:
+        call()
+    return [1e-6, 3e-6, 5e-6] if flush else [2e-6 / len(calls)]
+
+
+def measured(shapes, **more):
+    return gpu.measure(shapes, 32, CPU, made_up_timer, cache_bytes=1000, setting={"device": "made up"}, **more)
+
+
+def figures_with(products, packing=None, training=None):
+    rows = [
+        {**shape._asdict(), "contestant": name, "mode": mode, "seconds_quartiles": [s, s, s], "tops": 1.0, "gb_s": 1.0}
+        for shape, name, mode, s in products
+    ]
+    return gpu.Figures({}, rows, packing or {}, training or {}, {}, {}, [])
+
+
+FAST = figures_with(
+    [
+        (gpu.LARGE, gpu.BF16, gpu.COLD, 3.0),
+        (gpu.LARGE, f"{gpu.PACKED}, mma_sm80", gpu.COLD, 1.0),
+        (gpu.MEDIUM, gpu.INT8, gpu.COLD, 2.5),
+        (gpu.MEDIUM, gpu.PACKED_INT, gpu.COLD, 1.0),
+        (gpu.ROW, gpu.FP16, gpu.CHAIN, 7.0),
+        (gpu.ROW, gpu.PACKING, gpu.CHAIN, 1.0),
+        (gpu.ROWS, gpu.FP16, gpu.CHAIN, 4.9),
+        (gpu.ROWS, gpu.PACKING, gpu.CHAIN, 1.0),
+    ],
+    packing={
+        "copy": {"gb_s": 1000.0, "seconds_quartiles": [1.0] * 3},
+        "pack_bits": {"gb_s": 850.0, "seconds_quartiles": [1.0] * 3},
+    },
+    training={
+        "nn.Linear": {"seconds_quartiles": [1.2] * 3, "saved": {"activations": 700}},
+        "QLinear, threshold 1": {"seconds_quartiles": [1.0] * 3, "saved": {"activations": 100}},
+    },
+)
+
+
+def test_targets():
+    found = gpu.targets(FAST)
+    assert [target.measured for target in found] == pytest.approx([3, 2.5, 7, 4.9, 0.85, 1.2, 1 / 7])
+    assert [target.met for target in found] == [True, True, True, False, True, True, True]
+    assert all(target.measured is target.met is None for target in gpu.targets(figures_with([])))
+
+
+def test_everything_is_measured_where_a_timer_is_made_up():
+    figures = measured(SMALL)
+    assert set(figures.compared) == {str(shape) for shape in SMALL}
+    names = {row["contestant"] for row in figures.products}
+    assert {gpu.BF16, gpu.FP16, gpu.PACKED, gpu.PACKED_INT, gpu.PACKING} <= names
+    assert {row["mode"] for row in figures.products} == {gpu.COLD, gpu.WARM}
+    assert gpu.median(figures, SMALL[0], gpu.PACKED, gpu.COLD) == 3e-6
+    (row,) = (
+        row for row in figures.products if (row["m"], row["contestant"], row["mode"]) == (3, gpu.PACKED, gpu.COLD)
+    )
+    assert row["tops"] == pytest.approx(2 * 3 * 16 * 45 / 3e-6 / 1e12)
+    assert row["gb_s"] == pytest.approx(((3 + 16) * 8 + 2 * 3 * 16) / 3e-6 / 1e9)
+    # 32 x 32: a bit each of signs and of range, where nn.Linear keeps 16; and of the weights.
+    saved = {name: layer["saved"] for name, layer in figures.training.items()}
+    assert saved["nn.Linear"] == {"activations": 2 * 32 * 32, "weights": 0}
+    assert saved["QLinear"] == {"activations": 32 * 4, "weights": 32 * 4}
+    assert saved["QLinear, threshold 1"] == {"activations": 2 * 32 * 4, "weights": 32 * 4}
+    assert set(figures.packing) == {"rows", "k", "copy", "pack_bits"}
+
+
+def test_a_chain_has_weights_beyond_the_cache(monkeypatch):
+    shape, lengths = gpu.Shape(1, 64, 64), []
+    monkeypatch.setattr(gpu, "ROW", shape)
+
+    def timer(calls, flush):
+        lengths.append(len(set(map(id, calls))))
+        return made_up_timer(calls, flush)
+
+    contestant = next(c for c in gpu.ours(shape, CPU) if c.name == gpu.PACKED)
+    found = gpu.modes(shape, contestant, contestant.make(), timer, cache_bytes=4 * contestant.weight_bytes)
+    assert list(found) == [gpu.COLD, gpu.WARM, gpu.CHAIN]
+    assert lengths == [1, 1, 12]
+
+
+def test_absent_peers_are_named(monkeypatch):
+    def missing(*args, **kwargs):
+        raise RuntimeError("not here\nnor elsewhere")
+
+    monkeypatch.setattr(torch, "_scaled_mm", missing)
+    monkeypatch.setattr(torch, "_int_mm", missing)
+    monkeypatch.setitem(sys.modules, "bitorch.layers", None)
+    figures = measured(SMALL[:1])
+    assert figures.absent[gpu.FP8] == figures.absent[gpu.INT8] == f"not here ({SMALL[0]})"
+    assert gpu.BITORCH in figures.absent
+    assert f"absent: {gpu.FP8}: not here" in gpu.report(figures)
+    assert "torch._int_mm" not in figures.compared[str(SMALL[0])]
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    monkeypatch.setattr(gpu.F, "linear", lambda x, *args, **kwargs: torch.zeros(len(x), 16, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="packing inside and the chosen kernel differ, first at"):
+        measured(SMALL)
+
+
+def test_what_there_is_no_time_for_is_said():
+    figures = measured(SMALL, seconds=-1.0)
+    assert figures.skipped == [str(shape) for shape in SMALL] and not figures.products
+    assert f"lack of time: {SMALL[0]}" in gpu.report(figures)
+
+
+def test_files(tmp_path):
+    figures = measured(SMALL)
+    gpu.write(tmp_path / "new", figures)
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"gpu.json", "gpu.md", "gpu.png"}
+    read = json.loads((tmp_path / "new" / "gpu.json").read_text())
+    assert read["products"] == figures.products and len(read["targets"]) == 7
+    text = (tmp_path / "new" / "gpu.md").read_text()
+    assert "| 3 × 45 → 16" in text and "not measured" in text and "device: made up" in text
+    assert [line.split("  ")[-1].strip() for line in gpu.report(FAST).splitlines()[-4:]] == ["not met", *["met"] * 3]
+
+
+def test_the_shapes_of_the_targets_come_first():
+    assert gpu.SHAPES[:4] == [gpu.LARGE, gpu.MEDIUM, gpu.ROW, gpu.ROWS]
+    assert len(gpu.SHAPES) == len(set(gpu.SHAPES)) == 2 + len(gpu.BATCHES) * len(gpu.WEIGHTS)
+
+
+# ---- the runner ------------------------------------------------------------------------------------
+
+
+def test_a_part_that_fails_hides_no_other(tmp_path, capfd):
+    def part(name, code, seconds=60):
+        return gpu_run.Part(name, [sys.executable, "-c", code], seconds, f"{name}.txt")
+
+    every = [
+        part("first", "print('one'); raise SystemExit(3)"),
+        part("slow", "import time; print('two'); time.sleep(60)", 2),
+        part("last", "print('three')"),
+    ]
+    assert not gpu_run.run_all(every, tmp_path)
+    said = capfd.readouterr().out
+    assert "failed, exit code 3" in said and "stopped after 2 s" in said and said.rstrip().endswith("done")
+    assert (tmp_path / "last.txt").read_text() == "three\n"
+    assert (tmp_path / "slow.txt").read_text() == "two\n\nstopped after 2 s\n"
+    assert gpu_run.run_all(every[2:], tmp_path)
+
+
+def test_the_parts_fit_into_the_time(tmp_path):
+    every = gpu_run.parts(tmp_path)
+    assert sum(part.seconds for part in every) <= 7 * 60
+    files = {part.file for part in every} | {"gpu.json", "gpu.md", "gpu.png"}
+    assert len(files) == len(every) + 3 <= 8
+
+
+# ---- sanitizers ------------------------------------------------------------------------------------
+
+RIGHT = "every result is right: popc\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "fine", "said"),
+    [
+        (0, f"{RIGHT}========= ERROR SUMMARY: 0 errors\n", True, "clean: ERROR SUMMARY: 0 errors"),
+        (86, f"{RIGHT}========= ERROR SUMMARY: 4 errors\n", False, "found something: ERROR SUMMARY: 4 errors"),
+        (1, "AssertionError: (1, 1, 1)\n========= ERROR SUMMARY: 0 errors", False, "a wrong result"),
+        (
+            1,
+            "========= Error: Device not supported\n",
+            True,
+            "refused or failed by itself (exit code 1): Error: Device",
+        ),
+        (0, "", True, "refused or failed by itself (exit code 0): no output"),
+        (None, "========= COMPUTE-SANITIZER\n", True, "did not end in time"),
+    ],
+)
+def test_verdicts(code, output, fine, said):
+    assert sanitize.verdict(code, output)[0] is fine
+    assert sanitize.verdict(code, output)[1].startswith(said)
+
+
+def test_tools_run_side_by_side(tmp_path, capfd):
+    fake = tmp_path / "fake.py"
+    fake.write_text(
+        "import sys, time\n"
+        "tool = sys.argv[2]\n"
+        "if tool == 'synccheck': time.sleep(60)\n"
+        f"print({RIGHT!r} + '=' * 9, tool.upper(), 'SUMMARY: 0 errors', 'x' * 100000)\n"
+        "sys.exit(86 if tool == 'racecheck' else 0)\n"
+    )
+    assert not sanitize.run_tools([sys.executable, str(fake)], ["program"], 5)
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].startswith("memcheck: clean: MEMCHECK SUMMARY: 0 errors")
+    assert lines[1].startswith("racecheck: found something: RACECHECK SUMMARY")
+    assert lines[2].startswith("synccheck: did not end in time")
+    assert lines[3].startswith("initcheck: clean")
+
+
+@pytest.mark.parametrize("shape", [shape for shape in sanitize.selection(2) if shape[0] * shape[1] < 20000], ids=str)
+def test_the_sanitized_program_computes_what_it_should(shape):
+    sanitize.check_product(*shape, CPU)
