@@ -1,123 +1,158 @@
 // Packs rows of floats into words, and in the same pass the in-range bits and the rows' popcounts.
 //
-// A lane loads 16 bytes, that is V values and V bits of a word; the 32 / V lanes of a word join their
-// bits by shuffles (log2 of that many). A warp takes kSteps such loads of one row, all in flight before
-// the first is used: memory is what binds (per 512 bytes a warp has about 25 instructions, where an SM
-// of an H200 issues 100 in the time that its share of the memory takes to deliver them: an estimate).
-// Rows that do not start on 16 bytes are loaded value by value, as is the end of a row.
-#include <type_traits>
-
+// A warp packs a segment of a row: kSteps steps of 512 bytes, all loaded before the first is used, for memory is what
+// binds. In a step a lane holds 16 bytes, that is V values, and the warp makes V words, each in 32 / V lanes:
+//
+//     Vectors  one load; the lane's values are neighbours, and make V bits of its word, which shuffles join
+//     Values   V loads, each of 32 neighbours by the 32 lanes, whose ballot is a word: rows of any length and alignment
+//
+// Estimates, not measured: an SM of an H200 issues about 100 instructions of warps in the time that its share of the
+// memory takes for 512 bytes (4.8 TB/s, 132 SMs, 1.75 GHz). By sm_90a's machine code a step of bfloat16 Vectors has 37
+// and a segment 130 more: 70 a step, 80 with popcounts, so memory binds; with in-range bits 117, so instructions do, at
+// 85 % of the memory's rate. kSteps = 8 would save some 15 a step for 16 registers more.
 #include "bits.cuh"
 #include "kernels.h"
 
 namespace bitorch_qlinear::cuda {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kSteps = 4;
 
+// Values that a lane holds in a step, which is also how many words the warp makes; and the lanes of a word.
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
-// Values of a row that a warp packs.
 template <class T>
-constexpr int64_t kSegment = int64_t{kSteps} * kWarp * kVector<T>;
+constexpr int kLanes = kWarp / kVector<T>;
 
+// One step. Of the values from `from` on `left` exist (fewer than one: none); the bits of others are 0.
 template <class T>
-struct alignas(16) Vector {
-    typename Pattern<T>::Bits values[kVector<T>];
+struct Vectors {
+    uint4 data;
+    bool exists;
+
+    __device__ __forceinline__ void load(const T* from, int left) {
+        const int first = lane_index() * kVector<T>;
+        exists = first < left;  // all of them or none
+        data = exists ? *reinterpret_cast<const uint4*>(from + first) : uint4{};
+    }
+
+    // Value i, for tests that do not look at what lies below its lowest bit: there the upper half of a word still has
+    // the lower one.
+    __device__ __forceinline__ typename Pattern<T>::Word value(int i) const {
+        const uint32_t words[4] = {data.x, data.y, data.z, data.w};
+        if constexpr (sizeof(T) == 8) return words[2 * i] | uint64_t{words[2 * i + 1]} << 32;
+        if constexpr (sizeof(T) == 4) return words[i];
+        if constexpr (sizeof(T) == 2) return i % 2 ? words[i / 2] : words[i / 2] << 16;
+    }
+
+    template <class Test>
+    __device__ __forceinline__ uint32_t word(int, Test test) const {
+        uint32_t bits = 0;
+#pragma unroll
+        for (int i = 0; i < kVector<T>; ++i) bits |= static_cast<uint32_t>(test(value(i))) << i;
+        uint32_t word = exists ? bits << (kVector<T> * (lane_index() % kLanes<T>)) : 0;
+#pragma unroll
+        for (int distance = 1; distance < kLanes<T>; distance *= 2) word |= __shfl_xor_sync(kAllLanes, word, distance);
+        return word;
+    }
 };
 
-// V values from `column` on; those at k and past it do not exist, and get a pattern without any bit.
-template <class T, bool Aligned>
-__device__ __forceinline__ Vector<T> load(const T* row, int64_t column, int64_t k) {
-    using Bits = typename Pattern<T>::Bits;
-    if (Aligned && column + kVector<T> <= k) return *reinterpret_cast<const Vector<T>*>(row + column);
-    Vector<T> vector;
-#pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) {
-        vector.values[i] = column + i < k ? reinterpret_cast<const Bits*>(row)[column + i] : Bits{0};
-    }
-    return vector;
-}
-
-// The word that this lane's group of lanes shares, from each lane's V bits.
 template <class T>
-__device__ __forceinline__ uint32_t join(uint32_t bits) {
-    constexpr int kLanes = 32 / kVector<T>;
-    uint32_t word = bits << (kVector<T> * (threadIdx.x % kLanes));
-#pragma unroll
-    for (int distance = 1; distance < kLanes; distance *= 2) word |= __shfl_xor_sync(kAllLanes, word, distance);
-    return word;
-}
+struct Values {
+    typename Pattern<T>::Bits data[kVector<T>];
 
-template <class T, bool Strict, bool Aligned>
-__global__ void __launch_bounds__(kThreads)
-    pack_rows(const T* x, int64_t m, int64_t k, int64_t stride, int64_t segments, double threshold,
-              uint32_t* __restrict__ words, uint32_t* __restrict__ in_range, int32_t* __restrict__ popcounts) {
-    constexpr int kLanes = 32 / kVector<T>;
-    const int lane = threadIdx.x % kWarp;
-    const int64_t item = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp;
-    if (item >= m * segments) return;  // whole warps
-    const int64_t row = item / segments, first = item % segments * kSegment<T> + int64_t{lane} * kVector<T>;
-    const int64_t width = (k + 31) / 32;
-
-    Vector<T> loaded[kSteps];
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-        loaded[step] = load<T, Aligned>(x + row * stride, first + int64_t{step} * kWarp * kVector<T>, k);
-    }
-    int32_t count = 0;
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-        const int64_t column = first + int64_t{step} * kWarp * kVector<T>;
-        uint32_t signs = 0, range = 0;
+    __device__ __forceinline__ void load(const T* from, int left) {
+        const int lane = lane_index();
 #pragma unroll
         for (int i = 0; i < kVector<T>; ++i) {
-            const auto bits = loaded[step].values[i];
-            const bool exists = column + i < k;
-            const bool set = Strict ? has_sign<T, false>(bits) : !has_sign<T, true>(bits);
-            signs |= static_cast<uint32_t>(set && exists) << i;
-            if (in_range) {
-                const auto value = widen(bits, static_cast<T*>(nullptr));
-                const auto limit = static_cast<std::remove_const_t<decltype(value)>>(threshold);
-                range |= static_cast<uint32_t>((value < 0 ? -value : value) <= limit && exists) << i;
-            }
-        }
-        const uint32_t word = join<T>(signs);
-        const int64_t index = row * width + column / 32;
-        const bool writes = lane % kLanes == 0 && column < k;
-        if (writes) words[index] = word;
-        if (writes) count += __popc(word);
-        if (in_range) {
-            const uint32_t range_word = join<T>(range);
-            if (writes) in_range[index] = range_word;
+            const auto* value = reinterpret_cast<const typename Pattern<T>::Bits*>(from) + i * kWarp + lane;
+            data[i] = i * kWarp + lane < left ? *value : 0;
         }
     }
-    if (popcounts) {
+
+    template <class Test>
+    __device__ __forceinline__ uint32_t word(int left, Test test) const {
+        using Word = typename Pattern<T>::Word;
+        const int lane = lane_index();
+        uint32_t word = 0;
 #pragma unroll
-        for (int distance = 1; distance < kWarp; distance *= 2) count += __shfl_xor_sync(kAllLanes, count, distance);
-        if (lane == 0) atomicAdd(popcounts + row, count);  // integers: the order does not matter
+        for (int i = 0; i < kVector<T>; ++i) {
+            const bool bit = i * kWarp + lane < left && test(Word{data[i]} << (8 * (sizeof(Word) - sizeof data[i])));
+            const uint32_t ballot = __ballot_sync(kAllLanes, bit);
+            if (lane / kLanes<T> == i) word = ballot;
+        }
+        return word;
+    }
+};
+
+// Words [first, first + kSteps * kVector) of a row, as far as it has them; their set bits, in the lanes' sum.
+template <class T, bool Strict, class Step>
+__device__ __forceinline__ int32_t pack_segment(const Pack& job, int64_t row, int64_t first,
+                                                typename Pattern<T>::Word limit) {
+    using Word = typename Pattern<T>::Word;
+    constexpr int kWords = kSteps * kVector<T>, kStep = kVector<T> * kWordBits;
+    const int64_t width = words_of(job.k);
+    const int values = static_cast<int>(min(job.k - first * kWordBits, int64_t{kWords} * kWordBits));
+    const int words = static_cast<int>(min(job.word_stride - first, int64_t{kWords}));
+    const T* from = static_cast<const T*>(job.x) + row * job.stride + first * kWordBits;
+    Step steps[kSteps];
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) steps[i].load(from + i * kStep, values - i * kStep);
+    const int lane = lane_index(), mine = lane / kLanes<T>;
+    const bool leads = lane % kLanes<T> == 0;
+    int32_t count = 0;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+        const int left = values - i * kStep, index = i * kVector<T> + mine;
+        if (i * kVector<T> >= words) break;                     // the whole warp
+        const uint32_t word = steps[i].word(left, [](Word v) {  //
+            return Strict ? has_sign<T, false>(v) : !has_sign<T, true>(v);
+        });
+        if (leads && index < words) {
+            job.words[row * job.word_stride + first + index] = word;
+            count += __popc(word);
+        }
+        if (job.in_range) {
+            const uint32_t range = steps[i].word(left, [limit](Word v) { return (v & ~kSignBit<T>) < limit; });
+            if (leads && index * static_cast<int>(kWordBits) < values)
+                job.in_range[row * width + first + index] = range;
+        }
+    }
+    return count;
+}
+
+// Two blocks an SM fit anyway; without the 2, nvcc 13.0 spills in three kernels for sm_120.
+template <class T, bool Strict, class Step>
+__global__ void __launch_bounds__(kRowThreads, 2) pack_rows(const Pack job) {
+    constexpr int kWords = kSteps * kVector<T>;
+    const int64_t row = row_of_warp();
+    const auto limit = job.in_range ? range_limit<T>(job.threshold) : 0;
+    int32_t count = 0;
+    if (row < job.m) {
+        for (int64_t first = first_segment() * kWords; first < job.word_stride; first += segment_step() * kWords) {
+            count += pack_segment<T, Strict, Step>(job, row, first, limit);
+        }
+    }
+    if (job.popcounts) {
+        count = sum_over_row(count);
+        if (threadIdx.x == 0 && row < job.m) job.popcounts[row] = count;
     }
 }
 
 template <class T>
 cudaError_t launch(const Pack& job, cudaStream_t stream) {
-    const int64_t segments = ceil_div(job.k, kSegment<T>);
-    const int64_t blocks = ceil_div(job.m * segments, kThreads / kWarp);
-    const T* x = static_cast<const T*>(job.x);
-    const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && job.stride * sizeof(T) % 16 == 0;
-    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    const auto kernel = job.strict ? (aligned ? pack_rows<T, true, true> : pack_rows<T, true, false>)
-                                   : (aligned ? pack_rows<T, false, true> : pack_rows<T, false, false>);
-    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(x, job.m, job.k, job.stride, segments, job.threshold,
-                                                                   job.words, job.in_range, job.popcounts);
-    return cudaGetLastError();
+    const bool vectors = reinterpret_cast<uintptr_t>(job.x) % 16 == 0 && job.k % kVector<T> == 0 &&
+                         (job.stride % kVector<T> == 0 || job.m == 1);
+    const auto kernel = job.strict ? (vectors ? pack_rows<T, true, Vectors<T>> : pack_rows<T, true, Values<T>>)
+                                   : (vectors ? pack_rows<T, false, Vectors<T>> : pack_rows<T, false, Values<T>>);
+    const int64_t segments = ceil_div(job.word_stride, kSteps * kVector<T>);
+    if (segments == 0 && !job.popcounts) return cudaSuccess;
+    return launch_rows(kernel, job.m, segments, !job.popcounts, stream, job);
 }
 
 }  // namespace
 
 cudaError_t pack(const Pack& job, cudaStream_t stream) {
-    if (job.m == 0 || job.k == 0) return cudaSuccess;
     switch (job.dtype) {
         case DType::float64: return launch<double>(job, stream);
         case DType::float32: return launch<float>(job, stream);
