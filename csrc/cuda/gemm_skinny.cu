@@ -1,0 +1,248 @@
+// Binary product of at most 16 rows of x on CUDA cores, for every architecture: XOR and popcount, bound by reading the
+// weights once. Twin: gemm_popc.cu.
+//
+// A warp reads whole lines of 128 bytes, 16 bytes a lane: 8 lanes, a group, read one line of one weight row, and the 4
+// groups of a warp 4 rows at once.
+//
+//     lane            0 ... 7          8 ... 15           16 ... 23           24 ... 31
+//     weight rows     0 ... Each-1     Each ... 2Each-1   2Each ... 3Each-1   3Each ... 4Each-1   of the block
+//     words           4 (lane % 8) ... 4 (lane % 8) + 3 of a line
+//     x               the same words of a row, by all groups; from 3 rows on by a group a row, and shuffled
+//
+// A lane has 4 loads of weights in flight: Each rows by Lines lines. The warps of a block divide K among them and add
+// their popcounts in shared memory: integers, so their order does not show. What the epilogue needs is fetched while
+// the first weights are on their way.
+//
+// Estimates, none measured. An H200 moves 4.3 TB/s with a latency of about 0.7 us: 3 MB must be in flight, 23 KB on
+// each of its 132 SMs. A warp has 2 KB in flight; for one row and n = k = 8192 there are 512 blocks of 8 warps, 4 on an
+// SM: all of the weights at once. No block divides its K with another: that needs memory which the interface does not
+// have, or a second launch, of 1 us or more. It could help only where blocks are few and rows long. At n = 256, k =
+// 65536 there are 64 blocks of 32 KB of weights, and an SM takes 64 bytes a clock from L2: 0.3 us, less than the 0.5 us
+// in which the chip's memory gives these 2 MiB. (From 3 rows on they are 32 of 64 KB: 0.5 us. The counting of 16 rows
+// takes longer.)
+#include <algorithm>
+
+#include "epilogue.cuh"
+#include "prepared.cuh"
+
+namespace bitorch_qlinear::cuda {
+namespace {
+
+constexpr int kWords = 4;       // of a load, the widest: 16 bytes
+constexpr int kGroupLanes = 8;  // whose loads make up a line
+constexpr int kGroups = kWarp / kGroupLanes;
+constexpr int kLine = kGroupLanes * kWords;
+
+// A block: rows of x, of weights for each group, and lines of them that a lane loads at once; the most warps; and how
+// many blocks are to share an SM, for which registers must suffice. Without that number ptxas spills a few of them.
+template <int Rows, int Each, int Lines, int Warps, int Blocks>
+struct Shape {
+    static constexpr int kRows = Rows, kEach = Each, kLines = Lines, kWarps = Warps, kBlocks = Blocks;
+    static constexpr int kThreads = kWarp * Warps;
+    static constexpr int kColumns = kGroups * Each, kStep = Lines * kLine;
+};
+
+constexpr int kManyBlocks = 256;  // two an SM of the largest chips: from there on a block may have more columns
+
+// Set bits of a stream of words. A full adder makes of two words and the one left over from before one left over and
+// one whose bits count twice (H. Warren, Hacker's Delight, "Counting 1-bits in an array"). An SM does 16 lanes of
+// __popc a clock, but 64 of the logic (CUDA C++ programming guide, "Arithmetic Instructions"): for 8 words 5 __popc, 16
+// logic operations and 5 adds take 21 / 64 clocks a lane, where 8 __popc alone take 8 / 16.
+struct BitCounter {
+    uint32_t left_over = 0, twos = 0;
+
+    __device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
+        const uint32_t carry = (a & b) | (left_over & (a | b));
+        left_over ^= a ^ b;
+        return __popc(carry);
+    }
+    __device__ __forceinline__ void add_difference(const uint4& a, const uint4& b) {
+        twos += add(a.x ^ b.x, a.y ^ b.y) + add(a.z ^ b.z, a.w ^ b.w);
+    }
+    __device__ __forceinline__ uint32_t total() const { return 2 * twos + __popc(left_over); }
+};
+
+// Four words of a row, or zeros where they do not exist: a load under a predicate, without a branch, in its place.
+__device__ __forceinline__ uint4 load(const uint32_t* words, bool exist) {
+    uint4 w;
+    asm volatile(
+        "{\n.reg .pred exist;\n"
+        "setp.ne.b32 exist, %5, 0;\n"
+        "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+        "@exist ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+        : "=&r"(w.x), "=&r"(w.y), "=&r"(w.z), "=&r"(w.w)
+        : "l"(words), "r"(static_cast<int>(exist)));
+    return w;
+}
+
+// The same past the L1 cache, which is left to x: no other block reads these weights.
+__device__ __forceinline__ uint4 load_once(const uint32_t* words, bool exist) {
+    uint4 w;
+    asm volatile(
+        "{\n.reg .pred exist;\n"
+        "setp.ne.b32 exist, %5, 0;\n"
+        "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+        "@exist ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+        : "=&r"(w.x), "=&r"(w.y), "=&r"(w.z), "=&r"(w.w)
+        : "l"(words), "r"(static_cast<int>(exist)));
+    return w;
+}
+
+// Sums over the 8 lanes of a group, by Bit = 1, 2, 4: each time a lane exchanges half of its sums for those of the lane
+// whose number differs by Bit. Lane l is left with sums l, l + 8, ... in places 0, 1, ...; of fewer than 8, all lanes
+// of equal l % Count with the same one.
+template <int Bit, int Count>
+__device__ __forceinline__ void add_lanes(uint32_t (&sums)[Count], int lane) {
+    if constexpr (Count / Bit < 2) {
+        sums[0] += __shfl_xor_sync(kAllLanes, sums[0], Bit);
+    } else {
+#pragma unroll
+        for (int i = 0; i < Count / Bit / 2; ++i) {
+            const uint32_t even = sums[2 * i], odd = sums[2 * i + 1];
+            sums[i] = (lane & Bit ? odd : even) + __shfl_xor_sync(kAllLanes, lane & Bit ? even : odd, Bit);
+        }
+    }
+}
+
+// A lane's words, from the same place of each group's line.
+__device__ __forceinline__ uint4 from_group(const uint4& words, int group, int place) {
+    const int lane = group * kGroupLanes + place;
+    return {__shfl_sync(kAllLanes, words.x, lane), __shfl_sync(kAllLanes, words.y, lane),
+            __shfl_sync(kAllLanes, words.z, lane), __shfl_sync(kAllLanes, words.w, lane)};
+}
+
+// Adds to sums[row][column] the popcounts of a warp's share of K, and calls `meanwhile` once the first loads are on
+// their way. Rows that do not exist are zeros: their outputs are not written.
+template <class Shape, class Function>
+__device__ __forceinline__ void count_differences(const Product& product, int width, int64_t column, uint32_t* sums,
+                                                  Function meanwhile) {
+    constexpr int kRows = Shape::kRows, kEach = Shape::kEach, kLines = Shape::kLines, kStep = Shape::kStep;
+    // Many rows of x are divided among the groups, and shuffled; few are loaded by each.
+    constexpr bool kDivided = kRows >= kGroups;
+    constexpr int kApart = kDivided ? kGroups : 1, kLoads = kRows / kApart;
+    const int index = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+    const int lane = threadIdx.x % kWarp, group = lane / kGroupLanes, place = lane % kGroupLanes;
+    const int first_row = kDivided ? group : 0;
+    const int begin = index * kStep + kWords * place;
+    const uint32_t* x = product.x.words + first_row * product.x.stride + begin;
+    const uint32_t* weight = product.weight.words + (column + group * kEach) * product.weight.stride + begin;
+    const int64_t x_rows = product.m - first_row, weight_rows = product.n - column - group * kEach;
+    const int64_t x_next = kApart * product.x.stride;
+    // A step's words are loaded at the end of the step before it: within one, ptxas puts each load next to its use, and
+    // they are in flight one after the other.
+    uint4 w[kLines][kEach], a[kLines][kLoads];
+    const auto fetch = [&](int left) {
+        const uint32_t* row = weight;
+#pragma unroll
+        for (int j = 0; j < kEach; ++j, row += product.weight.stride) {
+#pragma unroll
+            for (int line = 0; line < kLines; ++line) {
+                w[line][j] = load_once(row + kLine * line, j < weight_rows && kLine * line + kWords * place < left);
+            }
+        }
+        row = x;
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i, row += x_next) {
+#pragma unroll
+            for (int line = 0; line < kLines; ++line) {
+                const bool exists = i * kApart < x_rows && kLine * line + kWords * place < left;
+                a[line][i] = load(row + kLine * line, exists);
+            }
+        }
+    };
+    uint32_t counts[kRows * kEach] = {};
+    int left = width - index * kStep;
+    fetch(left);
+    meanwhile();
+    while (left > 0) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            uint4 b[kLines];
+#pragma unroll
+            for (int line = 0; line < kLines; ++line) {
+                b[line] = kDivided ? from_group(a[line][i / kGroups], i % kGroups, place) : a[line][i % kLoads];
+            }
+#pragma unroll
+            for (int j = 0; j < kEach; ++j) {
+                BitCounter counter;
+#pragma unroll
+                for (int line = 0; line < kLines; ++line) counter.add_difference(b[line], w[line][j]);
+                counts[i * kEach + j] += counter.total();
+            }
+        }
+        left -= warps * kStep, x += warps * kStep, weight += warps * kStep;
+        fetch(left);
+    }
+    constexpr int kValues = kRows * kEach;
+    add_lanes<1>(counts, lane);
+    add_lanes<2>(counts, lane);
+    add_lanes<4>(counts, lane);
+    // 32 lanes add to 32 consecutive words, in another order: no bank conflicts.
+#pragma unroll
+    for (int v = 0; v < kValues; v += kGroupLanes) {
+        const int row = (v + place) / kEach, j = (v + place) % kEach;
+        if (v + place < kValues) atomicAdd(&sums[(row * kGroups + group) * kEach + j], counts[v / kGroupLanes]);
+    }
+}
+
+template <class As, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skinny(const Product product, int width) {
+    constexpr int kColumns = Shape::kColumns, kOutputs = Shape::kRows * kColumns;
+    __shared__ uint32_t sums[kOutputs];
+    __shared__ ChannelTile<As, kColumns> channels;
+    const int64_t column = int64_t{blockIdx.x} * kColumns;
+    const int thread = threadIdx.x, threads = blockDim.x;
+    for (int i = thread; i < kOutputs; i += threads) sums[i] = 0;
+    __syncthreads();
+    count_differences<Shape>(product, width, column, sums, [&] {
+        if (thread == 0) check_prepared(product.prepared, product.n, product.k);
+        channels.load(product.y, product.n, column);
+    });
+    __syncthreads();
+    // One output a thread, consecutive ones: as few sectors as there are, whether or not rows of y start on 16 bytes.
+    for (int i = thread; i < product.m * kColumns; i += threads) {
+        const int row = i / kColumns, j = i % kColumns;
+        write_outputs<As, 1>(product.y, product.n, product.k, row, column + j, false, {sums[i]}, channels.scale + j,
+                             channels.bias + j);
+    }
+}
+
+template <class As, class Shape>
+cudaError_t launch(const Product& product, cudaStream_t stream) {
+    const int64_t blocks = ceil_div(product.n, Shape::kColumns), width = aligned_words_for(product.k);
+    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+    const int64_t warps = std::clamp<int64_t>(ceil_div(width, Shape::kStep), 1, Shape::kWarps);
+    multiply_skinny<As, Shape><<<static_cast<unsigned>(blocks), static_cast<unsigned>(kWarp * warps), 0, stream>>>(
+        product, static_cast<int>(width));
+    return cudaGetLastError();
+}
+
+// By the least power of two that holds the rows of x. One or two rows have two shapes: many columns a block load x less
+// often, and where that leaves too few blocks, few columns and more of K a block keep the loads in flight.
+template <class As>
+cudaError_t launch_rows(const Product& product, cudaStream_t stream) {
+    const bool wide = product.n >= kManyBlocks * kGroups * 4;
+    if (product.m > 8) return launch<As, Shape<16, 2, 2, 8, 2>>(product, stream);
+    if (product.m > 4) return launch<As, Shape<8, 2, 2, 8, 2>>(product, stream);
+    if (product.m > 2) return launch<As, Shape<4, 2, 2, 8, 3>>(product, stream);
+    if (product.m > 1 && wide) return launch<As, Shape<2, 4, 1, 8, 3>>(product, stream);
+    if (product.m > 1) return launch<As, Shape<2, 1, 4, 16, 1>>(product, stream);
+    if (wide) return launch<As, Shape<1, 4, 1, 8, 4>>(product, stream);
+    return launch<As, Shape<1, 1, 4, 16, 1>>(product, stream);
+}
+
+bool readable(const Operand& operand) {
+    return reinterpret_cast<uintptr_t>(operand.words) % 16 == 0 && operand.stride % kAlignedWords == 0;
+}
+
+}  // namespace
+
+cudaError_t gemm_skinny(const Product& product, cudaStream_t stream) {
+    if (product.m == 0 || product.n == 0) return cudaSuccess;
+    if (product.m > kSkinnyRows || product.k > kMaxValues || !readable(product.x) || !readable(product.weight)) {
+        return cudaErrorInvalidValue;
+    }
+    return with_output_type(product.y.dtype, [&](auto as) { return launch_rows<decltype(as)>(product, stream); });
+}
+
+}  // namespace bitorch_qlinear::cuda

@@ -1,0 +1,221 @@
+// Binary product of at most 16 rows of x on tensor cores, m16n8k256 and.popc, for compute capability 8.0 to 9.0: bound
+// by reading the weights once. Twin: gemm_skinny.cu.
+//
+// All rows of x are one fragment of an instruction, and Tiles fragments of 8 weight rows are a block's columns of y.
+// The bits of k may be summed in any order, so lane (g, q) loads 16 bytes of rows g and g + 8 of x and of row g of each
+// tile of weights straight into the registers of two instructions, without shared memory or ldmatrix:
+//
+//     word of a slice   4 q      4 q + 1   |  4 q + 2   4 q + 3
+//     x row g           a[0]     a[2]      |  a[0]      a[2]
+//     x row g + 8       a[1]     a[3]      |  a[1]      a[3]
+//     weight row g      b[0]     b[1]      |  b[0]      b[1]
+//                       first instruction  |  second
+//
+// A slice is what one such load takes of a row, 16 words; a warp loads Slices of them, side by side, before it uses
+// any. The warps of a block divide K among them and add their popcounts in shared memory: integers, so their order does
+// not show. What the epilogue needs is fetched while the first weights are on their way.
+//
+// Estimates, none measured. An H200 moves 4.3 TB/s with a latency of about 0.7 us: 3 MB must be in flight, 23 KB an SM.
+// At n = k = 8192 there are 256 blocks, two on most of its 132 SMs, of 8 warps with 4 KB of weights in flight each: all
+// 8 MiB at once. Its 32768 products of 16 x 8 x 256 bits, one in 4 clocks an SM, keep the tensor cores busy for a
+// quarter of the 2 us that the memory takes. No block divides its K with another: that needs memory which the interface
+// does not have, or a second launch, of 1 us or more. It could help only where blocks are few and rows long. At n =
+// 256, k = 65536 there are 32 blocks of 64 KB of weights and 128 KB of x, and an SM takes 64 bytes a clock from L2: 1.6
+// us, where all SMs together would need 0.5 us, and the second launch.
+#include <algorithm>
+
+#include "epilogue.cuh"
+#include "mma.cuh"
+#include "prepared.cuh"
+
+namespace bitorch_qlinear::cuda {
+namespace {
+
+constexpr int kWords = 4;  // of a load, the widest: 16 bytes
+constexpr int kSlice = 4 * kWords;
+constexpr int kSide = 8;  // columns of an instruction, and half of its rows
+
+// A block: tiles of columns, slices that a lane loads at once, the most warps, and how many blocks are to share an SM,
+// for which registers must suffice.
+template <int Tiles, int Slices, int Warps, int Blocks>
+struct Shape {
+    static constexpr int kTiles = Tiles, kSlices = Slices, kWarps = Warps, kBlocks = Blocks;
+    static constexpr int kThreads = kWarp * Warps;
+    static constexpr int kColumns = kTiles * kSide, kStep = kSlices * kSlice;
+};
+
+constexpr int kManyBlocks = 256;  // two an SM of the largest chips: from there on a block may have more columns
+static_assert(kSkinnyRows == 2 * kSide, "the rows of x are those of one instruction");
+
+// Popcounts of a block's outputs as the instructions' registers hold them: [tile][register][lane], so that a register
+// of all lanes is 32 consecutive words. Outputs are read by rows, 32 lanes 8 / Tiles rows of 8 Tiles columns: of each
+// tile and of registers 0 and 1 (even and odd columns) 32 / Tiles / 2 words in a row, which the padding puts side by
+// side.
+template <int Tiles>
+struct Sums {
+    static constexpr int kRegister = kWarp + kWarp / 2, kTile = 4 * kRegister + kWarp / 2 / Tiles;
+    static constexpr int kSize = Tiles * kTile;
+    uint32_t words[kSize];
+
+    __device__ __forceinline__ uint32_t& of_register(int tile, int number, int lane) {
+        return words[tile * kTile + number * kRegister + lane];
+    }
+    __device__ __forceinline__ uint32_t& of_output(int row, int column) {
+        return of_register(column / kSide, row / kSide * 2 + column % 2, row % kSide * 4 + column % kSide / 2);
+    }
+};
+
+#ifdef BITORCH_QLINEAR_MMA_SM80
+// Four words of a row, or zeros where they do not exist: a load under a predicate, without a branch, in its place.
+__device__ __forceinline__ uint4 load(const uint32_t* words, bool exist) {
+    uint4 w;
+    asm volatile(
+        "{\n.reg .pred exist;\n"
+        "setp.ne.b32 exist, %5, 0;\n"
+        "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+        "@exist ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+        : "=&r"(w.x), "=&r"(w.y), "=&r"(w.z), "=&r"(w.w)
+        : "l"(words), "r"(static_cast<int>(exist)));
+    return w;
+}
+
+// The same past the L1 cache, which is left to x: no other block reads these weights.
+__device__ __forceinline__ uint4 load_once(const uint32_t* words, bool exist) {
+    uint4 w;
+    asm volatile(
+        "{\n.reg .pred exist;\n"
+        "setp.ne.b32 exist, %5, 0;\n"
+        "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+        "@exist ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+        : "=&r"(w.x), "=&r"(w.y), "=&r"(w.z), "=&r"(w.w)
+        : "l"(words), "r"(static_cast<int>(exist)));
+    return w;
+}
+
+// Adds to sums the popcounts of x & weight in a warp's share of K, and calls `meanwhile` once the first loads are on
+// their way. Rows that do not exist are zeros: their outputs are not written.
+template <class Shape, class Function>
+__device__ __forceinline__ void count_common(const Product& product, int width, int64_t column,
+                                             Sums<Shape::kTiles>& sums, Function meanwhile) {
+    constexpr int kTiles = Shape::kTiles, kSlices = Shape::kSlices, kStep = Shape::kStep;
+    const int index = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+    const int lane = threadIdx.x % kWarp, g = lane / 4, place = lane % 4 * kWords;
+    const int64_t x_stride = product.x.stride, weight_stride = product.weight.stride;
+    const uint32_t* x = product.x.words + g * x_stride + index * kStep + place;
+    const uint32_t* weight = product.weight.words + (column + g) * weight_stride + index * kStep + place;
+    const int64_t rows = product.m - g, columns = product.n - column - g;
+    // A step's words are loaded at the end of the step before it: within one, ptxas puts each load next to its use, and
+    // they are in flight one after the other.
+    uint4 a[kSlices][2], b[kSlices][kTiles];
+    const auto fetch = [&](int left) {
+#pragma unroll
+        for (int slice = 0; slice < kSlices; ++slice) {
+            const int word = slice * kSlice;
+            const bool inside = word + place < left;
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+                b[slice][tile] =
+                    load_once(weight + tile * kSide * weight_stride + word, inside && tile * kSide < columns);
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                a[slice][half] = load(x + half * kSide * x_stride + word, inside && half * kSide < rows);
+            }
+        }
+    };
+    int32_t counts[kTiles][4] = {};
+    int left = width - index * kStep;
+    fetch(left);
+    meanwhile();
+    while (left > 0) {
+#pragma unroll
+        for (int slice = 0; slice < kSlices; ++slice) {
+            const auto &top = a[slice][0], &bottom = a[slice][1];
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+                const auto& w = b[slice][tile];
+                mma_and_popc(counts[tile], {top.x, bottom.x, top.y, bottom.y}, {w.x, w.y});
+                mma_and_popc(counts[tile], {top.z, bottom.z, top.w, bottom.w}, {w.z, w.w});
+            }
+        }
+        left -= warps * kStep, x += warps * kStep, weight += warps * kStep;
+        fetch(left);
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            atomicAdd(&sums.of_register(tile, i, lane), static_cast<uint32_t>(counts[tile][i]));
+        }
+    }
+}
+#endif
+
+template <class As, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skinny(const Product product, int width) {
+#ifdef BITORCH_QLINEAR_MMA_SM80
+    constexpr int kColumns = Shape::kColumns;
+    using Sums = Sums<Shape::kTiles>;
+    __shared__ Sums sums;
+    __shared__ ChannelTile<As, kColumns> channels;
+    __shared__ uint32_t x_bits[kSkinnyRows], weight_bits[kColumns];
+    static_assert(kColumns <= kWarp && kSkinnyRows <= kWarp, "a block of one warp fetches the popcounts");
+    const int64_t column = int64_t{blockIdx.x} * kColumns;
+    const int thread = threadIdx.x, threads = blockDim.x;
+    for (int i = thread; i < Sums::kSize; i += threads) sums.words[i] = 0;
+    __syncthreads();
+    count_common<Shape>(product, width, column, sums, [&] {
+        if (thread == 0) check_prepared(product.prepared, product.n, product.k);
+        if (thread < product.m) x_bits[thread] = product.x.popcounts[thread];
+        if (thread < kColumns) {
+            weight_bits[thread] = column + thread < product.n ? product.weight.popcounts[column + thread] : 0;
+        }
+        channels.load(product.y, product.n, column);
+    });
+    __syncthreads();
+    // One output a thread, consecutive ones: as few sectors as there are, whether or not rows of y start on 16 bytes.
+    for (int i = thread; i < product.m * kColumns; i += threads) {
+        const int row = i / kColumns, j = i % kColumns;
+        // popcount(a ^ b) = popcount(a) + popcount(b) - 2 popcount(a & b)
+        const uint32_t different = x_bits[row] + weight_bits[j] - 2 * sums.of_output(row, j);
+        write_outputs<As, 1>(product.y, product.n, product.k, row, column + j, false, {different}, channels.scale + j,
+                             channels.bias + j);
+    }
+#endif
+}
+
+template <class As, class Shape>
+cudaError_t launch(const Product& product, cudaStream_t stream) {
+    const int64_t blocks = ceil_div(product.n, Shape::kColumns), width = aligned_words_for(product.k);
+    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+    const int64_t warps = std::clamp<int64_t>(ceil_div(width, Shape::kStep), 1, Shape::kWarps);
+    multiply_skinny<As, Shape><<<static_cast<unsigned>(blocks), static_cast<unsigned>(kWarp * warps), 0, stream>>>(
+        product, static_cast<int>(width));
+    return cudaGetLastError();
+}
+
+// Many columns a block load x less often; where that leaves too few blocks, more of K a block keeps the loads in
+// flight.
+template <class As>
+cudaError_t launch_tiles(const Product& product, cudaStream_t stream) {
+    if (product.n >= kManyBlocks * 4 * kSide) return launch<As, Shape<4, 2, 8, 2>>(product, stream);
+    if (product.n >= kManyBlocks * 2 * kSide) return launch<As, Shape<2, 2, 8, 3>>(product, stream);
+    return launch<As, Shape<1, 4, 16, 1>>(product, stream);
+}
+
+bool readable(const Operand& operand) {
+    return reinterpret_cast<uintptr_t>(operand.words) % 16 == 0 && operand.stride % kAlignedWords == 0 &&
+           operand.popcounts;
+}
+
+}  // namespace
+
+cudaError_t gemm_skinny_mma_sm80(const Product& product, cudaStream_t stream) {
+    if (product.m == 0 || product.n == 0) return cudaSuccess;
+    if (product.m > kSkinnyRows || product.k > kMaxValues || !readable(product.x) || !readable(product.weight)) {
+        return cudaErrorInvalidValue;
+    }
+    return with_output_type(product.y.dtype, [&](auto as) { return launch_tiles<decltype(as)>(product, stream); });
+}
+
+}  // namespace bitorch_qlinear::cuda

@@ -1,0 +1,183 @@
+"""csrc/cuda/gemm_skinny.cu, executed as PTX against the reference; and its mutants."""
+
+import functools
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+from reference import FLOATS, random_values
+
+from .machine import In, Module, PtxFault, Report
+from .mutate import Mutant, assert_caught, remove_barriers
+from .product import (
+    DTYPES,
+    TARGETS,
+    Call,
+    aligned_words_for,
+    ceil_div,
+    compiled,
+    kernel,
+    module,
+    prepared_header,
+    product_call,
+    source,
+    total_letter,
+)
+
+NAME = "gemm_skinny.cu"
+LINE = 32  # words
+# Shapes by the most rows of x and the weight rows of a group: lines that a lane loads at once, and the most warps.
+SHAPES = {(1, 4): (1, 8), (1, 1): (4, 16), (2, 4): (1, 8), (2, 1): (4, 16), (4, 2): (2, 8), (8, 2): (2, 8)}
+SHAPES[16, 2] = (2, 8)
+
+
+def launch(module: Module, call: Call, wide: bool = False, seed: int = 0) -> Report:
+    """As the launcher does it, which takes the wide shapes for many columns; they are tested at few of them too."""
+    m, n, k, out = call.what
+    rows = next(r for r in (1, 2, 4, 8, 16) if m <= r)
+    each = 2 if rows > 2 else 4 if wide else 1
+    lines, most_warps = SHAPES[rows, each]
+    pattern = rf"AsI{DTYPES[out][1]}{total_letter(out)}E\w*ShapeILi{rows}ELi{each}ELi{lines}ELi{most_warps}E"
+    width = aligned_words_for(k)
+    warps = min(max(ceil_div(width, lines * LINE), 1), most_warps)
+    return module.launch(kernel(module, pattern), ceil_div(n, 4 * each), 32 * warps, [call.fields, width], seed=seed)
+
+
+def spread(call: Call) -> Call:
+    """Words between a row's aligned words and the next row, which may hold anything; strides that differ."""
+    values = list(call.fields.values)
+    for operand, more in ((0, 8), (3, 24)):
+        words = values[operand].array
+        values[operand] = In(np.concatenate([words, np.full((len(words), more), -1, np.int32)], 1))
+        values[operand + 1] += more
+    call.fields = type(call.fields)(call.fields.format, *values)
+    return call
+
+
+def check_skinny(
+    module: Module, m: int, n: int, k: int, out=torch.int32, wide: bool = False, seed: int = 0, **more
+) -> Report:
+    """A product of random words."""
+    call = spread(product_call(m, n, k, out, seed=seed, aligned=True, header=prepared_header(n, k), **more))
+    report = launch(module, call, wide, seed)
+    call.check()
+    assert report.bank_conflicts == 0, report.conflicts_by_source()
+    return report
+
+
+def shapes() -> list[tuple[int, int, int, bool]]:
+    """Edges of rows, of a block's columns, of a step and of all warps' steps, in words; random ones."""
+    edges = [(1, 2, k, True) for k in (1, 31, 32, 127, 128)]
+    for (rows, each), (lines, warps) in SHAPES.items():
+        columns, step = 4 * each, 32 * LINE * lines
+        k = [0, 33, 129, step - 32, step, step + 1, step + 32]
+        k += [warps * step + by for by in (-32, 0, 1, step + 32)]
+        m = itertools.cycle(range(rows, rows // 2, -1) if rows < 16 else (16, 15, 9))
+        n = itertools.cycle((columns + 1, 1, columns, columns - 1, 2 * columns + 5))
+        edges += [(next(m), next(n), k, each == 4) for k in k]
+    generator = np.random.default_rng(0)
+    drawn = np.stack([generator.integers(1, most, 8) for most in (17, 40, 9000)], 1).tolist()
+    return [*edges, *((*shape, i % 2 == 0) for i, shape in enumerate(drawn))]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_skinny(target):
+    for seed, (m, n, k, wide) in enumerate(shapes()):
+        check_skinny(module(NAME, target), m, n, k, wide=wide, seed=seed)
+
+
+@pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("target", TARGETS)
+def test_skinny_outputs(target, out):
+    """All that scale and bias may be."""
+    generator = torch.Generator().manual_seed(0)
+    total = torch.float64 if out is torch.float64 else torch.float32
+    n = 19
+    bias, scale = random_values((n,), total, generator), torch.randn(n, generator=generator).to(total)
+    scale[:3] = torch.tensor([torch.inf, torch.nan, 3e38])
+    vectors = [{}, {"bias": bias}, {"scale": scale}, {"bias": bias, "scale": scale}]
+    for more in vectors[: 1 if out is torch.int32 else 4]:
+        check_skinny(module(NAME, target), 3, n, 333, out, **more)
+    for rows, each in SHAPES:
+        check_skinny(module(NAME, target), rows, n, 333, out, each == 4, **vectors[0 if out is torch.int32 else 3])
+
+
+@pytest.mark.parametrize("rows, each", SHAPES)
+def test_skinny_moves_whole_sectors(rows, each):
+    """Of each 32 bytes of global memory that a warp touches at once it reads or writes all, if its columns allow it."""
+    report = check_skinny(module(NAME, "sm_80"), rows, 64, 8192, wide=each == 4)
+    # A warp that writes two rows of a block of four columns writes half of two sectors.
+    halves = 64 // 4 if (rows, each) == (2, 1) else 0
+    assert report.sectors - report.sectors_needed == halves, report.excess_sectors_by_source()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_skinny_traps_on_weights_prepared_for_another_product(target):
+    right, m, n, k = prepared_header(9, 700), 3, 9, 700
+    wrong = [prepared_header(n, k + 1), prepared_header(n - 1, k)]
+    for byte in (0, 7, 8):  # of the magic number, and of the layout
+        wrong.append(right.copy())
+        wrong[-1][byte] ^= 1
+    for header in wrong:
+        with pytest.raises(PtxFault) as stopped:
+            launch(module(NAME, target), product_call(m, n, k, aligned=True, header=header))
+        assert stopped.value.kind == "trap"
+    launch(module(NAME, target), product_call(m, n, k, aligned=True))
+
+
+@functools.cache
+def small_source() -> str:
+    """The kernel for float32 and a few shapes alone: nvcc takes a second for it, and there are many mutants."""
+    text, types = re.subn(r".*case DType::(?!float32)\w+: return function.*\n", "", source(NAME))
+    text, shapes = re.subn(r".*return launch<As, Shape<(8, 2|4, 2|2, 4).*\n", "", text)
+    assert (types, shapes) == (4, 3)
+    return text
+
+
+def run_small(module: Module, seed: int) -> None:
+    bias = torch.randn(21, generator=torch.Generator().manual_seed(seed))
+    check = functools.partial(check_skinny, module, out=torch.float32, seed=seed)
+    check(m=13, n=13, k=16384 + 2048 + 65, bias=bias[:13], scale=bias[:13].flip(0))
+    check(m=1, n=19, k=8192 + 1024 + 65, wide=True, bias=bias[:19])
+    check(m=2, n=5, k=4096 + 129)
+    check(m=1, n=3, k=0, wide=True)
+
+
+def test_mutants_of_skinny_are_caught():
+    edits = [
+        # Edges.
+        ("j < weight_rows", "j <= weight_rows"),
+        ("i * kApart < x_rows", "i * kApart <= x_rows"),
+        ("j < weight_rows && kLine * line + kWords * place < left", "j < weight_rows"),
+        ("place < left;", "place <= left;"),
+        ("while (left > 0)", "while (left > kStep)"),
+        ("i < product.m * kColumns", "i <= product.m * kColumns"),
+        ("v + place < kValues", "true"),
+        # Which words a lane reads.
+        ("begin = index * kStep", "begin = index * kLine * 3"),
+        ("x += warps * kStep", "x += kStep"),
+        ("weight += warps * kStep", "weight += (warps - 1) * kStep"),
+        ("row += product.weight.stride", "row += product.x.stride"),
+        ("x_next = kApart", "x_next = 2 * kApart"),
+        ("group * kGroupLanes + place", "(group ^ 1) * kGroupLanes + place"),
+        ("i % kGroups, place)", "(i + 1) % kGroups, place)"),
+        # What becomes of the popcounts.
+        ("(a & b) | (left_over & (a | b))", "(a & b) | (left_over & a)"),
+        ("left_over ^= a ^ b", "left_over = a ^ b"),
+        ("2 * twos", "twos"),
+        ("lane & Bit ? odd : even", "lane & Bit ? even : odd"),
+        ("add_lanes<4>(counts, lane);", ""),
+        ("row * kGroups + group", "row * kGroups + (group ^ 2)"),
+        ("sums[i] = 0", "sums[i] = 1"),
+        ("{sums[i]}", "{sums[i ^ 4]}"),
+        ("channels.bias + j", "channels.bias + j + 1"),
+    ]
+    text = compiled(small_source(), "sm_80")
+    for old, _ in edits:
+        assert small_source().count(old) == 1, f"{old!r} occurs {small_source().count(old)} times"
+    mutants = [Mutant(f"{old} -> {new}", compiled(small_source().replace(old, new), "sm_80")) for old, new in edits]
+    barriers = remove_barriers(text, kernel(Module.from_ptx(text), "ShapeILi16E"))
+    assert len(barriers) == 2
+    assert_caught(text, [*mutants, *barriers], run_small, seeds=range(2))
