@@ -8,6 +8,8 @@ from bitorch_qlinear import _library
 GROUP, UNIT, BLOCK, SPAN = 12, 24, 240, 65520
 ROW_TILE = 128
 PANEL = 64
+# csrc/cpu/gemm_avx512.cpp has the same panel and row tile; its unit is a word. Values of K a cache block.
+CACHE_BLOCK = 8192
 # csrc/ops_cpu.cpp: multiply-adds below which one thread works.
 SERIAL_PRODUCTS = 1 << 24
 SERIAL_VALUES = 1 << 16
@@ -34,13 +36,14 @@ def small_products() -> list[tuple[int, int, int]]:
     shapes = {(*sides[k % len(sides)], k) for k in range(2 * 64 + 2)}
     shapes |= {(*side, k) for side in sides for k in around(GROUP, UNIT, 2 * UNIT, 64, BLOCK, 256, 2 * BLOCK)}
     # every subtile of two panels, of rows up to three pairs and of the row tile
-    shapes |= {(m, n, 37) for n in around(1, 16, 32, 48, PANEL, 96, 2 * PANEL, 3 * PANEL, 257) for m in (1, 2, 3, 7)}
+    shapes |= {(m, n, 37) for n in around(1, 16, 32, 48, PANEL, 96, 2 * PANEL, 3 * PANEL, 257) for m in (1, 2, 3, 4, 7)}
     shapes |= {(m, n, 61) for m in around(4, 6, 16, ROW_TILE // 2, ROW_TILE, 2 * ROW_TILE) for n in (1, 17, 131)}
     shapes |= {(m, n, k) for m in (13, 33) for n in (17, 67) for k in (257, 1009)}
     return sorted(shapes)
 
 
 def spanning_products() -> list[tuple[int, int, int]]:
-    """(m, n, k) with K on all sides of one and several spans of 16-bit sums."""
+    """(m, n, k) with K on all sides of one and several spans of 16-bit sums, or blocks of the cache."""
     ks = [*around(SPAN, 2 * SPAN), SPAN + UNIT, 3 * SPAN + BLOCK + 1]
-    return [(m, n, k) for k in ks for m, n in ((1, 2), (2, PANEL + 1), (3, 3))]
+    products = [(m, n, k) for k in ks for m, n in ((1, 2), (2, PANEL + 1), (3, 3))]
+    return products + [(m, n, k) for k in around(CACHE_BLOCK, 2 * CACHE_BLOCK) for m, n in ((1, 2), (9, PANEL + 17))]

@@ -87,6 +87,7 @@ def test_info():
     assert re.match(r"(gcc|clang) \d", info["compiler"])
     assert info["cpu_capability"] == _C.cpu_capability() in ("AVX512", "AVX2", "NEON", "DEFAULT")
     assert ("avx2" in info["kernels"]) == (info["cpu_capability"] in ("AVX512", "AVX2"))
+    assert ("avx512" in info["kernels"]) == (info["cpu_capability"] == "AVX512")
     assert info["kernels"][-1] == "scalar" and info["kernel"] in info["kernels"] and info["kernel_reason"]
 
 
@@ -108,7 +109,8 @@ def test_kernel_by_environment(name):
     assert result.returncode == 0, result.stderr
     kernel, panel, layout, reason = last_line(result).split(" ", 3)
     # Proven by the form that it gives to weights, not by its word alone.
-    assert (kernel, int(panel), int(layout)) == (expected, *{"scalar": (1, 0), "avx2": (64, 1)}[expected])
+    forms = {"scalar": (1, 0), "avx2": (64, 1), "avx512": (64, 2)}
+    assert (kernel, int(panel), int(layout)) == (expected, *forms[expected])
     automatic = expected == _library.available_kernels()[0]
     assert ("forced" in reason) != automatic
 

@@ -24,15 +24,14 @@ CpuFeatures detect() {
     constexpr uint32_t kFma = 1u << 12, kOsXsave = 1u << 27, kAvx = 1u << 28, kF16c = 1u << 29;  // 1.ecx
     constexpr uint32_t kAvx2 = 1u << 5, kBmi2 = 1u << 8;                                         // 7.ebx
     constexpr uint32_t kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;                      // 7.ebx: F, DQ, BW, VL
-    constexpr uint32_t kVbmi = 1u << 1, kVpopcntdq = 1u << 14;                                   // 7.ecx
+    constexpr uint32_t kVpopcntdq = 1u << 14;                                                    // 7.ecx
     CpuFeatures features;
     uint32_t a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !all_bits(c, kFma | kOsXsave | kAvx | kF16c)) return features;
     const uint64_t states = saved_states();
     if (!all_bits(states, kVectorStates) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return features;
     features.avx2 = all_bits(b, kAvx2 | kBmi2);
-    features.avx512 =
-        features.avx2 && all_bits(states, kMaskStates) && all_bits(b, kAvx512) && all_bits(c, kVbmi | kVpopcntdq);
+    features.avx512 = features.avx2 && all_bits(states, kMaskStates) && all_bits(b, kAvx512) && all_bits(c, kVpopcntdq);
     return features;
 }
 #elif defined(__aarch64__)

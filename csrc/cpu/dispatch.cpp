@@ -10,6 +10,7 @@ namespace {
 // Best first. To add a kernel: one record in its own file, one line here.
 const Kernel* const kKernels[] = {
 #if defined(__x86_64__)
+    &kAvx512Kernel,
     &kAvx2Kernel,
 #endif
     &kScalarKernel,

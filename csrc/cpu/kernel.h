@@ -66,6 +66,7 @@ struct Kernel {
 
 extern const Kernel kScalarKernel;
 #if defined(__x86_64__)
+extern const Kernel kAvx512Kernel;
 extern const Kernel kAvx2Kernel;
 #endif
 

@@ -1,14 +1,21 @@
-// Instruction sets per function, never per build: between TARGET_AVX2_BEGIN and TARGET_END every
-// function, template and lambda is compiled for AVX2, by gcc and by clang, without any -m flag.
+// Instruction sets per function, never per build: between AVX2_BEGIN (or AVX512_BEGIN) and TARGET_END every
+// function, template and lambda is compiled for that set, by gcc and by clang, without any -m flag.
 #pragma once
 
 #if defined(__clang__)
 #define BITORCH_QLINEAR_AVX2_BEGIN \
     _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c,bmi2\"))), apply_to = function)")
+#define BITORCH_QLINEAR_AVX512_BEGIN                  \
+    _Pragma(                                          \
+        "clang attribute push(__attribute__((target(" \
+        "\"avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx2,fma,f16c,bmi2\"))), apply_to = function)")
 #define BITORCH_QLINEAR_TARGET_END _Pragma("clang attribute pop")
 #define BITORCH_QLINEAR_UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define BITORCH_QLINEAR_AVX2_BEGIN _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,bmi2\")")
+#define BITORCH_QLINEAR_AVX512_BEGIN \
+    _Pragma("GCC push_options")      \
+        _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx2,fma,f16c,bmi2\")")
 #define BITORCH_QLINEAR_TARGET_END _Pragma("GCC pop_options")
 #define BITORCH_QLINEAR_UNROLL _Pragma("GCC unroll 8")
 #endif
