@@ -9,7 +9,7 @@ GROUP, UNIT, BLOCK, SPAN = 12, 24, 240, 65520
 ROW_TILE = 128
 PANEL = 64
 # csrc/cpu/gemm_avx512.cpp has the same panel and row tile; its unit is a word. Values of K a cache block.
-CACHE_BLOCK = 8192
+CACHE_BLOCK = 16384
 # csrc/ops_cpu.cpp: multiply-adds below which one thread works.
 SERIAL_PRODUCTS = 1 << 24
 SERIAL_VALUES = 1 << 16

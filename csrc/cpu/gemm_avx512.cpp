@@ -24,9 +24,14 @@
 //     and two rows: the byte sums must be untangled every 240 values, a tenth more, and they fit only pairs
 //     of rows.
 #if defined(__x86_64__)
+#if !defined(__clang__)
+// gcc 12 warns of its own intrinsics, which begin with a vector left undefined.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "target.h"
 
@@ -34,7 +39,7 @@
 BITORCH_QLINEAR_AVX512_BEGIN
 #include "bits.h"
 #include "kernel.h"
-#include "pack_avx2.h"
+#include "pack_avx512.h"
 
 namespace bitorch_qlinear {
 namespace {
@@ -47,8 +52,9 @@ constexpr int64_t kPanel = kLanes * kPanelVectors;
 constexpr int64_t kUnitBytes = kPanel * kWordBytes;
 constexpr int kRowGroup = 4;
 constexpr int64_t kRows = 128;
-// 8192 values: a block of a panel is 64 KiB and that of 128 rows of x 128 KiB, which stay in L2 together.
-constexpr int64_t kBlockWords = 256;
+// Words of K a block of the weights: 128 KiB, which stay in L2 beside at most 256 KiB of 128 rows of x.
+// It is a part of one panel where K is large, and else several panels, so that y is written in long rows.
+constexpr int64_t kBlockWords = 512;
 
 inline Vector load(const void* p) { return _mm512_loadu_si512(p); }
 inline void store(void* p, Vector v) { _mm512_storeu_si512(p, v); }
@@ -105,28 +111,34 @@ CountTile tile_of(int64_t rows, int64_t vectors) {
 
 int64_t blocks_for(int64_t k) { return k > 0 ? ceil_div(words_for(k), kBlockWords) : 1; }
 
+int64_t columns_for(int64_t k) { return k > 0 ? ceil_div(kBlockWords, words_for(k)) * kPanel : kPanel; }
+
 // Counts of all rows where K takes several blocks, else of one group of rows.
 int64_t workspace_bytes(int64_t rows, int64_t k) {
     return (blocks_for(k) > 1 ? rows : kRowGroup) * kPanel * static_cast<int64_t>(sizeof(int32_t));
 }
 
 void gemm(const Product& product, Range rows, Range columns, uint8_t* memory) {
-    const int64_t words = words_for(product.k), blocks = blocks_for(product.k);
+    const int64_t words = words_for(product.k), blocks = blocks_for(product.k), block_columns = columns_for(product.k);
     int32_t* workspace = reinterpret_cast<int32_t*>(memory);
-    for (int64_t column = columns.begin; column < columns.end; column += kPanel) {
-        const int64_t width = columns.end - column < kPanel ? columns.end - column : kPanel;
-        const int64_t vectors = ceil_div(width, kLanes);
-        const uint32_t* panel = reinterpret_cast<const uint32_t*>(product.panels) + column * words;
+    // Three loops over blocks that stay in L2, and inside them tiles whose counts stay in registers.
+    for (int64_t begin = columns.begin; begin < columns.end; begin += block_columns) {
+        const int64_t end = columns.end - begin < block_columns ? columns.end : begin + block_columns;
         for (int64_t block = 0; block < blocks; ++block) {
             const Range part{words * block / blocks, words * (block + 1) / blocks};
             for (int64_t row = rows.begin; row < rows.end; row += kRowGroup) {
                 const int64_t group = rows.end - row < kRowGroup ? rows.end - row : kRowGroup;
                 int32_t* counts = workspace + (blocks > 1 ? (row - rows.begin) * kPanel : 0);
-                tile_of(group, vectors)(product.x + row * words + part.begin, words, panel + part.begin * kPanel,
-                                        size(part), word_mask(part.end - 1, product.k), block == 0, counts);
-                if (block + 1 < blocks) continue;
-                for (int64_t r = 0; r < group; ++r) {
-                    write_outputs(product.y, row + r, column, counts + r * kPanel, width);
+                for (int64_t column = begin; column < end; column += kPanel) {
+                    const int64_t width = end - column < kPanel ? end - column : kPanel;
+                    const uint32_t* panel = reinterpret_cast<const uint32_t*>(product.panels) + column * words;
+                    tile_of(group, ceil_div(width, kLanes))(product.x + row * words + part.begin, words,
+                                                            panel + part.begin * kPanel, size(part),
+                                                            word_mask(part.end - 1, product.k), block == 0, counts);
+                    if (block + 1 < blocks) continue;
+                    for (int64_t r = 0; r < group; ++r) {
+                        write_outputs(product.y, row + r, column, counts + r * kPanel, width);
+                    }
                 }
             }
         }
@@ -184,7 +196,8 @@ const Kernel kAvx512Kernel = {
     .name = "avx512",
     .requires_features = "AVX-512 F, BW, DQ, VL and VPOPCNTDQ, AVX2, FMA, F16C and BMI2",
     .runs_on = runs_on,
-    .pack_row = {pack_row_avx2<double>, pack_row_avx2<float>, pack_row_avx2<Half>, pack_row_avx2<BFloat16>},
+    .pack_row = {pack_row_by_words<double>, pack_row_by_words<float>, pack_row_by_words<Half>,
+                 pack_row_by_words<BFloat16>},
     .unpack_row = unpack_row_portable,
     .layout = {.id = 2, .panel = kPanel, .unit = kWordBits, .unit_bytes = kUnitBytes},
     .prepare = prepare,

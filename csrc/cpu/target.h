@@ -5,10 +5,12 @@
 #if defined(__clang__)
 #define BITORCH_QLINEAR_AVX2_BEGIN \
     _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c,bmi2\"))), apply_to = function)")
-#define BITORCH_QLINEAR_AVX512_BEGIN                  \
-    _Pragma(                                          \
-        "clang attribute push(__attribute__((target(" \
-        "\"avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx2,fma,f16c,bmi2\"))), apply_to = function)")
+// A pragma is one string literal, which a line cannot hold here.
+#define BITORCH_QLINEAR_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#define BITORCH_QLINEAR_AVX512_BEGIN                                                                      \
+    BITORCH_QLINEAR_PRAGMA(clang attribute push(                                                          \
+        __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx2,fma,f16c,bmi2"))), \
+        apply_to = function))
 #define BITORCH_QLINEAR_TARGET_END _Pragma("clang attribute pop")
 #define BITORCH_QLINEAR_UNROLL _Pragma("clang loop unroll(full)")
 #else

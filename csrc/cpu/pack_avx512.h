@@ -1,0 +1,76 @@
+// Packing a row with AVX-512, 32 values at a time: comparisons give the bits themselves. The twin that says
+// what it computes is pack_row_portable in bits.h.
+#pragma once
+
+// Included inside the AVX-512 region, behind the intrinsics.
+#include "bits.h"
+
+namespace bitorch_qlinear {
+namespace {
+
+// v < 0 (Negative) or v > 0 by the bit pattern, see is_positive: patterns from 1 to infinity behind the
+// sign. 32 values give a word, bit i belonging to x[i].
+
+template <bool Negative>
+inline uint32_t signs(const float* x) {
+    const __m512i first = _mm512_set1_epi32(Negative ? INT32_MIN + 1 : 1), count = _mm512_set1_epi32(0x7F800000);
+    const auto inside = [&](const float* from) -> uint32_t {
+        return _mm512_cmplt_epu32_mask(_mm512_sub_epi32(_mm512_loadu_si512(from), first), count);
+    };
+    return inside(x) | inside(x + 16) << 16;
+}
+
+template <bool Negative>
+inline uint32_t signs(const double* x) {
+    const __m512i first = _mm512_set1_epi64(Negative ? INT64_MIN + 1 : 1);
+    const __m512i count = _mm512_set1_epi64(0x7FF0000000000000);
+    const auto inside = [&](const double* from) -> uint32_t {
+        return _mm512_cmplt_epu64_mask(_mm512_sub_epi64(_mm512_loadu_si512(from), first), count);
+    };
+    return inside(x) | inside(x + 8) << 8 | inside(x + 16) << 16 | inside(x + 24) << 24;
+}
+
+template <bool Negative, int Infinity>
+inline uint32_t signs_16(const void* x) {
+    const __m512i first = _mm512_set1_epi16(Negative ? INT16_MIN + 1 : 1), count = _mm512_set1_epi16(Infinity);
+    return _mm512_cmplt_epu16_mask(_mm512_sub_epi16(_mm512_loadu_si512(x), first), count);
+}
+template <bool Negative>
+inline uint32_t signs(const Half* x) {
+    return signs_16<Negative, 0x7C00>(x);
+}
+template <bool Negative>
+inline uint32_t signs(const BFloat16* x) {
+    return signs_16<Negative, 0x7F80>(x);
+}
+
+// |v| <= threshold of 32 values; NaN is out of range.
+
+inline __m512 load16(const float* x) { return _mm512_loadu_ps(x); }
+inline __m512 load16(const Half* x) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
+inline __m512 load16(const BFloat16* x) {
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
+template <class T>
+inline uint32_t in_range(const T* x, double threshold) {
+    const __m512 limit = _mm512_set1_ps(static_cast<float>(threshold));
+    const auto inside = [&](const T* from) -> uint32_t {
+        return _mm512_cmp_ps_mask(_mm512_abs_ps(load16(from)), limit, _CMP_LE_OQ);
+    };
+    return inside(x) | inside(x + 16) << 16;
+}
+
+inline uint32_t in_range(const double* x, double threshold) {
+    const __m512d limit = _mm512_set1_pd(threshold);
+    const auto inside = [&](const double* from) -> uint32_t {
+        return _mm512_cmp_pd_mask(_mm512_abs_pd(_mm512_loadu_pd(from)), limit, _CMP_LE_OQ);
+    };
+    return inside(x) | inside(x + 8) << 8 | inside(x + 16) << 16 | inside(x + 24) << 24;
+}
+
+}  // namespace
+}  // namespace bitorch_qlinear
+
+#include "pack_words.h"
