@@ -84,13 +84,13 @@ def _(words: Tensor, k: int, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.register_fake("bitorch_qlinear::prepare_weight")
-def _(weight_words: Tensor, k: int) -> Tensor:
+def _(weight_words: Tensor, k: int, *, layout: int | None = None) -> Tensor:
     _check_weight(weight_words, k, None, None, torch.int32)
     n = weight_words.shape[0]
     if weight_words.device.type == "cuda":  # csrc/cuda/prepared.cuh
         size = _HEADER_BYTES + 16 * _ceil_div(n, 4) + (16 * n * _ceil_div(k, 128) if k % 128 else 0)
     else:
-        panel, unit, unit_bytes = _library.prepared_layout()
+        panel, unit, unit_bytes, _ = _library.prepared_layout()
         size = _HEADER_BYTES + _ceil_div(n, panel) * _ceil_div(k, unit) * unit_bytes
     return weight_words.new_empty((size,), dtype=torch.uint8)
 

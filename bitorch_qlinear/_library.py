@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -115,18 +116,39 @@ def force_kernel(name: str | None) -> None:
     Raises:
         RuntimeError: The processor cannot run it, or there is none of that name. Nothing has changed then.
     """
-    global generation
+    global cpu_layout, generation
     error = _library.bitorch_qlinear_force_kernel((name or "").encode()).decode()
     if error:
         raise RuntimeError(error)
     generation += 1
+    cpu_layout = prepared_layout().number
 
 
-def prepared_layout() -> tuple[int, int, int]:
-    """The active kernel's prepared form: outputs a panel, values of K a unit, bytes a unit of a panel."""
-    layout = (ctypes.c_int64 * 3)()
+class PreparedLayout(NamedTuple):
+    """The active CPU kernel's prepared form.
+
+    Attributes:
+        panel: Outputs a panel.
+        unit: Values of K a unit.
+        unit_bytes: Bytes of a unit of a panel.
+        number: By which the form's header names it.
+    """
+
+    panel: int
+    unit: int
+    unit_bytes: int
+    number: int
+
+
+CUDA_LAYOUT = 64
+"""The number of CUDA's prepared form, one for all kernels (csrc/cuda/prepared.cuh)."""
+
+
+def prepared_layout() -> PreparedLayout:
+    """The active CPU kernel's prepared form."""
+    layout = (ctypes.c_int64 * 4)()
     _library.bitorch_qlinear_layout(layout)
-    return layout[0], layout[1], layout[2]
+    return PreparedLayout(*layout)
 
 
 def available_cuda_kernels(capability: tuple[int, int]) -> list[str]:
@@ -176,5 +198,7 @@ def force_cuda_kernel(name: str | None) -> None:
 # A wrong BITORCH_QLINEAR_CPU or BITORCH_QLINEAR_CUDA_KERNEL is an error now, not at the first product.
 if _error := _library.bitorch_qlinear_force_kernel(None).decode():
     raise RuntimeError(_error)
+cpu_layout = prepared_layout().number
+"""That number, where torch.compile can read it."""
 if _cuda_library is not None and (_error := _cuda_library.bitorch_qlinear_cuda_force_kernel(None).decode()):
     raise RuntimeError(_error)

@@ -20,10 +20,10 @@ def _(info: Any, in_dims: tuple[int, None, None], words: Tensor, k: int, dtype: 
 
 
 @torch.library.register_vmap("bitorch_qlinear::prepare_weight")
-def _(info: Any, in_dims: tuple[int, None], weight_words: Tensor, k: int) -> tuple[Tensor, int]:
+def _(info: Any, in_dims: tuple[int, None], weight_words: Tensor, k: int, **layout: int) -> tuple[Tensor, int]:
     each = weight_words.movedim(in_dims[0], 0).contiguous()
-    prepared = [torch.ops.bitorch_qlinear.prepare_weight(words, k) for words in each]
+    prepared = [torch.ops.bitorch_qlinear.prepare_weight(words, k, **layout) for words in each]
     if not prepared:  # of the right length all the same
-        one = torch.ops.bitorch_qlinear.prepare_weight(each.new_zeros(each.shape[1:]), k)
+        one = torch.ops.bitorch_qlinear.prepare_weight(each.new_zeros(each.shape[1:]), k, **layout)
         return one.new_empty((0, *one.shape)), 0
     return torch.stack(prepared), 0

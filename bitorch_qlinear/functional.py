@@ -53,7 +53,7 @@ def unpack_bits(words: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Te
     return values
 
 
-def prepare_weight(weight_words: Tensor, k: int) -> Tensor:
+def prepare_weight(weight_words: Tensor, k: int, *, layout: int | None = None) -> Tensor:
     """Lay packed weights out as the active kernel of their device wants to read them.
 
     The result belongs to this process: it is neither portable nor part of any checkpoint. Its first 64 bytes say which
@@ -62,11 +62,13 @@ def prepare_weight(weight_words: Tensor, k: int) -> Tensor:
     Args:
         weight_words: Shape ``(n, ceil(k / 32))``.
         k: Number of values in a row.
+        layout: The layout that the caller counts on: where it is another, this is an error. A compiled graph has it as
+            a constant, for graphs are cached on disk, and with another kernel the result has another size.
 
     Returns:
         An opaque uint8 vector, on the same device.
     """
-    prepared: Tensor = _ops.prepare_weight(weight_words, k)
+    prepared: Tensor = _ops.prepare_weight(weight_words, k, layout=layout)
     return prepared
 
 

@@ -274,7 +274,10 @@ class QLinear(nn.Linear):
             return PackedWeight(words, None)
         _warn_packing_per_call()
         # The product would prepare them too, but out of sight of inductor's freezing, which computes both once.
-        return PackedWeight(words, functional.prepare_weight(words, self.in_features))
+        layout = None  # an exported program runs elsewhere, with the kernel that it finds there
+        if not torch.compiler.is_exporting():
+            layout = _library.CUDA_LAYOUT if words.is_cuda else _library.cpu_layout
+        return PackedWeight(words, functional.prepare_weight(words, self.in_features, layout=layout))
 
     def repack(self) -> None:
         """Forget the packed weights, so that the next forward packs them: after writes that torch cannot notice."""

@@ -4,7 +4,7 @@
 STABLE_TORCH_LIBRARY(bitorch_qlinear, library) {
     library.def("pack_bits(Tensor x, bool strict=False) -> Tensor");
     library.def("unpack_bits(Tensor words, SymInt k, ScalarType dtype) -> Tensor");
-    library.def("prepare_weight(Tensor weight_words, SymInt k) -> Tensor");
+    library.def("prepare_weight(Tensor weight_words, SymInt k, *, int? layout=None) -> Tensor");
     library.def(
         "binary_linear(Tensor x_words, Tensor weight_words, SymInt k, Tensor? bias=None, *, "
         "Tensor? weight_prepared=None, Tensor? scale=None, ScalarType? out_dtype=None) -> Tensor");

@@ -257,10 +257,11 @@ Tensor unpack_bits(const Tensor& words, int64_t k, ScalarType type) {
     return values;
 }
 
-Tensor prepare_weight(const Tensor& words, int64_t k) {
+Tensor prepare_weight(const Tensor& words, int64_t k, std::optional<int64_t> layout) {
     check_values(k);
     check_weight_words(words, k, kCpu);
     const Kernel& kernel = active_kernel();
+    check_layout(layout, kernel.layout.id);
     Tensor prepared = empty_on_cpu({prepared_bytes(kernel.layout, words.size(0), k)}, ScalarType::Byte);
     write_prepared(kernel, words_of(words), words.size(0), k, static_cast<uint8_t*>(prepared.data_ptr()));
     return prepared;
@@ -369,13 +370,14 @@ BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_kernel_reason() {
     return hold(bitorch_qlinear::active_kernel_reason);
 }
 
-// The prepared form's geometry: outputs a panel, values a unit, bytes a unit. False if no kernel is active.
+// The prepared form: outputs a panel, values a unit, bytes a unit; and its layout's number. False if no kernel is active.
 BITORCH_QLINEAR_EXPORT bool bitorch_qlinear_layout(int64_t* out) {
     try {
         const bitorch_qlinear::Layout& layout = bitorch_qlinear::active_kernel().layout;
         out[0] = layout.panel;
         out[1] = layout.unit;
         out[2] = layout.unit_bytes;
+        out[3] = layout.id;
         return true;
     } catch (const std::exception&) {
         return false;

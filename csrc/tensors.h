@@ -117,6 +117,13 @@ inline void check_weight_arguments(const Tensor& words, int64_t k, const std::op
     }
 }
 
+// The layout that a caller of prepare_weight counts on, if any.
+inline void check_layout(const std::optional<int64_t>& layout, int64_t present) {
+    if (layout && *layout != present) {
+        fail("layout", "expected ", present, ", that of the kernel that runs here, or None, got ", *layout);
+    }
+}
+
 inline void check_threshold(const std::optional<double>& threshold) {
     if (threshold && !(*threshold >= 0)) fail("threshold", "expected a number >= 0 or None, got ", *threshold);
 }

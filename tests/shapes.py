@@ -26,7 +26,7 @@ def around(*bounds: int) -> list[int]:
 def tile(kernel: str) -> tuple[int, int]:
     """Outputs a panel and values a unit of the kernel, which must be active."""
     assert _library.active_kernel() == kernel
-    panel, unit, _ = _library.prepared_layout()
+    panel, unit, *_ = _library.prepared_layout()
     return panel, unit
 
 

@@ -240,7 +240,7 @@ def test_reason_against_cuda(build, torch_cuda, reason):
 
 def test_no_exception_leaves_a_plain_c_function():
     code = (
-        "import ctypes, sys; lib = ctypes.CDLL(sys.argv[1]); out = (ctypes.c_int64 * 3)()\n"
+        "import ctypes, sys; lib = ctypes.CDLL(sys.argv[1]); out = (ctypes.c_int64 * 4)()\n"
         "for name in ('kernel', 'kernel_reason'):\n"
         "    f = getattr(lib, 'bitorch_qlinear_' + name); f.restype = ctypes.c_char_p; assert f() == b''\n"
         "lib.bitorch_qlinear_layout.restype = ctypes.c_bool; assert not lib.bitorch_qlinear_layout(out)\n"

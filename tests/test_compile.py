@@ -1,6 +1,9 @@
 """torch.compile and torch.export: one graph, no recompilation, the same numbers."""
 
 import io
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -11,7 +14,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import bitorch_qlinear.linear as linear_module
-from bitorch_qlinear import PackedQLinear, QLinear, pack
+from bitorch_qlinear import PackedQLinear, QLinear, _library, pack
 
 K, N = 70, 9
 
@@ -243,3 +246,19 @@ def test_freezing_packs_once(freezing):
     ours = {event.key for event in profile.key_averages() if event.key.startswith("bitorch_qlinear::")}
     each_call = set() if freezing else {"bitorch_qlinear::pack_bits", "bitorch_qlinear::prepare_weight"}
     assert ours == {"bitorch_qlinear::linear"} | each_call
+
+
+COMPILED = """
+import torch
+from bitorch_qlinear import QLinear
+layer, x = QLinear(70, 10).eval(), torch.randn(3, 70)
+with torch.no_grad():
+    assert torch.equal(torch.compile(layer)(x), layer(x))
+"""
+
+
+def test_graphs_cached_on_disk_belong_to_one_kernel(tmp_path):
+    """Inductor finds what a process with another kernel, and so another prepared form, left there."""
+    for kernel in reversed(_library.available_kernels()):
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "BITORCH_QLINEAR_CPU": kernel}
+        subprocess.run([sys.executable, "-c", COMPILED], env=environment, check=True, timeout=300)

@@ -128,7 +128,7 @@ def test_moving(fake):
     layer.to("cuda")
     assert layer.weight_prepared.device.type == "cuda" and layer.weight_prepared.numel() == 64 + 48 + N * 16
     layer.to("cpu")
-    panel, unit, unit_bytes = _library.prepared_layout()
+    panel, unit, unit_bytes, _ = _library.prepared_layout()
     assert layer.weight_prepared.numel() == 64 + -(-N // panel) * -(-K // unit) * unit_bytes
 
 

@@ -170,6 +170,7 @@ def arguments(m=(3,), n=5, k=40, dtype=torch.float32):
         "weight_prepared": F.prepare_weight(weight_words, k),
         "out_dtype": torch.float64,
         "threshold": 0.5,
+        "layout": _library.prepared_layout().number,
     }
 
 
@@ -309,6 +310,7 @@ BROKEN = {
     "dtype": {str(d)[6:]: lambda _, d=d: d for d in (torch.int64, torch.uint8, torch.complex64, torch.uint32)},
     "out_dtype": {str(d)[6:]: lambda _, d=d: d for d in (torch.int64, torch.bool, torch.complex64, torch.int8)}
     | {"int32 with bias and scale": lambda _: torch.int32},
+    "layout": {str(number): lambda _, number=number: number for number in (-1, 9, 64, 2**32, 2**63 - 1)},
     "threshold": {str(t): lambda _, t=t: t for t in (-1.0, -math.inf, math.nan, -5e-324)},
     "weight_prepared": MEMORY
     | {
@@ -349,7 +351,7 @@ def breakages():
 
 def of_shape_or_dtype(_, argument, what):
     """Whether tracing can see what is wrong."""
-    values = ("k", "threshold", "dtype", "weight_prepared")
+    values = ("k", "threshold", "dtype", "layout", "weight_prepared")
     return argument not in values and what not in (*MEMORY, "strided", "transposed")
 
 
@@ -419,6 +421,11 @@ def test_tensors_of_another_layout_are_refused():
             F.linear(wrong, words, 40)
     with pytest.raises(RuntimeError):
         F.linear(x, words, 40, torch.ones(5).to_sparse())
+
+
+def test_layout_that_is_here(kernel):
+    words, layout = arguments()["weight_words"], _library.prepared_layout().number
+    assert_equal(F.prepare_weight(words, 40, layout=layout), F.prepare_weight(words, 40))
 
 
 @pytest.mark.parametrize(("made_for", "used_by"), [*itertools.permutations(_library.available_kernels(), 2)])

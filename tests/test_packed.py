@@ -204,7 +204,7 @@ def test_memory_is_two_thirty_seconds(k, n):
 
 def test_memory_of_odd_sizes():
     """Tiles are 64 outputs by 24 values here: the prepared form rounds up to them."""
-    panel, unit, unit_bytes = _library.prepared_layout()
+    panel, unit, unit_bytes, _ = _library.prepared_layout()
     for k, n in ((K, N), (1, 1), (1000, 1000), (4096, 4096)):
         packed = PackedQLinear.from_float(QLinear(k, n))
         assert packed.weight.nbytes == 4 * n * -(-k // 32)

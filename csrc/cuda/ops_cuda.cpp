@@ -206,10 +206,11 @@ Tensor unpack_bits(const Tensor& words, int64_t k, ScalarType type) {
     return values;
 }
 
-Tensor prepare_weight(const Tensor& words, int64_t k) {
+Tensor prepare_weight(const Tensor& words, int64_t k, std::optional<int64_t> layout) {
     const Device device = device_of("weight_words", words);
     check_values(k);
     check_weight_words(words, k, device);
+    check_layout(layout, kPreparedLayout);
     const int64_t n = words.size(0);
     Tensor prepared = scratch(prepared_bytes(n, k), device);
     uint8_t* data = static_cast<uint8_t*>(prepared.data_ptr());
