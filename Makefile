@@ -19,12 +19,12 @@ CXX_SOURCES = $(shell find csrc tests/ptx -name __pycache__ -prune -o \( -name '
 # A shell function for recipes: end with one sentence.
 DIE := die() { echo "make: $$*" >&2; exit 1; }
 
-.PHONY: help demo test lint format build gpu clean
+.PHONY: help demo test lint format build gpu ptx-full clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1 /p' Makefile | \
-	while read target what; do printf '  make %-7s %s\n' $$target "$$what"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1 /p' Makefile | \
+	while read target what; do printf '  make %-8s %s\n' $$target "$$what"; done
 	@echo 'Choices, as in "make test TORCH=torch==2.14.1":'
 	@echo '  PYTHON=python3             the Python that .venv is made from, 3.10 or later'
 	@echo '  TORCH=torch==2.13.0        the torch to install'
@@ -41,12 +41,18 @@ demo: build  ## train, pack and time a binarized classifier
 COVERAGE := --cov $(if $(ARGS),--cov-fail-under=0)
 ifdef SYSTEM
 HAS = $(PY) -c 'import $(1)' 2>/dev/null
-test: PYTEST_FLAGS = $$($(call HAS,xdist) && echo '-n auto') $$($(call HAS,pytest_cov) && echo '$(COVERAGE)')
+PARALLEL = $$($(call HAS,xdist) && echo '-n auto')
+test: COVER = $$($(call HAS,pytest_cov) && echo '$(COVERAGE)')
 else
-test: PYTEST_FLAGS = -n auto $(COVERAGE)
+PARALLEL = -n auto
+test: COVER = $(COVERAGE)
 endif
 test: build  ## run the tests, with coverage
-	$(PY) -m pytest $(PYTEST_FLAGS) $(ARGS)
+	$(PY) -m pytest $(PARALLEL) $(COVER) $(ARGS)
+
+# The kernels whose tests have shapes and targets to add; some half an hour on two cores.
+ptx-full: build  ## run the CUDA kernels' PTX of all targets on many more shapes; wants nvcc
+	PTX_FULL=1 $(PY) -m pytest $(PARALLEL) tests/ptx $(ARGS)
 
 lint: build  ## check style and types
 	$(PY) -m ruff check

@@ -28,7 +28,7 @@ from bitorch_qlinear.demo import environment
 
 HERE = Path(__file__).parent
 # By the first word of the command line; without one, the layers on the CPU.
-OTHERS = {"gpu": "benchmarks.gpu"}
+OTHERS = {"gpu": "benchmarks.gpu", "gpu-model": "benchmarks.gpu_model"}
 
 
 def layers(k: int, n: int) -> dict[str, nn.Module]:

@@ -19,7 +19,21 @@ from .machine import In, Module, Out, Struct, compile_cached, nvcc
 from .mutate import Mutant
 
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
-TARGETS = ["sm_75", "sm_80", "sm_90a", "sm_120"]
+# `make ptx-full`: all targets, and more shapes. (compute_80, which the build keeps as PTX, is what sm_80 is made of.)
+FULL = os.environ.get("PTX_FULL") == "1"
+ALL_TARGETS = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"]
+USUAL_TARGETS = ["sm_75", "sm_80", "sm_90a", "sm_120"]
+DRAWN = 64 if FULL else 8
+"""Random shapes of a kernel."""
+
+
+def targets(first: str = "sm_75", last: str = "sm_120") -> list[str]:
+    """Those from `first` to `last` whose PTX is executed."""
+    span = ALL_TARGETS[ALL_TARGETS.index(first) : ALL_TARGETS.index(last) + 1]
+    return [target for target in span if FULL or target in USUAL_TARGETS]
+
+
+TARGETS = targets()
 # DType of csrc/dtype.h, and how a type is called in a mangled name.
 DTYPES = {torch.float64: (0, "d"), torch.float32: (1, "f"), torch.float16: (2, "6__half"), torch.int32: (4, "i")}
 DTYPES[torch.bfloat16] = (3, "13__nv_bfloat16")

@@ -11,6 +11,7 @@ from reference import FLOATS, random_values
 from .machine import In, Module, PtxFault, Report
 from .mutate import Mutant, assert_caught, remove_barriers, swap_fragments
 from .product import (
+    DRAWN,
     DTYPES,
     Call,
     ceil_div,
@@ -20,10 +21,11 @@ from .product import (
     prepared_header,
     product_call,
     source,
+    targets,
     total_letter,
 )
 
-TARGETS = ["sm_75", "sm_80"]
+TARGETS = targets("sm_75", "sm_89")
 NAME = "gemm_mma_sm75.cu"
 TILE, STAGE, THREADS = 64, 512, 128
 
@@ -52,7 +54,7 @@ def shapes() -> list[tuple[int, int, int]]:
     """Edges of the tile, of 16-byte chunks and of stages, and random shapes."""
     k = [0, 1, 31, 32, 33, 127, 128, 129]
     k += [edge + by for edge in (STAGE, 2 * STAGE, 3 * STAGE) for by in (-32, -1, 0, 1, 32)]
-    drawn = np.random.default_rng(0).integers(1, (140, 140, 3000), (8, 3)).tolist()
+    drawn = np.random.default_rng(0).integers(1, (140, 140, 3000), (DRAWN, 3)).tolist()
     return [
         *((m, 66, 40) for m in (1, 63, 64, 65, 131)),
         *((3, n, 40) for n in (1, 7, 8, 9, 31, 33, 63, 64, 65, 131)),

@@ -10,9 +10,21 @@ from reference import FLOATS, random_values
 
 from .machine import In, Module, PtxFault, Report
 from .mutate import Mutant, assert_caught, loosen_waits, remove, remove_barriers, remove_waits, swap_fragments
-from .product import DTYPES, ceil_div, compiled, kernel, module, prepared_header, product_call, source, total_letter
+from .product import (
+    DRAWN,
+    DTYPES,
+    ceil_div,
+    compiled,
+    kernel,
+    module,
+    prepared_header,
+    product_call,
+    source,
+    targets,
+    total_letter,
+)
 
-TARGETS = ["sm_80", "sm_90a"]
+TARGETS = targets("sm_80", "sm_90a")
 NAME = "gemm_mma_sm80.cu"
 # A tile's rows and columns, and its threads.
 THREADS = {(128, 256): 256, (128, 128): 128, (64, 64): 128}
@@ -46,7 +58,7 @@ def shapes() -> list[tuple[int, int, int]]:
     k = [0, 1, 31, 32, 33, 127, 128, 129]
     k += [edge + by for edge in (stage, 2 * stage, depth, depth + stage) for by in (-32, -1, 0, 1, 32)]
     k += [depth + 2 * stage, depth + 3 * stage + 33]
-    drawn = np.random.default_rng(0).integers(1, (140, 140, 4000), (8, 3)).tolist()
+    drawn = np.random.default_rng(0).integers(1, (140, 140, 4000), (DRAWN, 3)).tolist()
     return [
         *((m, 66, 40) for m in (1, 63, 64, 65, 131)),
         *((3, n, 40) for n in (1, 7, 8, 9, 31, 33, 63, 64, 65, 131)),

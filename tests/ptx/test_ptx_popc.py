@@ -7,7 +7,19 @@ from reference import FLOATS, random_values
 
 from .machine import Module
 from .mutate import assert_caught, remove_barriers
-from .product import DTYPES, TARGETS, ceil_div, compiled, edited, kernel, module, product_call, source, total_letter
+from .product import (
+    DRAWN,
+    DTYPES,
+    TARGETS,
+    ceil_div,
+    compiled,
+    edited,
+    kernel,
+    module,
+    product_call,
+    source,
+    total_letter,
+)
 
 
 def check_popc(module: Module, m: int, n: int, k: int, out: torch.dtype = torch.int32, **more) -> None:
@@ -23,7 +35,7 @@ def check_popc(module: Module, m: int, n: int, k: int, out: torch.dtype = torch.
 def shapes() -> list[tuple[int, int, int]]:
     """Edges of the tile of 64 x 64 outputs and of the stage of 1024 values, and random ones."""
     tile, stage = (1, 63, 64, 65, 131), (1, 31, 32, 33, 992, 1023, 1024, 1025, 2048 + 33)
-    drawn = np.random.default_rng(0).integers(1, (140, 140, 2200), (8, 3)).tolist()
+    drawn = np.random.default_rng(0).integers(1, (140, 140, 2200), (DRAWN, 3)).tolist()
     return [
         *((m, 66, 40) for m in tile),
         *((3, n, 40) for n in tile),

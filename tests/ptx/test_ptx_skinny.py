@@ -12,6 +12,7 @@ from reference import FLOATS, random_values
 from .machine import In, Module, PtxFault, Report
 from .mutate import Mutant, assert_caught, remove_barriers
 from .product import (
+    DRAWN,
     DTYPES,
     TARGETS,
     Call,
@@ -78,7 +79,7 @@ def shapes() -> list[tuple[int, int, int, bool]]:
         n = itertools.cycle((columns + 1, 1, columns, columns - 1, 2 * columns + 5))
         edges += [(next(m), next(n), k, each == 4) for k in k]
     generator = np.random.default_rng(0)
-    drawn = np.stack([generator.integers(1, most, 8) for most in (17, 40, 9000)], 1).tolist()
+    drawn = np.stack([generator.integers(1, most, DRAWN) for most in (17, 40, 9000)], 1).tolist()
     return [*edges, *((*shape, i % 2 == 0) for i, shape in enumerate(drawn))]
 
 

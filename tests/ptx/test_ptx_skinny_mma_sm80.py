@@ -12,6 +12,7 @@ from reference import FLOATS, random_values
 from .machine import In, Module, PtxFault, Report
 from .mutate import Mutant, assert_caught, remove_barriers, swap_fragments
 from .product import (
+    DRAWN,
     DTYPES,
     Call,
     aligned_words_for,
@@ -22,10 +23,11 @@ from .product import (
     prepared_header,
     product_call,
     source,
+    targets,
     total_letter,
 )
 
-TARGETS = ["sm_80", "sm_90a"]
+TARGETS = targets("sm_80", "sm_90a")
 NAME = "gemm_skinny_mma_sm80.cu"
 SLICE = 16  # words
 # Shapes by the tiles of 8 columns: slices that a lane loads at once, and the most warps.
@@ -75,7 +77,7 @@ def shapes() -> list[tuple[int, int, int, int]]:
         n = itertools.cycle((columns + 1, 1, columns, columns - 1, 2 * columns + 5))
         edges += [(next(m), next(n), k, tiles) for k in k]
     generator = np.random.default_rng(0)
-    drawn = np.stack([generator.integers(1, most, 9) for most in (17, 80, 9000)], 1).tolist()
+    drawn = np.stack([generator.integers(1, most, DRAWN) for most in (17, 80, 9000)], 1).tolist()
     return [*edges, *((*shape, (1, 2, 4)[i % 3]) for i, shape in enumerate(drawn))]
 
 

@@ -1,0 +1,46 @@
+"""The README's table of what ran where says what these tests do, and what the build compiles."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from .product import ALL_TARGETS, CUDA
+
+ROOT = Path(__file__).parents[2]
+
+
+def table() -> dict[str, dict[str, str]]:
+    """Cells by kernel and target."""
+    text = (ROOT / "README.md").read_text()
+    lines = text[text.index("<!-- status") : text.index("<!-- /status")].strip().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    targets = rows[0][2:]
+    cells = [(name, row[2:]) for row in rows[2:] for name in re.findall(r"`(\w+)`", row[0])]
+    return {name: dict(zip(targets, row, strict=True)) for name, row in cells}
+
+
+def interpreted(kernel: str) -> list[str]:
+    """The targets of a kernel's tests, but for those that only `make ptx-full` adds."""
+    module = importlib.import_module(f"ptx.test_ptx_{kernel}")
+    usual = importlib.import_module("ptx.product").USUAL_TARGETS
+    return [target for target in module.TARGETS if target in usual]
+
+
+def test_table_has_every_kernel_and_target():
+    files = {path.stem.removeprefix("gemm_") for path in CUDA.glob("*.cu")}
+    assert set(table()) == files
+    setup = (ROOT / "setup.py").read_text()
+    compiled = re.search(r"^CUDA_ARCHITECTURES = \[(.*)\]$", setup, re.MULTILINE)[1]
+    built = [f"sm_{architecture}" for architecture in re.findall(r'"(\w+)"', compiled)]
+    assert built == ALL_TARGETS
+    assert all(list(cells) == built for cells in table().values())
+
+
+@pytest.mark.parametrize("kernel", sorted(table()))
+def test_table_is_true(kernel):
+    cells = table()[kernel]
+    assert [target for target, cell in cells.items() if cell == "interpreted"] == interpreted(kernel)
+    # "ran on hardware" wants results that `make gpu` measured.
+    assert set(cells.values()) <= {"interpreted", "compiled", "–"}
