@@ -153,3 +153,14 @@ def _(
     x_words = x.new_empty(shape, dtype=torch.int32)
     in_range_words = x.new_empty((0,) if threshold is None else shape, dtype=torch.int32)
     return y, x_words, in_range_words
+
+
+@torch.library.register_fake("bitorch_qlinear::multiply_signs")
+def _(reals: Tensor, sign_words: Tensor, k: int, transpose: bool = False) -> Tensor:
+    _check_device(reals, sign_words=sign_words)
+    _check_float("reals", reals.dtype)
+    torch._check(sign_words.dim() == 2, lambda: "bitorch_qlinear: sign_words: expected two dimensions")
+    _check_words("sign_words", sign_words, k)
+    n = sign_words.shape[0]
+    _check_last("reals", reals, k if transpose else n)
+    return reals.new_empty((*reals.shape[:-1], n if transpose else k))

@@ -46,6 +46,7 @@ def _load(path: Path, prefix: str, functions: tuple[str, ...]) -> ctypes.CDLL:
 def _load_operators() -> ctypes.CDLL:
     library = _load(_OPERATORS, "bitorch_qlinear", ("kernels", "kernel", "kernel_reason", "force_kernel"))
     library.bitorch_qlinear_force_kernel.argtypes = [ctypes.c_char_p]
+    library.bitorch_qlinear_least_sign_outputs.restype = ctypes.c_int64
     return library
 
 
@@ -116,12 +117,18 @@ def force_kernel(name: str | None) -> None:
     Raises:
         RuntimeError: The processor cannot run it, or there is none of that name. Nothing has changed then.
     """
-    global cpu_layout, generation
+    global cpu_layout, generation, _least_sign_outputs
     error = _library.bitorch_qlinear_force_kernel((name or "").encode()).decode()
     if error:
         raise RuntimeError(error)
     generation += 1
     cpu_layout = prepared_layout().number
+    _least_sign_outputs = _library.bitorch_qlinear_least_sign_outputs()
+
+
+def least_sign_outputs() -> int:
+    """From how many outputs on the active kernel's ``multiply_signs`` is faster than unpacking and the BLAS."""
+    return _least_sign_outputs
 
 
 class PreparedLayout(NamedTuple):
@@ -200,5 +207,7 @@ if _error := _library.bitorch_qlinear_force_kernel(None).decode():
     raise RuntimeError(_error)
 cpu_layout = prepared_layout().number
 """That number, where torch.compile can read it."""
+# A plain number, which torch.compile can read.
+_least_sign_outputs: int = _library.bitorch_qlinear_least_sign_outputs()
 if _cuda_library is not None and (_error := _cuda_library.bitorch_qlinear_cuda_force_kernel(None).decode()):
     raise RuntimeError(_error)

@@ -27,3 +27,22 @@ def _(info: Any, in_dims: tuple[int, None], weight_words: Tensor, k: int, **layo
         one = torch.ops.bitorch_qlinear.prepare_weight(each.new_zeros(each.shape[1:]), k, **layout)
         return one.new_empty((0, *one.shape)), 0
     return torch.stack(prepared), 0
+
+
+@torch.library.register_vmap("bitorch_qlinear::multiply_signs")
+def _(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    reals: Tensor,
+    sign_words: Tensor,
+    k: int,
+    transpose: bool = False,
+) -> tuple[Tensor, int]:
+    multiply = torch.ops.bitorch_qlinear.multiply_signs
+    if in_dims[1] is None:  # a batch of reals alone is more rows
+        return multiply(reals.movedim(in_dims[0] or 0, 0), sign_words, k, transpose), 0
+    each = sign_words.movedim(in_dims[1], 0).contiguous()
+    every = reals.expand(len(each), *reals.shape) if in_dims[0] is None else reals.movedim(in_dims[0], 0)
+    if not len(each):
+        return torch.ops.bitorch_qlinear.multiply_signs(every, each.new_zeros(each.shape[1:]), k, transpose), 0
+    return torch.stack([multiply(x, words, k, transpose) for x, words in zip(every, each, strict=True)]), 0

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import functional
+from . import _library, functional
 from ._function import apply
 from .quantizations import BinaryRule
 
@@ -157,19 +157,36 @@ def _once_differentiable(gradient: Tensor, witnesses: list[Tensor]) -> Tensor:
     return marked
 
 
-def _times_signs(grad: Tensor, words: Tensor, k: int) -> Tensor:
-    """``grad @ signs``, with the signs unpacked a block of columns at a time on the CPU.
+def times_signs(reals: Tensor, words: Tensor, k: int, transpose: bool = False) -> Tensor:
+    """``reals @ signs``, or ``reals @ signs.T``: by tables on the CPU where that is faster, else by the BLAS.
+
+    Args:
+        reals: Shape ``(..., n)``, or ``(..., k)`` where transposed.
+        words: The packed signs, shape ``(n, ceil(k / 32))``.
+        k: Number of signs in a row.
+        transpose: Multiply by the transposed signs.
+    """
+    outputs = words.shape[0] if transpose else k
+    if reals.is_cpu and outputs >= _library.least_sign_outputs():
+        return functional.multiply_signs(reals, words, k, transpose)
+    if transpose:
+        return reals @ functional.unpack_bits(words, k, reals.dtype).t()
+    return _times_unpacked(reals, words, k)
+
+
+def _times_unpacked(reals: Tensor, words: Tensor, k: int) -> Tensor:
+    """``reals @ signs``, with the signs unpacked a block of columns at a time on the CPU.
 
     A block (4 MiB of float32) stays in cache and in the allocator's hands; all of a large weight would be mapped and
     zeroed by the system at every call, which takes longer than a small batch's product. CUDA's allocator does neither.
     """
     columns = max(1, (1 << 20) // max(1, words.shape[0]) // 32)  # words a block
-    if not grad.is_cpu or columns >= words.shape[1] or torch.compiler.is_compiling():
-        return grad @ functional.unpack_bits(words, k, grad.dtype)
+    if not reals.is_cpu or columns >= words.shape[1] or torch.compiler.is_compiling():
+        return reals @ functional.unpack_bits(words, k, reals.dtype)
     blocks, left = [], k
     for part in words.split(columns, dim=1):
         values = min(32 * columns, left)
-        blocks.append(grad @ functional.unpack_bits(part.contiguous(), values, grad.dtype))
+        blocks.append(reals @ functional.unpack_bits(part.contiguous(), values, reals.dtype))
         left -= values
     return torch.cat(blocks, dim=-1)
 
@@ -188,14 +205,14 @@ def _gradients(
     rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])  # -1 cannot be found where n is 0
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = _times_signs(grad, words, ctx.k).to(x_dtype)
+        grad_x = times_signs(grad, words, ctx.k).to(x_dtype)
         if x is not None:
             grad_x = grad_x * ctx.rules.input.derivative(x)
         if in_range_words is not None:
             grad_x = torch.where(functional.unpack_bits(in_range_words, ctx.k, torch.bool), grad_x, 0)
     if ctx.needs_input_grad[1]:
-        signs = functional.unpack_bits(x_words, ctx.k, grad.dtype).reshape(rows.shape[0], ctx.k)
-        grad_weight = (rows.t() @ signs).to(weight_dtype)
+        row_words = x_words.reshape(rows.shape[0], x_words.shape[-1])
+        grad_weight = times_signs(rows.t(), row_words, ctx.k).to(weight_dtype)
         if weight is not None:
             grad_weight = ctx.rules.weight.gradient(grad_weight, weight)
     if ctx.needs_input_grad[2]:

@@ -19,7 +19,15 @@ from torch import Tensor
 from . import _fake as _fake  # registers the results' shapes, for torch.compile and torch.export
 from . import _vmap as _vmap  # registers the batching rules, for torch.func.vmap
 
-__all__ = ["binary_linear", "linear", "linear_train", "pack_bits", "prepare_weight", "unpack_bits"]
+__all__ = [
+    "binary_linear",
+    "linear",
+    "linear_train",
+    "multiply_signs",
+    "pack_bits",
+    "prepare_weight",
+    "unpack_bits",
+]
 
 _ops = torch.ops.bitorch_qlinear
 
@@ -179,3 +187,27 @@ def linear_train(
         threshold=threshold,
     )
     return y, x_words, in_range_words
+
+
+def multiply_signs(reals: Tensor, sign_words: Tensor, k: int, transpose: bool = False) -> Tensor:
+    """``reals · s`` of real values and packed signs ±1, or ``reals · sᵀ``; on the CPU only.
+
+    Half types are summed in float32. The order of summation is fixed: no bit of the result depends on the kernel or the
+    number of threads. The error is at most ``d · u · sum(|reals|)`` with ``d = 133 + ceil(summed / 3840)`` additions
+    and u the rounding unit of the sum. Infinities and NaN come out as of a product in float.
+
+    It is fast where there are many outputs; from how many on it is faster than ``reals @ unpack_bits(...)`` says
+    ``_library.least_sign_outputs()``.
+
+    Args:
+        reals: Shape ``(..., n)``, or ``(..., k)`` where transposed; any float type. Rows or columns are read in place,
+            other strides copied.
+        sign_words: Shape ``(n, ceil(k / 32))``.
+        k: Number of values in a row of the signs.
+        transpose: Multiply by the transposed signs.
+
+    Returns:
+        Shape ``(..., k)``, or ``(..., n)`` where transposed, in the dtype of `reals`.
+    """
+    product: Tensor = _ops.multiply_signs(reals, sign_words, k, transpose)
+    return product

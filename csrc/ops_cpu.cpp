@@ -226,6 +226,67 @@ Tensor multiply_words(const uint32_t* x_words, int64_t m, const Weight& weight, 
     return y;
 }
 
+// ---- real values by signs ------------------------------------------------------------------------
+
+void check_reals(const Tensor& reals, int64_t count) {
+    const DType dtype = check_float("reals", reals.scalar_type());
+    check_dimensions("reals", reals, 1, "(..., n)");
+    const int64_t got = reals.size(reals.dim() - 1);
+    if (got != count) fail("reals", "expected ", count, " values in the last dimension, as many as signs, got ", got);
+    check_memory("reals", reals, kCpu, element_size(dtype));
+}
+
+// The real factor as the kernel reads it: with row or value stride 1, copied where neither is.
+struct Reals {
+    Tensor tensor;  // keeps the memory alive
+    int64_t row_stride, value_stride;
+};
+
+Reals read_reals(const Tensor& reals) {
+    if (reals.dim() == 2 && reals.stride(0) == 1) return {reals, 1, reals.stride(1)};
+    const std::optional<int64_t> stride = row_stride(reals);
+    return {stride ? reals : contiguous_copy("reals", reals), stride.value_or(reals.size(reals.dim() - 1)), 1};
+}
+
+// Below this many multiply-adds threads cost more than they save: about 20 us.
+constexpr int64_t kSerialSignProducts = int64_t{1} << 22;
+// The sums of a tile, 64 bytes a column, stay in L2; fewer columns make the tables more often.
+constexpr int64_t kMostColumns = 4096, kFewestColumns = 512;
+
+// Tiles of row_tile rows by equal shares of the columns: one share, unless there are fewer rows than threads.
+void multiply_reals(const FloatByBits& kernel, const SignProduct& product) {
+    const bool serial = static_cast<double>(product.m) * product.n * product.k < kSerialSignProducts;
+    const int64_t threads = serial ? 1 : get_num_threads(), rows = row_tile(product.dtype);
+    const int64_t passes = count_passes(product), row_tiles = ceil_div(product.m, rows);
+    const int64_t wanted = std::min(threads / std::gcd(row_tiles, threads), ceil_div(product.n, kFewestColumns));
+    const int64_t shares =
+        std::max({int64_t{1}, ceil_div(product.n, kMostColumns), row_tiles < 4 * threads ? wanted : 1});
+    const int64_t columns = ceil_div(ceil_div(product.n, shares), kWordBits) * kWordBits;
+    const int64_t column_tiles = ceil_div(product.n, columns);
+
+    const Scratch memory = allocate(passes * product.n, kWordBytes);
+    if (!memory) fail_memory();
+    uint32_t* codes = reinterpret_cast<uint32_t*>(memory.get());
+    const auto make_codes = [&](int64_t begin, int64_t end) { kernel.make_codes(product, {begin, end}, codes); };
+    std::atomic<bool> out_of_memory{false};
+    const auto compute = [&](int64_t begin, int64_t end) {
+        const Scratch workspace = allocate(kernel.workspace_bytes(product, std::min(columns, product.n)));
+        if (!workspace) {
+            out_of_memory = true;
+            return;
+        }
+        for (int64_t tile = begin; tile < end; ++tile) {
+            const int64_t row = tile / column_tiles * rows, column = tile % column_tiles * columns;
+            kernel.multiply(product, codes, {row, std::min(row + rows, product.m)},
+                            {column, std::min(column + columns, product.n)}, workspace.get());
+        }
+    };
+    const int64_t tiles = row_tiles * column_tiles;
+    threads > 1 && passes > 1 ? parallel_for(0, passes, 1, make_codes) : make_codes(0, passes);
+    threads > 1 && tiles > 1 ? parallel_for(0, tiles, 1, compute) : compute(0, tiles);
+    if (out_of_memory) fail_memory();
+}
+
 // ---- operators -----------------------------------------------------------------------------------
 
 Tensor pack_bits(const Tensor& x, bool strict) {
@@ -314,6 +375,24 @@ std::tuple<Tensor, Tensor, Tensor> linear_train(const Tensor& x, const Tensor& w
     return {y, x_words, in_range};
 }
 
+Tensor multiply_signs(const Tensor& reals, const Tensor& sign_words, int64_t k, bool transpose) {
+    check_values(k);
+    if (sign_words.dim() != 2) {
+        fail("sign_words", "expected shape (n, ceil(k / 32)), got ", sign_words.dim(), " dimensions");
+    }
+    check_words("sign_words", sign_words, k, kCpu);
+    const int64_t summed = transpose ? k : sign_words.size(0), outputs = transpose ? sign_words.size(0) : k;
+    check_reals(reals, summed);
+    Tensor y = empty_on_cpu(sizes_with_last(reals, outputs), reals.scalar_type());
+    const int64_t m = count_rows(reals);
+    if (m == 0 || outputs == 0) return y;
+    const Reals x = read_reals(reals);
+    multiply_reals(*active_kernel().float_by_bits,
+                   {x.tensor.data_ptr(), *dtype_of(reals.scalar_type()), m, summed, x.row_stride, x.value_stride,
+                    words_of(sign_words), transpose, outputs, y.data_ptr()});
+    return y;
+}
+
 }  // namespace
 }  // namespace bitorch_qlinear
 
@@ -324,6 +403,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitorch_qlinear, CPU, library) {
     library.impl("binary_linear", TORCH_BOX(&bitorch_qlinear::binary_linear));
     library.impl("linear", TORCH_BOX(&bitorch_qlinear::linear));
     library.impl("linear_train", TORCH_BOX(&bitorch_qlinear::linear_train));
+    library.impl("multiply_signs", TORCH_BOX(&bitorch_qlinear::multiply_signs));
 }
 
 // ---- what Python asks about the kernels, as plain C -----------------------------------------------
@@ -381,5 +461,14 @@ BITORCH_QLINEAR_EXPORT bool bitorch_qlinear_layout(int64_t* out) {
         return true;
     } catch (const std::exception&) {
         return false;
+    }
+}
+
+// From how many outputs on multiply_signs is faster than unpacking the signs and the BLAS. -1 if no kernel is active.
+BITORCH_QLINEAR_EXPORT int64_t bitorch_qlinear_least_sign_outputs() {
+    try {
+        return bitorch_qlinear::active_kernel().float_by_bits->least_outputs;
+    } catch (const std::exception&) {
+        return -1;
     }
 }

@@ -65,11 +65,11 @@ inline std::optional<int64_t> row_stride(const Tensor& x) {
     return stride;
 }
 
-inline Tensor contiguous_copy(const Tensor& x) {
+inline Tensor contiguous_copy(const char* argument, const Tensor& x) {
     try {
         return torch::stable::contiguous(x);
     } catch (const std::exception&) {  // its text names a file of the build
-        fail("x", "cannot allocate a contiguous copy of it");
+        fail(argument, "cannot allocate a contiguous copy of it");
     }
 }
 
@@ -89,7 +89,7 @@ inline Rows check_rows(const Tensor& x, int64_t k, const Device& device) {
     check_memory("x", x, device, element_size(dtype));
     const int64_t m = count_rows(x);
     std::optional<int64_t> stride = m == 0 || k == 0 ? k : row_stride(x);
-    Tensor rows = stride ? x : contiguous_copy(x);
+    Tensor rows = stride ? x : contiguous_copy("x", x);
     const uint8_t* data = static_cast<const uint8_t*>(rows.data_ptr());
     return {std::move(rows), data, dtype, m, k, stride.value_or(k)};
 }

@@ -103,6 +103,15 @@ def check(kernel: str, side: str) -> None:
         for out in (*FLOATS, torch.bool):
             values = F.unpack_bits(words, k, out)
             assert_equal(values, signs(x) > 0 if out is torch.bool else signs(x).to(out), f"unpack_bits {m} {k}")
+        for transpose in (False, True):
+            reals = guarded(torch.randn(m, k if transpose else n, generator=generator).round().to(dtype))
+            y = F.multiply_signs(reals, w, k, transpose)
+            columns = guarded(reals.t().contiguous()).t()
+            assert_equal(F.multiply_signs(columns, w, k, transpose), y, f"multiply_signs {m} {n} {k}, columns")
+            signs_of_w = unpack_signs(w, k)
+            exact = reals.double() @ (signs_of_w.t() if transpose else signs_of_w)
+            assert torch.equal(y.double(), exact.to(dtype).double()), f"multiply_signs {m} {n} {k}"
+            del reals, columns
         del x, w, bias, scale, prepared, words
         guarded.release()
     print(kernel, "checked")

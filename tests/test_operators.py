@@ -154,7 +154,7 @@ def test_vmap(leading):
 # ---- samples of every operator ---------------------------------------------------------------------
 
 
-def arguments(m=(3,), n=5, k=40, dtype=torch.float32):
+def arguments(m=(3,), n=5, k=40, dtype=torch.float32, transpose=False):
     """A valid value of every argument that an operator of ours has."""
     x, weight_words = torch.randn(*m, k).to(dtype), pack_signs(torch.randn(n, k))
     return {
@@ -171,6 +171,9 @@ def arguments(m=(3,), n=5, k=40, dtype=torch.float32):
         "out_dtype": torch.float64,
         "threshold": 0.5,
         "layout": _library.prepared_layout().number,
+        "reals": torch.randn(*m, k if transpose else n).to(dtype),
+        "sign_words": weight_words,
+        "transpose": transpose,
     }
 
 
@@ -183,7 +186,11 @@ def call_arguments(name, values, required_only=False):
 
 def samples(name):
     """Full and minimal calls; an operator with an argument that has no sample fails here."""
-    wide = arguments((2, 3), 7, 33, torch.float64) | {"strict": True, "out_dtype": None, "threshold": None}
+    wide = arguments((2, 3), 7, 33, torch.float64, transpose=True) | {
+        "strict": True,
+        "out_dtype": None,
+        "threshold": None,
+    }
     return [
         call_arguments(name, arguments()),
         call_arguments(name, arguments(), required_only=True),
@@ -192,7 +199,7 @@ def samples(name):
 
 
 def test_operators_are_those_of_the_design():
-    design = {"pack_bits", "unpack_bits", "prepare_weight", "binary_linear", "linear", "linear_train"}
+    design = {"pack_bits", "unpack_bits", "prepare_weight", "binary_linear", "linear", "linear_train", "multiply_signs"}
     assert design <= set(OPERATORS)
     assert {name for name in dir(torch.ops.bitorch_qlinear) if name in OPERATORS} == set(OPERATORS)
     assert all(callable(getattr(F, name)) for name in design)
@@ -222,7 +229,8 @@ def mapped(function, args, kwargs):
 def test_fake_and_meta_results_have_the_real_form(kernel, name, data):
     size = st.sampled_from([0, 1, 2, 3, 31, 32, 33, 64, 65, 100])
     leading = data.draw(st.lists(st.integers(0, 3), max_size=3))
-    values = arguments(tuple(leading), data.draw(size), data.draw(size), data.draw(st.sampled_from(FLOATS)))
+    dtype, transpose = data.draw(st.sampled_from(FLOATS)), data.draw(st.booleans())
+    values = arguments(tuple(leading), data.draw(size), data.draw(size), dtype, transpose)
     values["out_dtype"] = data.draw(st.sampled_from([None, *FLOATS]))
     values["threshold"] = data.draw(st.sampled_from([None, 1.0]))
     values["dtype"] = data.draw(st.sampled_from([*FLOATS, torch.bool, torch.int8]))
@@ -289,21 +297,24 @@ VECTOR = MEMORY | {
     "bool": lambda v: v.bool(),
     "complex": lambda v: v.to(torch.complex64),
 }
+FLOAT_ROWS = MEMORY | {
+    "no dimensions": lambda x: x[0, 0],
+    "one more": lambda x: torch.cat([x, x[:, :1]], -1),
+    "one less": lambda x: x[:, :-1],
+    "int32": lambda x: x.int(),
+    "uint8": lambda x: x.to(torch.uint8),
+    "bool": lambda x: x > 0,
+    "complex": lambda x: x.to(torch.complex64),
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+}
+MATRIX_WORDS = WORDS | {"one dimension": lambda w: w[0], "three dimensions": lambda w: w[None]}
 BROKEN = {
-    "x": MEMORY
-    | {
-        "no dimensions": lambda x: x[0, 0],
-        "one more": lambda x: torch.cat([x, x[:, :1]], -1),
-        "one less": lambda x: x[:, :-1],
-        "int32": lambda x: x.int(),
-        "uint8": lambda x: x.to(torch.uint8),
-        "bool": lambda x: x > 0,
-        "complex": lambda x: x.to(torch.complex64),
-        "float8": lambda x: x.to(torch.float8_e4m3fn),
-    },
+    "x": FLOAT_ROWS,
+    "reals": FLOAT_ROWS,
     "words": WORDS,
     "x_words": WORDS,
-    "weight_words": WORDS | {"one dimension": lambda w: w[0], "three dimensions": lambda w: w[None]},
+    "weight_words": MATRIX_WORDS,
+    "sign_words": MATRIX_WORDS,
     "bias": VECTOR,
     "scale": VECTOR,
     "k": {str(k): lambda _, k=k: k for k in (-1, -(2**63), 0, 8, 32, 65, 2**31, 2**32 + 40, 2**63 - 1)},
@@ -335,13 +346,14 @@ BROKEN = {
     },
 }
 SINGLE = ("pack_bits", "unpack_bits", "prepare_weight")
-TENSORS = ("x", "words", "x_words", "weight_words", "bias", "scale", "weight_prepared")
+LINEAR = sorted(set(OPERATORS) - {*SINGLE, "multiply_signs"})
+TENSORS = ("x", "words", "x_words", "weight_words", "bias", "scale", "weight_prepared", "reals", "sign_words")
 
 
 def breakages():
     for name in OPERATORS:
         for argument in operator(name)._schema.arguments:
-            if argument.name == "strict":  # any bool is right
+            if argument.name in ("strict", "transpose"):  # any bool is right
                 continue
             for what in BROKEN[argument.name]:
                 if name == "pack_bits" and what in ("one more", "one less"):  # its k is that of x
@@ -375,7 +387,7 @@ def test_wrong_arguments_are_refused(kernel, name, argument, what):
     values = arguments()
     values[argument] = BROKEN[argument][what](values[argument])
     # A wrong k is as well a wrong size of what it is the size of.
-    names = ("k", "x", "words", "x_words", "weight_words") if argument == "k" else (argument,)
+    names = ("k", "x", "words", "x_words", "weight_words", "sign_words") if argument == "k" else (argument,)
     assert_refused(name, values, *names)
 
 
@@ -399,7 +411,7 @@ def test_tensors_on_different_devices_are_refused(name, argument):
         assert_refused(name, values, *([argument] if argument != names[0] else TENSORS))
 
 
-@pytest.mark.parametrize("name", sorted(set(OPERATORS) - set(SINGLE)))
+@pytest.mark.parametrize("name", LINEAR)
 def test_int32_is_the_product_alone(name):
     values = arguments() | {"out_dtype": torch.int32}
     for vector in ("bias", "scale"):
@@ -434,7 +446,7 @@ def test_weights_prepared_for_another_kernel_are_refused(made_for, used_by):
         _library.force_kernel(made_for)
         values = arguments()
         _library.force_kernel(used_by)
-        for name in sorted(set(OPERATORS) - set(SINGLE)):
+        for name in LINEAR:
             assert used_by in assert_refused(name, values, "weight_prepared")
     finally:
         _library.force_kernel(None)
@@ -461,6 +473,8 @@ ONE = pack_signs(torch.ones(1, 1))
         (lambda: F.linear_train(torch.zeros(1, 1).expand(2**62, 1), ONE, 1), "result"),
         (lambda: F.linear(torch.zeros(1, 0), HUGE_WORDS, 0), "result"),
         (lambda: F.binary_linear(HUGE_WORDS, HUGE_WORDS, 0), "result"),
+        (lambda: F.multiply_signs(torch.zeros(1, 1).expand(2**62, 1), ONE, 1), "result"),
+        (lambda: F.multiply_signs(torch.zeros(1, 0), HUGE_WORDS, 0, True), "result"),
     ],
 )
 def test_sizes_beyond_memory_are_refused(kernel, function, name):
@@ -477,7 +491,9 @@ def test_huge_sizes_without_elements(kernel):
     assert F.binary_linear(HUGE_WORDS, torch.empty(0, 0, dtype=torch.int32), 0).shape == (2**62, 0)
     rows = torch.empty(2**50, 0)
     assert F.pack_bits(rows).shape == (2**50, 0)
+    assert F.multiply_signs(torch.zeros(1).expand(1, 2**62), HUGE_WORDS, 0).shape == (1, 0)
     no_words = torch.empty(0, 0, dtype=torch.int32)
+    assert F.multiply_signs(rows, no_words, 0).shape == (2**50, 0)
     assert F.linear(rows, no_words, 0).shape == (2**50, 0)
     assert F.linear_train(rows, no_words, 0, threshold=1.0)[1].shape == (2**50, 0)
     prepared = F.prepare_weight(HUGE_WORDS, 0)

@@ -422,6 +422,7 @@ const Kernel kAvx2Kernel = {
     .column_tile = kColumns,
     .workspace_bytes = workspace_bytes,
     .gemm = gemm,
+    .float_by_bits = &kAvx2FloatByBits,
 };
 
 }  // namespace bitorch_qlinear

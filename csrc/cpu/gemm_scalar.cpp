@@ -37,6 +37,7 @@ const Kernel kScalarKernel = {
     .column_tile = 1,
     .workspace_bytes = [](int64_t, int64_t) -> int64_t { return 0; },
     .gemm = gemm,
+    .float_by_bits = &kScalarFloatByBits,
 };
 
 }  // namespace bitorch_qlinear

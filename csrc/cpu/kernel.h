@@ -7,6 +7,8 @@
 #include "../epilogue.h"
 #include "../packed.h"
 #include "cpu_features.h"
+#include "float_by_bits.h"
+#include "range.h"
 
 namespace bitorch_qlinear {
 
@@ -43,11 +45,6 @@ struct Product {
     Output y;
 };
 
-struct Range {
-    int64_t begin, end;
-};
-static inline int64_t size(Range range) { return range.end - range.begin; }
-
 struct Kernel {
     const char* name;
     const char* requires_features;
@@ -62,6 +59,8 @@ struct Kernel {
     int64_t (*workspace_bytes)(int64_t rows, int64_t k);
     // Computes y[rows][columns]; workspace is aligned to 64 bytes and private to the call.
     void (*gemm)(const Product&, Range rows, Range columns, uint8_t* workspace);
+    // The product where one factor stays real.
+    const FloatByBits* float_by_bits;
 };
 
 extern const Kernel kScalarKernel;
