@@ -249,15 +249,17 @@ struct Workspace {
     Sum* sums;    // [columns][16 or 8], of one span
     Sum* totals;  // the same, of all spans before it; the sums themselves where there is but one
 
+    // Whole blocks of 16 columns: write_rows reads past the last.
+    static int64_t sums_bytes(int64_t columns) { return ceil_div(columns, 16) * 16 * kEntryBytes; }
     static int64_t bytes(int64_t columns, int64_t passes) {
         return kGroups * kTableBytes + kPanelValues * kEntryBytes +
-               (passes > kPassesPerSpan ? 2 : 1) * columns * kEntryBytes;
+               (passes > kPassesPerSpan ? 2 : 1) * sums_bytes(columns);
     }
     Workspace(uint8_t* base, int64_t columns, int64_t passes)
         : tables(reinterpret_cast<Sum*>(base)),
           panel(reinterpret_cast<Sum*>(base + kGroups * kTableBytes)),
           sums(reinterpret_cast<Sum*>(base + kGroups * kTableBytes + kPanelValues * kEntryBytes)),
-          totals(passes > kPassesPerSpan ? sums + columns * kEntryBytes / sizeof(Sum) : sums) {}
+          totals(passes > kPassesPerSpan ? sums + sums_bytes(columns) / static_cast<int64_t>(sizeof(Sum)) : sums) {}
 };
 
 template <class Sum>
@@ -270,28 +272,38 @@ void add_span(const Sum* sums, int64_t count, bool first, Sum* totals) {
     }
 }
 
+// Two vectors of a row of y.
+template <class T, class Sum>
+inline void write_values(const Sum* from, int64_t count, T* to) {
+    constexpr int kCount = Lanes<Sum>::kCount;
+    if (count >= 2 * kCount) {
+        store_narrow(to, Lanes<Sum>::load(from));
+        store_narrow(to + kCount, Lanes<Sum>::load(from + kCount));
+    } else {
+        for (int64_t i = 0; i < count; ++i) narrow(from[i], to + i);
+    }
+}
+
+// A cache line of each row at a time, by way of a buffer: rows are often a power of two apart, and lines that are written
+// in halves would leave L1 in between.
 template <class T, class Sum>
 void write_rows(const SignProduct& product, Range rows, Range columns, const Sum* totals) {
-    constexpr int kCount = Lanes<Sum>::kCount;
-    T* y = static_cast<T*>(product.y);
-    for (int64_t column = columns.begin; column < columns.end; column += kCount, totals += 2 * kCount * kCount) {
-        for (int64_t row = rows.begin; row < rows.end; row += kCount) {
-            const Sum* from = totals + row - rows.begin;
-            T* to = y + row * product.n + column;
-            if (row + kCount <= rows.end && column + kCount <= columns.end) {
+    constexpr int kCount = Lanes<Sum>::kCount, kWidth = 2 * kCount;
+    for (int64_t column = columns.begin; column < columns.end; column += kWidth, totals += kWidth * kWidth) {
+        alignas(64) Sum block[kWidth * kWidth];
+        for (int row = 0; row < kWidth; row += kCount) {
+            for (int half = 0; half < kWidth; half += kCount) {
                 typename Lanes<Sum>::Vector v[kCount];
                 BITORCH_QLINEAR_UNROLL
-                for (int i = 0; i < kCount; ++i) v[i] = Lanes<Sum>::load(from + 2 * kCount * i);
+                for (int i = 0; i < kCount; ++i) v[i] = Lanes<Sum>::load(totals + (half + i) * kWidth + row);
                 Lanes<Sum>::transpose(v);
                 BITORCH_QLINEAR_UNROLL
-                for (int i = 0; i < kCount; ++i) store_narrow(to + i * product.n, v[i]);
-                continue;
+                for (int i = 0; i < kCount; ++i) Lanes<Sum>::store(block + (row + i) * kWidth + half, v[i]);
             }
-            for (int64_t i = 0; i < kCount && row + i < rows.end; ++i) {
-                for (int64_t j = 0; j < kCount && column + j < columns.end; ++j) {
-                    narrow(from[2 * kCount * j + i], to + i * product.n + j);
-                }
-            }
+        }
+        T* y = static_cast<T*>(product.y) + rows.begin * product.n + column;
+        for (int64_t row = 0; row < size(rows); ++row) {
+            write_values(block + row * kWidth, columns.end - column, y + row * product.n);
         }
     }
 }
