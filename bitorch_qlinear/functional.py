@@ -193,7 +193,7 @@ def multiply_signs(reals: Tensor, sign_words: Tensor, k: int, transpose: bool = 
     """``reals · s`` of real values and packed signs ±1, or ``reals · sᵀ``; on the CPU only.
 
     Half types are summed in float32. The order of summation is fixed: no bit of the result depends on the kernel or the
-    number of threads. The error is at most ``d · u · sum(|reals|)`` with ``d = 133 + ceil(summed / 3840)`` additions
+    number of threads. The error is at most ``d · u · sum(|reals|)`` with ``d = 69 + ceil(summed / 1920)`` additions
     and u the rounding unit of the sum. Infinities and NaN come out as of a product in float.
 
     It is fast where there are many outputs; from how many on it is faster than ``reals @ unpack_bits(...)`` says

@@ -14,7 +14,7 @@ from bitorch_qlinear import QLinear, _library
 from bitorch_qlinear import functional as F
 
 # csrc/cpu/float_by_bits.h: values a group and a pass, passes a span; rows of a tile; csrc/ops_cpu.cpp: columns of one.
-GROUP, PASS, PASSES_PER_SPAN, ROW_TILE, MOST_COLUMNS = 6, 30, 128, 16, 4096
+GROUP, PASS, PASSES_PER_SPAN, ROW_TILE, MOST_COLUMNS = 6, 30, 64, 16, 4096
 SPAN = PASS * PASSES_PER_SPAN
 
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
@@ -94,7 +94,7 @@ def test_error_bound(kernel, dtype):
     for k in (1, GROUP, PASS, 257, SPAN, 2 * SPAN + 7):
         reals, words, row = factors(2, 40, k, dtype, False, generator)
         exact = reals.double() @ sign_matrix(words, row, False)
-        additions = 133 + math.ceil(k / SPAN)
+        additions = 69 + math.ceil(k / SPAN)
         bound = additions * rounding_unit(dtype) * reals.double().abs().sum(1, keepdim=True)
         if dtype in (torch.float16, torch.bfloat16):
             bound = bound + exact.abs() * torch.finfo(dtype).eps

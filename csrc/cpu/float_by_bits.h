@@ -6,11 +6,11 @@
 //     half   h = (+-x0 +- x1) +- x2
 //     group  t = h(x0, x1, x2) + h(x3, x4, x5)
 //     pass   p = (((t0 + t1) + t2) + t3) + t4
-//     span   sum of up to 128 passes, in order
+//     span   sum of up to 64 passes, in order
 //     y      sum of the spans, in order
 //
 // each sum rounded once, in double for float64 and in float for the other types; values past K are +0 with the bit 0.
-// A term goes through at most d = 2 + 1 + 4 + 127 + ceil(K / 3840) - 1 additions, so with u = 2^-24 (float64: 2^-53)
+// A term goes through at most d = 2 + 1 + 4 + 63 + ceil(K / 1920) - 1 additions, so with u = 2^-24 (float64: 2^-53)
 //
 //     |error| <= d u / (1 - d u) * sum |x|                      and one more rounding for the half types
 //
@@ -29,7 +29,7 @@ namespace bitorch_qlinear {
 constexpr int kGroupBits = 6;
 constexpr int kGroups = 5;
 constexpr int64_t kPassValues = kGroupBits * kGroups;
-constexpr int64_t kPassesPerSpan = 128;
+constexpr int64_t kPassesPerSpan = 64;
 // Rows that are computed together: as many as fill a cache line.
 static constexpr int64_t row_tile(DType dtype) { return dtype == DType::float64 ? 8 : 16; }
 
