@@ -127,7 +127,10 @@ def force_kernel(name: str | None) -> None:
 
 
 def least_sign_outputs() -> int:
-    """From how many outputs on the active kernel's ``multiply_signs`` is faster than unpacking and the BLAS."""
+    """From how many outputs on the active kernel's ``multiply_signs`` is faster than unpacking and the BLAS.
+
+    Of half as many values to sum on, and in float32: see ``autograd.times_signs``.
+    """
     return _least_sign_outputs
 
 

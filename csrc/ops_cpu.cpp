@@ -488,7 +488,7 @@ BITORCH_QLINEAR_EXPORT bool bitorch_qlinear_layout(int64_t* out) {
     }
 }
 
-// From how many outputs on multiply_signs is faster than unpacking the signs and the BLAS. -1 if no kernel is active.
+// FloatByBits::least_outputs. -1 if no kernel is active.
 BITORCH_QLINEAR_EXPORT int64_t bitorch_qlinear_least_sign_outputs() {
     try {
         return bitorch_qlinear::active_kernel().float_by_bits->least_outputs;

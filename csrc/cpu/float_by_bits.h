@@ -48,7 +48,7 @@ struct SignProduct {
 static inline int64_t count_passes(const SignProduct& product) { return ceil_div(product.k, kPassValues); }
 
 struct FloatByBits {
-    // From this many outputs on it is faster than unpacking the signs and the BLAS.
+    // From this many outputs on, and half as many values of K, it is faster than unpacking the signs and the BLAS.
     int64_t least_outputs;
     // codes[pass][n]: bit i is the sign of s[30 pass + i][n], 0 past k.
     void (*make_codes)(const SignProduct&, Range passes, uint32_t* codes);

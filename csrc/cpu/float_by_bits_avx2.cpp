@@ -126,10 +126,16 @@ inline void store_narrow(double* y, __m256d v) { _mm256_storeu_pd(y, v); }
 inline void store_narrow(Half* y, __m256 v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
+// As narrow(): to nearest, ties to even, every NaN 0x7FC0.
 inline void store_narrow(BFloat16* y, __m256 v) {
-    alignas(32) float values[8];
-    _mm256_store_ps(values, v);
-    for (int i = 0; i < 8; ++i) narrow(values[i], y + i);
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7FFF))), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i halves = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
+    const __m128i low = _mm256_castsi256_si128(halves), high = _mm256_extracti128_si256(halves, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm_packus_epi32(low, high));
 }
 
 // ---- a pass ---------------------------------------------------------------------------------------
@@ -391,7 +397,7 @@ BITORCH_QLINEAR_TARGET_END
 namespace bitorch_qlinear {
 
 const FloatByBits kAvx2FloatByBits = {
-    .least_outputs = 64,
+    .least_outputs = 128,
     .make_codes = make_codes,
     .workspace_bytes = workspace_bytes,
     .multiply = multiply_any,
