@@ -166,14 +166,14 @@ def times_signs(reals: Tensor, words: Tensor, k: int, transpose: bool = False) -
         k: Number of signs in a row.
         transpose: Multiply by the transposed signs.
     """
-    if reals.is_cpu and _wins(reals, words.shape[0] if transpose else k):
+    if reals.is_cpu and tables_win(reals, words.shape[0] if transpose else k):
         return functional.multiply_signs(reals, words, k, transpose)
     if transpose:
         return reals @ functional.unpack_bits(words, k, reals.dtype).t()
     return _times_unpacked(reals, words, k)
 
 
-def _wins(reals: Tensor, outputs: int) -> bool:
+def tables_win(reals: Tensor, outputs: int) -> bool:
     """Whether tables, which are made anew for each row of outputs, are faster than the BLAS.
 
     Measured on Zen 4, one thread, rows 1 to 4096: with 128 outputs and 64 values to sum 1.1 to 1.9 times as fast, below

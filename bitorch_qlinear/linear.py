@@ -13,9 +13,16 @@ from torch import Tensor, nn
 
 from . import _library, functional
 from ._function import transforms_active
-from .autograd import Rules, binary_linear
+from .autograd import Rules, binary_linear, tables_win
 from .cache import PackedWeight, WeightCache
-from .quantizations import binary_rule, cancel_gradient, get_quantization, has_constant_rule, hook_tables
+from .quantizations import (
+    binary_rule,
+    cancel_gradient,
+    get_quantization,
+    has_constant_rule,
+    hook_tables,
+    is_identity,
+)
 
 __all__ = ["QLinear"]
 
@@ -136,7 +143,8 @@ class QLinear(nn.Linear):
 
     Where both quantizations are sign-like (sign, approxsign, swishsign, steheaviside; progressive_sign in eval mode)
     and the device has kernels, the product is computed exactly by XNOR-popcount over packed bits; everything else
-    computes in float with the same interface. ``repr`` says which.
+    computes in float with the same interface. ``repr`` says which. (In inference on the CPU an ``identity`` input meets
+    sign-like weights packed too: a sum of floats, in another order than ``F.linear``'s, several times faster.)
 
     With two sign-like factors and T = float64 for a float64 output and float32 otherwise,
     ``y = cast(T(integer product) + T(bias))``. The output's dtype is that of x, or autocast's.
@@ -224,6 +232,8 @@ class QLinear(nn.Linear):
         compiling = torch.compiler.is_compiling()
         rules = self._packed_rules(compiling)
         if rules is None or not has_kernels(x):
+            if rules is None and not self.training and not compiling and self._multiplies_signs(x):
+                return self._multiply_signs(x)
             return F.linear(self.activation(x), self.weight_quantization(self.weight), self.bias)
         # By way of the dictionary, where all but parametrized ones are: nn.Module's attribute access costs 0.5 us.
         parameters = self._parameters
@@ -235,6 +245,32 @@ class QLinear(nn.Linear):
             threshold = self.activation.gradient_cancellation_threshold
             return binary_linear(x, weight, bias, words, prepared, rules, threshold, autocast_dtype(x))
         return fused_linear(x, words, self.in_features, bias, prepared, rules.input.strict, compiling)
+
+    def _multiplies_signs(self, x: Tensor) -> bool:
+        """Whether inference leaves x real and takes packed sign weights, on the CPU, where that is faster."""
+        weight, bias = self.weight, self.bias
+        activation = self.activation
+        return (
+            x.is_cpu
+            and x.dim() > 0
+            and x.shape[-1] == self.in_features
+            and tables_win(x, self.out_features)
+            and type(activation) is Activation
+            and not any(hook_tables(activation))
+            and is_identity(activation.activation_function)
+            and binary_rule(self.weight_quantization) is not None
+            and all(t.dtype is x.dtype and t.is_cpu and has_kernels(t) for t in (x, weight, bias) if t is not None)
+            and autocast_dtype(x) is None
+            and not (torch.is_grad_enabled() and wants_gradient(x, weight, bias))
+            and not transforms_active()
+        )
+
+    def _multiply_signs(self, x: Tensor) -> Tensor:
+        rule = binary_rule(self.weight_quantization)
+        assert rule is not None
+        words = self._cache.get(self.weight, rule.strict).words
+        y = functional.multiply_signs(x, words, self.in_features, transpose=True)
+        return y if self.bias is None else y.add_(self.bias)
 
     def _packed_rules(self, compiling: bool = False) -> Rules | None:
         """The rules of input and weight, or None where the packed path does not compute them."""

@@ -478,6 +478,7 @@ _RULE_BY_CLASS: dict[tuple[str, str], Callable[[Any], BinaryRule | None]] = {
     )
     for module in (__name__, f"bitorch.quantizations.{bitorch_module}")
 }
+_IDENTITIES = {(module, "Identity") for module in (__name__, "bitorch.quantizations.identity")}
 _CHANGING_RULES = ("SwishSign", "ProgressiveSign")
 
 
@@ -499,6 +500,12 @@ def binary_rule(quantization: nn.Module) -> BinaryRule | None:
     if rule is None or any(hook_tables(quantization)):
         return None
     return rule(quantization)
+
+
+def is_identity(quantization: nn.Module) -> bool:
+    """Whether this is exactly the quantization that leaves x as it is, of this package or of bitorch, without hooks."""
+    cls = type(quantization)
+    return (cls.__module__, cls.__qualname__) in _IDENTITIES and not any(hook_tables(quantization))
 
 
 def has_constant_rule(quantization: nn.Module) -> bool:

@@ -199,3 +199,49 @@ def test_backward_takes_it_where_it_is_faster(kernel):
         assert calls.names.count("multiply_signs") == count * by_tables
         assert calls.names.count("unpack_bits") == 2 - count * by_tables
     assert (_library.least_sign_outputs() > 2**62) == (kernel == "scalar")
+
+
+def identity_layer(k=200, n=300, **options):
+    layer = QLinear(k, n, input_quantization="identity", **options).eval()
+    layer.requires_grad_(False)
+    return layer, torch.randn(3, 5, k, dtype=layer.weight.dtype)
+
+
+def operators_of(layer, x):
+    with Calls() as calls:
+        y = layer(x)
+    return y, [name for name in calls.names if name not in ("pack_bits", "prepare_weight")]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@dtypes
+def test_identity_input_by_sign_weights(kernel, dtype, bias):
+    layer, x = identity_layer(dtype=dtype, bias=bias)
+    for write in (lambda w: w, torch.Tensor.neg_):
+        write(layer.weight)
+        y, names = operators_of(layer, x)
+        assert names == (["multiply_signs"] if kernel != "scalar" else [])
+        expected = x.double() @ torch.where(layer.weight < 0, -1.0, 1.0).double().t()
+        expected = expected + layer.bias.double() if bias else expected
+        precision = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(y.double(), expected, rtol=precision, atol=precision * 60)
+
+
+def test_identity_input_in_float_where_it_must_be():
+    layer, x = identity_layer()
+    assert operators_of(layer, x)[1] == ["multiply_signs"] * (_library.active_kernel() != "scalar")
+    assert operators_of(layer, x.clone().requires_grad_())[1] == []
+    assert operators_of(layer.train(), x)[1] == []
+    layer.eval().weight.requires_grad_()
+    assert operators_of(layer, x)[1] == []
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            y, names = operators_of(layer, x)
+        assert names == [] and y.dtype is torch.bfloat16
+        with pytest.raises(RuntimeError):
+            layer(x.double())
+        assert vmap(layer)(x).shape == (3, 5, 300)
+        handle = layer.input_quantization.register_forward_hook(lambda *_: torch.zeros(3, 5, 200))
+        assert torch.equal(layer(x), layer.bias.expand(3, 5, 300))
+        handle.remove()
+        assert operators_of(identity_layer(weight_quantization="weightdorefa")[0], x)[1] == []
