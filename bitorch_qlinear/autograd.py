@@ -200,6 +200,20 @@ def _times_unpacked(reals: Tensor, words: Tensor, k: int) -> Tensor:
     return torch.cat(blocks, dim=-1)
 
 
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def _keep(values: Tensor, words: Tensor, k: int) -> Tensor:
+    """The values where the bit is 1, and 0 elsewhere, whatever stands there."""
+    if not values.is_cpu:
+        return torch.where(functional.unpack_bits(words, k, torch.bool), values, 0)
+    # torch.where on the CPU takes a branch an element, of which random bits mispredict half: 8 times slower (Zen 4).
+    # As int8, bit 0 is -1 and bit 1 is +1; halved, and rounded down, -1 and 0: masks.
+    integers = _INTEGERS[values.element_size()]
+    masks = functional.unpack_bits(~words, k, torch.int8) >> 1
+    return (values.view(integers) & masks.to(integers)).view(values.dtype)
+
+
 def _gradients(
     ctx: Any,
     grad: Tensor,
@@ -218,7 +232,7 @@ def _gradients(
         if x is not None:
             grad_x = grad_x * ctx.rules.input.derivative(x)
         if in_range_words is not None:
-            grad_x = torch.where(functional.unpack_bits(in_range_words, ctx.k, torch.bool), grad_x, 0)
+            grad_x = _keep(grad_x, in_range_words, ctx.k)
     if ctx.needs_input_grad[1]:
         row_words = x_words.reshape(rows.shape[0], x_words.shape[-1])
         grad_weight = times_signs(rows.t(), row_words, ctx.k).to(weight_dtype)
