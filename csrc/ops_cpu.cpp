@@ -39,8 +39,8 @@ constexpr int64_t kHugeBytes = int64_t{4} << 20;
 const Device kCpu{aoti_torch_device_type_cpu(), -1};
 
 // The system maps and clears fresh memory a page at a time while it is written first: of 4 KiB, unless told otherwise.
-// A weight gradient of 64 MiB is there 1.3 times sooner in pages of 2 MiB, its product included (Zen 4). Only whole pages
-// of the result: no memory is added to it.
+// A weight gradient of 64 MiB is there 1.3 times sooner in pages of 2 MiB, its product included (Zen 4). Only whole
+// pages of the result: no memory is added to it.
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
     constexpr uintptr_t kHugePage = 2 << 20;

@@ -346,7 +346,8 @@ BROKEN = {
     },
 }
 SINGLE = ("pack_bits", "unpack_bits", "prepare_weight")
-LINEAR = sorted(set(OPERATORS) - {*SINGLE, "multiply_signs"})
+CPU_ONLY = ("multiply_signs",)
+LINEAR = sorted(set(OPERATORS) - {*SINGLE, *CPU_ONLY})
 TENSORS = ("x", "words", "x_words", "weight_words", "bias", "scale", "weight_prepared", "reals", "sign_words")
 
 

@@ -1,7 +1,7 @@
 // Real values by signs: y[m][n] = sum over k of x[m][k] * s[k][n], with s = +-1 as packed bits.
 //
-// The sum has one fixed order, so that neither the instruction set nor the number of threads shows in a result. K is cut
-// into PASSES of 30 values and these into five groups of 6, whose signed sum is made from two halves:
+// The sum has one fixed order, so that neither the instruction set nor the number of threads shows in a result. K is
+// cut into PASSES of 30 values and these into five groups of 6, whose signed sum is made from two halves:
 //
 //     half   h = (+-x0 +- x1) +- x2
 //     group  t = h(x0, x1, x2) + h(x3, x4, x5)
@@ -15,7 +15,8 @@
 //     |error| <= d u / (1 - d u) * sum |x|                      and one more rounding for the half types
 //
 // (a BLAS adds one after another at least what one block of its K holds). No sum is made by taking away what was added
-// before: infinities and NaN come out as in any other order, but that a finite sum may overflow in one and not in another.
+// before: infinities and NaN come out as in any other order, but that a finite sum may overflow in one and not in
+// another.
 #pragma once
 
 #include <cstdint>
