@@ -50,7 +50,7 @@ endif
 test: build  ## run the tests, with coverage
 	$(PY) -m pytest $(PARALLEL) $(COVER) $(ARGS)
 
-# The kernels whose tests have shapes and targets to add; some half an hour on two cores.
+# The kernels whose tests have shapes and targets to add; 8 minutes of processor time.
 ptx-full: build  ## run the CUDA kernels' PTX of all targets on many more shapes; wants nvcc
 	PTX_FULL=1 $(PY) -m pytest $(PARALLEL) tests/ptx $(ARGS)
 

@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +45,8 @@ def find_cuobjdump() -> Path:
     )
 
 
-def _lines(library: Path, *options: str) -> Iterator[str]:
+def lines(library: Path, *options: str) -> Iterator[str]:
+    """What cuobjdump prints of a library."""
     with subprocess.Popen([find_cuobjdump(), *options, library], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         yield from process.stdout
@@ -129,7 +130,12 @@ def parse_sass(lines: Iterable[str]) -> Iterator[tuple[Kernel, list[Instruction]
 
 def disassemble(library: Path, target: str) -> Iterator[tuple[Kernel, list[Instruction]]]:
     """Every kernel of one target, such as sm_80."""
-    return parse_sass(_lines(library, "-sass", "-arch", target))
+    return parse_sass(lines(library, "-sass", "-arch", target))
+
+
+def count(names: Mapping[str, int], *kinds: str) -> int:
+    """Instructions of some kinds among those that are counted by name."""
+    return sum(number for name, number in names.items() if name.partition(".")[0] in kinds)
 
 
 # ---- what it takes of a multiprocessor -------------------------------------------------------------------------------
@@ -162,7 +168,7 @@ def parse_resources(lines: Iterable[str]) -> dict[str, dict[Kernel, Resources]]:
 
 def resources(library: Path) -> dict[str, dict[Kernel, Resources]]:
     """What each kernel takes, by target: those that the library has machine code for."""
-    return parse_resources(_lines(library, "-res-usage"))
+    return parse_resources(lines(library, "-res-usage"))
 
 
 class Bounds(NamedTuple):
@@ -188,12 +194,12 @@ def parse_bounds(lines: Iterable[str]) -> dict[Kernel, Bounds]:
 
 def launch_bounds(library: Path) -> dict[Kernel, Bounds]:
     """Of the kernels that the library has PTX of."""
-    return parse_bounds(_lines(library, "-ptx"))
+    return parse_bounds(lines(library, "-ptx"))
 
 
 def ptx_targets(library: Path) -> set[str]:
     """The targets that the library has PTX for, as sm_80."""
-    return {found[1] for line in _lines(library, "-lptx") if (found := re.search(r"\.(sm_\w+)\.ptx", line))}
+    return {found[1] for line in lines(library, "-lptx") if (found := re.search(r"\.(sm_\w+)\.ptx", line))}
 
 
 class Chip(NamedTuple):
@@ -247,63 +253,79 @@ class Loop(NamedTuple):
 
 
 def loops(instructions: list[Instruction]) -> list[Loop]:
-    """Innermost first.
-
-    Not those over an end of the kernel: there, behind it, lie the ways of warps whose lanes have parted.
-    """
-    branches = [(i, i.target) for i in instructions]
-    found = [Loop(to, i.address) for i, to in branches if to is not None and to < i.address]
-    ends = [i.address for i in instructions if i.kind == "EXIT"]
-    return sorted(
-        {loop for loop in found if not any(end in loop for end in ends)}, key=lambda loop: loop.last - loop.first
-    )
+    """Innermost first; without the ways of warps whose threads have parted, which lie behind the kernel's end."""
+    end = min((i.target for i in instructions if ".DIV" in i.name and i.target is not None), default=2**31)
+    found = {Loop(i.target, i.address) for i in instructions if i.target is not None and i.target < i.address < end}
+    return sorted(found, key=lambda loop: loop.last - loop.first)
 
 
-def main_loop(instructions: list[Instruction], kind: str) -> Loop | None:
-    """The outermost of the loops that hold most of the instructions of a kind, or None."""
-    counted = [(sum(i.kind == kind for i in loop.of(instructions)), loop) for loop in loops(instructions)]
-    most = max((count for count, _ in counted), default=0)
-    return [loop for count, loop in counted if count == most][-1] if most else None
+def main_loops(instructions: list[Instruction], kind: str) -> list[Loop]:
+    """The loops that hold most of the instructions of a kind; of nested ones the outer."""
+    counts = {loop: sum(i.kind == kind for i in loop.of(instructions)) for loop in loops(instructions)}
+    most = [loop for loop, count in counts.items() if count == max(counts.values()) > 0]
+    return [loop for loop in most if not any(loop != other and loop.first in other for other in most)]
 
 
-def one_pass(instructions: list[Instruction], loop: Loop, whole: dict[str, int]) -> Counter[str]:
-    """Instructions by name that a warp executes in one pass of a loop, on the longest of its ways.
+def one_pass(
+    instructions: list[Instruction], loop: Loop, work: Collection[str], whole: Mapping[str, int]
+) -> Counter[str]:
+    """Instructions by name that a warp executes in one pass of a loop, far from all edges.
+
+    That is the shortest of the ways through the loop with the most instructions of certain kinds.
 
     Args:
         instructions: All of the kernel.
         loop: One of its loops.
+        work: Those kinds.
         whole: By kind, how many instructions all passes of an inner loop have together: how often an inner loop is
             passed is not to be seen in its code.
     """
     inner = [other for other in loops(instructions) if other != loop and other.first in loop and other.last in loop]
-    weight = {i.address: 1 for i in loop.of(instructions)}
-    for other in inner:
-        body = other.of(instructions)
-        counts = Counter(i.kind for i in body)
-        kind = next((kind for kind in whole if counts[kind]), None)
-        assert kind, f"an inner loop, {other.first:#x} to {other.last:#x}, of unknown passes"
-        passes, rest = divmod(whole[kind], counts[kind])
-        assert passes and not rest, f"an inner loop of {counts[kind]} {kind} does not make {whole[kind]}"
-        for i in body:
-            weight[i.address] *= passes
-    # Backwards, each instruction's way to the loop's end, of two the heavier one. Branches out of the loop are no way.
     body = loop.of(instructions)
-    ends = {other.last: other for other in inner}
-    length: dict[int, int] = {}
-    following: dict[int, int | None] = {}
-    for i, after in reversed(list(zip(body, [*body[1:], None], strict=True))):
-        to = [] if after is None or (i.kind == "BRA" and not conditional(i)) else [after.address]
-        to += _targets([i]) if i.address not in ends else _targets(ends[i.address].of(instructions))
-        ways = [address for address in to if i.address < address <= loop.last]
-        following[i.address] = max(ways, key=length.__getitem__, default=None)
-        length[i.address] = weight[i.address] + (length[following[i.address]] if ways else 0)
-    names = {i.address: i.name for i in body}
+    times = _times(body, inner, whole)
+    following = _best_ways(body, inner, times, work)
+    # ptxas sets loads that never happen before asynchronous copies: @!PT LDS RZ.
+    names = {i.address: "NOP" if i.predicate == "@!PT" else i.name for i in body}
     counts: Counter[str] = Counter()
     address: int | None = loop.first
     while address is not None:
-        counts[names[address]] += weight[address]
+        counts[names[address]] += times[address]
         address = following[address]
     return counts
+
+
+def _times(body: list[Instruction], inner: list[Loop], whole: Mapping[str, int]) -> dict[int, int]:
+    """How often each instruction of a loop is executed in one pass that comes by it."""
+    times = dict.fromkeys((i.address for i in body), 1)
+    for loop in inner:
+        counts = Counter(i.kind for i in loop.of(body))
+        kind = next((kind for kind in whole if counts[kind]), None)
+        assert kind, f"an inner loop at {loop.first:#x} of unknown passes"
+        passes, rest = divmod(whole[kind], counts[kind])
+        assert passes and not rest, f"an inner loop of {counts[kind]} {kind} does not make {whole[kind]}"
+        for i in loop.of(body):
+            times[i.address] *= passes
+    return times
+
+
+def _best_ways(
+    body: list[Instruction], inner: list[Loop], times: Mapping[int, int], work: Collection[str]
+) -> dict[int, int | None]:
+    """Which instruction follows each on the way to the loop's end with the most work, of several the shortest.
+
+    Branches out of the loop are no way. An inner loop whose branch back is always taken is left by another of its own.
+    """
+    ends = {loop.last: loop for loop in inner}
+    value: dict[int, tuple[int, int]] = {}
+    following: dict[int, int | None] = {}
+    for i, after in reversed(list(zip(body, [*body[1:], None], strict=True))):
+        to = [] if after is None or (i.kind == "BRA" and not conditional(i)) else [after.address]
+        to += _targets(ends[i.address].of(body) if i.address in ends else [i])
+        ways = [address for address in to if i.address < address <= body[-1].address]
+        following[i.address] = max(ways, key=value.__getitem__, default=None)
+        done, left = max((value[address] for address in ways), default=(0, 0))
+        value[i.address] = done + times[i.address] * (i.kind in work), left - times[i.address]
+    return following
 
 
 def _targets(instructions: list[Instruction]) -> list[int]:
@@ -311,5 +333,5 @@ def _targets(instructions: list[Instruction]) -> list[int]:
 
 
 def conditional(branch: Instruction) -> bool:
-    """Whether a branch is not always taken: by its predicate, or by an operand before its target (BRA.U, BRA.DIV)."""
-    return bool(branch.predicate) or "," in branch.operands or bool(re.match(r"!?U?P\d", branch.operands))
+    """Whether a branch is not always taken: by a predicate before it or before its target, or if threads diverge."""
+    return bool(branch.predicate) or "," in branch.operands or ".DIV" in branch.name

@@ -134,10 +134,11 @@ def test_skinny_traps_on_weights_prepared_for_another_product(target):
 
 
 @pytest.mark.parametrize("target", ["sm_75", "sm_120"])
-def test_kernels_are_empty_where_the_instruction_is_not(target):
+def test_kernels_trap_where_the_instruction_is_not(target):
     """The heuristics choose another kernel there."""
     for found in module(NAME, target).ptx.kernels.values():
-        assert [i.opcode for i in found.instructions] == ["ret"]
+        assert "trap" in [i.opcode for i in found.instructions]
+        assert not [i.opcode for i in found.instructions if i.opcode.startswith(("st", "mma"))]
 
 
 @functools.cache

@@ -1,0 +1,250 @@
+"""Estimates from machine code how near to a chip's peak the kernels can come: ``python -m benchmarks gpu-model``.
+
+No hardware is used, and nothing is measured. A row of the table is a kernel on a target: what a thread and a block take
+of a multiprocessor, and what a warp does in one pass of the main loop far from all edges, in clocks of the
+multiprocessor for each of its parts. All warps do the same, so the part that takes longest bounds the loop. Its share
+of the peak is the clocks of what the kernel is for, tensor cores, popcounts or memory, by those of that part:
+
+    issue     4 instructions of warps a clock, one for each quarter of a multiprocessor
+    tensor    multiply-adds of bits, and L2 with it: csrc/cuda/heuristics.h, which says where they are from
+    POPC      16 lanes a clock
+    ALU       64 lanes a clock of logic, shifts, additions, comparisons and moves
+    FMA       64 lanes a clock of integer multiply-adds, which nvcc takes for moves and additions too
+    shared    128 bytes a clock of shared memory and L1, or the 32 lanes of a shuffle
+    L2        bytes that leave it for the multiprocessor; unknown where the heuristics have no figure
+    memory    what must come from the chip's memory, or go there, at the data sheet's bandwidth
+
+(POPC, ALU, FMA and shuffles: CUDA C++ programming guide, "Arithmetic Instructions". For what 10.0 and 12.0 may do
+beyond it, as doubled integer units, there is no allowance; nor for a 7.5 that may have 64 bytes of shared memory a
+clock.) Not seen are latencies, which warps may not be enough to hide; bank conflicts, of which tests/ptx counts none;
+starts and ends of blocks; and clocks that fall under load. So a share is an upper bound as far as these rates hold, and
+a low one is what to look at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+from tabulate import tabulate
+
+from . import machine_code
+from .machine_code import Instruction, Kernel, Resources
+
+LIBRARY = Path(__file__).parents[1] / "bitorch_qlinear" / "_ops_cuda.so"
+WARP = 32
+
+
+class Work(NamedTuple):
+    """What a warp does in one pass of a kernel's main loop, as the source says; tests hold the machine code to it."""
+
+    kind: str  # of the instruction that does it,
+    count: int  # and how many
+    peak: str  # the part that a perfect kernel would keep busy
+    multiplies: int = 0  # multiply-adds of bits on tensor cores
+    l2: int = 0  # bytes
+    memory: int = 0  # bytes
+    dynamic: int = 0  # bytes of shared memory of a block that are no static ones
+    also: tuple[str, ...] = ("LDG", "LDGSTS")  # other kinds that the way through the loop has all of
+    whole: Mapping[str, int] = MappingProxyType({})  # of inner loops: machine_code.one_pass
+
+
+def _popc(_: Kernel) -> Work:
+    tile, stage, warps = 64, 32, 8
+    count = tile * tile * stage // (warps * WARP)
+    return Work("POPC", count, "POPC", l2=2 * tile * stage * 4 // warps, whole={"POPC": count, "STS": 8})
+
+
+def _skinny(kernel: Kernel) -> Work:
+    rows, each, lines, *_ = kernel.sizes
+    weights = each * lines * WARP * 16
+    return Work("POPC", rows * each * (2 * lines + 1), "memory", l2=weights + rows * lines * 128, memory=weights)
+
+
+def _skinny_mma(kernel: Kernel) -> Work:
+    tiles, slices, *_ = kernel.sizes
+    row = slices * 64  # bytes
+    multiplies = 16 * 8 * tiles * 8 * row
+    weights = 8 * tiles * row
+    return Work("BMMA", multiplies // (16 * 8 * 256), "memory", multiplies, l2=weights + 16 * row, memory=weights)
+
+
+def _mma_sm80(kernel: Kernel) -> Work:
+    rows, columns, side, _ = kernel.sizes
+    stage = (rows + columns) * 64  # bytes
+    multiplies = side * side * 512
+    count = multiplies // (16 * 8 * 256)
+    return Work("BMMA", count, "tensor", multiplies, l2=stage * side * side // (rows * columns), dynamic=4 * stage)
+
+
+def _mma_sm75(_: Kernel) -> Work:
+    multiplies = 32 * 32 * 512
+    return Work("BMMA", multiplies // (8 * 8 * 128), "tensor", multiplies, l2=2 * 64 * 64 // 4)
+
+
+def _pack(kernel: Kernel) -> Work:
+    values = 16 // {"float64": 8, "float32": 4}.get(kernel.type, 2)  # of a lane's 16 bytes
+    return Work("POPC", 4, "memory", memory=4 * (WARP * 16 + 4 * values))
+
+
+def _pack_with_range(kernel: Kernel) -> Work:
+    work = _pack(kernel)
+    return work._replace(memory=2 * work.memory - 4 * WARP * 16, also=(*work.also, "STG"))
+
+
+def _unpack(kernel: Kernel) -> Work:
+    values = 16 // int(kernel.type[0])
+    return Work("STG", 4 * (1 if kernel.flags[0] else values), "memory", memory=4 * (WARP * 16 + 4 * values))
+
+
+def _align(_: Kernel) -> Work:
+    return Work("STG", 8, "memory", memory=8 * 2 * 4 * WARP)
+
+
+WORKS: dict[str, dict[str, Callable[[Kernel], Work]]] = {
+    "gemm_popc": {"": _popc},
+    "gemm_skinny": {"": _skinny},
+    "gemm_skinny_mma_sm80": {"": _skinny_mma},
+    "gemm_mma_sm80": {"": _mma_sm80},
+    "gemm_mma_sm75": {"": _mma_sm75},
+    "pack": {"": _pack, ", in range": _pack_with_range},
+    "unpack": {"": _unpack},
+    "align": {"": _align},
+}
+
+
+class Rates(NamedTuple):
+    """Of a multiprocessor, in a clock; None where nobody says."""
+
+    memory: float  # bytes
+    multiplies: int | None  # of bits
+    l2: int | None  # bytes
+
+
+def _memory(gigabytes: float, multiprocessors: int, gigahertz: float) -> float:
+    return gigabytes / multiprocessors / gigahertz
+
+
+# Multiplies and L2 of the heuristics, which have none for a 7.5: 8 times its int8 rate, in the data sheet of the T4.
+RATES = {
+    "sm_75": Rates(_memory(320, 40, 1.59), 8192, None),  # T4
+    "sm_80": Rates(_memory(2039, 108, 1.41), 16384, 47),  # A100 with 80 GB
+    "sm_86": Rates(_memory(936, 82, 1.70), 8192, 16),  # RTX 3090
+    "sm_89": Rates(_memory(1008, 128, 2.52), 8192, 16),  # RTX 4090
+    "sm_90a": Rates(_memory(4800, 132, 1.75), 8192, 24),  # H200
+    "sm_100": Rates(_memory(8000, 148, 1.85), None, None),  # B200
+    "sm_120": Rates(_memory(1792, 170, 2.41), None, None),  # RTX 5090
+}
+
+TENSOR = re.compile(r"[BIHDQO]MMA")
+SLOW = re.compile(r"POPC|FLO|BREV|MUFU|F2F|F2I|I2F$|I2I")
+FUSED = re.compile(r"IMAD|FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2")
+SHARED = re.compile(r"LD|ST|SHFL|ATOM|RED|LDGSTS")
+# Control, and the units of what is the same in all lanes: they take an issue slot alone.
+ELSEWHERE = re.compile(
+    r"U[A-Z]|BRA|BAR|BSSY|BSYNC|B2R|BMOV|CALL|CS2R|DEPBAR|EXIT|LDGDEPBAR|NOP|R2UR|S2|WARPSYNC|LDC|YIELD"
+)
+
+
+def clocks_of(name: str) -> dict[str, float]:
+    """What an instruction of a warp occupies."""
+    wide = re.search(r"\.(64|128)(?=\.|$)", name)
+    if ELSEWHERE.match(name) or TENSOR.match(name):
+        return {}
+    if SHARED.match(name):
+        return {"shared": int(wide[1]) / 32 if wide else 1}
+    part, lanes = ("POPC", 16) if SLOW.match(name) else ("FMA", 64) if FUSED.match(name) else ("ALU", 64)
+    return {part: WARP / lanes}
+
+
+PARTS = ["issue", "tensor", "POPC", "ALU", "FMA", "shared", "L2", "memory"]
+
+
+def estimate(passed: Counter[str], work: Work, rates: Rates) -> dict[str, float]:
+    """Clocks that one pass of a loop keeps each part of a multiprocessor busy for, for one warp."""
+    clocks = dict.fromkeys(PARTS, 0.0)
+    clocks["issue"] = passed.total() / 4
+    for name, count in passed.items():
+        for part, each in clocks_of(name).items():
+            clocks[part] += count * each
+    clocks["tensor"] = work.multiplies / rates.multiplies if rates.multiplies else 0
+    clocks["L2"] = work.l2 / rates.l2 if rates.l2 else 0
+    clocks["memory"] = work.memory / rates.memory
+    return clocks
+
+
+def main_pass(instructions: list[Instruction], work: Work) -> Counter[str] | None:
+    """Instructions of one pass of the main loop, or None where the kernel is left empty on this target.
+
+    Of a loop with a condition that does not change in it nvcc makes two: it is the one that does more of the work.
+    """
+    kinds = (work.kind, *work.also)
+    found = machine_code.main_loops(instructions, work.kind)
+    passes = [machine_code.one_pass(instructions, loop, kinds, work.whole) for loop in found]
+    return max(passes, key=lambda passed: (machine_code.count(passed, *kinds), -passed.total()), default=None)
+
+
+def shown(kernel: Kernel) -> bool:
+    """Whether others differ from it in no more than the results' type or the rule for signs."""
+    if kernel.source == "pack":
+        return kernel.type == "bfloat16" and kernel.flags == (False,)
+    return kernel.type in ("bfloat16", "2 bytes", "")
+
+
+def row(target: str, name: str, work: Work, passed: Counter[str], takes: Resources, threads: int) -> list[object]:
+    """A line of the table."""
+    blocks = machine_code.resident_blocks(machine_code.CHIPS[target], takes, threads, work.dynamic)
+    clocks = estimate(passed, work, RATES[target])
+    slowest = max(clocks, key=clocks.__getitem__)
+    return [
+        *(name, target, takes.registers, takes.shared + work.dynamic, f"{blocks} x {threads}", passed.total()),
+        *(f"{clocks[part]:.0f}" if clocks[part] else "" for part in PARTS),
+        *(slowest, f"{clocks[work.peak] / clocks[slowest]:.0%} of {work.peak}"),
+    ]
+
+
+def table(library: Path, targets: list[str]) -> list[list[object]]:
+    """By kernel and target; not where a kernel is left empty."""
+    used, bounds = machine_code.resources(library), machine_code.launch_bounds(library)
+
+    def rows_of(target: str) -> list[tuple[int, str, list[object]]]:
+        found = []
+        for kernel, instructions in machine_code.disassemble(library, target):
+            for what, work_of in WORKS[kernel.source].items() if shown(kernel) else ():
+                work, name = work_of(kernel), f"{kernel}{what}"
+                if passed := main_pass(instructions, work):
+                    line = row(target, name, work, passed, used[target][kernel], bounds[kernel].threads)
+                    found.append((list(WORKS).index(kernel.source), name, line))
+        return found
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = [row for rows in pool.map(rows_of, targets) for row in rows]
+    # As sorting keeps the order of equals, targets stay in theirs.
+    return [line for *_, line in sorted(found, key=lambda row: row[:2])]
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks gpu-model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--library", type=Path, default=LIBRARY, help="the compiled CUDA operators")
+    parser.add_argument("--target", choices=list(RATES), action="append", help="one target, or several (all)")
+    options = parser.parse_args(arguments)
+    if not options.library.exists():
+        raise SystemExit(f"{options.library} is not there: the CUDA operators are not built.")
+    built = machine_code.resources(options.library)
+    targets = [target for target in options.target or RATES if target in built]
+    headers = ["kernel", "target", "registers", "shared", "blocks", "instructions", *PARTS, "bound by", "share"]
+    print(tabulate(table(options.library, targets), headers=headers, disable_numparse=True))
+    print(
+        "\nAn estimate from machine code and data sheets: no hardware was used. Registers of a thread; bytes of shared "
+        "memory of a\nblock; blocks of so many threads that share a multiprocessor; instructions of a warp's pass of "
+        "the main loop, and\nthe clocks for which it keeps each part of a multiprocessor busy."
+    )

@@ -1,0 +1,245 @@
+"""The launchers of csrc/cuda, run without a GPU: what they launch is recorded, and executed by the interpreter.
+
+    popc = Launcher("gemm_popc")
+    error, launches = popc(job)              # a Struct of csrc/cuda/kernels.h, with buffers for its pointers
+    launches[0].grid, launches[0].run()
+
+A launcher also stands in for its file's Module where a test says what it believes to be launched: the launcher is
+called, and what it launches, which must be that, is executed.
+
+The launchers are compiled by nvcc, unchanged, and linked with runtime.cpp instead of CUDA's runtime.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import re
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..machine import SHARED_LIMIT, Buffer, Module, Pointer, Report, Struct, _build, _dim3, nvcc, nvcc_release
+from ..product import CUDA, module, source
+
+HERE = Path(__file__).parent
+NAMES = ["pack", "unpack", "align", "gemm_popc", "gemm_skinny", "gemm_skinny_mma_sm80", "gemm_mma_sm75"]
+NAMES.append("gemm_mma_sm80")
+SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION = 0, 1, 9  # cudaError_t
+# Host code is the same for all targets. Of this one the tensor-core kernels of sm_80 are empty, which saves seconds.
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-gencode=arch=compute_75,code=compute_75",
+    "-Wno-deprecated-gpu-targets",
+    "-Xcompiler=-fPIC",
+]
+TARGET = "sm_80"
+"""Whose PTX is executed: all of the kernels run there."""
+ADDRESS_SHIFT = 40
+"""Fake addresses of buffers lie so far apart, and above any size in a launch that is executed."""
+
+
+# ---- Compilation -----------------------------------------------------------------------------------------------------
+def _object(path: str, text: str, more: Sequence[str] = (), depends: str = "") -> Path:
+    """An object file, made once of a text in a file of this name (which is in the names of its kernels)."""
+    key = hashlib.sha256(repr((path, text, FLAGS, nvcc_release(), depends)).encode()).hexdigest()[:16]
+
+    def make(out: Path) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            (Path(directory) / path).write_text(text)
+            command = [nvcc(), *FLAGS, *more, "-c", path, "-o", str(out)]
+            done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"nvcc: {done.stderr or done.stdout}")
+
+    return _build(f"{key}.o", make)
+
+
+_OnLaunch = ctypes.CFUNCTYPE(
+    *(None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_uint32)),
+    *(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)),
+)
+
+
+@functools.cache
+def library(name: str = "", text: str = "") -> ctypes.CDLL:
+    """All launchers; `text` takes the place of csrc/cuda's file of that name."""
+    objects = [_object(f"{each}.cu", text if each == name else source(f"{each}.cu")) for each in NAMES]
+    objects.append(_object("runtime.cpp", (HERE / "runtime.cpp").read_text()))
+    objects.append(
+        _object("launchers.cpp", (HERE / "launchers.cpp").read_text(), [f"-I{CUDA}"], depends=source("kernels.h"))
+    )
+    # Symbolic: with the functions of runtime.cpp even where the process has loaded CUDA's runtime.
+    command = [nvcc(), *FLAGS, "-shared", "-cudart=none", "-Xlinker=-Bsymbolic,-z,defs", *map(str, objects), "-o"]
+    key = hashlib.sha256(repr(command).encode()).hexdigest()[:16]
+
+    def make(out: Path) -> None:
+        subprocess.run([*command, str(out)], check=True)
+
+    found = ctypes.CDLL(str(_build(f"launchers-{key}.so", make)))
+    found.runtime_on_launch.argtypes = [_OnLaunch]
+    found.runtime_errors.argtypes = [ctypes.c_int, ctypes.c_int]
+    for each in NAMES:
+        getattr(found, f"launch_{each}").argtypes = [
+            *(ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p),
+        ]
+    return found
+
+
+@functools.cache
+def without_file(kernel: str) -> str:
+    """A mangled name without that of its file's anonymous namespace, which begins with its length."""
+    while match := re.search(r"(\d+)_GLOBAL__N__", kernel):
+        kernel = kernel[: match.start()] + "1N" + kernel[match.end(1) + int(match[1]) :]
+    return kernel
+
+
+@functools.cache
+def _kernels(module: Module) -> dict[str, str]:
+    return {without_file(name): name for name in module.ptx.kernels}
+
+
+# ---- Launches --------------------------------------------------------------------------------------------------------
+@dataclass
+class Launch:
+    module: Module
+    kernel: str  # its name in the module
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    most_dynamic: int  # to which the kernel's dynamic shared memory was raised, or 0
+    stream: int
+    arguments: list[bytes]
+    buffers: list[Buffer] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Within what every GPU takes ("Technical Specifications per Compute Capability") and the kernel says."""
+        compiled = self.module.kernel(self.kernel)
+        threads = self.block[0] * self.block[1] * self.block[2]
+        (bound,) = re.findall(r"\.maxntid\s+(\d+)", self.module.ptx.kernels.texts[self.kernel][0])
+        assert 1 <= self.grid[0] < 2**31 and all(1 <= size <= 65535 for size in self.grid[1:]), self
+        assert min(self.block) >= 1 and threads <= int(bound) <= 1024 and threads % 32 == 0 and self.block[2] == 1, self
+        assert self.shared_bytes == 0 or compiled.dynamic_at is not None, self
+        if self.most_dynamic == 0:
+            assert compiled.static_shared + self.shared_bytes <= 48 * 1024, self
+        else:
+            # Those of sm_86, the smallest of the targets that have such kernels.
+            assert self.shared_bytes <= self.most_dynamic <= 1024 * SHARED_LIMIT[86] - compiled.static_shared, self
+
+    def run(self, seed: int = 0) -> Report:
+        arguments = [self._with_buffers(argument) for argument in self.arguments]
+        return self.module.launch(self.kernel, self.grid, self.block, arguments, self.shared_bytes, seed)
+
+    def _with_buffers(self, argument: bytes) -> Struct:
+        """Fake addresses replaced by the buffers that they stand for."""
+        words, rest = divmod(len(argument), 8)
+        *values, tail = struct.unpack(f"={words}Q{rest}s", argument)
+        return Struct(f"={words}Q{rest}s", *map(self._pointer, values), tail)
+
+    def _pointer(self, value: int) -> int | Pointer:
+        index = (value >> ADDRESS_SHIFT) - 1
+        if not 0 <= index < len(self.buffers):
+            return value
+        return self.buffers[index].at(value - _address(index, self.buffers[index]))
+
+
+def _address(index: int, buffer: Buffer) -> int:
+    return (index + 1 << ADDRESS_SHIFT) + buffer.misalign
+
+
+class Launcher:
+    """A launcher of csrc/cuda; `tile` is gemm_mma_sm80's, `text` takes the place of its file."""
+
+    def __init__(self, name: str, tile: int = 0, text: str = "") -> None:
+        self.name, self.tile = name, tile
+        self.library = library(name, text) if text else library()
+        self.module = module(f"{name}.cu", TARGET)
+        self.ptx = self.module.ptx
+        self.launched: set[str] = set()
+        """The kernels that were launched so far."""
+        self.execute = True
+        """Whether `launch` executes what is launched."""
+
+    def __call__(
+        self, job: Struct, tile: int | None = None, stream: int = 0, errors: tuple[int, int] = (SUCCESS, SUCCESS)
+    ) -> tuple[int, list[Launch]]:
+        """The error that the launcher returns, and what it launched; `errors` are those of the runtime it meets."""
+        buffers: list[Buffer] = []
+
+        def address(value: Any) -> Any:
+            if value is None:
+                return 0
+            if isinstance(value, Pointer):
+                return address(value.buffer) + value.offset
+            if not isinstance(value, Buffer):
+                return value
+            if not any(value is known for known in buffers):
+                buffers.append(value)
+            index = next(i for i, known in enumerate(buffers) if known is value)
+            return _address(index, value)
+
+        launches: list[Launch] = []
+        raised: list[Exception] = []
+
+        def on_launch(*launch: Any) -> None:  # an exception would not leave it
+            try:
+                launches.append(self._record(*launch, buffers))
+            except Exception as error:
+                raised.append(error)
+
+        function = _OnLaunch(on_launch)
+        self.library.runtime_on_launch(function)
+        self.library.runtime_errors(*errors)
+        data = struct.pack(job.format, *map(address, job.values))
+        tile = self.tile if tile is None else tile
+        error = getattr(self.library, f"launch_{self.name}")(data, len(data), tile, stream)
+        assert not raised, raised
+        assert error >= 0, f"{self.name}: a struct of {len(data)} bytes is not what it takes"
+        for launch in launches:
+            launch.check()
+        return error, launches
+
+    def _record(
+        self,
+        name: bytes,
+        grid: Any,
+        block: Any,
+        shared_bytes: int,
+        most_dynamic: int,
+        stream: int | None,
+        arguments: Any,
+        buffers: list[Buffer],
+    ) -> Launch:
+        kernel = _kernels(self.module)[without_file(name.decode())]
+        self.launched.add(kernel)
+        sizes = [parameter.size or 0 for parameter in self.ptx.kernels[kernel].params]
+        values = [ctypes.string_at(arguments[i], size) for i, size in enumerate(sizes)]
+        sides = (tuple(grid[:3]), tuple(block[:3]))
+        return Launch(self.module, kernel, *sides, shared_bytes, most_dynamic, stream or 0, values, buffers)
+
+    def launch(
+        self,
+        kernel: str,
+        grid: int | Sequence[int],
+        block: int | Sequence[int],
+        args: Sequence[Any],
+        shared_bytes: int = 0,
+        seed: int = 0,
+    ) -> Report | None:
+        """Module.launch by way of the launcher, which must launch just this, in the caller's stream."""
+        stream = 4096 + seed
+        error, launches = self(args[0], stream=stream)
+        assert (error, len(launches)) == (SUCCESS, 1), args
+        launch = launches[0]
+        what = (launch.kernel, launch.grid, launch.block, launch.shared_bytes, launch.stream)
+        assert what == (kernel, _dim3(grid), _dim3(block), shared_bytes, stream), args
+        for actual, expected in zip(launch.arguments[1:], args[1:], strict=True):
+            if isinstance(expected, int):
+                assert int.from_bytes(actual, "little", signed=not isinstance(expected, bool)) == expected, args
+        return launch.run(seed) if self.execute else None

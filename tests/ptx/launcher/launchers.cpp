@@ -1,0 +1,33 @@
+// The launchers of csrc/cuda/kernels.h as plain C: a struct as bytes in, the error out.
+#include "kernels.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+using namespace bitorch_qlinear::cuda;
+
+namespace {
+
+constexpr int kOtherSize = -1;  // no CUDA error: Python's idea of the struct is wrong
+
+template <class Job, class Function>
+int with(const void* job, uint64_t bytes, Function function) {
+    return bytes == sizeof(Job) ? function(*static_cast<const Job*>(job)) : kOtherSize;
+}
+
+}  // namespace
+
+// All have one signature; `tile` is gemm_mma_sm80's alone.
+#define LAUNCHER(name, Job, ...)                                                                \
+    EXPORT int launch_##name(const void* bytes, uint64_t size, int tile, cudaStream_t stream) { \
+        static_cast<void>(tile);                                                                \
+        return with<Job>(bytes, size, [&](const Job& job) { return name(__VA_ARGS__); });       \
+    }
+
+LAUNCHER(pack, Pack, job, stream)
+LAUNCHER(unpack, Unpack, job, stream)
+LAUNCHER(align, Align, job, stream)
+LAUNCHER(gemm_popc, Product, job, stream)
+LAUNCHER(gemm_skinny, Product, job, stream)
+LAUNCHER(gemm_skinny_mma_sm80, Product, job, stream)
+LAUNCHER(gemm_mma_sm75, Product, job, stream)
+LAUNCHER(gemm_mma_sm80, Product, job, static_cast<Tile>(tile), stream)

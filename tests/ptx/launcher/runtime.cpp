@@ -1,0 +1,104 @@
+// What nvcc's host code calls of the CUDA runtime, for a machine without a GPU: a launch is handed to a function of
+// Python's, and nothing runs.
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <unordered_map>
+#include <utility>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+struct Kernel {
+    const char* name;
+    int most_dynamic = 0;  // dynamic shared memory that was asked for; 0: what any kernel may have
+};
+
+struct Configuration {
+    dim3 grid, block;
+    size_t shared_bytes;
+    cudaStream_t stream;
+};
+
+using OnLaunch = void (*)(const char* name, const dim3* grid, const dim3* block, uint64_t shared_bytes,
+                          uint64_t most_dynamic, cudaStream_t stream, void** arguments);
+
+// By the host's address. Constructed at its first use: other files' static constructors fill it.
+std::unordered_map<const void*, Kernel>& kernels() {
+    static std::unordered_map<const void*, Kernel> all;
+    return all;
+}
+
+Configuration configuration;
+OnLaunch on_launch;
+cudaError_t last_error, error_of_launch, error_of_attribute;
+
+cudaError_t remember(cudaError_t error) {
+    if (error != cudaSuccess) last_error = error;
+    return error;
+}
+
+}  // namespace
+
+// ---- what Python calls ----------------------------------------------------------------------------------------------
+
+EXPORT void runtime_on_launch(OnLaunch function) { on_launch = function; }
+
+// What every launch, and every cudaFuncSetAttribute, returns from now on, as it may on a device. Forgets the last error.
+EXPORT void runtime_errors(int launch, int attribute) {
+    error_of_launch = static_cast<cudaError_t>(launch), error_of_attribute = static_cast<cudaError_t>(attribute);
+    last_error = cudaSuccess;
+}
+
+// ---- what launchers call ---------------------------------------------------------------------------------------------
+
+EXPORT cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+
+EXPORT cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+    if (error_of_attribute != cudaSuccess) return remember(error_of_attribute);
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return remember(cudaErrorNotSupported);
+    kernels().at(function).most_dynamic = value;
+    return cudaSuccess;
+}
+
+// ---- what nvcc makes of kernel<<<...>>>(...) -------------------------------------------------------------------------
+
+EXPORT unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream) {
+    configuration = {grid, block, shared_bytes, stream};
+    return 0;
+}
+
+EXPORT cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared_bytes, void* stream) {
+    *grid = configuration.grid, *block = configuration.block, *shared_bytes = configuration.shared_bytes;
+    *static_cast<cudaStream_t*>(stream) = configuration.stream;
+    return cudaSuccess;
+}
+
+EXPORT cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
+    *kernel = reinterpret_cast<cudaKernel_t>(&kernels().at(function));
+    return cudaSuccess;
+}
+
+EXPORT cudaError_t __cudaLaunchKernel(cudaKernel_t handle, dim3 grid, dim3 block, void** arguments, size_t shared_bytes,
+                                      cudaStream_t stream) {
+    if (error_of_launch != cudaSuccess) return remember(error_of_launch);
+    const auto& kernel = *reinterpret_cast<const Kernel*>(handle);
+    on_launch(kernel.name, &grid, &block, shared_bytes, kernel.most_dynamic, stream, arguments);
+    return cudaSuccess;
+}
+
+// ---- what it makes of a file's kernels -------------------------------------------------------------------------------
+
+EXPORT void** __cudaRegisterFatBinary(void*) {
+    static void* none;
+    return &none;
+}
+EXPORT void __cudaRegisterFatBinaryEnd(void**) {}
+EXPORT void __cudaUnregisterFatBinary(void**) {}
+EXPORT char __cudaInitModule(void**) { return 1; }
+
+EXPORT void __cudaRegisterFunction(void**, const char* function, char*, const char* name, int, uint3*, uint3*, dim3*,
+                                   dim3*, int*) {
+    kernels()[function] = {name};
+}

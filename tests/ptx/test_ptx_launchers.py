@@ -1,0 +1,466 @@
+"""The launchers of csrc/cuda, compiled as they are: what they launch, executed as PTX; and their mutants.
+
+Elsewhere tests launch kernels as they believe that the launchers do. Here the launchers do it, and must agree.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from reference import FLOATS
+
+from . import (
+    test_ptx_mma_sm75 as mma_sm75,
+)
+from . import (
+    test_ptx_mma_sm80 as mma_sm80,
+)
+from . import (
+    test_ptx_skinny as skinny,
+)
+from . import (
+    test_ptx_skinny_mma_sm80 as skinny_mma_sm80,
+)
+from .launcher import INVALID_CONFIGURATION, INVALID_VALUE, NAMES, SUCCESS, TARGET, Launch, Launcher
+from .machine import In, Module, Out, PtxFault, Report, Struct
+from .product import DTYPES, Call, aligned_words_for, ceil_div, kernel, module, product_call, source, total_letter
+from .rows import row_grid
+from .test_ptx_align import SEGMENT as ALIGN_SEGMENT
+from .test_ptx_align import check_align
+from .test_ptx_pack import check_pack, segment, vector
+from .test_ptx_pack import kernel_name as pack_name
+from .test_ptx_popc import check_popc
+from .test_ptx_unpack import ALL as VALUES
+from .test_ptx_unpack import SIZES, check_unpack
+
+OUTPUTS = [*FLOATS, torch.int32]
+TILES = list(mma_sm80.THREADS)
+"""In the order of Tile in csrc/cuda/heuristics.h."""
+# A launcher, and of gemm_mma_sm80 the tile too.
+LAUNCHERS = [(name, 0) for name in NAMES if name != "gemm_mma_sm80"] + [("gemm_mma_sm80", i) for i in range(3)]
+GEMMS = [launcher for launcher in LAUNCHERS if launcher[0].startswith("gemm")]
+MOST_BLOCKS, MOST_VALUES, MOST_ROWS = 2**31 - 1, 2**31 - 1, 16
+"""Of a grid; of a row; of x in the skinny kernels."""
+ADDRESS = 1 << 40
+NO_KERNEL_IMAGE, OUT_OF_RESOURCES = 209, 701  # cudaError_t, of a device
+each_launcher = pytest.mark.parametrize("which", LAUNCHERS, ids=lambda which: f"{which[0]}-{which[1]}")
+each_gemm = pytest.mark.parametrize("which", GEMMS, ids=lambda which: f"{which[0]}-{which[1]}")
+
+
+# ---- Jobs whose memory nobody reads ----------------------------------------------------------------------------------
+def pack_job(m: int, k: int, dtype: int = 1, **changes: object) -> Struct:
+    """Any field may be changed; so below."""
+    fields = {"x": ADDRESS, "dtype": dtype, "m": m, "k": k, "stride": k, "strict": False, "threshold": 0.0}
+    fields |= {"words": ADDRESS, "word_stride": ceil_div(k, 32), "in_range": None, "popcounts": None}
+    return Struct("Qi4xqqq?7xdQqQQ", *(fields | changes).values())
+
+
+def unpack_job(m: int, k: int, dtype: int = 1, **changes: object) -> Struct:
+    fields = {"words": ADDRESS, "m": m, "k": k, "values": ADDRESS, "dtype": dtype}
+    return Struct("QqqQi4x", *(fields | changes).values())
+
+
+def align_job(m: int, k: int, **changes: object) -> Struct:
+    fields = {"words": ADDRESS, "m": m, "k": k, "aligned": ADDRESS, "popcounts": ADDRESS, "header": None}
+    return Struct("QqqQQQ", *(fields | changes).values())
+
+
+def product_job(m: int, n: int, k: int, dtype: int = 4, **changes: object) -> Struct:
+    stride = aligned_words_for(k)
+    fields = {"x": ADDRESS, "x_stride": stride, "x_popcounts": ADDRESS}
+    fields |= {"weight": ADDRESS, "weight_stride": stride, "weight_popcounts": ADDRESS}
+    fields |= {"m": m, "n": n, "k": k, "y": ADDRESS, "dtype": dtype}
+    fields |= {"scale": None, "scale_dtype": 0, "bias": None, "bias_dtype": 0, "prepared": None}
+    assert set(changes) <= set(fields)
+    return Struct("QqQQqQqqqQi4xQi4xQi4xQ", *(fields | changes).values())
+
+
+def job(launcher: Launcher, m: int, n: int, k: int, **changes: object) -> Struct:
+    """Of m rows of k values, and for a product n columns."""
+    if launcher.name.startswith("gemm"):
+        return product_job(m, n, k, **changes)
+    return {"pack": pack_job, "unpack": unpack_job, "align": align_job}[launcher.name](m, k, **changes)
+
+
+def launched(launcher: Launcher, job: Struct) -> Launch:
+    """The launcher launches one kernel."""
+    error, launches = launcher(job)
+    assert (error, len(launches)) == (SUCCESS, 1), (launcher.name, job)
+    return launches[0]
+
+
+def nothing(launcher: Launcher, job: Struct, error: int = SUCCESS, **more: int) -> None:
+    """The launcher returns this, and launches nothing."""
+    assert launcher(job, **more) == (error, []), (launcher.name, job)
+
+
+# ---- What is launched, executed --------------------------------------------------------------------------------------
+def check_product(launcher: Launcher, m: int, n: int, k: int, out: torch.dtype = torch.int32, **more) -> None:
+    """A product of random words, launched as the kernel's own tests believe."""
+    if launcher.name == "gemm_popc":
+        check_popc(launcher, m, n, k, out, **more)
+    elif launcher.name == "gemm_skinny":
+        skinny.check_skinny(launcher, m, n, k, out, wide=m <= 2 and n >= 256 * 16, **more)
+    elif launcher.name == "gemm_skinny_mma_sm80":
+        tiles = 4 if n >= 256 * 32 else 2 if n >= 256 * 16 else 1
+        skinny_mma_sm80.check_skinny(launcher, m, n, k, out, tiles, **more)
+    elif launcher.name == "gemm_mma_sm75":
+        mma_sm75.check_mma(launcher, m, n, k, out, **more)
+    else:
+        mma_sm80.check_mma(launcher, m, n, k, out, TILES[launcher.tile], **more)
+
+
+def tile(launcher: Launcher, m: int, n: int) -> tuple[int, int]:
+    """Rows and columns of y of a block."""
+    if launcher.name == "gemm_skinny":
+        return MOST_ROWS, 8 if m > 2 else 16 if n >= 256 * 16 else 4
+    if launcher.name == "gemm_skinny_mma_sm80":
+        return MOST_ROWS, 32 if n >= 256 * 32 else 16 if n >= 256 * 16 else 8
+    return TILES[launcher.tile] if launcher.name == "gemm_mma_sm80" else (64, 64)
+
+
+def check_pack_edges(pack: Launcher, dtype: torch.dtype) -> None:
+    lanes, end = vector(dtype), segment(dtype)
+    for strict in (False, True):
+        check_pack(pack, dtype, 3, 3 * lanes, strict, lanes)
+        check_pack(pack, dtype, 3, 3 * lanes, strict, 1)  # rows of other strides, lengths and starts
+        check_pack(pack, dtype, 3, 3 * lanes + 1, strict, lanes - 1)
+        check_pack(pack, dtype, 2, 3 * lanes, strict, misalign=dtype.itemsize)
+    check_pack(pack, dtype, 1, 3 * lanes, padding=1)  # a single row has no stride
+    check_pack(pack, dtype, 2, 0)
+    for k in (end, end + 1, 2 * end + 1, 4 * end + 1):
+        check_pack(pack, dtype, 3, k, threshold=None, aligned=True)
+    check_pack(pack, dtype, 1, 8 * end + 1, popcounts=False)
+
+
+def check_unpack_edges(unpack: Launcher, dtype: torch.dtype) -> None:
+    lanes, end = vector(dtype), segment(dtype)
+    for k in (1, 3 * lanes, 3 * lanes + 1, end, end + 1, 2 * end + lanes):
+        check_unpack(unpack, dtype, 3, k)
+    check_unpack(unpack, dtype, 1, 8 * end + 1)
+    check_unpack(unpack, dtype, 3, 3 * lanes, misalign=dtype.itemsize)
+
+
+def check_align_edges(align: Launcher) -> None:
+    for m in (0, 1, 4, 5, 9):
+        check_align(align, m, 200, header=True)
+    for k in (0, 1, 128, ALIGN_SEGMENT, ALIGN_SEGMENT + 1, 2 * ALIGN_SEGMENT + 1, 5 * ALIGN_SEGMENT):
+        check_align(align, 3, k, aligned=k != 1, header=k % 2 == 1)
+    check_align(align, 9, 31, misalign=4)
+
+
+def check_product_edges(launcher: Launcher) -> None:
+    for m in (1, 2, 3, 4, 5, 8, 9, 16) if launcher.name.startswith("gemm_skinny") else ():
+        check_product(launcher, m, 9, 65)
+    rows, columns = tile(launcher, 16, 1)
+    for m, n in ((rows, columns), (rows + (rows != MOST_ROWS), columns + 1)):
+        for k in (0, 1, 129):
+            check_product(launcher, m, n, k)
+    bias = torch.randn(37, generator=torch.Generator().manual_seed(0))
+    for out in OUTPUTS[:-1]:
+        check_product(launcher, 3, 37, 40, out, bias=bias, scale=bias.flip(0))
+    if launcher.name.startswith("gemm_skinny"):
+        # Enough columns for blocks of many, and one short of it; all warps' steps, and one more.
+        for n in (256 * 16 - 1, 256 * 16, 256 * 32 - 1, 256 * 32):
+            for m in (1, 2):
+                check_product(launcher, m, n, 33)
+        for k in (32 * 8 * 32, 32 * 8 * 64 + 1, 32 * 16 * 128, 32 * 16 * 128 + 1):
+            check_product(launcher, 1, 5, k)
+
+
+def check_unaligned_output(launcher: Launcher) -> None:
+    """Vectors are stored where all rows of y start on 16 bytes."""
+    for out in OUTPUTS:
+        for misalign in (0, out.itemsize, 16):
+            call = product_call(3, 16, 70, out, aligned=True)
+            call.output.misalign = misalign
+            launch = launched(launcher, call.fields)
+            launch.run()
+            call.check()
+            if launcher.name.startswith("gemm_mma"):
+                assert launch.arguments[-1] == bytes([misalign % 16 == 0])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+def test_pack(dtype):
+    pack = Launcher("pack")
+    check_pack_edges(pack, dtype)
+    assert pack.launched == {name for name in pack.ptx.kernels if f"pack_rowsI{DTYPES[dtype][1]}" in name}
+    assert len(pack.launched) == 4
+
+
+@pytest.mark.parametrize("dtype", VALUES, ids=lambda dtype: str(dtype)[6:])
+def test_unpack(dtype):
+    unpack = Launcher("unpack")
+    check_unpack_edges(unpack, dtype)
+    assert unpack.launched == {name for name in unpack.ptx.kernels if f"rowsI{SIZES[dtype.itemsize][0]}Lb" in name}
+    assert len(unpack.launched) == 2
+
+
+def test_align():
+    check_align_edges(Launcher("align"))
+
+
+@each_gemm
+def test_gemm(which):
+    launcher = Launcher(*which)
+    check_product_edges(launcher)
+    check_unaligned_output(launcher)
+
+
+def test_popc_takes_words_on_any_address():
+    call = product_call(3, 66, 70)
+    for value in call.fields.values:
+        if isinstance(value, In):
+            value.misalign = 4
+    launched(Launcher("gemm_popc"), call.fields).run()
+    call.check()
+
+
+class TwoParts:
+    """A module whose rows get two blocks at most: they take turns, as 65535 do in rows that no test has memory for."""
+
+    def __init__(self, module: Module) -> None:
+        self.module, self.ptx = module, module.ptx
+
+    def launch(self, kernel: str, grid: tuple[int, int], *rest: object, **more: int) -> Report:
+        assert grid[1] > 2
+        return self.module.launch(kernel, (grid[0], 2), *rest, **more)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+def test_rows_of_more_parts_than_a_grid_has(dtype):
+    k = 5 * 8 * segment(dtype) + 3
+    check_pack(TwoParts(module("pack.cu", TARGET)), dtype, 2, k, popcounts=False)
+    check_unpack(TwoParts(module("unpack.cu", TARGET)), dtype, 2, k)
+
+
+# ---- What is launched, and not executed ------------------------------------------------------------------------------
+def check_nothing_to_do(launcher: Launcher) -> None:
+    """Without an output: no launch, no error; and a tensor without elements has no memory."""
+    gemm = launcher.name.startswith("gemm")
+    null = {"x": None, "weight": None, "y": None, "x_popcounts": None, "weight_popcounts": None} if gemm else {}
+    for k in (0, 1, 128, 70000):
+        nothing(launcher, job(launcher, 0, 5, k, **null))
+        if gemm:
+            nothing(launcher, job(launcher, 5, 0, k, **null))
+            nothing(launcher, job(launcher, 0, 0, k, **null))
+    if launcher.name == "pack":
+        nothing(launcher, pack_job(0, 70, popcounts=ADDRESS))
+        nothing(launcher, pack_job(5, 0, x=None, words=None, in_range=ADDRESS))
+    if launcher.name == "unpack":
+        nothing(launcher, unpack_job(5, 0, words=None, values=None))
+
+
+def check_errors(launcher: Launcher) -> None:
+    """What kernels.h and the launchers call an error, with nothing launched; and the same without it is none."""
+
+    def refused(m: int = 3, k: int = 200, **changes: object) -> None:
+        nothing(launcher, job(launcher, m, 70, k, **changes), INVALID_VALUE)
+
+    launched(launcher, job(launcher, 3, 70, 200))
+    dtypes = {"pack": 4, "unpack": 7, "gemm": 5}.get(launcher.name.split("_")[0])
+    for dtype in [] if dtypes is None else [-1, *range(dtypes, 9)]:
+        refused(dtype=dtype)
+    if not launcher.name.startswith("gemm") or launcher.name == "gemm_popc":
+        return
+    for operand in ("x", "weight"):
+        for offset in (1, 2, 4, 8, 12):
+            refused(**{operand: ADDRESS + offset})
+        for more in (1, 2, 3, 5):
+            refused(**{f"{operand}_stride": aligned_words_for(200) + more})
+        if launcher.name in ("gemm_skinny_mma_sm80", "gemm_mma_sm80"):
+            refused(**{f"{operand}_popcounts": None})
+        else:
+            launched(launcher, job(launcher, 3, 70, 200, **{f"{operand}_popcounts": None}))
+        if launcher.name.startswith("gemm_mma"):
+            refused(**{f"{operand}_stride": aligned_words_for(200) - 4})
+    if launcher.name.startswith("gemm_skinny"):
+        refused(m=17)
+        refused(k=MOST_VALUES + 1)
+        launched(launcher, job(launcher, 16, 70, MOST_VALUES))
+    if launcher.name == "gemm_mma_sm80":
+        for tile in (-1, 3):
+            nothing(launcher, job(launcher, 3, 70, 200), INVALID_VALUE, tile=tile)
+
+
+def check_largest(launcher: Launcher) -> None:
+    """The largest grids, and those that are too large by one block."""
+    if launcher.name.startswith("gemm"):
+        rows, columns = tile(launcher, 5, 2**40)
+        sizes = [(5, MOST_BLOCKS * columns)]
+        if rows != MOST_ROWS:
+            sizes += [(MOST_BLOCKS * rows, 7), (2**15 * rows, (2**16 - 1) * columns), (rows, columns * MOST_BLOCKS)]
+            nothing(launcher, product_job(2**15 * rows, 2**16 * columns, 128), INVALID_CONFIGURATION)
+            nothing(launcher, product_job(MOST_BLOCKS * rows + 1, 7, 128), INVALID_CONFIGURATION)
+        nothing(launcher, product_job(5, MOST_BLOCKS * columns + 1, 128), INVALID_CONFIGURATION)
+        for m, n in sizes:
+            grid = launched(launcher, product_job(m, n, 128)).grid
+            assert grid == (ceil_div(m, rows) * ceil_div(n, columns), 1, 1)
+        return
+    for k, rows in ((1, 8), (2**20, 1)):  # rows of a block
+        assert launched(launcher, job(launcher, MOST_BLOCKS * rows, 0, k)).grid[0] == MOST_BLOCKS
+        nothing(launcher, job(launcher, MOST_BLOCKS * rows + 1, 0, k), INVALID_CONFIGURATION)
+
+
+def check_errors_of_the_runtime(launcher: Launcher) -> None:
+    """A launch that fails is an error, and so is a question before it that fails, after which nothing is launched."""
+    for error in (NO_KERNEL_IMAGE, OUT_OF_RESOURCES):
+        nothing(launcher, job(launcher, 3, 70, 200), error, errors=(error, SUCCESS))
+        launched(launcher, job(launcher, 3, 70, 200))
+    if launcher.name == "gemm_mma_sm80" and TILES[launcher.tile] != mma_sm80.SMALL:
+        nothing(launcher, product_job(3, 70, 200), INVALID_VALUE, errors=(SUCCESS, INVALID_VALUE))
+
+
+def size(generator: np.random.Generator, most: int) -> int:
+    """At least 1, small and large ones alike, and their neighbours of many powers of two."""
+    value = int(2 ** generator.uniform(0, math.log2(most)))
+    if generator.random() < 0.5:
+        value = 2 ** (value.bit_length() - 1) * int(generator.integers(1, 4)) + int(generator.integers(-1, 2))
+    return min(max(value, 1), most)
+
+
+def check_rows_of_any_size(launcher: Launcher, generator: np.random.Generator) -> None:
+    """A launch of pack, unpack or align, or the error of too many blocks."""
+    m, k = size(generator, 2**36), size(generator, MOST_VALUES)
+    address = ADDRESS + 16 * int(generator.integers(2))
+    kind = int(generator.integers(4))  # of the arguments
+    rows, more = m, []
+    if launcher.name == "pack":
+        dtype, lanes = FLOATS[kind], vector(FLOATS[kind])
+        address += dtype.itemsize * int(generator.integers(2))
+        stride = k + int(generator.integers(3)) * lanes // 2
+        strict, popcounts = (bool(generator.random() < 0.5) for _ in range(2))
+        vectors = address % 16 == 0 and k % lanes == 0 and (stride % lanes == 0 or m == 1)
+        name, parts = pack_name(launcher, dtype, strict, vectors), not popcounts
+        word_stride = aligned_words_for(k) if generator.random() < 0.5 else ceil_div(k, 32)
+        segments = ceil_div(32 * word_stride, segment(dtype))
+        fields = {"x": address, "stride": stride, "strict": strict, "word_stride": word_stride}
+        asked = pack_job(m, k, kind, **fields, popcounts=ADDRESS if popcounts else None)
+    elif launcher.name == "unpack":
+        dtype = list(VALUES)[int(generator.integers(len(VALUES)))]
+        address += dtype.itemsize * int(generator.integers(2))
+        whole = address % 16 == 0 and k % vector(dtype) == 0
+        name, parts = kernel(launcher, rf"unpack_rowsI{SIZES[dtype.itemsize][0]}Lb{whole:d}E"), True
+        segments = ceil_div(32 * ceil_div(k, 32), segment(dtype))
+        asked, more = unpack_job(m, k, VALUES[dtype], values=address), [None]
+    else:
+        header = ADDRESS if kind % 2 else None
+        name, parts, rows = kernel(launcher, "align_rows"), False, m + (-m % 4 if header else 0)
+        segments = ceil_div(32 * ceil_div(k, 32), ALIGN_SEGMENT)
+        asked, more = align_job(m, k, aligned=None if kind < 2 else ADDRESS, header=header), [rows, None]
+    (blocks, shares), block = row_grid(rows, segments, parts)
+    if blocks > MOST_BLOCKS:
+        nothing(launcher, asked, INVALID_CONFIGURATION)
+    else:
+        launcher.launch(name, (blocks, min(shares, 65535)), block, [asked, *more])
+
+
+def check_product_of_any_size(launcher: Launcher, generator: np.random.Generator) -> None:
+    """A launch as the kernel's own tests believe, or the error of too many blocks."""
+    few = launcher.name.startswith("gemm_skinny")
+    m, n, k = (size(generator, most) for most in (MOST_ROWS if few else 2**36, 2**36, MOST_VALUES))
+    out = OUTPUTS[int(generator.integers(len(OUTPUTS)))]
+    fields = product_job(m, n, k, DTYPES[out][0], weight_stride=aligned_words_for(k) + 4 * int(generator.integers(9)))
+    call = Call(fields, Out(np.zeros(0)), np.zeros(0), out, torch.empty(0), (m, n, k, out))
+    rows, columns = tile(launcher, m, n)
+    if ceil_div(m, rows) * ceil_div(n, columns) > MOST_BLOCKS:
+        nothing(launcher, fields, INVALID_CONFIGURATION)
+    elif launcher.name == "gemm_popc":
+        name = kernel(launcher, rf"multiply_tilesI\w*AsI{DTYPES[out][1]}{total_letter(out)}E")
+        launcher.launch(name, ceil_div(m, 64) * ceil_div(n, 64), 256, [fields, ceil_div(n, 64)])
+    elif launcher.name == "gemm_skinny":
+        skinny.launch(launcher, call, wide=m <= 2 and columns == 16)
+    elif launcher.name == "gemm_skinny_mma_sm80":
+        skinny_mma_sm80.launch(launcher, call, columns // 8)
+    elif launcher.name == "gemm_mma_sm75":
+        mma_sm75.launch(launcher, call)
+    else:
+        mma_sm80.launch(launcher, call, TILES[launcher.tile])
+
+
+def check_any_size(launcher: Launcher, count: int) -> None:
+    """Random sizes up to the largest: each launch is legal (Launch.check), and covers all rows and columns once."""
+    generator = np.random.default_rng(LAUNCHERS.index((launcher.name, launcher.tile)))
+    check = check_product_of_any_size if launcher.name.startswith("gemm") else check_rows_of_any_size
+    launcher.execute = False
+    for _ in range(count):
+        check(launcher, generator)
+    launcher.execute = True
+
+
+@each_launcher
+def test_nothing_to_do(which):
+    check_nothing_to_do(Launcher(*which))
+
+
+@each_launcher
+def test_errors(which):
+    check_errors(Launcher(*which))
+    check_errors_of_the_runtime(Launcher(*which))
+
+
+@each_launcher
+def test_largest_grids(which):
+    check_largest(Launcher(*which))
+
+
+@each_launcher
+def test_any_size(which):
+    launcher = Launcher(*which)
+    check_any_size(launcher, 1000)
+    shape = "ShapeILi{}ELi{}E".format(*TILES[launcher.tile]) if launcher.name == "gemm_mma_sm80" else ""
+    assert launcher.launched == {name for name in launcher.ptx.kernels if shape in name}
+
+
+# ---- Mutants ---------------------------------------------------------------------------------------------------------
+def run(launcher: Launcher) -> None:
+    for check in (check_nothing_to_do, check_errors, check_errors_of_the_runtime, check_largest):
+        check(launcher)
+    check_any_size(launcher, 200)
+    if launcher.name == "pack":
+        check_pack_edges(launcher, torch.float32)
+    elif launcher.name == "unpack":
+        check_unpack_edges(launcher, torch.float16)
+    elif launcher.name == "align":
+        check_align_edges(launcher)
+    else:
+        check_unaligned_output(launcher)
+
+
+MUTANTS = [
+    ("pack", "reinterpret_cast<uintptr_t>(job.x) % 16 == 0 && ", ""),
+    ("pack", "(job.stride % kVector<T> == 0 || job.m == 1)", "true"),
+    ("pack", "segments == 0 && !job.popcounts", "segments == 0"),
+    ("pack", "kernel, job.m, segments, !job.popcounts", "kernel, job.m, segments, true"),
+    ("unpack", "reinterpret_cast<uintptr_t>(job.values) % 16 == 0 && ", ""),
+    ("unpack", "if (job.k == 0) return cudaSuccess;", ""),
+    ("unpack", "kMostParts = 65535", "kMostParts = 65536"),
+    ("align", "std::max(rows, int64_t{1})", "rows"),
+    ("align", "if (blocks > INT32_MAX)", "if (blocks > UINT32_MAX)"),
+    ("align", "warps < kRowWarps && warps < segments", "warps < kRowWarps && warps <= segments"),
+    ("gemm_popc", "tiles > INT32_MAX", "tiles > UINT32_MAX"),
+    ("gemm_skinny", "product.m > kSkinnyRows || ", ""),
+    ("gemm_skinny", "if (product.m > 8)", "if (product.m >= 8)"),
+    (
+        "gemm_skinny",
+        "reinterpret_cast<uintptr_t>(operand.words) % 16",
+        "reinterpret_cast<uintptr_t>(operand.words) % 8",
+    ),
+    ("gemm_skinny_mma_sm80", "&&\n           operand.popcounts;", ";"),
+    ("gemm_skinny_mma_sm80", "kManyBlocks * 4 * kSide", "kManyBlocks * 4 * kSide + 1"),
+    ("gemm_mma_sm75", "rows_on_16_bytes(product.y, product.n)", "true"),
+    ("gemm_mma_sm75", "operand.stride >= aligned_words_for(k) &&", ""),
+    ("gemm_mma_sm80", "kBytes > 48 * 1024", "kBytes > 96 * 1024"),
+    ("gemm_mma_sm80", "if (error != cudaSuccess) return error;", ""),
+    ("gemm_mma_sm80", "row_tiles > INT32_MAX / column_tiles", "row_tiles * column_tiles > UINT32_MAX"),
+]
+
+
+@pytest.mark.parametrize("name, old, new", MUTANTS)
+def test_mutants_of_launchers_are_caught(name, old, new):
+    text = source(f"{name}.cu")
+    assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"
+    with pytest.raises((AssertionError, PtxFault)):
+        run(Launcher(name, text=text.replace(old, new)))
