@@ -32,6 +32,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 
@@ -40,13 +42,13 @@
 // Our own headers too are compiled for AVX2 here; what they define has internal linkage.
 BITORCH_QLINEAR_AVX2_BEGIN
 #include "bits.h"
+#include "byte_sums_avx2.h"
+#include "four_russians_avx2.h"
 #include "kernel.h"
 #include "pack_avx2.h"
 
 namespace bitorch_qlinear {
 namespace {
-
-using Vector = __m256i;
 
 constexpr int64_t kPanel = 64;
 constexpr int64_t kUnit = 24;
@@ -86,42 +88,11 @@ constexpr Tables make_tables() {
 }
 constexpr Tables kTables = make_tables();
 
-inline Vector load(const void* p) { return _mm256_loadu_si256(static_cast<const Vector*>(p)); }
-inline void store(void* p, Vector v) { _mm256_storeu_si256(static_cast<Vector*>(p), v); }
 inline Vector load_table(const uint8_t* tables, const uint16_t* offset) {
     return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(tables + *offset)));
 }
 inline Vector look_up(Vector table, Vector nibbles) { return _mm256_shuffle_epi8(table, nibbles); }
 inline Vector sum(Vector a, Vector b, Vector c) { return _mm256_add_epi8(_mm256_add_epi8(a, b), c); }
-inline Vector low_nibbles(Vector v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
-inline Vector high_nibbles(Vector v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
-// gcc 12 turns a = a + b on loop-carried registers into moves and spills; tying the register to the
-// sum avoids them (8 % of the whole call).
-inline void accumulate(Vector& a, Vector b) { asm("vpaddb %1, %0, %0" : "+x"(a) : "x"(b)); }
-
-// The 16-bit sums of 32 outputs. `whole` adds bytes as even + 256 odd modulo 2^16 and `odd` the odd
-// bytes alone; even = whole - 256 odd modulo 2^16 is left to widen(), which saves a mask each block.
-struct Sums {
-    Vector whole, odd;
-};
-
-inline void add_bytes(Sums* sums, Vector bytes, bool first) {
-    const Vector odd = _mm256_srli_epi16(bytes, 8);
-    sums->whole = first ? bytes : _mm256_add_epi16(sums->whole, bytes);
-    sums->odd = first ? odd : _mm256_add_epi16(sums->odd, odd);
-}
-
-// A and B of one block -> byte counts of rows p and q -> their 16-bit sums.
-inline void flush_pair(Vector a, Vector b, Sums* p, Sums* q, bool first) {
-    // B's low nibbles are q mod 16 in every byte, so A - 16 (q mod 16) is p mod 256 exactly.
-    const Vector high = _mm256_set1_epi8(static_cast<char>(0xF0));
-    const Vector row_p = _mm256_sub_epi8(a, _mm256_and_si256(_mm256_slli_epi16(b, 4), high));
-    // What p's odd byte left in B's even byte is 16 (p mod 16).
-    const Vector leak = _mm256_and_si256(_mm256_srli_epi16(row_p, 4), _mm256_set1_epi16(0xF0));
-    add_bytes(p, row_p, first);
-    add_bytes(q, _mm256_sub_epi8(b, leak), first);
-}
-
 // Per row pair and 128 outputs: [weight vector 0..3][row p, row q].
 struct PairSums {
     Sums rows[4][2];
@@ -215,10 +186,10 @@ __attribute__((noinline)) void single_row(const uint8_t* panels, int64_t panel_b
 // The 16-bit sums of one row -> int32 counts of 32 `vectors` outputs, set or added to.
 inline void widen_sums(const Sums (*sums)[2], int row, int vectors, int32_t* counts, bool first) {
     for (int v = 0; v < vectors; ++v) {
-        const Vector odd = sums[v][row].odd;
-        const Vector even = _mm256_sub_epi16(sums[v][row].whole, _mm256_slli_epi16(odd, 8));
-        const __m128i quarters[4] = {_mm256_castsi256_si128(even), _mm256_extracti128_si256(even, 1),
-                                     _mm256_castsi256_si128(odd), _mm256_extracti128_si256(odd, 1)};
+        Vector halves[2];
+        even_and_odd(sums[v][row], halves);
+        const __m128i quarters[4] = {_mm256_castsi256_si128(halves[0]), _mm256_extracti128_si256(halves[0], 1),
+                                     _mm256_castsi256_si128(halves[1]), _mm256_extracti128_si256(halves[1], 1)};
         BITORCH_QLINEAR_UNROLL
         for (int i = 0; i < 4; ++i) {
             int32_t* out = counts + 32 * v + 8 * i;
@@ -258,8 +229,6 @@ void make_offsets(const uint32_t* p, const uint32_t* q, int64_t k, uint16_t* off
         }
     }
 }
-
-int64_t align64(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
 // Where the parts of a tile's private memory begin, in bytes, each a multiple of 64.
 struct WorkspaceLayout {
@@ -323,7 +292,7 @@ void multiply_span(const uint8_t* panels, int64_t panel_bytes, int count, const 
     }
 }
 
-void gemm(const Product& product, Range rows, Range columns, uint8_t* memory) {
+void multiply_by_pair_tables(const Product& product, Range rows, Range columns, uint8_t* memory) {
     const int64_t words = words_for(product.k), units = units_for(product.k), stride = offsets_for(product.k);
     const Workspace work(memory, workspace_layout(size(rows), product.k));
     for (int64_t row = rows.begin; row < rows.end; row += 2) {
@@ -349,56 +318,32 @@ void gemm(const Product& product, Range rows, Range columns, uint8_t* memory) {
     }
 }
 
-// 16 x 16 bytes, in place: v[i] becomes column i. Each round interleaves registers 8 apart, which
-// rotates the eight index bits (row, column) by one; after four rounds they have changed places.
-inline void transpose(__m128i* v) {
-    for (int round = 0; round < 4; ++round) {
-        __m128i next[16];
-        BITORCH_QLINEAR_UNROLL
-        for (int i = 0; i < 8; ++i) {
-            next[2 * i] = _mm_unpacklo_epi8(v[i], v[i + 8]);
-            next[2 * i + 1] = _mm_unpackhi_epi8(v[i], v[i + 8]);
-        }
-        for (int i = 0; i < 16; ++i) v[i] = next[i];
-    }
-}
-
-// 16 bytes of weight row `row` from byte `begin` on; 0 past n and past k.
-inline __m128i load_weight_bits(const uint32_t* words, int64_t row, int64_t n, int64_t begin, int64_t k) {
-    if (row >= n) return _mm_setzero_si128();
-    const uint32_t* from = words + row * words_for(k);
-    const int64_t word = begin / kWordBytes, left = k - 8 * begin;
-    if (left >= 128) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + word));
-    alignas(16) uint32_t tail[4] = {};
-    for (int64_t i = 0; kWordBits * i < left; ++i) tail[i] = from[word + i] & word_mask(word + i, k);
-    return _mm_load_si128(reinterpret_cast<const __m128i*>(tail));
-}
-
 void prepare(const uint32_t* words, int64_t n, int64_t k, Range panels, uint8_t* out) {
     const int64_t lines = 3 * units_for(k);
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
         uint8_t* to = out + panel * lines * kPanel;
         for (int64_t begin = 0; begin < lines; begin += 16) {
             for (int half = 0; half < 2; ++half) {
-                __m128i even[16], odd[16];
-                for (int i = 0; i < 16; ++i) {
-                    const int64_t row = panel * kPanel + 32 * half + i;
-                    even[i] = load_weight_bits(words, row, n, begin, k);
-                    odd[i] = load_weight_bits(words, row + 16, n, begin, k);
-                }
-                transpose(even);
-                transpose(odd);
+                Vector columns[16];
+                load_byte_columns(words, panel * kPanel + 32 * half, n, begin, k, columns);
                 for (int64_t i = 0; i < 16 && begin + i < lines; ++i) {
-                    __m128i* line = reinterpret_cast<__m128i*>(to + (begin + i) * kPanel + 32 * half);
-                    _mm_storeu_si128(line, _mm_unpacklo_epi8(even[i], odd[i]));
-                    _mm_storeu_si128(line + 1, _mm_unpackhi_epi8(even[i], odd[i]));
+                    store(to + (begin + i) * kPanel + 32 * half, columns[i]);
                 }
             }
         }
     }
 }
 
-int64_t workspace_bytes(int64_t rows, int64_t k) { return workspace_layout(rows, k).end; }
+int64_t workspace_bytes(int64_t rows, int64_t k) {
+    return std::max(workspace_layout(rows, k).end, four_russians::workspace_bytes(k));
+}
+
+void gemm(const Product& product, Range rows, Range columns, uint8_t* memory) {
+    const int64_t taken = four_russians::rows_worth(size(rows), size(columns), product.k);
+    if (taken) four_russians::multiply(product, {rows.begin, rows.begin + taken}, columns, memory);
+    rows.begin += taken;
+    if (size(rows)) multiply_by_pair_tables(product, rows, columns, memory);
+}
 
 }  // namespace
 }  // namespace bitorch_qlinear
