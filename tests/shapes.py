@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import random
+
 from bitorch_qlinear import _library
 
 # csrc/cpu/gemm_avx2.cpp: values a group, a unit, a block (byte counts) and a span (16-bit counts); rows a tile.
 GROUP, UNIT, BLOCK, SPAN = 12, 24, 240, 65520
 ROW_TILE = 128
 PANEL = 64
+# csrc/cpu/four_russians_avx2.h: rows a table, the fewest that are worth one, and outputs, and values (and the most);
+# values a block; outputs a strip and those that are finished together.
+TABLE_ROWS, FEWEST_ROWS, FEWEST_OUTPUTS, FEWEST_VALUES, MOST_VALUES = 64, 58, 512, 768, 16384
+TABLE_BLOCK, STRIP, FINISHED = 120, 1024, 128
 # csrc/cpu/gemm_avx512.cpp has the same panel and row tile; its unit is a word. Values of K a cache block.
 CACHE_BLOCK = 16384
 # csrc/ops_cpu.cpp: multiply-adds below which one thread works.
@@ -47,3 +53,13 @@ def spanning_products() -> list[tuple[int, int, int]]:
     ks = [*around(SPAN, 2 * SPAN), SPAN + UNIT, 3 * SPAN + BLOCK + 1]
     products = [(m, n, k) for k in ks for m, n in ((1, 2), (2, PANEL + 1), (3, 3))]
     return products + [(m, n, k) for k in around(CACHE_BLOCK, 2 * CACHE_BLOCK) for m, n in ((1, 2), (9, PANEL + 17))]
+
+
+def row_table_products() -> list[tuple[int, int, int]]:
+    """(m, n, k) on all sides of what the AVX2 kernel multiplies by tables of rows, and of their blocks and strips."""
+    ms = around(FEWEST_ROWS, TABLE_ROWS, TABLE_ROWS + FEWEST_ROWS, ROW_TILE)
+    ns = around(FEWEST_OUTPUTS, FEWEST_OUTPUTS + FINISHED, STRIP, STRIP + FINISHED)
+    ks = around(FEWEST_VALUES, 7 * TABLE_BLOCK, 8 * TABLE_BLOCK, 7 * 128, 800, 8 * TABLE_BLOCK + 32)
+    chosen = random.Random(0)
+    products = {(m, chosen.choice(ns), chosen.choice(ks)) for m in ms for _ in range(4)}
+    return sorted(products) + [(TABLE_ROWS, FEWEST_OUTPUTS, k) for k in around(MOST_VALUES)]

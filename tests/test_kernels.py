@@ -57,7 +57,7 @@ def test_constants_are_those_of_the_kernel(kernel):
     assert (panel, unit) == expected[kernel]
 
 
-@kernel_products(shapes.small_products())
+@kernel_products(shapes.small_products() + shapes.row_table_products())
 def test_product(kernel, on_scalar, m, n, k):
     generator = torch.Generator().manual_seed(1000 * k + 10 * n + m)
     buffer = torch.full((7 + m * next_prime(k + 1),), math.nan)
@@ -102,6 +102,19 @@ def test_accumulators_at_their_bounds(kernel, k):
                     expected = torch.where(x_flip[:, None] == w_flip, k, -k).to(torch.int32)
                     got = F.binary_linear(x, w, k, out_dtype=torch.int32)
                     assert_equal(got, expected, f"m {m}, n {n}, x {x_flips}, w {w_flips}")
+
+
+@pytest.mark.parametrize("k", shapes.around(shapes.FEWEST_VALUES, 8 * shapes.TABLE_BLOCK, shapes.MOST_VALUES))
+def test_row_tables_at_their_bounds(kernel, k):
+    """Each row and output equal or opposite: every count is 0 or the largest, beside others of both kinds."""
+    generator = torch.Generator().manual_seed(k)
+    pattern = random_words(1, k, generator)
+    x_flip, w_flip = (
+        torch.randint(0, 2, (rows,), generator=generator) for rows in (shapes.TABLE_ROWS, shapes.FEWEST_OUTPUTS)
+    )
+    x, w = (torch.where(flip[:, None] > 0, ~pattern, pattern) for flip in (x_flip, w_flip))
+    expected = torch.where(x_flip[:, None] == w_flip, k, -k).to(torch.int32)
+    assert_equal(F.binary_linear(x, w, k, out_dtype=torch.int32), expected)
 
 
 # ---- packing -------------------------------------------------------------------------------------

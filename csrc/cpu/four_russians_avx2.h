@@ -12,7 +12,7 @@
 // sums.
 //
 // The weights are read as they are in the interchange form, 15 bytes a row and block: prefetched, that costs 8 % more
-// than from a copy in the order of reading (K = 4096, Zen 4), and the copy would cost as much for 128 rows.
+// than from a copy in the order of reading (K = 4096, Zen 4), and for 128 rows the copy would cost as much.
 //
 // A block is 48 operations for the indices, 24 loads that add, 24 of A, B and the shift, 3 loads of weights, 2 stores
 // and 5 for the loop: 106, so on a Zen 3 or 4, which starts 6 a cycle, 17.7 cycles for 7680 multiply-adds, 434 a cycle.
@@ -38,16 +38,17 @@ constexpr int64_t kBlock = kTables * kIndexBits;
 constexpr int64_t kBlockBytes = kBlock / 8;
 static_assert(kGroupTables * kIndexBits <= 15, "a group's count must fit in 4 bits");
 static_assert(2 * kBlock <= 255, "the count of two blocks must fit in a byte");
-// The 16-bit sums hold no more; a larger K is left to the other way.
-constexpr int64_t kMostValues = 65535;
 // Outputs whose sums, 192 bytes each, stay in L2. Fewer make the tables more often.
 constexpr int64_t kStrip = 1024;
 // Outputs whose counts go to the epilogue together, 16 rows at a time: 8 KiB.
 constexpr int64_t kFinished = 128;
 // Prefetched so many outputs ahead: 3 to 6 are alike.
 constexpr int64_t kAhead = 4;
-// What it takes to be faster than the other way.
-constexpr int64_t kFewestRows = 52, kFewestOutputs = 256, kFewestValues = 256;
+// Where this is the faster way, by 1.02 to 1.16 times (one thread, Zen 4): with fewer rows a vector is not full enough, with
+// fewer outputs or values the tables and the counts cost more than they save, with more values each weight row lies in
+// pages of its own.
+constexpr int64_t kFewestRows = 58, kFewestOutputs = 512, kFewestValues = 768, kMostValues = 16384;
+static_assert(kMostValues <= 65535, "a count must fit in 16 bits");
 
 // A and B of one output, waiting for the second block; and its sums: rows 0-31 and 32-63 of 64.
 struct Bytes {
