@@ -8,34 +8,41 @@
 namespace bitorch_qlinear {
 namespace {
 
-// v < 0 (Negative) or v > 0 by the bit pattern, see is_positive: patterns from 1 to infinity behind the
-// sign. 32 values give a word, bit i belonging to x[i].
+// v < 0 (Negative) or v > 0 by the bit pattern, see is_positive: patterns from 1 to infinity behind the sign, so pattern
+// - 1 < infinity without a sign. The comparison has one, so the upper bit of both sides is turned over. 32 values give a
+// word, bit i belonging to x[i].
+
+// The word of 32 masks, 8 a vector: packed into bytes for one movemask, which is half as fast as a comparison.
+inline uint32_t join(const __m256i* masks) {
+    // Packing keeps the 128-bit halves apart; the permutation puts their quarters in order.
+    const __m256i bytes =
+        _mm256_packs_epi16(_mm256_packs_epi32(masks[0], masks[1]), _mm256_packs_epi32(masks[2], masks[3]));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permutevar8x32_epi32(bytes, order)));
+}
 
 template <bool Negative>
 inline uint32_t signs(const float* x) {
-    const __m256i offset = _mm256_set1_epi32(Negative ? INT32_MIN + 1 : 1), last = _mm256_set1_epi32(0x7F7FFFFF);
-    uint32_t word = 0;
+    const __m256i offset = _mm256_set1_epi32(Negative ? -1 : INT32_MAX),
+                  infinity = _mm256_set1_epi32(INT32_MIN | 0x7F800000);
+    __m256i inside[4];
     BITORCH_QLINEAR_UNROLL
     for (int i = 0; i < 4; ++i) {
         const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 8 * i));
-        const __m256i distance = _mm256_sub_epi32(bits, offset);
-        const __m256i inside = _mm256_cmpeq_epi32(_mm256_min_epu32(distance, last), distance);
-        word |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(inside))) << (8 * i);
+        inside[i] = _mm256_cmpgt_epi32(infinity, _mm256_add_epi32(bits, offset));
     }
-    return word;
+    return join(inside);
 }
 
 template <bool Negative>
 inline uint32_t signs(const double* x) {
-    // Without a minimum of 64 bits: flip the sign bit for v < 0, then 0 < pattern <= infinity.
-    const __m256i flip = _mm256_set1_epi64x(Negative ? INT64_MIN : 0);
-    const __m256i infinity = _mm256_set1_epi64x(0x7FF0000000000000);
+    const __m256i offset = _mm256_set1_epi64x(Negative ? -1 : INT64_MAX);
+    const __m256i infinity = _mm256_set1_epi64x(INT64_MIN | 0x7FF0000000000000);
     uint32_t word = 0;
     BITORCH_QLINEAR_UNROLL
     for (int i = 0; i < 8; ++i) {
-        const __m256i bits = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 4 * i)), flip);
-        const __m256i inside =
-            _mm256_andnot_si256(_mm256_cmpgt_epi64(bits, infinity), _mm256_cmpgt_epi64(bits, _mm256_setzero_si256()));
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 4 * i));
+        const __m256i inside = _mm256_cmpgt_epi64(infinity, _mm256_add_epi64(bits, offset));
         word |= static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(inside))) << (4 * i);
     }
     return word;
@@ -43,13 +50,13 @@ inline uint32_t signs(const double* x) {
 
 template <bool Negative, int Infinity>
 inline uint32_t signs_16(const void* x) {
-    const __m256i offset = _mm256_set1_epi16(Negative ? INT16_MIN + 1 : 1), last = _mm256_set1_epi16(Infinity - 1);
+    const __m256i offset = _mm256_set1_epi16(Negative ? -1 : INT16_MAX),
+                  infinity = _mm256_set1_epi16(static_cast<int16_t>(INT16_MIN | Infinity));
     const auto inside = [&](const __m256i* from) {
-        const __m256i distance = _mm256_sub_epi16(_mm256_loadu_si256(from), offset);
-        return _mm256_cmpeq_epi16(_mm256_min_epu16(distance, last), distance);
+        return _mm256_cmpgt_epi16(infinity, _mm256_add_epi16(_mm256_loadu_si256(from), offset));
     };
     const __m256i* halves = static_cast<const __m256i*>(x);
-    // pack keeps the 128-bit lanes apart; the permutation puts their quarters in order.
+    // As in join().
     const __m256i bytes = _mm256_packs_epi16(inside(halves), inside(halves + 1));
     return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xD8)));
 }
@@ -74,13 +81,13 @@ inline __m256 load8(const BFloat16* x) {
 template <class T>
 inline uint32_t in_range(const T* x, double threshold) {
     const __m256 limit = _mm256_set1_ps(static_cast<float>(threshold));
-    uint32_t word = 0;
+    __m256i inside[4];
     BITORCH_QLINEAR_UNROLL
     for (int i = 0; i < 4; ++i) {
         const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), load8(x + 8 * i));
-        word |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(magnitude, limit, _CMP_LE_OQ))) << (8 * i);
+        inside[i] = _mm256_castps_si256(_mm256_cmp_ps(magnitude, limit, _CMP_LE_OQ));
     }
-    return word;
+    return join(inside);
 }
 
 inline uint32_t in_range(const double* x, double threshold) {
