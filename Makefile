@@ -165,11 +165,14 @@ endif
 	@touch $@
 
 define LIST_MISSING
-import importlib.metadata as m, re
+import importlib.metadata as m, re, sys
 norm = lambda name: re.sub("[-_.]+", "-", name).lower()
 have = {norm(d.name) for d in m.distributions()}
-want = {norm(re.match("[\\w.-]+", r)[0]) for r in m.requires("bitorch_qlinear")}
-if want - have:
-    print("make: going on without", ", ".join(sorted(want - have)), "(not there; some targets and tests need them)")
+missing = [r for r in m.requires("bitorch_qlinear") if norm(re.match("[\\w.-]+", r)[0]) not in have]
+names = lambda of: ", ".join(sorted({re.match("[\\w.-]+", r)[0] for r in of}))
+if needed := names(r for r in missing if "extra ==" not in r):
+    sys.exit(f"make: the package needs {needed}: install it for '$(PYTHON)', or leave SYSTEM_TORCH out.")
+if missing:
+    print("make: going on without", names(missing), "(not there; some targets and tests need them)")
 endef
 export LIST_MISSING
