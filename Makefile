@@ -15,11 +15,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 OPS := bitorch_qlinear/_ops_cpu.so
-CXX_SOURCES = $(shell find csrc tests/ptx -name __pycache__ -prune -o \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -print)
+CXX_SOURCES = $(shell find csrc tests/native tests/ptx -name __pycache__ -prune -o \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -print)
 # A shell function for recipes: end with one sentence.
 DIE := die() { echo "make: $$*" >&2; exit 1; }
 
-.PHONY: help demo test lint format build gpu ptx-full clean
+.PHONY: help demo test neon lint format build gpu ptx-full clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -53,6 +53,18 @@ test: build  ## run the tests, with coverage
 # The kernels whose tests have shapes and targets to add; 8 minutes of processor time.
 ptx-full: build  ## run the CUDA kernels' PTX of all targets on many more shapes; wants nvcc
 	PTX_FULL=1 $(PY) -m pytest $(PARALLEL) tests/ptx $(ARGS)
+
+# The kernels' own tests without torch: what they have in common with the library's build is the standard and the flags that
+# results depend on.
+NATIVE_SOURCES := tests/native/kernels.cpp $(wildcard csrc/cpu/*.cpp)
+NATIVE_FLAGS := -std=c++20 -O2 -g -Wall -Wextra -ffp-contract=off
+
+neon:  ## test the NEON kernel in an emulator; wants g++-aarch64-linux-gnu and qemu-user
+	@$(DIE); for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || \
+		die "there is no $$tool: install it (Debian, Ubuntu: apt install g++-aarch64-linux-gnu qemu-user)."; done
+	@mkdir -p build
+	aarch64-linux-gnu-g++ $(NATIVE_FLAGS) -static -o build/kernels-neon $(NATIVE_SOURCES)
+	qemu-aarch64 build/kernels-neon neon
 
 lint: build  ## check style and types
 	$(PY) -m ruff check

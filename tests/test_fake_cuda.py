@@ -124,7 +124,7 @@ def test_packed_layer(fake):
 @needs_cuda_build
 def test_moving(fake):
     layer = PackedQLinear(K, N)
-    assert any(kernel in repr(layer) for kernel in ("avx512", "avx2", "scalar"))
+    assert _library.active_kernel() in repr(layer)
     layer.to("cuda")
     assert layer.weight_prepared.device.type == "cuda" and layer.weight_prepared.numel() == 64 + 48 + N * 16
     layer.to("cpu")

@@ -21,13 +21,16 @@ bool all_bits(uint64_t value, uint64_t bits) { return (value & bits) == bits; }
 
 CpuFeatures detect() {
     constexpr uint64_t kVectorStates = 0x6, kMaskStates = 0xE6;  // XMM + YMM; the same + k, ZMM, ZMM16-31
-    constexpr uint32_t kFma = 1u << 12, kOsXsave = 1u << 27, kAvx = 1u << 28, kF16c = 1u << 29;  // 1.ecx
-    constexpr uint32_t kAvx2 = 1u << 5, kBmi2 = 1u << 8;                                         // 7.ebx
-    constexpr uint32_t kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;                      // 7.ebx: F, DQ, BW, VL
-    constexpr uint32_t kVpopcntdq = 1u << 14;                                                    // 7.ecx
+    constexpr uint32_t kPopcnt = 1u << 23, kFma = 1u << 12, kOsXsave = 1u << 27, kAvx = 1u << 28,
+                       kF16c = 1u << 29;                                     // 1.ecx
+    constexpr uint32_t kAvx2 = 1u << 5, kBmi2 = 1u << 8;                     // 7.ebx
+    constexpr uint32_t kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // 7.ebx: F, DQ, BW, VL
+    constexpr uint32_t kVpopcntdq = 1u << 14;                                // 7.ecx
     CpuFeatures features;
     uint32_t a, b, c, d;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !all_bits(c, kFma | kOsXsave | kAvx | kF16c)) return features;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return features;
+    features.popcnt = all_bits(c, kPopcnt);
+    if (!all_bits(c, kFma | kOsXsave | kAvx | kF16c)) return features;
     const uint64_t states = saved_states();
     if (!all_bits(states, kVectorStates) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return features;
     features.avx2 = all_bits(b, kAvx2 | kBmi2);

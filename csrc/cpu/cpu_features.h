@@ -4,6 +4,7 @@
 namespace bitorch_qlinear {
 
 struct CpuFeatures {
+    bool popcnt = false;
     bool avx2 = false;    // with FMA, F16C and BMI2, which every AVX2 processor of Intel and AMD has
     bool avx512 = false;  // F, BW, DQ, VL and VPOPCNTDQ, beside all of avx2
     bool neon = false;    // Advanced SIMD of 64-bit Arm

@@ -12,6 +12,9 @@ const Kernel* const kKernels[] = {
 #if defined(__x86_64__)
     &kAvx512Kernel,
     &kAvx2Kernel,
+    &kPopcntKernel,
+#elif defined(__aarch64__)
+    &kNeonKernel,
 #endif
     &kScalarKernel,
 };

@@ -69,7 +69,8 @@ __attribute__((noinline)) void add_block(const uint8_t* tables, const uint8_t* w
         std::memcpy(&bits[0], weights, 8);
         std::memcpy(&bits[1], weights + 5, 8);
         std::memcpy(&bits[2], weights + 7, 8);
-        Vector a = FirstOfTwo ? _mm256_setzero_si256() : waiting->a, b = FirstOfTwo ? a : waiting->b, s;
+        Vector a = FirstOfTwo ? _mm256_setzero_si256() : waiting->a, b = FirstOfTwo ? a : waiting->b;
+        Vector s = _mm256_setzero_si256();
         BITORCH_QLINEAR_UNROLL
         for (int word = 0; word < 3; ++word) {
             BITORCH_QLINEAR_UNROLL
@@ -178,7 +179,17 @@ void finish(const Output& y, Range rows, Range columns, const RowSums* sums, int
 
 int64_t planes_for(int64_t k) { return ceil_div(ceil_div(k, kBlock) * kBlockBytes, 16) * 128; }
 
-// Private memory of a call.
+// Private memory of a call, and its parts.
+constexpr int64_t kTablesBytes = kTables * kTableBytes;
+constexpr int64_t kWaitingBytes = kStrip * static_cast<int64_t>(sizeof(Bytes));
+constexpr int64_t kSumsBytes = kStrip * static_cast<int64_t>(sizeof(RowSums));
+constexpr int64_t kCountsBytes = 16 * kFinished * static_cast<int64_t>(sizeof(int32_t));
+
+int64_t workspace_bytes(int64_t k) {
+    return kTablesBytes + kWaitingBytes + kSumsBytes + kCountsBytes +
+           planes_for(k) * static_cast<int64_t>(sizeof(Vector));
+}
+
 struct Workspace {
     Vector* tables;   // [24][32]
     Bytes* waiting;   // [strip]
@@ -188,15 +199,11 @@ struct Workspace {
 
     explicit Workspace(uint8_t* memory)
         : tables(reinterpret_cast<Vector*>(memory)),
-          waiting(reinterpret_cast<Bytes*>(tables + kTables * kEntries)),
-          sums(reinterpret_cast<RowSums*>(waiting + kStrip)),
-          counts(reinterpret_cast<int32_t*>(sums + kStrip)),
-          planes(reinterpret_cast<Vector*>(counts + 16 * kFinished)) {}
+          waiting(reinterpret_cast<Bytes*>(memory += kTablesBytes)),
+          sums(reinterpret_cast<RowSums*>(memory += kWaitingBytes)),
+          counts(reinterpret_cast<int32_t*>(memory += kSumsBytes)),
+          planes(reinterpret_cast<Vector*>(memory += kCountsBytes)) {}
 };
-
-int64_t workspace_bytes(int64_t k) {
-    return reinterpret_cast<uint8_t*>(Workspace(nullptr).planes + planes_for(k)) - static_cast<uint8_t*>(nullptr);
-}
 
 // How many of the rows this way is faster for; the others are left to the other way.
 int64_t rows_worth(int64_t rows, int64_t columns, int64_t k) {

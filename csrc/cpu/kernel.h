@@ -67,6 +67,9 @@ extern const Kernel kScalarKernel;
 #if defined(__x86_64__)
 extern const Kernel kAvx512Kernel;
 extern const Kernel kAvx2Kernel;
+extern const Kernel kPopcntKernel;
+#elif defined(__aarch64__)
+extern const Kernel kNeonKernel;
 #endif
 
 }  // namespace bitorch_qlinear

@@ -1,8 +1,10 @@
-// Instruction sets per function, never per build: between AVX2_BEGIN (or AVX512_BEGIN) and TARGET_END every
+// Instruction sets per function, never per build: between POPCNT_BEGIN (or AVX2_BEGIN, AVX512_BEGIN) and TARGET_END every
 // function, template and lambda is compiled for that set, by gcc and by clang, without any -m flag.
 #pragma once
 
 #if defined(__clang__)
+#define BITORCH_QLINEAR_POPCNT_BEGIN \
+    _Pragma("clang attribute push(__attribute__((target(\"popcnt\"))), apply_to = function)")
 #define BITORCH_QLINEAR_AVX2_BEGIN \
     _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c,bmi2\"))), apply_to = function)")
 // A pragma is one string literal, which a line cannot hold here.
@@ -14,6 +16,7 @@
 #define BITORCH_QLINEAR_TARGET_END _Pragma("clang attribute pop")
 #define BITORCH_QLINEAR_UNROLL _Pragma("clang loop unroll(full)")
 #else
+#define BITORCH_QLINEAR_POPCNT_BEGIN _Pragma("GCC push_options") _Pragma("GCC target(\"popcnt\")")
 #define BITORCH_QLINEAR_AVX2_BEGIN _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,bmi2\")")
 #define BITORCH_QLINEAR_AVX512_BEGIN \
     _Pragma("GCC push_options")      \

@@ -1,0 +1,80 @@
+// Binary matrix product by XOR and the POPCNT instruction, 64 bits at a time: for x86-64 without AVX2. Its slow twin is
+// gemm_scalar.cpp.
+//
+// 64 multiply-adds are a move, an XOR, a POPCNT and an addition; a processor that starts four instructions a cycle, of
+// which one POPCNT, does at most 64 a cycle. POPCNT in gcc's and clang's own instruction set, of 2003, is a call.
+#if defined(__x86_64__)
+#include <cstdint>
+#include <cstring>
+
+#include "target.h"
+
+// Our own headers too are compiled for POPCNT here; what they define has internal linkage.
+BITORCH_QLINEAR_POPCNT_BEGIN
+#include "bits.h"
+#include "gemm_words.h"
+#include "kernel.h"
+
+namespace bitorch_qlinear {
+namespace {
+
+// Two words of a row from word `first` on; 0 past k.
+inline uint64_t load(const uint32_t* row, int64_t first) {
+    uint64_t bits;
+    std::memcpy(&bits, row + first, sizeof bits);
+    return bits;
+}
+inline uint64_t load_last(const uint32_t* row, int64_t first, int64_t k) {
+    uint64_t bits = row[first] & word_mask(first, k);
+    if (first + 1 < words_for(k)) bits |= uint64_t{row[first + 1] & word_mask(first + 1, k)} << kWordBits;
+    return bits;
+}
+
+struct Tile {
+    static constexpr int kRows = 2, kColumns = 2;
+
+    template <int Rows, int Columns>
+    static void count(const uint32_t* x, const uint32_t* weight, int64_t k, int32_t* counts) {
+        const int64_t words = words_for(k), whole = k / 64 * 2;
+        int64_t sums[Rows][Columns] = {};
+        const auto add = [&](const auto& load_bits) __attribute__((always_inline)) {
+            for (int c = 0; c < Columns; ++c) {
+                const uint64_t w = load_bits(weight + c * words);
+                for (int r = 0; r < Rows; ++r) sums[r][c] += __builtin_popcountll(load_bits(x + r * words) ^ w);
+            }
+        };
+        for (int64_t i = 0; i < whole; i += 2) add([&](const uint32_t* row) { return load(row, i); });
+        if (k % 64) add([&](const uint32_t* row) { return load_last(row, whole, k); });
+        for (int r = 0; r < Rows; ++r) {
+            for (int c = 0; c < Columns; ++c) counts[r * kStrip + c] = static_cast<int32_t>(sums[r][c]);
+        }
+    }
+};
+
+}  // namespace
+}  // namespace bitorch_qlinear
+BITORCH_QLINEAR_TARGET_END
+
+namespace bitorch_qlinear {
+
+// Outside the region: this runs before anybody knows that the processor has POPCNT.
+static bool runs_on(const CpuFeatures& features) { return features.popcnt; }
+
+const Kernel kPopcntKernel = {
+    .name = "popcnt",
+    .requires_features = "POPCNT",
+    .runs_on = runs_on,
+    .pack_row = {pack_row_portable<double>, pack_row_portable<float>, pack_row_portable<Half>,
+                 pack_row_portable<BFloat16>},
+    .unpack_row = unpack_row_portable,
+    .layout = {.id = 0, .panel = 1, .unit = kWordBits, .unit_bytes = 0},
+    .prepare = nullptr,
+    .row_tile = 64,
+    .column_tile = Tile::kColumns,
+    .workspace_bytes = [](int64_t, int64_t) -> int64_t { return 0; },
+    .gemm = gemm_by_words<Tile>,
+    .float_by_bits = &kScalarFloatByBits,
+};
+
+}  // namespace bitorch_qlinear
+#endif

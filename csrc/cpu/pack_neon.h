@@ -1,0 +1,107 @@
+// Packing a row with NEON, 32 values at a time. The twin that says what it computes is pack_row_portable in bits.h.
+#pragma once
+
+// Included behind arm_neon.h.
+#include "bits.h"
+
+namespace bitorch_qlinear {
+namespace {
+
+// Masks of 16 values, a byte each, from those of their own width: every other part of two vectors, until they are bytes.
+inline uint8x16_t narrow(const uint16x8_t* masks) {
+    return vuzp1q_u8(vreinterpretq_u8_u16(masks[0]), vreinterpretq_u8_u16(masks[1]));
+}
+inline uint8x16_t narrow(const uint32x4_t* masks) {
+    uint16x8_t halves[2];
+    for (int i = 0; i < 2; ++i) {
+        halves[i] = vuzp1q_u16(vreinterpretq_u16_u32(masks[2 * i]), vreinterpretq_u16_u32(masks[2 * i + 1]));
+    }
+    return narrow(halves);
+}
+inline uint8x16_t narrow(const uint64x2_t* masks) {
+    uint32x4_t halves[4];
+    for (int i = 0; i < 4; ++i) {
+        halves[i] = vuzp1q_u32(vreinterpretq_u32_u64(masks[2 * i]), vreinterpretq_u32_u64(masks[2 * i + 1]));
+    }
+    return narrow(halves);
+}
+
+// 32 masks of a byte -> a word: a bit is kept of each byte, and eight neighbours are added up.
+inline uint32_t join(uint8x16_t low, uint8x16_t high) {
+    const uint8x16_t bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    uint8x16_t sums = vpaddq_u8(vandq_u8(low, bit), vandq_u8(high, bit));
+    sums = vpaddq_u8(sums, sums);
+    sums = vpaddq_u8(sums, sums);
+    return vgetq_lane_u32(vreinterpretq_u32_u8(sums), 0);
+}
+
+// The word of 32 values by a test that makes a vector of masks from its first values.
+template <class T, class Test>
+inline uint32_t word_of(const T* x, const Test& test) {
+    using Masks = decltype(test(x));
+    constexpr int kCount = sizeof(Masks) / sizeof(test(x)[0]), kVectors = 16 / kCount;
+    Masks masks[2][kVectors];
+    for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < kVectors; ++i) masks[half][i] = test(x + 16 * half + kCount * i);
+    }
+    return join(narrow(masks[0]), narrow(masks[1]));
+}
+
+// v < 0 (Negative) or v > 0 by the bit pattern, see is_positive: patterns from 1 to infinity behind the sign, so pattern
+// - 1 < infinity without a sign; the comparison has one, so the upper bit of both sides is turned over.
+
+template <bool Negative>
+inline uint64x2_t sign_masks(const double* x) {
+    const int64x2_t bits = vld1q_s64(reinterpret_cast<const int64_t*>(x));
+    return vcltq_s64(vaddq_s64(bits, vdupq_n_s64(Negative ? -1 : INT64_MAX)),
+                     vdupq_n_s64(INT64_MIN | 0x7FF0000000000000));
+}
+template <bool Negative>
+inline uint32x4_t sign_masks(const float* x) {
+    const int32x4_t bits = vld1q_s32(reinterpret_cast<const int32_t*>(x));
+    return vcltq_s32(vaddq_s32(bits, vdupq_n_s32(Negative ? -1 : INT32_MAX)), vdupq_n_s32(INT32_MIN | 0x7F800000));
+}
+template <bool Negative, int Infinity>
+inline uint16x8_t sign_masks_16(const void* x) {
+    const int16x8_t bits = vld1q_s16(static_cast<const int16_t*>(x));
+    return vcltq_s16(vaddq_s16(bits, vdupq_n_s16(Negative ? -1 : INT16_MAX)),
+                     vdupq_n_s16(static_cast<int16_t>(INT16_MIN | Infinity)));
+}
+template <bool Negative>
+inline uint16x8_t sign_masks(const Half* x) {
+    return sign_masks_16<Negative, 0x7C00>(x);
+}
+template <bool Negative>
+inline uint16x8_t sign_masks(const BFloat16* x) {
+    return sign_masks_16<Negative, 0x7F80>(x);
+}
+
+template <bool Negative, class T>
+inline uint32_t signs(const T* x) {
+    return word_of(x, [](const T* from) { return sign_masks<Negative>(from); });
+}
+
+// |v| <= threshold of 32 values; NaN is out of range.
+
+inline float32x4_t load4(const float* x) { return vld1q_f32(x); }
+inline float32x4_t load4(const Half* x) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(x))));
+}
+inline float32x4_t load4(const BFloat16* x) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(x)), 16));
+}
+
+template <class T>
+inline uint32_t in_range(const T* x, double threshold) {
+    const float32x4_t limit = vdupq_n_f32(static_cast<float>(threshold));
+    return word_of(x, [&](const T* from) { return vcleq_f32(vabsq_f32(load4(from)), limit); });
+}
+inline uint32_t in_range(const double* x, double threshold) {
+    const float64x2_t limit = vdupq_n_f64(threshold);
+    return word_of(x, [&](const double* from) { return vcleq_f64(vabsq_f64(vld1q_f64(from)), limit); });
+}
+
+}  // namespace
+}  // namespace bitorch_qlinear
+
+#include "pack_words.h"

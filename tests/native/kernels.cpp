@@ -1,0 +1,298 @@
+// Every CPU kernel that this processor (or the emulator of one) runs against the scalar one, bit for bit, without torch:
+// what runs where torch does not, under qemu-user and under sanitizers. tests/test_kernels.py compares with a reference.
+#include <cmath>
+#include <limits>
+
+#include "../../csrc/cpu/dispatch.h"
+#include "check.h"
+
+using namespace bitorch_qlinear;
+using test::below;
+using test::Buffer;
+using test::expect;
+using test::Use;
+
+namespace {
+
+template <class... Values>
+std::string describe(const Kernel& kernel, const char* what, Values... values) {
+    std::string text = std::string(kernel.name) + " " + what;
+    ((text += " " + std::to_string(values)), ...);
+    return text;
+}
+
+// Each bound, one below and one above.
+std::vector<int64_t> around(std::initializer_list<int64_t> bounds) {
+    std::vector<int64_t> values;
+    for (int64_t bound : bounds) {
+        for (int64_t i = std::max<int64_t>(0, bound - 1); i <= bound + 1; ++i) values.push_back(i);
+    }
+    std::sort(values.begin(), values.end());
+    values.erase(std::unique(values.begin(), values.end()), values.end());
+    return values;
+}
+
+void fill(Buffer<uint32_t>& words, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) words[i] = static_cast<uint32_t>(test::generator());
+}
+
+// ---- products ------------------------------------------------------------------------------------
+
+struct Epilogue {
+    DType dtype;
+    bool bias, scale;
+};
+constexpr Epilogue kEpilogues[] = {{DType::int32, false, false},
+                                   {DType::float32, true, false},
+                                   {DType::float16, true, true},
+                                   {DType::bfloat16, false, true},
+                                   {DType::float64, true, true}};
+
+// A factor for each output: n values of double or float, as the output's type has it.
+void fill_factors(Buffer<uint8_t>& values, int64_t n, DType dtype) {
+    for (int64_t i = 0; i < n; ++i) {
+        const double value = static_cast<double>(below(4001) - 2000) / 16;
+        if (dtype == DType::float64) {
+            reinterpret_cast<double*>(values.data())[i] = value;
+        } else {
+            reinterpret_cast<float*>(values.data())[i] = static_cast<float>(value);
+        }
+    }
+}
+
+struct Case {
+    int64_t m, n, k;
+    Epilogue epilogue;
+};
+
+// The product by one kernel, in tiles as csrc/ops_cpu.cpp makes them, of at most so many rows and columns.
+void multiply(const Kernel& kernel, Product product, int64_t most_rows, int64_t most_columns) {
+    Buffer<uint8_t> prepared(Use::Output, prepared_bytes(kernel.layout, product.n, product.k));
+    if (kernel.prepare && product.k > 0) {
+        kernel.prepare(product.weight, product.n, product.k, {0, ceil_div(product.n, kernel.layout.panel)},
+                       prepared.data() + sizeof(PreparedHeader));
+        prepared.check_guards(describe(kernel, "prepare", product.n, product.k));
+    }
+    product.panels = prepared.data() + sizeof(PreparedHeader);
+    const int64_t rows = std::min(most_rows, kernel.row_tile);
+    const int64_t columns = ceil_div(most_columns, kernel.column_tile) * kernel.column_tile;
+    const int64_t bytes = kernel.workspace_bytes(std::min(rows, product.m), product.k);
+    uint8_t* workspace = static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(ceil_div(bytes, 64) * 64)));
+    for (int64_t row = 0; row < product.m; row += rows) {
+        for (int64_t column = 0; column < product.n; column += columns) {
+            kernel.gemm(product, {row, std::min(row + rows, product.m)},
+                        {column, std::min(column + columns, product.n)}, workspace);
+        }
+    }
+    std::free(workspace);
+}
+
+void check_product(const Kernel& kernel, const Case& at, Buffer<uint32_t>& x, Buffer<uint32_t>& weight) {
+    const int64_t m = at.m, n = at.n, k = at.k;
+    const Epilogue epilogue = at.epilogue;
+    const int64_t factor_bytes = epilogue.dtype == DType::float64 ? 8 : 4;
+    Buffer<uint8_t> bias(Use::Input, n * factor_bytes), scale(Use::Input, n * factor_bytes);
+    fill_factors(bias, n, epilogue.dtype);
+    fill_factors(scale, n, epilogue.dtype);
+    Buffer<uint8_t> expected(Use::Output, m * n * element_size(epilogue.dtype));
+    Buffer<uint8_t> got(Use::Output, m * n * element_size(epilogue.dtype));
+    const auto product = [&](Buffer<uint8_t>& y) {
+        return Product{x.data(),
+                       weight.data(),
+                       nullptr,
+                       m,
+                       n,
+                       k,
+                       {y.data(), epilogue.dtype, n, static_cast<int32_t>(k), epilogue.bias ? bias.data() : nullptr,
+                        epilogue.scale ? scale.data() : nullptr}};
+    };
+    multiply(kScalarKernel, product(expected), m, n);
+    const bool whole = below(2) == 0;
+    multiply(kernel, product(got), whole ? m : 1 + below(m), whole ? n : 1 + below(n));
+    const std::string what = describe(kernel, "product", m, n, k, static_cast<int>(epilogue.dtype));
+    got.check_guards(what);
+    expect(std::memcmp(expected.data(), got.data(), got.bytes()) == 0, what);
+}
+
+void check_random_product(const Kernel& kernel, const Case& at) {
+    Buffer<uint32_t> x(Use::Input, at.m * words_for(at.k)), weight(Use::Input, at.n * words_for(at.k));
+    fill(x, at.m * words_for(at.k));  // stray bits past k as well
+    fill(weight, at.n * words_for(at.k));
+    check_product(kernel, at, x, weight);
+}
+
+// Rows equal or opposite: every count is 0 or the largest, beside others of both kinds.
+void check_extreme_product(const Kernel& kernel, const Case& at) {
+    const int64_t words = words_for(at.k);
+    Buffer<uint32_t> x(Use::Input, at.m * words), weight(Use::Input, at.n * words);
+    std::vector<uint32_t> pattern(static_cast<size_t>(words));
+    for (uint32_t& word : pattern) word = static_cast<uint32_t>(test::generator());
+    const auto fill_rows = [&](Buffer<uint32_t>& rows, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) {
+            const uint32_t flip = below(2) ? ~uint32_t{0} : 0;
+            for (int64_t w = 0; w < words; ++w) rows[i * words + w] = pattern[static_cast<size_t>(w)] ^ flip;
+        }
+    };
+    fill_rows(x, at.m);
+    fill_rows(weight, at.n);
+    check_product(kernel, at, x, weight);
+}
+
+void check_products(const Kernel& kernel) {
+    const auto epilogue = [] { return kEpilogues[below(std::size(kEpilogues))]; };
+    // Every subtile of rows and columns.
+    for (int64_t m = 1; m <= 9; ++m) {
+        for (int64_t n = 1; n <= 9; ++n) check_random_product(kernel, {m, n, 1 + below(300), epilogue()});
+    }
+    for (int64_t m : around({16, kernel.row_tile})) {
+        for (int64_t n : around({kernel.column_tile, 64, 2 * 64 + 3})) {
+            check_random_product(kernel, {m, std::max<int64_t>(n, 1), 1 + below(400), epilogue()});
+        }
+    }
+    // Every k up to four words and more, then every unit, block and span of csrc/cpu/gemm_*.cpp.
+    for (int64_t k = 0; k <= 130; ++k) check_random_product(kernel, {1 + below(6), 1 + below(70), k, epilogue()});
+    for (int64_t k : around({240, 255, 256, 480, 1024, 31 * 128, 62 * 128, 16384, 65520, 65535, 2 * 65520})) {
+        check_random_product(kernel, {1 + below(4), 1 + below(6), k, epilogue()});
+        check_extreme_product(kernel, {1 + below(5), 1 + below(20), k, epilogue()});
+    }
+    // csrc/cpu/four_russians_avx2.h: rows, outputs and values that it takes, and those just below.
+    for (int64_t m : around({58, 64, 122, 128})) {
+        const int64_t k = 766 + below(300);
+        check_random_product(kernel, {m, 511 + below(4), k, epilogue()});
+        check_extreme_product(kernel, {m, 511 + below(4), k, epilogue()});
+    }
+    for (int64_t n : around({1024, 1024 + 128})) check_random_product(kernel, {64, n, 768 + below(200), epilogue()});
+    for (int64_t k : around({840, 960, 16384})) check_extreme_product(kernel, {64, 512, k, epilogue()});
+}
+
+// ---- packing -------------------------------------------------------------------------------------
+
+template <class T>
+T from_bits(uint64_t bits) {
+    T value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Random patterns, and often one that a comparison of floats treats in its own way.
+template <class T>
+T random_value(uint64_t infinity) {
+    const uint64_t sign = uint64_t{1} << (8 * sizeof(T) - 1);
+    const uint64_t special[] = {0, 1, 2, infinity - 1, infinity, infinity + 1, sign - 1, infinity / 2};
+    const uint64_t bits = below(2) ? test::generator() & (2 * sign - 1) : special[below(std::size(special))];
+    return from_bits<T>(bits ^ (below(2) ? sign : 0));
+}
+
+template <class T>
+void check_packing(const Kernel& kernel, DType dtype, uint64_t infinity) {
+    for (int64_t k = 0; k <= 300; ++k) {
+        for (const double threshold : {0.0, 1.0, 0.099609375, std::numeric_limits<double>::infinity()}) {
+            Buffer<T> x(Use::Input, k, below(4));
+            for (int64_t i = 0; i < k; ++i) x[i] = random_value<T>(infinity);
+            const bool strict = below(2), ranged = below(4) > 0;
+            Buffer<uint32_t> words[2] = {{Use::Output, words_for(k)}, {Use::Output, words_for(k)}};
+            Buffer<uint32_t> in_range[2] = {{Use::Output, words_for(k)}, {Use::Output, words_for(k)}};
+            const Kernel* kernels[2] = {&kScalarKernel, &kernel};
+            for (int i = 0; i < 2; ++i) {
+                kernels[i]->pack_row[static_cast<int>(dtype)](x.data(), k, strict, threshold, words[i].data(),
+                                                              ranged ? in_range[i].data() : nullptr);
+            }
+            const std::string what = describe(kernel, "pack", static_cast<int>(dtype), k, strict, threshold);
+            words[1].check_guards(what);
+            in_range[1].check_guards(what);
+            expect(std::memcmp(words[0].data(), words[1].data(), words[0].bytes()) == 0, what);
+            expect(std::memcmp(in_range[0].data(), in_range[1].data(), in_range[0].bytes()) == 0, what + " in range");
+        }
+    }
+}
+
+void check_unpacking(const Kernel& kernel) {
+    for (int dtype = 0; dtype <= static_cast<int>(DType::boolean); ++dtype) {
+        for (int64_t k = 0; k <= 100; ++k) {
+            const int64_t bytes = k * element_size(static_cast<DType>(dtype));
+            Buffer<uint32_t> words(Use::Input, words_for(k));
+            fill(words, words_for(k));
+            Buffer<uint8_t> expected(Use::Output, bytes), got(Use::Output, bytes);
+            kScalarKernel.unpack_row(words.data(), k, expected.data(), static_cast<DType>(dtype));
+            kernel.unpack_row(words.data(), k, got.data(), static_cast<DType>(dtype));
+            const std::string what = describe(kernel, "unpack", dtype, k);
+            got.check_guards(what);
+            expect(std::memcmp(expected.data(), got.data(), got.bytes()) == 0, what);
+        }
+    }
+}
+
+// ---- real values by signs ------------------------------------------------------------------------
+
+void multiply_reals(const FloatByBits& kernel, const SignProduct& product) {
+    const int64_t passes = count_passes(product), rows = row_tile(product.dtype);
+    Buffer<uint32_t> codes(Use::Output, passes * product.n);
+    kernel.make_codes(product, {0, passes}, codes.data());
+    codes.check_guards("make_codes");
+    const int64_t bytes = kernel.workspace_bytes(product, product.n);
+    uint8_t* workspace = static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(ceil_div(bytes, 64) * 64)));
+    for (int64_t row = 0; row < product.m; row += rows) {
+        kernel.multiply(product, codes.data(), {row, std::min(row + rows, product.m)}, {0, product.n}, workspace);
+    }
+    std::free(workspace);
+}
+
+template <class T>
+void check_reals(const Kernel& kernel, DType dtype) {
+    for (int i = 0; i < 60; ++i) {
+        const int64_t m = 1 + below(40), n = 1 + below(150), k = 1 + below(i % 10 ? 200 : 4000);
+        const bool by_columns = below(2), transposed = below(2);
+        Buffer<T> x(Use::Input, m * k);
+        for (int64_t j = 0; j < m * k; ++j) {
+            // Finite numbers of one size, as bits of a half type or as numbers.
+            if constexpr (sizeof(T) == 2) {
+                x[j] = {
+                    static_cast<uint16_t>((dtype == DType::float16 ? 0x3800 : 0x3F00) | (test::generator() & 0x83FF))};
+            } else {
+                x[j] = static_cast<T>(below(1 << 20) - (1 << 19)) / 4096;
+            }
+        }
+        const int64_t sign_words = transposed ? n * words_for(k) : k * words_for(n);
+        Buffer<uint32_t> words(Use::Input, sign_words);
+        fill(words, sign_words);
+        Buffer<T> expected(Use::Output, m * n), got(Use::Output, m * n);
+        const auto product = [&](Buffer<T>& y) {
+            return SignProduct{x.data(),           dtype,        m,          k, by_columns ? 1 : k,
+                               by_columns ? m : 1, words.data(), transposed, n, y.data()};
+        };
+        multiply_reals(*kScalarKernel.float_by_bits, product(expected));
+        multiply_reals(*kernel.float_by_bits, product(got));
+        const std::string what = describe(kernel, "reals", m, n, k, by_columns, transposed, static_cast<int>(dtype));
+        got.check_guards(what);
+        expect(std::memcmp(expected.data(), got.data(), got.bytes()) == 0, what);
+    }
+}
+
+void check(const Kernel& kernel) {
+    check_products(kernel);
+    check_packing<double>(kernel, DType::float64, 0x7FF0000000000000);
+    check_packing<float>(kernel, DType::float32, 0x7F800000);
+    check_packing<Half>(kernel, DType::float16, 0x7C00);
+    check_packing<BFloat16>(kernel, DType::bfloat16, 0x7F80);
+    check_unpacking(kernel);
+    check_reals<double>(kernel, DType::float64);
+    check_reals<float>(kernel, DType::float32);
+    check_reals<Half>(kernel, DType::float16);
+    check_reals<BFloat16>(kernel, DType::bfloat16);
+    std::printf("%s: as the scalar kernel\n", kernel.name);
+}
+
+}  // namespace
+
+// Arguments: the kernels that must be there; the others that are there are checked too.
+int main(int count, char** names) {
+    const std::string available = available_kernels() + ",";
+    for (int i = 1; i < count; ++i) {
+        expect(available.find(std::string(names[i]) + ",") != std::string::npos,
+               std::string("no kernel ") + names[i] + " here: " + available);
+    }
+    for (size_t begin = 0; begin < available.size(); begin = available.find(',', begin) + 2) {
+        force_kernel(available.substr(begin, available.find(',', begin) - begin));
+        check(active_kernel());
+    }
+}
