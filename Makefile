@@ -19,12 +19,12 @@ CXX_SOURCES = $(shell find csrc tests/native tests/ptx -name __pycache__ -prune 
 # A shell function for recipes: end with one sentence.
 DIE := die() { echo "make: $$*" >&2; exit 1; }
 
-.PHONY: help demo test neon lint format build gpu ptx-full clean
+.PHONY: help demo test neon benchmark benchmark-check lint format build gpu ptx-full clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1 /p' Makefile | \
-	while read target what; do printf '  make %-8s %s\n' $$target "$$what"; done
+	while read target what; do printf '  make %-15s %s\n' $$target "$$what"; done
 	@echo 'Choices, as in "make test TORCH=torch==2.14.1":'
 	@echo '  PYTHON=python3             the Python that .venv is made from, 3.10 or later'
 	@echo '  TORCH=torch==2.13.0        the torch to install'
@@ -65,6 +65,14 @@ neon:  ## test the NEON kernel in an emulator; wants g++-aarch64-linux-gnu and q
 	@mkdir -p build
 	aarch64-linux-gnu-g++ $(NATIVE_FLAGS) -static -o build/kernels-neon $(NATIVE_SOURCES)
 	qemu-aarch64 build/kernels-neon neon
+
+# bnn-lab's own needs include another torch.
+benchmark: build  ## measure for some minutes, and write the README's tables and plots
+	@$(PY) -c 'import bnn' 2>/dev/null || $(PIP) install --quiet --no-deps bnn-lab==1.0.0 || echo "make: going on without bnn-lab"
+	$(PY) -m benchmarks.readme --measure
+
+benchmark-check: build  ## compare the committed figures with a fresh run
+	$(PY) -m benchmarks.check
 
 lint: build  ## check style and types
 	$(PY) -m ruff check

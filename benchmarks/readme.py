@@ -1,4 +1,4 @@
-"""Writes the README's tables from the figures in ``results/``: ``python -m benchmarks.readme [--measure]``."""
+"""Writes the README's tables from the figures in ``results/``: ``python -m benchmarks.readme``."""
 
 from __future__ import annotations
 
@@ -8,16 +8,33 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bitorch_qlinear import demo
+from bitorch_qlinear import _library, demo
 
-RESULTS = Path(__file__).parent / "results"
+from . import cpu, memory, targets, train
+from .measuring import RESULTS, describe, median, ratio
+
 README = Path(__file__).parents[1] / "README.md"
 
 
-def measure() -> None:
-    """Run benchmark and demo, one thread and torch's default."""
-    for module, name in (("benchmarks", "linear"), ("bitorch_qlinear.demo", "demo")):
-        subprocess.run([sys.executable, "-m", module, "--json", RESULTS / f"{name}.json"], check=True)
+def measure(every: list[list[str]]) -> None:
+    """Run modules of Python."""
+    for command in every:
+        print("$ python -m", *command, flush=True)
+        subprocess.run([sys.executable, "-m", *command], check=True)
+
+
+def commands() -> list[list[str]]:
+    """What is measured; the AVX2 kernel on its own where there is a better one."""
+    files = {name: str(RESULTS / f"{name}.json") for name in ("cpu", "train", "memory", "targets", "targets_avx2")}
+    every = [
+        ["benchmarks", "cpu", "--quick", "--json", files["cpu"], "--plots", str(RESULTS)],
+        ["benchmarks", "train", "--quick", "--rounds", "7", "--json", files["train"]],
+        ["benchmarks", "memory", "--json", files["memory"]],
+        ["benchmarks", "targets", "--json", files["targets"]],
+    ]
+    if "avx2" in _library.available_kernels()[1:]:
+        every.append(["benchmarks", "targets", "--kernel", "avx2", "--json", files["targets_avx2"]])
+    return every
 
 
 def milliseconds(seconds: float) -> str:
@@ -25,28 +42,26 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
 
 
-def comparison(figures: dict) -> str:
+def comparison(inference: dict, training: dict) -> str:
     """The table of what one gets instead of nn.Linear and bitorch."""
     wanted = [
-        ("large batch", "eval", "inference"),
-        ("one row", "eval", "inference"),
-        ("odd sizes", "eval", "inference"),
-        ("tiny", "eval", "inference"),
-        ("large batch", "training step", "training step"),
-        ("small batch", "training step", "training step"),
+        (inference, "large batch", "inference"),
+        (inference, "one row", "inference"),
+        (inference, "odd sizes", "inference"),
+        (inference, "tiny", "inference"),
+        (training, "large batch", "training step"),
+        (training, "small batch", "training step"),
     ]
-    by_name = {result["name"]: result for result in figures["results"]}
     rows = []
-    for name, mode, title in wanted:
-        result = by_name[name]
-        median = {layer: quartiles[1] for layer, quartiles in result["seconds_quartiles"][mode].items()}
-        ratio = median["nn.Linear"] / median["QLinear"]
+    for figures, name, title in wanted:
+        result = next(result for result in figures["results"] if result["name"] == name)
+        times = result["seconds_quartiles"]
         rows.append(
-            f"| {title}, {result['m']} × {result['k']} → {result['n']} | {milliseconds(median['nn.Linear'])} "
-            f"| {milliseconds(median['bitorch QLinear'])} | not timed "
-            f"| {milliseconds(median['QLinear'])}, **{ratio:.3g} ×** nn.Linear's speed |"
+            f"| {title}, {result['m']} × {result['k']} → {result['n']} | {milliseconds(median(times, 'nn.Linear'))} "
+            f"| {milliseconds(median(times, 'bitorch QLinear'))} | not timed "
+            f"| {milliseconds(median(times, 'QLinear'))}, "
+            f"**{ratio(times, 'nn.Linear', 'QLinear'):.3g} ×** nn.Linear's speed |"
         )
-    setting = figures["setting"]
     return "\n".join(
         [
             "| | `nn.Linear` | bitorch 0.4.1 | bitorch-engine | bitorch_qlinear |",
@@ -57,9 +72,34 @@ def comparison(figures: dict) -> str:
             "| sizes | any | any | K divisible by 8 or 128 | any |",
             "| needs | torch | torch | its own build of torch; gcc 9 to 11 | torch 2.10 or later; any C++20 compiler |",
             "",
-            f"Measured on {setting['date'][:10]} by `python -m benchmarks`: {setting['processor']}, capability "
-            f"{setting['cpu_capability']}, kernel {setting['kernel']}, {setting['threads']} thread, torch "
-            f"{setting['torch']}; float32 input packed inside, with bias; medians of interleaved runs.",
+            f"Measured by `make benchmark`: {describe(inference['setting'])}; float32 input packed inside, with bias; "
+            "medians of interleaved runs.",
+        ]
+    )
+
+
+def target_table(figures: dict, avx2: dict | None) -> str:
+    """The targets, and beside what was measured the AVX2 kernel's figures where it is not the best."""
+    parts = [targets.table(figures["targets"], "github"), "", f"Measured on {describe(figures['setting'])}."]
+    if avx2:
+        parts += ["", "With the AVX2 kernel, on the same processor, which has AVX-512:", ""]
+        parts += [targets.table(avx2["targets"], "github")]
+    return "\n".join(parts)
+
+
+def benchmark_tables(inference: dict, training: dict, resident: dict) -> str:
+    """What make benchmark measured, in full."""
+    crossover = [
+        f"faster than nn.Linear at batch {batch} from K = N = {size} on"
+        for batch, size in inference["crossover"].items()
+        if size
+    ]
+    return "\n\n".join(
+        [
+            cpu.table(inference["results"], "github"),
+            f"QLinear packs its input inside, packed × packed leaves that out. QLinear is {', '.join(crossover)}.",
+            train.table(training["results"], "github"),
+            memory.table(resident, "github"),
         ]
     )
 
@@ -81,14 +121,33 @@ def fill(text: str, block: str, content: str) -> str:
     return f"{head}{marker}{comment}-->\n\n{content}\n\n{end}{tail}"
 
 
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def blocks() -> dict[str, str]:
+    """What belongs between the README's markers."""
+    avx2 = load("targets_avx2") if (RESULTS / "targets_avx2.json").exists() else None
+    return {
+        "comparison": comparison(load("cpu"), load("train")),
+        "targets": target_table(load("targets"), avx2),
+        "benchmarks": benchmark_tables(load("cpu"), load("train"), load("memory")),
+        "demo": demo_output(load("demo")),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
-    parser.add_argument("--measure", action="store_true", help="run benchmark and demo first")
-    if parser.parse_args().measure:
-        measure()
+    parser.add_argument("--measure", action="store_true", help="run the benchmarks first")
+    parser.add_argument("--demo", action="store_true", help="run the demo first")
+    options = parser.parse_args()
+    if options.measure:
+        measure(commands())
+    if options.demo:
+        measure([["bitorch_qlinear.demo", "--json", str(RESULTS / "demo.json")]])
     text = README.read_text()
-    text = fill(text, "comparison", comparison(json.loads((RESULTS / "linear.json").read_text())))
-    text = fill(text, "demo", demo_output(json.loads((RESULTS / "demo.json").read_text())))
+    for block, content in blocks().items():
+        text = fill(text, block, content)
     README.write_text(text)
 
 

@@ -1,0 +1,90 @@
+"""Measures the memory of a packed model on the CPU: ``python -m benchmarks memory``.
+
+Each model, of a few square layers, lives in a process of its own: resident bytes of its weights, and how far the
+process grew, at most, while it was made and while it computed a batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from .measuring import HERE, describe, prepare, setting, write_json
+
+KINDS = {
+    "float32 nn.Linear": "nn.Linear(size, size)",
+    "QLinear (eval)": "QLinear(size, size)",
+    "PackedQLinear": "PackedQLinear(size, size)",
+}
+# Peaks are of the process: what was resident before is taken away.
+PROGRAM = """
+import json, resource, sys
+import torch
+from torch import nn
+from bitorch_qlinear import PackedQLinear, QLinear
+from bitorch_qlinear.demo import resident_bytes
+torch.set_num_threads(1)
+make, size, count, batch = sys.argv[1], *map(int, sys.argv[2:])
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+x = torch.randn(batch, size)
+with torch.inference_mode():
+    QLinear(64, 64).eval()(torch.randn(1, 64))  # what is loaded or allocated once
+before = peak()
+model = nn.Sequential(*[eval(make) for _ in range(count)]).eval()
+made = peak()
+with torch.inference_mode():
+    for _ in range(3):
+        model(x)
+print(json.dumps({"resident": resident_bytes(model), "made": made - before, "computed": peak() - before}))
+"""
+
+
+def measure(size: int, count: int, batch: int) -> dict[str, Any]:
+    """Bytes by kind of layer."""
+    figures = {}
+    for name, make in KINDS.items():
+        command = [sys.executable, "-c", PROGRAM, make, str(size), str(count), str(batch)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE.parent)
+        figures[name] = json.loads(said.stdout)
+    return {"size": size, "layers": count, "batch": batch, "bytes": figures}
+
+
+def table(figures: dict[str, Any], style: str = "simple") -> str:
+    rows = [
+        [name, *(f"{measured[key] / 2**20:,.1f}" for key in ("resident", "made", "computed"))]
+        for name, measured in figures["bytes"].items()
+    ]
+    size = figures["size"]
+    headers = [
+        f"{figures['layers']} layers {size} → {size}, MiB",
+        "weights resident",
+        "peak after making",
+        f"peak after a batch of {figures['batch']}",
+    ]
+    text: str = tabulate(
+        rows, headers=headers, tablefmt=style, disable_numparse=True, colalign=["left"] + ["right"] * 3
+    )
+    return text
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", type=int, default=4096, help="inputs and outputs of a layer (4096)")
+    parser.add_argument("--layers", type=int, default=4, help="how many (4)")
+    parser.add_argument("--batch", type=int, default=64, help="rows (64)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    options = parser.parse_args(argv)
+    prepare(1)
+    figures = measure(options.size, options.layers, options.batch) | {"setting": setting()}
+    print(table(figures))
+    print(describe(figures["setting"]))
+    if options.json:
+        write_json(options.json, figures)

@@ -1,0 +1,99 @@
+"""The contestants on the CPU. What is not installed is named, with the reason, instead of timed.
+
+nn.Linear           float32 or whichever type is asked for, by torch's BLAS
+QLinear             ours, eval mode: packing of the input inside, weights packed before
+packed × packed     our product alone, of inputs packed before
+bitorch QLinear     bitorch 0.4.1's layer
+bnn-lab GEMM        bnn-lab 1.0.0's packed product alone, without the packing of its inputs; by AVX2 where ours is
+int8 dynamic        torch's dynamic quantization of nn.Linear
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bitorch_qlinear import QLinear, _library
+from bitorch_qlinear import functional as F
+
+from .measuring import Call, Shape
+
+LINEAR, QLINEAR, PACKED = "nn.Linear", "QLinear", "packed × packed"
+BITORCH, BNN, INT8 = "bitorch QLinear", "bnn-lab GEMM", "int8 dynamic"
+NAMES = [LINEAR, QLINEAR, PACKED, BITORCH, BNN, INT8]
+
+
+class Contestants(NamedTuple):
+    """What computes one shape, by name, and why others do not."""
+
+    calls: dict[str, Call]
+    absent: dict[str, str]
+
+
+def evaluation(layer: nn.Module, x: Tensor) -> Call:
+    """A forward without gradients."""
+    layer.eval()
+
+    def call() -> Tensor:
+        with torch.inference_mode():
+            return layer(x)
+
+    return call
+
+
+def packed_product(layer: QLinear, x: Tensor) -> Call:
+    words, k = F.pack_bits(layer.weight.detach()), layer.in_features
+    prepared, x_words = F.prepare_weight(words, k), F.pack_bits(x)
+    bias = layer.bias.detach() if layer.bias is not None else None
+    return lambda: F.binary_linear(x_words, words, k, bias, weight_prepared=prepared, out_dtype=x.dtype)
+
+
+def bitorch_layer(shape: Shape, dtype: torch.dtype) -> nn.Module:
+    from bitorch.layers import QLinear as BitorchQLinear
+
+    return BitorchQLinear(shape.k, shape.n).to(dtype)
+
+
+def bnn_product(shape: Shape) -> Call:
+    """Raises ImportError without its compiled kernel: the NumPy one is not what it is known for."""
+    from bnn.kernels import packed
+
+    if not packed.native_kernel_available():
+        raise ImportError("its compiled kernel does not load")
+    packed.set_num_threads(torch.get_num_threads())
+    packed.set_kernel("avx2" if _library.active_kernel() == "avx2" else None)
+    x, weight = (packed.pack_binary_pm1(torch.randn(rows, shape.k).sign().numpy())[0] for rows in (shape.m, shape.n))
+    return lambda: packed.binary_gemm_native_prepacked(x, weight, shape.k)
+
+
+def int8_layer(linear: nn.Linear) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and still the int8 that torch itself has
+        quantized: nn.Module = torch.ao.quantization.quantize_dynamic(nn.Sequential(linear), {nn.Linear}, torch.qint8)
+    return quantized
+
+
+def contestants(shape: Shape, dtype: torch.dtype = torch.float32) -> Contestants:
+    """All of one shape and type, with bias, on the same input."""
+    x = torch.randn(shape.m, shape.k, dtype=dtype)
+    linear = nn.Linear(shape.k, shape.n, dtype=dtype)
+    binary = QLinear.from_linear(linear)
+    calls = {LINEAR: evaluation(linear, x), QLINEAR: evaluation(binary, x), PACKED: packed_product(binary, x)}
+    absent = {}
+    others = {
+        BITORCH: lambda: evaluation(bitorch_layer(shape, dtype), x),
+        BNN: lambda: bnn_product(shape),
+        INT8: lambda: evaluation(int8_layer(linear), x),
+    }
+    for name, make in others.items():
+        if dtype != torch.float32 and name != BITORCH:
+            absent[name] = f"not of {str(dtype)[6:]}"
+            continue
+        try:
+            calls[name] = make()
+        except (ImportError, AttributeError, RuntimeError) as error:
+            absent[name] = str(error).splitlines()[0]
+    return Contestants(calls, absent)

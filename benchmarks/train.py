@@ -1,0 +1,200 @@
+"""Times training on the CPU: ``python -m benchmarks train``.
+
+A step is a forward and all gradients, of float32 layers with bias; saved bytes are what the forward keeps for the
+backward beside the weights. ``--run`` also trains the demo's network, wider, with QLinear and with bitorch's, until
+each recognizes so many of the test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from tqdm import tqdm
+
+from bitorch_qlinear import QLinear, demo
+
+from .measuring import (
+    Call,
+    Shape,
+    Times,
+    describe,
+    interleaved,
+    load_shapes,
+    median,
+    microseconds,
+    prepare,
+    ratio,
+    setting,
+    write_json,
+)
+from .peers import BITORCH, LINEAR, QLINEAR, bitorch_layer
+
+NAMES = [LINEAR, QLINEAR, BITORCH]
+# Of shapes.csv.
+STEPS = ["large batch", "medium batch", "small batch", "one row", "odd sizes", "64 cubed", "BERT-base attention"]
+QUICK = ["large batch", "medium batch", "small batch", "64 cubed"]
+
+
+def layers(shape: Shape, names: list[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Layers in training mode, and why others are absent."""
+    linear = nn.Linear(shape.k, shape.n)
+    made: dict[str, nn.Module] = {LINEAR: linear, QLINEAR: QLinear.from_linear(linear)}
+    absent = {}
+    try:
+        made[BITORCH] = bitorch_layer(shape, torch.float32)
+    except ImportError as error:
+        absent[BITORCH] = str(error)
+    return {name: made[name].train() for name in names if name in made}, absent
+
+
+def step(layer: nn.Module, x: Tensor, gradient: Tensor) -> Call:
+    """A forward and all gradients."""
+    x = x.clone().requires_grad_()
+    return lambda: torch.autograd.grad(layer(x), [x, *layer.parameters()], gradient)
+
+
+def step_times(shape: Shape, rounds: int, names: list[str]) -> tuple[Times, dict[str, str]]:
+    made, absent = layers(shape, names)
+    x, gradient = torch.randn(shape.m, shape.k), torch.randn(shape.m, shape.n)
+    return interleaved({name: step(layer, x, gradient) for name, layer in made.items()}, rounds), absent
+
+
+def saved_bytes(layer: nn.Module, x: Tensor) -> int:
+    """What a forward keeps for the backward, each piece of memory once, without the parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = layer(x.clone().requires_grad_())
+    del y
+    return sum(kept.values())
+
+
+def measure(shapes: list[Shape], rounds: int) -> dict[str, Any]:
+    """Quartiles of a step's seconds, and the saved bytes, by shape and layer."""
+    results, absent = [], {}
+    for shape in tqdm(shapes, leave=False, unit="shape"):
+        times, missing = step_times(shape, rounds, NAMES)
+        absent |= missing
+        made, _ = layers(shape, NAMES)
+        saved = {name: saved_bytes(layer, torch.randn(shape.m, shape.k)) for name, layer in made.items()}
+        results.append({**shape._asdict(), "seconds_quartiles": times, "saved_bytes": saved})
+    return {"results": results, "absent": absent}
+
+
+# ---- a whole run -----------------------------------------------------------------------------------
+
+
+def network(features: int, hidden: int, name: str) -> nn.Module:
+    """The demo's network, its hidden layers of one kind or the other, from the same random numbers."""
+    torch.manual_seed(0)
+    model = demo.build_model(features, hidden)
+    if name == BITORCH:
+        from bitorch.layers import QLinear as BitorchQLinear
+
+        for child, layer in list(model.named_children()):
+            if isinstance(layer, QLinear):
+                other = BitorchQLinear(hidden, hidden, bias=False, gradient_cancellation_threshold=1.0)
+                other.load_state_dict(layer.state_dict())
+                setattr(model, child, other)
+    return model
+
+
+def train_until(name: str, hidden: int, accuracy: float, most_epochs: int) -> dict[str, Any]:
+    """Seconds and epochs of training until the accuracy, the evaluation of each epoch included."""
+    digits = demo.load_digits(0, torch.device("cpu"))
+    model = network(digits.x_train.shape[1], hidden, name)
+    batches = -(-len(digits.x_train) // demo.TRAINING_BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=demo.LEARNING_RATE, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, demo.LEARNING_RATE, total_steps=most_epochs * batches)
+    start, reached, epochs = time.perf_counter(), 0.0, 0
+    for _ in tqdm(range(most_epochs), desc=name, leave=False, unit="epoch"):
+        demo.train_epoch(model, digits, optimizer, schedule)
+        epochs, reached = epochs + 1, demo.accuracy(model, digits.x_test, digits.y_test)
+        if reached >= accuracy:
+            break
+    return {"seconds": time.perf_counter() - start, "epochs": epochs, "test_accuracy": reached}
+
+
+def train_both(hidden: int, accuracy: float) -> dict[str, Any]:
+    runs: dict[str, Any] = {}
+    for name in (QLINEAR, BITORCH):
+        try:
+            runs[name] = train_until(name, hidden, accuracy, most_epochs=12)
+        except ImportError as error:
+            runs[name] = {"absent": str(error)}
+    return {"hidden": hidden, "wanted_accuracy": accuracy, "runs": runs}
+
+
+# ---- report ----------------------------------------------------------------------------------------
+
+
+def table(results: list[dict[str, Any]], style: str = "simple") -> str:
+    """Times and saved bytes of a step, and how many times as fast as nn.Linear's."""
+    present = [name for name in NAMES if any(name in result["seconds_quartiles"] for result in results)]
+    rows = []
+    for result in results:
+        times, saved = result["seconds_quartiles"], result["saved_bytes"]
+        cells = [microseconds(median(times, LINEAR)), *(f"{ratio(times, LINEAR, name):.2f}" for name in present[1:])]
+        shape = f"{result['m']} × {result['k']} → {result['n']}"
+        rows.append([shape, *cells, *(f"{saved[name] / 1000:,.1f}" for name in present)])
+    headers = ["training step", f"{LINEAR}, µs", *(f"{name}, ×" for name in present[1:])]
+    headers += [f"{name}, kB saved" for name in present]
+    text: str = tabulate(
+        rows, headers=headers, tablefmt=style, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1)
+    )
+    return text
+
+
+def run_report(run: dict[str, Any]) -> str:
+    lines = [f"Training the demo's network, {run['hidden']} wide, to {run['wanted_accuracy']:.0%} of the test images:"]
+    for name, result in run["runs"].items():
+        if "absent" in result:
+            lines.append(f"- {name}: absent: {result['absent']}")
+        else:
+            lines.append(
+                f"- {name}: {result['seconds']:.1f} s, {result['epochs']} epochs, {result['test_accuracy']:.2%}"
+            )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads (1)")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each layer (15)")
+    parser.add_argument("--quick", action="store_true", help="a selection of the shapes")
+    parser.add_argument("--only", choices=STEPS, metavar="NAME", help="one shape of shapes.csv")
+    parser.add_argument("--run", action="store_true", help="train the demo's network too")
+    parser.add_argument("--hidden", type=int, default=4096, help="its width (4096)")
+    parser.add_argument("--accuracy", type=float, default=0.97, help="of the test images, where a run ends (0.97)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    options = parser.parse_args(argv)
+    prepare(options.threads)
+    wanted = [options.only] if options.only else QUICK if options.quick else STEPS
+    figures = measure([shape for shape in load_shapes() if shape.name in wanted], options.rounds)
+    if options.run:
+        figures["run"] = train_both(options.hidden, options.accuracy)
+    figures["setting"] = setting()
+    print(table(figures["results"]))
+    for name, why in figures["absent"].items():
+        print(f"absent: {name}: {why}")
+    if options.run:
+        print(run_report(figures["run"]))
+    print(describe(figures["setting"]))
+    if options.json:
+        write_json(options.json, figures)
