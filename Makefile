@@ -19,7 +19,7 @@ CXX_SOURCES = $(shell find csrc tests/native tests/ptx -name __pycache__ -prune 
 # A shell function for recipes: end with one sentence.
 DIE := die() { echo "make: $$*" >&2; exit 1; }
 
-.PHONY: help demo test neon benchmark benchmark-check lint format build gpu ptx-full clean
+.PHONY: help demo test neon simde benchmark benchmark-check lint format build gpu ptx-full clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -65,6 +65,16 @@ neon:  ## test the NEON kernel in an emulator; wants g++-aarch64-linux-gnu and q
 	@mkdir -p build
 	aarch64-linux-gnu-g++ $(NATIVE_FLAGS) -static -o build/kernels-neon $(NATIVE_SOURCES)
 	qemu-aarch64 build/kernels-neon neon
+
+simde:  ## test the AVX-512 kernel through SIMDe, on any x86-64 with AVX2; wants libsimde-dev
+	@$(DIE); echo '#include <simde/x86/avx512.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1 || \
+		die "there is no SIMDe: install it (Debian, Ubuntu: apt install libsimde-dev)."
+	@mkdir -p build
+	$(CXX) $(NATIVE_FLAGS) -w -DBITORCH_QLINEAR_SIMDE -Itests/native/simde -c -o build/gemm_avx512-simde.o csrc/cpu/gemm_avx512.cpp
+	$(CXX) $(NATIVE_FLAGS) -DBITORCH_QLINEAR_SIMDE -c -o build/kernels-simde.o tests/native/kernels.cpp
+	$(CXX) $(NATIVE_FLAGS) -o build/kernels-simde build/kernels-simde.o build/gemm_avx512-simde.o \
+		$(filter-out %/kernels.cpp %/gemm_avx512.cpp,$(NATIVE_SOURCES))
+	build/kernels-simde
 
 # bnn-lab's own needs include another torch.
 benchmark: build  ## measure for some minutes, and write the README's tables and plots

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -248,3 +249,21 @@ def test_no_exception_leaves_a_plain_c_function():
     code = "import torch\n" + code  # for the libraries that the operators need
     environment = {**os.environ, "BITORCH_QLINEAR_CPU": "nope"}
     subprocess.run([sys.executable, "-c", code, str(_library._OPERATORS)], env=environment, check=True)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64's instructions")
+@pytest.mark.parametrize(
+    ("kernel", "instruction"),
+    [
+        ("count_tile", r"vpopcntd .*%zmm"),  # gemm_avx512.cpp, whether or not the processor has AVX-512
+        ("pair_planar", r"vpshufb .*%ymm"),  # gemm_avx2.cpp
+        ("four_russians.*add_block", r"vpaddb 0x[0-9a-f]*\(.*%ymm"),
+        ("gemm_by_words.*Tile", r"popcnt .*%r"),  # gemm_popcnt.cpp
+    ],
+)
+def test_machine_code_has_what_the_kernel_is_for(kernel, instruction):
+    library = PACKAGE / "_ops_cpu.so"
+    text = subprocess.run(["objdump", "-dC", "--no-show-raw-insn", library], capture_output=True, text=True, check=True)
+    functions = re.split(r"\n\n[0-9a-f]+ <", text.stdout)
+    code = [function for function in functions if re.search(kernel, function.partition(">:\n")[0])]
+    assert code and any(re.search(instruction, function) for function in code)

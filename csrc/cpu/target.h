@@ -2,6 +2,8 @@
 // function, template and lambda is compiled for that set, by gcc and by clang, without any -m flag.
 #pragma once
 
+// Tests define BITORCH_QLINEAR_SIMDE where functions stand for the instructions: there is nothing to compile for then.
+
 #if defined(__clang__)
 #define BITORCH_QLINEAR_POPCNT_BEGIN \
     _Pragma("clang attribute push(__attribute__((target(\"popcnt\"))), apply_to = function)")
@@ -23,4 +25,10 @@
         _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx2,fma,f16c,bmi2\")")
 #define BITORCH_QLINEAR_TARGET_END _Pragma("GCC pop_options")
 #define BITORCH_QLINEAR_UNROLL _Pragma("GCC unroll 8")
+#endif
+#if defined(BITORCH_QLINEAR_SIMDE)
+#undef BITORCH_QLINEAR_AVX512_BEGIN
+#undef BITORCH_QLINEAR_TARGET_END
+#define BITORCH_QLINEAR_AVX512_BEGIN
+#define BITORCH_QLINEAR_TARGET_END
 #endif

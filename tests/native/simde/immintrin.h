@@ -1,0 +1,65 @@
+// In place of the compiler's header where a processor has no AVX-512: SIMDe's portable versions of its functions under
+// their names, and here those that SIMDe 0.7.4 lacks, written from Intel's Intrinsics Guide.
+#pragma once
+
+#define SIMDE_NO_NATIVE
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx2.h>
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#include <simde/x86/fma.h>
+
+#include <cstdint>
+#include <cstring>
+
+typedef uint16_t __mmask16;
+
+namespace simde_lacks {
+
+// Bit i: whether lane i of a is below that of b.
+template <class Lane>
+inline uint64_t less(__m512i a, __m512i b) {
+    constexpr int kLanes = 64 / sizeof(Lane);
+    Lane left[kLanes], right[kLanes];
+    std::memcpy(left, &a, sizeof left);
+    std::memcpy(right, &b, sizeof right);
+    uint64_t mask = 0;
+    for (int i = 0; i < kLanes; ++i) mask |= static_cast<uint64_t>(left[i] < right[i]) << i;
+    return mask;
+}
+
+}  // namespace simde_lacks
+
+#define _mm512_cmplt_epu16_mask(a, b) static_cast<uint32_t>(simde_lacks::less<uint16_t>(a, b))
+#define _mm512_cmplt_epu32_mask(a, b) static_cast<__mmask16>(simde_lacks::less<uint32_t>(a, b))
+#define _mm512_cmplt_epu64_mask(a, b) static_cast<uint8_t>(simde_lacks::less<uint64_t>(a, b))
+
+inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
+    uint16_t from[16];
+    uint32_t to[16];
+    std::memcpy(from, &a, sizeof from);
+    for (int i = 0; i < 16; ++i) to[i] = from[i];
+    __m512i widened;
+    std::memcpy(&widened, to, sizeof to);
+    return widened;
+}
+
+inline __m512 _mm512_cvtph_ps(__m256i a) {
+    __m128i halves[2];
+    std::memcpy(halves, &a, sizeof halves);
+    __m256 widened[2] = {simde_mm256_cvtph_ps(halves[0]), simde_mm256_cvtph_ps(halves[1])};
+    __m512 both;
+    std::memcpy(&both, widened, sizeof both);
+    return both;
+}
+
+// Reads only the lanes of the mask.
+inline __m512i _mm512_maskz_loadu_epi32(__mmask16 mask, const void* from) {
+    uint32_t lanes[16] = {};
+    for (int i = 0; i < 16; ++i) {
+        if (mask >> i & 1) std::memcpy(lanes + i, static_cast<const char*>(from) + 4 * i, 4);
+    }
+    __m512i loaded;
+    std::memcpy(&loaded, lanes, sizeof loaded);
+    return loaded;
+}
