@@ -25,6 +25,15 @@ template <class... Parts>
     throw std::runtime_error(message.str());
 }
 
+// Undefined where the stable ABI has no word for the dtype: its own error would name a file instead of the argument.
+inline ScalarType scalar_type(const Tensor& tensor) {
+    try {
+        return tensor.scalar_type();
+    } catch (const std::exception&) {
+        return ScalarType::Undefined;
+    }
+}
+
 inline const char* dtype_name(ScalarType type) {
     switch (type) {
         case ScalarType::Double: return "float64";
@@ -82,13 +91,11 @@ inline bool is_on(const Tensor& tensor, const Device& device) {
 // On the device that the operator computes on, and inside its own storage (a storage can be resized beneath a tensor).
 inline void check_memory(const char* argument, const Tensor& tensor, const Device& device, int64_t item_size) {
     if (!is_on(tensor, device)) fail(argument, "expected a tensor on the same device as the first argument");
+    if (tensor.numel() == 0) return;  // whatever its strides: they may be of any size
     int64_t last = tensor.storage_offset();
     const auto sizes = tensor.sizes();
     const auto strides = tensor.strides();
-    for (size_t d = 0; d < sizes.size(); ++d) {
-        if (sizes[d] == 0) return;
-        last += (sizes[d] - 1) * strides[d];
-    }
+    for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
     int64_t storage_bytes = 0;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &storage_bytes));
     if (last >= storage_bytes / item_size) {
@@ -106,7 +113,7 @@ inline void check_dimensions(const char* argument, const Tensor& tensor, int64_t
 
 // Packed words [..., words_for(k)].
 inline void check_words(const char* argument, const Tensor& words, int64_t k, const Device& device) {
-    const ScalarType type = words.scalar_type();
+    const ScalarType type = scalar_type(words);
     if (type != ScalarType::Int && type != ScalarType::UInt32) {
         fail(argument, "expected packed words of dtype int32 or uint32, got ", dtype_name(type));
     }
@@ -127,7 +134,7 @@ inline void check_weight_words(const Tensor& words, int64_t k, const Device& dev
 // bias and scale: n floats.
 inline void check_vector(const char* argument, const std::optional<Tensor>& vector, int64_t n, const Device& device) {
     if (!vector) return;
-    const DType dtype = check_float(argument, vector->scalar_type());
+    const DType dtype = check_float(argument, scalar_type(*vector));
     if (vector->dim() != 1 || vector->size(0) != n) {
         fail(argument, "expected shape (", n, "), got ", vector->dim(), " dimensions and ", vector->numel(),
              " elements");

@@ -147,9 +147,9 @@ void write_prepared(const Kernel& kernel, const uint32_t* words, int64_t n, int6
 // Refuses whatever prepare_weight did not make for this kernel and these sizes.
 const uint8_t* check_prepared(const Tensor& prepared, const Kernel& kernel, int64_t n, int64_t k) {
     constexpr const char* kName = "weight_prepared";
-    if (prepared.scalar_type() != ScalarType::Byte || prepared.dim() != 1 || !prepared.is_contiguous()) {
+    if (scalar_type(prepared) != ScalarType::Byte || prepared.dim() != 1 || !prepared.is_contiguous()) {
         fail(kName, "expected the contiguous uint8 vector that prepare_weight makes, got ",
-             dtype_name(prepared.scalar_type()), " with ", prepared.dim(), " dimensions");
+             dtype_name(scalar_type(prepared)), " with ", prepared.dim(), " dimensions");
     }
     check_memory(kName, prepared, kCpu, 1);
     const int64_t header_bytes = sizeof(PreparedHeader);
@@ -253,7 +253,7 @@ Tensor multiply_words(const uint32_t* x_words, int64_t m, const Weight& weight, 
 // ---- real values by signs ------------------------------------------------------------------------
 
 void check_reals(const Tensor& reals, int64_t count) {
-    const DType dtype = check_float("reals", reals.scalar_type());
+    const DType dtype = check_float("reals", scalar_type(reals));
     check_dimensions("reals", reals, 1, "(..., n)");
     const int64_t got = reals.size(reals.dim() - 1);
     if (got != count) fail("reals", "expected ", count, " values in the last dimension, as many as signs, got ", got);
@@ -368,7 +368,9 @@ Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std:
     const Rows rows = check_rows(x, k, kCpu);
     const Weight weight =
         check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(x.scalar_type()));
-    alignas(64) uint32_t few[256];  // a row or two need no allocation
+    const std::vector<int64_t> sizes = sizes_with_last(x, weight.n);
+    if (weight.n == 0) return empty_on_cpu(sizes, weight.out_type);  // however many rows
+    alignas(64) uint32_t few[256];                                   // a row or two need no allocation
     Scratch words;
     uint32_t* x_words = few;
     if (static_cast<double>(rows.m) * words_for(k) > 256) {
@@ -377,7 +379,7 @@ Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std:
         x_words = reinterpret_cast<uint32_t*>(words.get());
     }
     pack_rows(rows, strict, 0, x_words, nullptr);
-    return multiply_words(x_words, rows.m, weight, sizes_with_last(x, weight.n));
+    return multiply_words(x_words, rows.m, weight, sizes);
 }
 
 // Without a threshold every element is in range, and no bits are kept: in_range_words is empty.

@@ -19,16 +19,15 @@ namespace bitorch_qlinear {
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Device& device) {
     std::vector<int64_t> strides(sizes.size());
     int64_t stride = 1;
+    bool overflows = false;
     for (size_t d = sizes.size(); d-- > 0;) {
         strides[d] = stride;
-        stride *= std::max<int64_t>(sizes[d], 1);
+        overflows |= __builtin_mul_overflow(stride, std::max<int64_t>(sizes[d], 1), &stride);
     }
     AtenTensorHandle handle = nullptr;
-    const AOTITorchError error =
-        aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                 torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device.type,
-                                 std::max(device.index, 0), &handle);
-    if (error) {
+    if (overflows || aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                              torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                              device.type, std::max(device.index, 0), &handle)) {
         std::ostringstream shape;
         for (const int64_t size : sizes) shape << size << ", ";
         fail("result", "cannot allocate shape (", shape.str(), ") of ", dtype_name(type));
@@ -82,7 +81,7 @@ inline int64_t count_rows(const Tensor& tensor) {
 
 inline Rows check_rows(const Tensor& x, int64_t k, const Device& device) {
     check_values(k);
-    const DType dtype = check_float("x", x.scalar_type());
+    const DType dtype = check_float("x", scalar_type(x));
     check_dimensions("x", x, 1, "(..., k)");
     if (x.size(x.dim() - 1) != k)
         fail("x", "expected k = ", k, " values in the last dimension, got ", x.size(x.dim() - 1));

@@ -98,9 +98,9 @@ struct Weight {
 // What can be told without waiting for the device; its header the kernel looks at.
 const uint8_t* check_prepared_sizes(const Tensor& prepared, int64_t n, int64_t k, const Device& device) {
     constexpr const char* kName = "weight_prepared";
-    if (prepared.scalar_type() != ScalarType::Byte || prepared.dim() != 1 || !prepared.is_contiguous()) {
+    if (scalar_type(prepared) != ScalarType::Byte || prepared.dim() != 1 || !prepared.is_contiguous()) {
         fail(kName, "expected the contiguous uint8 vector that prepare_weight makes, got ",
-             dtype_name(prepared.scalar_type()), " with ", prepared.dim(), " dimensions");
+             dtype_name(scalar_type(prepared)), " with ", prepared.dim(), " dimensions");
     }
     check_memory(kName, prepared, device, 1);
     if (prepared.numel() != prepared_bytes(n, k)) {
