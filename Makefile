@@ -19,7 +19,7 @@ CXX_SOURCES = $(shell find csrc tests/native tests/ptx -name __pycache__ -prune 
 # A shell function for recipes: end with one sentence.
 DIE := die() { echo "make: $$*" >&2; exit 1; }
 
-.PHONY: help demo test neon simde benchmark benchmark-check lint format build gpu ptx-full clean
+.PHONY: help demo test neon simde benchmark benchmark-check lint format build gpu ptx-full clean fuzz
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -53,6 +53,9 @@ test: build  ## run the tests, with coverage
 # The kernels whose tests have shapes and targets to add; 8 minutes of processor time.
 ptx-full: build  ## run the CUDA kernels' PTX of all targets on many more shapes; wants nvcc
 	PTX_FULL=1 $(PY) -m pytest $(PARALLEL) tests/ptx $(ARGS)
+
+fuzz: build  ## call the operators with 100,000 sets of hostile arguments
+	$(PY) tests/fuzz.py $(or $(ARGS),--cases 100000)
 
 # The kernels' own tests without torch: what they have in common with the library's build is the standard and the flags that
 # results depend on.
