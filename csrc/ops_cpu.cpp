@@ -8,30 +8,28 @@
 #endif
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdlib>
-#include <limits>
-#include <memory>
-#include <numeric>
+#include <cstring>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/share.h"
 #include "epilogue.h"
 #include "tensors.h"
 
 namespace bitorch_qlinear {
 namespace {
 
-using torch::stable::get_num_threads;
-using torch::stable::parallel_for;
-
-// Below this many multiply-adds (about 20 us), or bytes to pack or unpack, waking threads costs more
-// than they save.
-constexpr int64_t kSerialProducts = int64_t{1} << 24;
-constexpr int64_t kSerialValues = int64_t{1} << 16;
+// As share.h wants them.
+struct TorchThreads {
+    static int64_t count() { return torch::stable::get_num_threads(); }
+    template <class Function>
+    static void for_each(int64_t count, int64_t grain, const Function& function) {
+        torch::stable::parallel_for(0, count, grain, function);
+    }
+};
+constexpr TorchThreads kThreads;
 
 // Results from here on are worth the system call.
 constexpr int64_t kHugeBytes = int64_t{4} << 20;
@@ -57,32 +55,16 @@ Tensor empty_on_cpu(const std::vector<int64_t>& sizes, ScalarType type) {
     return tensor;
 }
 
-// Scratch memory, aligned to a cache line. Null after a failure, so that a thread of the pool, which
-// must not throw, can report it; an expanded x can ask for more bytes than an int64 counts.
-struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-};
-using Scratch = std::unique_ptr<uint8_t, Free>;
-
-Scratch allocate(int64_t count, int64_t item_bytes = 1) {
-    int64_t bytes;
-    if (__builtin_mul_overflow(count, item_bytes, &bytes) || bytes > INT64_MAX / 2) return nullptr;
-    return Scratch(static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(ceil_div(bytes, 64) * 64 + 64))));
-}
-
-[[noreturn]] void fail_memory() { throw std::runtime_error("bitorch_qlinear: out of memory for scratch space"); }
-
 void pack_rows(const Rows& x, bool strict, double threshold, uint32_t* words, uint32_t* in_range) {
     if (x.k == 0) return;  // however many rows
     const PackRow pack_row = active_kernel().pack_row[static_cast<int>(x.dtype)];
     const int64_t width = words_for(x.k);
     const int64_t grain = std::max<int64_t>(1, kSerialValues / x.k);
-    const auto pack = [&](int64_t begin, int64_t end) {
+    share(kThreads, x.m, grain, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             pack_row(x.row(i), x.k, strict, threshold, words + i * width, in_range ? in_range + i * width : nullptr);
         }
-    };
-    x.m > grain ? parallel_for(0, x.m, grain, pack) : pack(0, x.m);
+    });
 }
 
 // bias or scale as n contiguous values of T, converted where they are not.
@@ -93,7 +75,7 @@ class Vector {
         const DType from = *dtype_of(vector->scalar_type());
         const int64_t n = vector->size(0), stride = vector->stride(0);
         const uint8_t* data = static_cast<const uint8_t*>(vector->data_ptr());
-        if (n == 0 || (from == type && stride == 1)) {
+        if (n == 0 || (from == type && stride == 1 && is_aligned(*vector))) {
             values_ = data;
             return;
         }
@@ -115,11 +97,18 @@ class Vector {
     // Exact: double holds every value of the other types.
     static double read(const void* value, DType dtype) {
         switch (dtype) {
-            case DType::float64: return *static_cast<const double*>(value);
-            case DType::float32: return *static_cast<const float*>(value);
-            case DType::float16: return widen(*static_cast<const Half*>(value));
-            default: return widen(*static_cast<const BFloat16*>(value));
+            case DType::float64: return read<double>(value);
+            case DType::float32: return read<float>(value);
+            case DType::float16: return read<Half>(value);
+            default: return read<BFloat16>(value);
         }
+    }
+    // From any address.
+    template <class T>
+    static double read(const void* from) {
+        T value;
+        std::memcpy(&value, from, sizeof value);
+        return widen(value);
     }
 
     const void* values_ = nullptr;
@@ -127,22 +116,6 @@ class Vector {
 };
 
 // ---- prepared weights ----------------------------------------------------------------------------
-
-void write_prepared(const Kernel& kernel, const uint32_t* words, int64_t n, int64_t k, uint8_t* out) {
-    PreparedHeader header{};
-    std::copy(std::begin(kPreparedMagic), std::end(kPreparedMagic), header.magic);
-    header.layout = kernel.layout.id;
-    header.n = n;
-    header.k = k;
-    std::memcpy(out, &header, sizeof header);
-    if (!kernel.prepare || k == 0) return;
-    const int64_t panels = ceil_div(n, kernel.layout.panel);
-    const int64_t grain = std::max<int64_t>(1, kSerialValues * 8 / (kernel.layout.panel * k));
-    const auto prepare = [&](int64_t begin, int64_t end) {
-        kernel.prepare(words, n, k, {begin, end}, out + sizeof header);
-    };
-    panels > grain ? parallel_for(0, panels, grain, prepare) : prepare(0, panels);
-}
 
 // Refuses whatever prepare_weight did not make for this kernel and these sizes.
 const uint8_t* check_prepared(const Tensor& prepared, const Kernel& kernel, int64_t n, int64_t k) {
@@ -177,40 +150,10 @@ const uint8_t* check_prepared(const Tensor& prepared, const Kernel& kernel, int6
 
 // ---- the product ---------------------------------------------------------------------------------
 
-// Splits y into equal tiles, as many as a multiple of the threads, and computes each with its own
-// workspace. Every element is an integer sum, so the result does not depend on the split.
-void multiply(const Kernel& kernel, const Product& product) {
-    const bool serial = static_cast<double>(product.m) * product.n * product.k < kSerialProducts;
-    const int64_t threads = serial ? 1 : get_num_threads();
-    int64_t row_tiles = ceil_div(product.m, kernel.row_tile);
-    const int64_t rows = std::min(ceil_div(ceil_div(product.m, row_tiles), 2) * 2, product.m);
-    row_tiles = ceil_div(product.m, rows);
-    const int64_t wanted = threads / std::gcd(row_tiles, threads);
-    const int64_t columns = ceil_div(ceil_div(product.n, wanted), kernel.column_tile) * kernel.column_tile;
-    const int64_t column_tiles = ceil_div(product.n, columns);
-
-    std::atomic<bool> out_of_memory{false};
-    const auto compute = [&](int64_t begin, int64_t end) {
-        const Scratch workspace = allocate(kernel.workspace_bytes(rows, product.k));
-        if (!workspace) {
-            out_of_memory = true;
-            return;
-        }
-        for (int64_t tile = begin; tile < end; ++tile) {
-            const int64_t row = tile / column_tiles * rows, column = tile % column_tiles * columns;
-            kernel.gemm(product, {row, std::min(row + rows, product.m)},
-                        {column, std::min(column + columns, product.n)}, workspace.get());
-        }
-    };
-    const int64_t tiles = row_tiles * column_tiles;
-    threads > 1 && tiles > 1 ? parallel_for(0, tiles, 1, compute) : compute(0, tiles);
-    if (out_of_memory) fail_memory();
-}
-
 // The right-hand side of every linear operator, checked.
 struct Weight {
     const Kernel& kernel;
-    const uint32_t* words;
+    Tensor words;
     const uint8_t* panels;  // null: not prepared
     int64_t n, k;
     const std::optional<Tensor>& bias;
@@ -224,7 +167,7 @@ Weight check_weight(const Tensor& words, int64_t k, const std::optional<Tensor>&
     const int64_t n = words.size(0);
     const Kernel& kernel = active_kernel();
     const uint8_t* panels = prepared ? check_prepared(*prepared, kernel, n, k) : nullptr;
-    return {kernel, words_of(words), panels, n, k, bias, scale, out_type};
+    return {kernel, aligned("weight_words", words), panels, n, k, bias, scale, out_type};
 }
 
 Tensor multiply_words(const uint32_t* x_words, int64_t m, const Weight& weight, const std::vector<int64_t>& sizes) {
@@ -237,16 +180,17 @@ Tensor multiply_words(const uint32_t* x_words, int64_t m, const Weight& weight, 
     if (!panels && weight.kernel.prepare) {
         prepared = allocate(prepared_bytes(weight.kernel.layout, weight.n, weight.k));
         if (!prepared) fail_memory();
-        write_prepared(weight.kernel, weight.words, weight.n, weight.k, prepared.get());
+        write_prepared(kThreads, weight.kernel, words_of(weight.words), weight.n, weight.k, prepared.get());
         panels = prepared.get() + sizeof(PreparedHeader);
     }
-    multiply(weight.kernel, {x_words,
-                             weight.words,
-                             panels,
-                             m,
-                             weight.n,
-                             weight.k,
-                             {y.data_ptr(), dtype, weight.n, static_cast<int32_t>(weight.k), bias.get(), scale.get()}});
+    multiply(kThreads, weight.kernel,
+             {x_words,
+              words_of(weight.words),
+              panels,
+              m,
+              weight.n,
+              weight.k,
+              {y.data_ptr(), dtype, weight.n, static_cast<int32_t>(weight.k), bias.get(), scale.get()}});
     return y;
 }
 
@@ -267,48 +211,9 @@ struct Reals {
 };
 
 Reals read_reals(const Tensor& reals) {
-    if (reals.dim() == 2 && reals.stride(0) == 1) return {reals, 1, reals.stride(1)};
+    if (reals.dim() == 2 && reals.stride(0) == 1 && is_aligned(reals)) return {reals, 1, reals.stride(1)};
     const std::optional<int64_t> stride = row_stride(reals);
     return {stride ? reals : contiguous_copy("reals", reals), stride.value_or(reals.size(reals.dim() - 1)), 1};
-}
-
-// Below this many multiply-adds threads cost more than they save: about 20 us.
-constexpr int64_t kSerialSignProducts = int64_t{1} << 22;
-// The sums of a tile, 64 bytes a column, stay in L2; fewer columns make the tables more often.
-constexpr int64_t kMostColumns = 4096, kFewestColumns = 512;
-
-// Tiles of row_tile rows by equal shares of the columns: one share, unless there are fewer rows than threads.
-void multiply_reals(const FloatByBits& kernel, const SignProduct& product) {
-    const bool serial = static_cast<double>(product.m) * product.n * product.k < kSerialSignProducts;
-    const int64_t threads = serial ? 1 : get_num_threads(), rows = row_tile(product.dtype);
-    const int64_t passes = count_passes(product), row_tiles = ceil_div(product.m, rows);
-    const int64_t wanted = std::min(threads / std::gcd(row_tiles, threads), ceil_div(product.n, kFewestColumns));
-    const int64_t shares =
-        std::max({int64_t{1}, ceil_div(product.n, kMostColumns), row_tiles < 4 * threads ? wanted : 1});
-    const int64_t columns = ceil_div(ceil_div(product.n, shares), kWordBits) * kWordBits;
-    const int64_t column_tiles = ceil_div(product.n, columns);
-
-    const Scratch memory = allocate(passes * product.n, kWordBytes);
-    if (!memory) fail_memory();
-    uint32_t* codes = reinterpret_cast<uint32_t*>(memory.get());
-    const auto make_codes = [&](int64_t begin, int64_t end) { kernel.make_codes(product, {begin, end}, codes); };
-    std::atomic<bool> out_of_memory{false};
-    const auto compute = [&](int64_t begin, int64_t end) {
-        const Scratch workspace = allocate(kernel.workspace_bytes(product, std::min(columns, product.n)));
-        if (!workspace) {
-            out_of_memory = true;
-            return;
-        }
-        for (int64_t tile = begin; tile < end; ++tile) {
-            const int64_t row = tile / column_tiles * rows, column = tile % column_tiles * columns;
-            kernel.multiply(product, codes, {row, std::min(row + rows, product.m)},
-                            {column, std::min(column + columns, product.n)}, workspace.get());
-        }
-    };
-    const int64_t tiles = row_tiles * column_tiles;
-    threads > 1 && passes > 1 ? parallel_for(0, passes, 1, make_codes) : make_codes(0, passes);
-    threads > 1 && tiles > 1 ? parallel_for(0, tiles, 1, compute) : compute(0, tiles);
-    if (out_of_memory) fail_memory();
 }
 
 // ---- operators -----------------------------------------------------------------------------------
@@ -330,15 +235,15 @@ Tensor unpack_bits(const Tensor& words, int64_t k, ScalarType type) {
     if (k == 0) return values;
     const int64_t width = words_for(k), m = words.numel() / width;
     const UnpackRow unpack_row = active_kernel().unpack_row;
-    const uint32_t* from = words_of(words);
+    const Tensor from_words = aligned("words", words);
+    const uint32_t* from = words_of(from_words);
     uint8_t* to = static_cast<uint8_t*>(values.data_ptr());
     const int64_t grain = std::max<int64_t>(1, kSerialValues / k);
-    const auto unpack = [&](int64_t begin, int64_t end) {
+    share(kThreads, m, grain, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             unpack_row(from + i * width, k, to + i * k * element_size(*dtype), *dtype);
         }
-    };
-    m > grain ? parallel_for(0, m, grain, unpack) : unpack(0, m);
+    });
     return values;
 }
 
@@ -348,7 +253,8 @@ Tensor prepare_weight(const Tensor& words, int64_t k, std::optional<int64_t> lay
     const Kernel& kernel = active_kernel();
     check_layout(layout, kernel.layout.id);
     Tensor prepared = empty_on_cpu({prepared_bytes(kernel.layout, words.size(0), k)}, ScalarType::Byte);
-    write_prepared(kernel, words_of(words), words.size(0), k, static_cast<uint8_t*>(prepared.data_ptr()));
+    write_prepared(kThreads, kernel, words_of(aligned("weight_words", words)), words.size(0), k,
+                   static_cast<uint8_t*>(prepared.data_ptr()));
     return prepared;
 }
 
@@ -359,7 +265,8 @@ Tensor binary_linear(const Tensor& x_words, const Tensor& weight_words, int64_t 
     check_words("x_words", x_words, k, kCpu);
     const Weight weight =
         check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(ScalarType::Float));
-    return multiply_words(words_of(x_words), count_rows(x_words), weight, sizes_with_last(x_words, weight.n));
+    const Tensor rows = aligned("x_words", x_words);
+    return multiply_words(words_of(rows), count_rows(x_words), weight, sizes_with_last(x_words, weight.n));
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std::optional<Tensor>& bias,
@@ -413,9 +320,10 @@ Tensor multiply_signs(const Tensor& reals, const Tensor& sign_words, int64_t k, 
     const int64_t m = count_rows(reals);
     if (m == 0 || outputs == 0) return y;
     const Reals x = read_reals(reals);
-    multiply_reals(*active_kernel().float_by_bits,
+    const Tensor words = aligned("sign_words", sign_words);
+    multiply_reals(kThreads, *active_kernel().float_by_bits,
                    {x.tensor.data_ptr(), *dtype_of(reals.scalar_type()), m, summed, x.row_stride, x.value_stride,
-                    words_of(sign_words), transpose, outputs, y.data_ptr()});
+                    words_of(words), transpose, outputs, y.data_ptr()});
     return y;
 }
 

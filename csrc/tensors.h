@@ -45,11 +45,17 @@ struct Rows {
     const void* row(int64_t i) const { return data + i * stride * element_size(dtype); }
 };
 
-// Whether the leading dimensions walk through memory with one stride; if so, which.
+// Whether each element lies at a multiple of its size, as the kernels read it; torch.frombuffer can give others.
+inline bool is_aligned(const Tensor& tensor) {
+    return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % tensor.element_size() == 0;
+}
+
+// Whether rows can be read where they are, and the leading dimensions walk through them with one stride; if so, which.
 inline std::optional<int64_t> row_stride(const Tensor& x) {
     const auto sizes = x.sizes();
     const auto strides = x.strides();
     const int64_t last = x.dim() - 1;
+    if (!is_aligned(x)) return std::nullopt;
     if (sizes[last] > 1 && strides[last] != 1) return std::nullopt;
     int64_t stride = sizes[last], expected = -1;
     for (int64_t d = last - 1; d >= 0; --d) {
@@ -66,10 +72,14 @@ inline std::optional<int64_t> row_stride(const Tensor& x) {
 
 inline Tensor contiguous_copy(const char* argument, const Tensor& x) {
     try {
-        return torch::stable::contiguous(x);
+        return x.is_contiguous() ? torch::stable::clone(x) : torch::stable::contiguous(x);
     } catch (const std::exception&) {  // its text names a file of the build
         fail(argument, "cannot allocate a contiguous copy of it");
     }
+}
+
+inline Tensor aligned(const char* argument, const Tensor& tensor) {
+    return is_aligned(tensor) ? tensor : contiguous_copy(argument, tensor);
 }
 
 // Of the tensor's leading dimensions.

@@ -193,12 +193,14 @@ class Maker:
         return guarded(changed)
 
     def other_header(self, prepared: Tensor) -> Tensor:
-        """The magic and layout as they should be; n, k and all that follows as chance has it."""
+        """The magic as it should be, and layout, n and k often; all that follows as chance has it."""
         changed = self.elements(len(prepared), torch.uint8).clone()
         changed[:16] = prepared[:16]
+        if self.chance(0.3):
+            changed[8] = self.random.randrange(5)
         for at, size in ((16, self.n), (24, self.k)):
-            value = self.random.choice([size, size, size + 1, -1, 2**31, 2**62, 2**63 - 1, -(2**63)])
-            changed[at : at + 8] = torch.tensor(list(value.to_bytes(8, "little", signed=True)), dtype=torch.uint8)
+            value = self.random.choice([size, size, size, size + 1, -1, 2**31, 2**62, 2**63 - 1, -(2**63)])
+            changed[at : at + 8] = torch.tensor([value]).view(torch.uint8)
         return guarded(changed)
 
     def other_length(self, prepared: Tensor) -> Tensor:

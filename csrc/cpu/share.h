@@ -1,0 +1,117 @@
+// How work is shared among threads: products in equal tiles, each with a workspace of its own. It is told which threads,
+// torch's or others, so that a race detector can watch the sharing without torch:
+//
+//     threads.count()                     how many work at the same time
+//     threads.for_each(count, grain, f)   f(begin, end) for parts of [0, count) of at least `grain`; f does not throw
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+
+#include "kernel.h"
+#include "scratch.h"
+
+namespace bitorch_qlinear {
+
+// Below this many multiply-adds (about 20 us), or bytes to pack or unpack, waking threads costs more
+// than they save.
+constexpr int64_t kSerialProducts = int64_t{1} << 24;
+constexpr int64_t kSerialSignProducts = int64_t{1} << 22;
+constexpr int64_t kSerialValues = int64_t{1} << 16;
+
+template <class Threads, class Function>
+void share(const Threads& threads, int64_t count, int64_t grain, const Function& function) {
+    count > grain ? threads.for_each(count, grain, function) : function(int64_t{0}, count);
+}
+
+// y[m][n] in tiles of at most so many rows and columns.
+struct Tiles {
+    int64_t m, n, rows, columns;
+};
+
+// compute(rows, columns, workspace) for each tile; in this thread where `serial`.
+template <class Threads, class Compute>
+void for_each_tile(const Threads& threads, bool serial, const Tiles& tiles, int64_t workspace_bytes,
+                   const Compute& compute) {
+    const int64_t column_tiles = ceil_div(tiles.n, tiles.columns);
+    const int64_t count = ceil_div(tiles.m, tiles.rows) * column_tiles;
+    std::atomic<bool> out_of_memory{false};
+    const auto work = [&](int64_t begin, int64_t end) {
+        const Scratch workspace = allocate(workspace_bytes);
+        if (!workspace) {
+            out_of_memory = true;
+            return;
+        }
+        for (int64_t tile = begin; tile < end; ++tile) {
+            const int64_t row = tile / column_tiles * tiles.rows, column = tile % column_tiles * tiles.columns;
+            compute(Range{row, std::min(row + tiles.rows, tiles.m)},
+                    Range{column, std::min(column + tiles.columns, tiles.n)}, workspace.get());
+        }
+    };
+    share(threads, count, serial ? count : 1, work);
+    if (out_of_memory) fail_memory();
+}
+
+// The prepared form of the weights, its header included.
+template <class Threads>
+void write_prepared(const Threads& threads, const Kernel& kernel, const uint32_t* words, int64_t n, int64_t k,
+                    uint8_t* out) {
+    PreparedHeader header{};
+    std::copy(std::begin(kPreparedMagic), std::end(kPreparedMagic), header.magic);
+    header.layout = kernel.layout.id;
+    header.n = n;
+    header.k = k;
+    std::memcpy(out, &header, sizeof header);
+    if (!kernel.prepare || k == 0) return;
+    const int64_t grain = std::max<int64_t>(1, kSerialValues * 8 / (kernel.layout.panel * k));
+    share(threads, ceil_div(n, kernel.layout.panel), grain,
+          [&](int64_t begin, int64_t end) { kernel.prepare(words, n, k, {begin, end}, out + sizeof header); });
+}
+
+// As many tiles as a multiple of the threads. Every element is an integer sum, so the result does not depend on the
+// split.
+template <class Threads>
+void multiply(const Threads& threads, const Kernel& kernel, const Product& product) {
+    const bool serial = static_cast<double>(product.m) * product.n * product.k < kSerialProducts;
+    const int64_t workers = serial ? 1 : threads.count();
+    int64_t row_tiles = ceil_div(product.m, kernel.row_tile);
+    const int64_t rows = std::min(ceil_div(ceil_div(product.m, row_tiles), 2) * 2, product.m);
+    row_tiles = ceil_div(product.m, rows);
+    const int64_t wanted = workers / std::gcd(row_tiles, workers);
+    const int64_t columns = ceil_div(ceil_div(product.n, wanted), kernel.column_tile) * kernel.column_tile;
+    for_each_tile(threads, workers == 1, {product.m, product.n, rows, columns}, kernel.workspace_bytes(rows, product.k),
+                  [&](Range tile_rows, Range tile_columns, uint8_t* workspace) {
+                      kernel.gemm(product, tile_rows, tile_columns, workspace);
+                  });
+}
+
+// The sums of a tile, 64 bytes a column, stay in L2; fewer columns make the tables more often.
+constexpr int64_t kMostColumns = 4096, kFewestColumns = 512;
+
+// Tiles of row_tile rows by equal shares of the columns: one share, unless there are fewer rows than threads.
+template <class Threads>
+void multiply_reals(const Threads& threads, const FloatByBits& kernel, const SignProduct& product) {
+    const bool serial = static_cast<double>(product.m) * product.n * product.k < kSerialSignProducts;
+    const int64_t workers = serial ? 1 : threads.count(), rows = row_tile(product.dtype);
+    const int64_t passes = count_passes(product), row_tiles = ceil_div(product.m, rows);
+    const int64_t wanted = std::min(workers / std::gcd(row_tiles, workers), ceil_div(product.n, kFewestColumns));
+    const int64_t shares =
+        std::max({int64_t{1}, ceil_div(product.n, kMostColumns), row_tiles < 4 * workers ? wanted : 1});
+    const int64_t columns = ceil_div(ceil_div(product.n, shares), kWordBits) * kWordBits;
+
+    const Scratch memory = allocate(passes * product.n, kWordBytes);
+    if (!memory) fail_memory();
+    uint32_t* codes = reinterpret_cast<uint32_t*>(memory.get());
+    share(threads, passes, workers == 1 ? passes : 1,
+          [&](int64_t begin, int64_t end) { kernel.make_codes(product, {begin, end}, codes); });
+    for_each_tile(threads, workers == 1, {product.m, product.n, rows, columns},
+                  kernel.workspace_bytes(product, std::min(columns, product.n)),
+                  [&](Range tile_rows, Range tile_columns, uint8_t* workspace) {
+                      kernel.multiply(product, codes, tile_rows, tile_columns, workspace);
+                  });
+}
+
+}  // namespace bitorch_qlinear
