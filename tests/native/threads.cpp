@@ -1,0 +1,189 @@
+// The sharing of work (csrc/cpu/share.h) by threads that a race detector sees; torch's pool waits in ways that it does
+// not. Every kernel that the processor can run, compared with the plainest loops.
+#include <bit>
+#include <random>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cpu/dispatch.h"
+#include "../../csrc/cpu/share.h"
+#include "expect.h"
+
+namespace bitorch_qlinear {
+namespace {
+
+struct StdThreads {
+    int64_t workers;
+
+    int64_t count() const { return workers; }
+    template <class Function>
+    void for_each(int64_t count, int64_t grain, const Function& function) const {
+        const int64_t parts = std::min(workers, ceil_div(count, grain));
+        std::vector<std::thread> threads;
+        for (int64_t i = 0; i < parts; ++i) {
+            threads.emplace_back([&, i] { function(count * i / parts, count * (i + 1) / parts); });
+        }
+        for (std::thread& thread : threads) thread.join();
+    }
+};
+
+std::vector<uint32_t> random_words(int64_t rows, int64_t k) {
+    std::mt19937 random(static_cast<uint32_t>(rows * 7919 + k));
+    std::vector<uint32_t> words(static_cast<size_t>(rows * words_for(k)));
+    for (uint32_t& word : words) word = random();
+    return words;
+}
+
+std::vector<uint8_t> prepare(const StdThreads& threads, const Kernel& kernel, const std::vector<uint32_t>& words,
+                             int64_t n, int64_t k) {
+    std::vector<uint8_t> prepared(static_cast<size_t>(prepared_bytes(kernel.layout, n, k)));
+    write_prepared(threads, kernel, words.data(), n, k, prepared.data());
+    return prepared;
+}
+
+// Those that the processor can run.
+std::vector<const Kernel*> kernels() {
+    std::vector<const Kernel*> found;
+    std::istringstream names(available_kernels());
+    for (std::string name; std::getline(names >> std::ws, name, ',');) {
+        force_kernel(name);
+        found.push_back(&active_kernel());
+    }
+    return found;
+}
+
+struct Problem {
+    int64_t m, n, k;
+};
+
+std::vector<int32_t> multiply_words(const StdThreads& threads, const Kernel& kernel, const Problem& p) {
+    const std::vector<uint32_t> x = random_words(p.m, p.k), w = random_words(p.n, p.k);
+    const std::vector<uint8_t> prepared = prepare(threads, kernel, w, p.n, p.k);
+    std::vector<int32_t> y(static_cast<size_t>(p.m * p.n), INT32_MIN);
+    multiply(threads, kernel,
+             {x.data(),
+              w.data(),
+              prepared.data() + sizeof(PreparedHeader),
+              p.m,
+              p.n,
+              p.k,
+              {y.data(), DType::int32, p.n, static_cast<int32_t>(p.k), nullptr, nullptr}});
+    return y;
+}
+
+std::vector<int32_t> plain_product(const Problem& p) {
+    const std::vector<uint32_t> x = random_words(p.m, p.k), w = random_words(p.n, p.k);
+    const int64_t words = words_for(p.k);
+    std::vector<int32_t> y;
+    for (int64_t i = 0; i < p.m * p.n; ++i) {
+        const uint32_t *a = x.data() + i / p.n * words, *b = w.data() + i % p.n * words;
+        int32_t count = 0;
+        for (int64_t j = 0; j < words; ++j) count += std::popcount((a[j] ^ b[j]) & word_mask(j, p.k));
+        y.push_back(static_cast<int32_t>(p.k) - 2 * count);
+    }
+    return y;
+}
+
+// Small integers, so that every sum is exact.
+std::vector<float> some_reals(const Problem& p) {
+    std::vector<float> x(static_cast<size_t>(p.m * p.k));
+    for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 7) - 3;
+    return x;
+}
+
+std::vector<float> multiply_signs(const StdThreads& threads, const Kernel& kernel, const Problem& p, bool transposed) {
+    const std::vector<float> x = some_reals(p);
+    const std::vector<uint32_t> words = transposed ? random_words(p.n, p.k) : random_words(p.k, p.n);
+    std::vector<float> y(static_cast<size_t>(p.m * p.n), -0.5f);
+    multiply_reals(threads, *kernel.float_by_bits,
+                   {x.data(), DType::float32, p.m, p.k, p.k, 1, words.data(), transposed, p.n, y.data()});
+    return y;
+}
+
+std::vector<float> plain_sign_product(const Problem& p, bool transposed) {
+    const std::vector<float> x = some_reals(p);
+    const int64_t rows = transposed ? p.n : p.k, row_values = transposed ? p.k : p.n;
+    const std::vector<uint32_t> words = random_words(rows, row_values);
+    std::vector<float> y(static_cast<size_t>(p.m * p.n));
+    for (int64_t j = 0; j < p.k; ++j) {
+        for (int64_t column = 0; column < p.n; ++column) {
+            const int64_t row = transposed ? column : j, bit = transposed ? j : column;
+            const uint32_t word = words[static_cast<size_t>(row * words_for(row_values) + bit / kWordBits)];
+            const float sign = word >> bit % kWordBits & 1 ? 1.0f : -1.0f;
+            for (int64_t i = 0; i < p.m; ++i) y[i * p.n + column] += sign * x[i * p.k + j];
+        }
+    }
+    return y;
+}
+
+std::string name(const Kernel& kernel, const Problem& p, int64_t workers) {
+    std::ostringstream text;
+    text << kernel.name << ", m " << p.m << ", n " << p.n << ", k " << p.k << ", threads " << workers;
+    return text.str();
+}
+
+constexpr int64_t kWorkers[] = {1, 2, 3, 7};
+
+void check_products() {
+    for (const Problem& p : {Problem{131, 400, 500}, {1, 9001, 2049}, {300, 65, 1111}, {515, 7, 11003}}) {
+        expect::that(p.m * p.n * p.k > kSerialProducts && p.n * p.k > kSerialValues, "shared among threads");
+        const std::vector<int32_t> expected = plain_product(p);
+        const std::vector<uint32_t> w = random_words(p.n, p.k);
+        for (const Kernel* kernel : kernels()) {
+            const std::vector<uint8_t> prepared = prepare({1}, *kernel, w, p.n, p.k);
+            for (const int64_t workers : kWorkers) {
+                expect::that(prepare({workers}, *kernel, w, p.n, p.k) == prepared, name(*kernel, p, workers));
+                expect::that(multiply_words({workers}, *kernel, p) == expected, name(*kernel, p, workers));
+            }
+        }
+    }
+}
+
+void check_sign_products() {
+    for (const Problem& p : {Problem{33, 700, 300}, {3, 2100, 700}, {1, 9001, 500}}) {
+        expect::that(p.m * p.n * p.k > kSerialSignProducts, "shared among threads");
+        for (const bool transposed : {false, true}) {
+            const std::vector<float> expected = plain_sign_product(p, transposed);
+            for (const Kernel* kernel : kernels()) {
+                for (const int64_t workers : kWorkers) {
+                    expect::that(multiply_signs({workers}, *kernel, p, transposed) == expected,
+                                 name(*kernel, p, workers) + (transposed ? ", signs transposed" : ", signs"));
+                }
+            }
+        }
+    }
+}
+
+// Every thread that gets no workspace says so.
+void check_workspace_beyond_memory() {
+    for (Kernel kernel : {*kernels().front(), kScalarKernel}) {
+        kernel.workspace_bytes = [](int64_t, int64_t) { return INT64_MAX; };
+        expect::refused("bitorch_qlinear: out of memory", [&] { multiply_words({7}, kernel, {131, 400, 500}); });
+    }
+}
+
+// Calls from several threads at once, each of which shares its own; the first of the process choose the kernel too.
+void check_calls_at_once() {
+    const Problem p{131, 400, 500};
+    std::vector<std::vector<int32_t>> results(4);
+    StdThreads{4}.for_each(4, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            results[static_cast<size_t>(i)] = multiply_words({2}, active_kernel(), p);
+        }
+    });
+    const std::vector<int32_t> expected = plain_product(p);
+    for (const std::vector<int32_t>& result : results) expect::that(result == expected, "calls at once");
+}
+
+}  // namespace
+}  // namespace bitorch_qlinear
+
+int main() {
+    bitorch_qlinear::check_calls_at_once();
+    bitorch_qlinear::check_products();
+    bitorch_qlinear::check_sign_products();
+    bitorch_qlinear::check_workspace_beyond_memory();
+    return expect::summary("threads");
+}
