@@ -19,7 +19,7 @@ CXX_SOURCES = $(shell find csrc tests/native tests/ptx -name __pycache__ -prune 
 # A shell function for recipes: end with one sentence.
 DIE := die() { echo "make: $$*" >&2; exit 1; }
 
-.PHONY: help demo test neon simde benchmark benchmark-check lint format build gpu ptx-full clean fuzz
+.PHONY: help demo test neon simde benchmark benchmark-check lint format build gpu ptx-full clean fuzz sanitize
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -56,6 +56,27 @@ ptx-full: build  ## run the CUDA kernels' PTX of all targets on many more shapes
 
 fuzz: build  ## call the operators with 100,000 sets of hostile arguments
 	$(PY) tests/fuzz.py $(or $(ARGS),--cases 100000)
+
+# Beside what the compilers' sanitizers see in the standalone tests, what gcc's see in the operators while they are fuzzed:
+# the package as it is, but for its operators. Preloaded as Python itself is not compiled so, the C++ library because
+# exceptions are watched; Python leaks on purpose, and a test asks for more memory than there is.
+SANITIZE = $(MAKE) -s -f tests/native/sanitize.mk \
+	TORCH_FOLDER=$$($(PY) -c 'import os, torch; print(os.path.dirname(torch.__file__))') \
+	VERSION=$$($(PY) -c 'import runpy; print(runpy.run_path("bitorch_qlinear/_version.py")["__version__"])')
+SANITIZED := build/sanitize/bitorch_qlinear
+sanitize: build  ## run the standalone tests and the fuzz test under the compilers' sanitizers
+	@for cxx in g++ clang++; do \
+		command -v $$cxx >/dev/null || { echo "make: there is no $$cxx here: its sanitizers are left out."; continue; }; \
+		$(SANITIZE) CXX=$$cxx SANITIZERS=address,undefined address || exit 1; \
+		$(SANITIZE) CXX=$$cxx SANITIZERS=thread threads || exit 1; \
+		echo "make: $$cxx: no sanitizer has anything to say"; \
+	done
+	@$(SANITIZE) CXX=g++ SANITIZERS=address,undefined library
+	@mkdir -p $(SANITIZED)
+	@ln -sf $(CURDIR)/bitorch_qlinear/*.py $(CURDIR)/bitorch_qlinear/_C*.so \
+		$(CURDIR)/build/sanitize/g++-address-undefined/_ops_cpu.so $(SANITIZED)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" PYTHONPATH=build/sanitize \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(PY) tests/fuzz.py --cases 5000
 
 # The kernels' own tests without torch: what they have in common with the library's build is the standard and the flags that
 # results depend on.

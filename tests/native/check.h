@@ -1,4 +1,4 @@
-// What the standalone tests share: random numbers, buffers whose ends are watched, and a failure with a message.
+// What the standalone tests share: random numbers, buffers whose ends are watched, a failure with a message.
 #pragma once
 
 #include <algorithm>
@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <random>
 #include <string>
 #include <vector>
@@ -23,6 +24,18 @@ inline int64_t below(int64_t bound) { return static_cast<int64_t>(generator() % 
 
 inline void expect(bool holds, const std::string& what) {
     if (!holds) fail(what);
+}
+
+// That the call throws, and that its message begins so.
+template <class Call>
+void expect_refused(const std::string& beginning, const Call& call) {
+    std::string message = "nothing";
+    try {
+        call();
+    } catch (const std::exception& error) {
+        message = error.what();
+    }
+    expect(message.rfind(beginning, 0) == 0, "expected \"" + beginning + "\", got " + message);
 }
 
 // `count` values of T, `shift` values off an allocation's alignment, with guard bytes before them; behind them guard bytes

@@ -1,0 +1,35 @@
+# The standalone tests and the operators' library under one compiler's sanitizers; `make sanitize` calls it for each:
+#
+#     make -f tests/native/sanitize.mk CXX=g++ SANITIZERS=address,undefined TORCH_FOLDER=.../torch VERSION=0.1.0 address
+
+SANITIZERS := address,undefined
+comma := ,
+FOLDER := build/sanitize/$(notdir $(CXX))-$(subst $(comma),-,$(SANITIZERS))
+KERNELS := $(patsubst %.cpp,$(FOLDER)/%.o,$(wildcard csrc/cpu/*.cpp))
+# Without warnings: sanitizers cause false ones, and the library's own build has none.
+FLAGS := -std=c++20 -O1 -g -fPIC -fvisibility=hidden -ffp-contract=off -w \
+	-fsanitize=$(SANITIZERS) -fno-sanitize-recover=all -fno-omit-frame-pointer \
+	-DTORCH_TARGET_VERSION=0x020a000000000000 -DBITORCH_QLINEAR_VERSION='"$(VERSION)"' -isystem $(TORCH_FOLDER)/include
+LINK = $(CXX) -fsanitize=$(SANITIZERS) $^ -o $@
+WITH_TORCH = -L$(TORCH_FOLDER)/lib -ltorch_cpu -Wl,-rpath,$(abspath $(TORCH_FOLDER)/lib)
+
+.PHONY: address threads library
+.SECONDARY:
+address: $(FOLDER)/kernels $(FOLDER)/checks
+	$(FOLDER)/kernels
+	$(FOLDER)/checks
+threads: $(FOLDER)/threads
+	$(FOLDER)/threads
+library: $(FOLDER)/_ops_cpu.so
+
+$(FOLDER)/%.o: %.cpp
+	@mkdir -p $(@D)
+	$(CXX) $(FLAGS) -MMD -c $< -o $@
+$(FOLDER)/kernels $(FOLDER)/threads: $(FOLDER)/%: $(FOLDER)/tests/native/%.o $(KERNELS)
+	$(LINK) -pthread
+$(FOLDER)/checks: $(FOLDER)/tests/native/checks.o $(FOLDER)/csrc/ops.o $(KERNELS)
+	$(LINK) $(WITH_TORCH) -pthread
+$(FOLDER)/_ops_cpu.so: $(FOLDER)/csrc/ops.o $(FOLDER)/csrc/ops_cpu.o $(KERNELS)
+	$(LINK) $(WITH_TORCH) -shared
+
+-include $(shell find $(FOLDER) -name '*.d' 2>/dev/null)
