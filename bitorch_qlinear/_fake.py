@@ -36,6 +36,12 @@ def _check_last(name: str, tensor: Tensor, expected: int) -> None:
     )
 
 
+def _check_given(**tensors: Tensor | None) -> None:
+    """Torch hands a None on where one of several tensors is required."""
+    for name, tensor in tensors.items():
+        torch._check(tensor is not None, lambda name=name: f"bitorch_qlinear: {name}: expected a tensor, got None")
+
+
 def _check_device(first: Tensor, **others: Tensor | None) -> None:
     """One real argument among meta tensors would otherwise get a result that nobody computes."""
     for name, tensor in others.items():
@@ -107,6 +113,7 @@ def _(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     out_dtype = out_dtype or torch.float32
+    _check_given(x_words=x_words, weight_words=weight_words)
     _check_device(x_words, weight_words=weight_words, bias=bias, weight_prepared=weight_prepared, scale=scale)
     _check_words("x_words", x_words, k)
     _check_weight(weight_words, k, bias, scale, out_dtype)
@@ -125,6 +132,7 @@ def _linear(
     out_dtype: torch.dtype | None = None,
     strict: bool = False,
 ) -> Tensor:
+    _check_given(x=x, weight_words=weight_words)
     out_dtype = out_dtype or x.dtype
     _check_device(x, weight_words=weight_words, bias=bias, weight_prepared=weight_prepared, scale=scale)
     _check_float("x", x.dtype)
@@ -157,6 +165,7 @@ def _(
 
 @torch.library.register_fake("bitorch_qlinear::multiply_signs")
 def _(reals: Tensor, sign_words: Tensor, k: int, transpose: bool = False) -> Tensor:
+    _check_given(reals=reals, sign_words=sign_words)
     _check_device(reals, sign_words=sign_words)
     _check_float("reals", reals.dtype)
     torch._check(sign_words.dim() == 2, lambda: "bitorch_qlinear: sign_words: expected two dimensions")

@@ -84,7 +84,8 @@ def find_faults(case: Case) -> set[str]:
     """The arguments that the operator must refuse, of which its error names one."""
     v = case.values
     wrong = {a.name for a in schema(case.operator) if not is_type(a, v[a.name])}
-    if any(v[name] is None for name in wrong):  # torch hands an undefined tensor on; the first fault found is named
+    # torch hands on None as an undefined tensor and a number as a dtype: the error is about the first fault found.
+    if any(v[name] is None or (name in ("dtype", "out_dtype") and isinstance(v[name], int)) for name in wrong):
         return set(v)
     if wrong:
         return wrong

@@ -412,6 +412,15 @@ def test_tensors_on_different_devices_are_refused(name, argument):
         assert_refused(name, values, *([argument] if argument != names[0] else TENSORS))
 
 
+@pytest.mark.parametrize("name", sorted(set(OPERATORS) - set(SINGLE)))
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_none_for_a_tensor_is_refused(name, device):
+    values = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in arguments().items()}
+    for argument in operator(name)._schema.arguments:
+        if str(argument.type) == "Tensor":
+            assert_refused(name, values | {argument.name: None}, argument.name)
+
+
 @pytest.mark.parametrize("name", LINEAR)
 def test_int32_is_the_product_alone(name):
     values = arguments() | {"out_dtype": torch.int32}
