@@ -19,7 +19,7 @@ CXX_SOURCES = $(shell find csrc tests/native tests/ptx -name __pycache__ -prune 
 # A shell function for recipes: end with one sentence.
 DIE := die() { echo "make: $$*" >&2; exit 1; }
 
-.PHONY: help demo test neon simde benchmark benchmark-check lint format build gpu ptx-full clean fuzz sanitize
+.PHONY: help demo test fuzz sanitize neon simde benchmark benchmark-check lint format build gpu ptx-full clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
