@@ -82,9 +82,9 @@ struct Device {
 
 inline bool is_on(const Tensor& tensor, const Device& device) {
     int32_t type = 0, index = device.index;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
     if (type != device.type) return false;
-    if (index >= 0) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+    if (index >= 0) TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
     return index == device.index;
 }
 
@@ -97,7 +97,7 @@ inline void check_memory(const char* argument, const Tensor& tensor, const Devic
     const auto strides = tensor.strides();
     for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
     int64_t storage_bytes = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &storage_bytes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &storage_bytes));
     if (last >= storage_bytes / item_size) {
         fail(argument, "its storage holds ", storage_bytes, " bytes, which is less than its shape needs");
     }

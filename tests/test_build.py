@@ -55,6 +55,13 @@ def test_operators_do_not_depend_on_python(library):
     assert needed and not [name for name in needed if "python" in name], needed
 
 
+def test_the_sources_use_no_macro_that_supported_torches_lack():
+    """In 2.10 and 2.11 it is TORCH_ERROR_CODE_CHECK, which the later ones have too."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    assert any("TORCH_ERROR_CODE_CHECK" in path.read_text() for path in sources)
+    assert not [path for path in sources if "STABLE_TORCH_ERROR_CODE_CHECK" in path.read_text()]
+
+
 def test_operators_need_only_torch():
     result = run_python(
         f"import sys, torch\n"

@@ -25,9 +25,9 @@ using bitorch_qlinear::Device;  // of torch; that of heuristics.h says what a de
 Device device_of(const char* argument, const Tensor& tensor) {
     Device device{aoti_torch_device_type_cuda(), -1};
     int32_t type = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
     if (type != device.type) fail(argument, "expected a tensor on the CUDA device that other arguments are on");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
     return device;
 }
 

@@ -12,7 +12,7 @@ namespace bitorch_qlinear::cuda {
 // torch's current stream of a device. (torch::stable::Stream hands out no handle before torch 2.13.)
 inline cudaStream_t current_stream(int32_t device_index) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
     return static_cast<cudaStream_t>(stream);
 }
 

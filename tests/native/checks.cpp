@@ -29,7 +29,7 @@ Owned own(const Sizes& sizes, const Sizes& strides, ScalarType type, int64_t ite
     const int64_t bytes = empty ? 0 : (last + 1) * item_size;
     auto memory = std::make_unique<uint8_t[]>(static_cast<size_t>(bytes + misalignment));
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
         memory.get() + misalignment, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
         torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), kCpu.type, 0, &handle));
     return {std::move(memory), Tensor(handle)};
