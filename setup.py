@@ -262,7 +262,8 @@ def put_ninja_on_path() -> None:
         import ninja
     except ModuleNotFoundError:
         return  # one of the system serves as well; without any, torch compiles file by file
-    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
+    if ninja.BIN_DIR:  # "" where its module is another environment's
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
 
 
 if __name__ == "__main__":

@@ -309,12 +309,12 @@ def measure_shape(
             try:
                 call = contestant.make()
                 call()
+                times = modes(shape, contestant, call, timer, cache_bytes)
             except (ImportError, AttributeError, RuntimeError, NotImplementedError, TypeError) as error:
                 if contestant.name.startswith((PACKED, PACKING)):  # ours, which must be there
                     raise
                 absent.setdefault(contestant.name, f"{reason(error)} ({shape})")
                 continue
-            times = modes(shape, contestant, call, timer, cache_bytes)
         for mode, seconds in times.items():
             spread = quartiles(seconds)
             measured.append(

@@ -6,6 +6,7 @@ A part that fails or takes too long is said so, and the next one begins; the exi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
+GRACE = 5  # seconds between an interrupt, after which pytest says what has failed so far, and the end
 
 
 class Part(NamedTuple):
@@ -25,7 +27,7 @@ class Part(NamedTuple):
     Attributes:
         name: What it is called.
         command: Its arguments.
-        seconds: After which it is stopped.
+        seconds: After which it is interrupted.
         file: Of the results' folder, for what it prints.
     """
 
@@ -36,7 +38,7 @@ class Part(NamedTuple):
 
 
 def parts(results: Path) -> list[Part]:
-    """The whole run: six minutes and a half at most, and the build before it."""
+    """The whole run: seven minutes at most, and the build before it."""
     python = sys.executable
     describe = (
         "import json, torch, bitorch_qlinear as b; print(json.dumps(b.info(), indent=1)); "
@@ -45,7 +47,9 @@ def parts(results: Path) -> list[Part]:
     environment = f"{python} -c '{describe}'; nvidia-smi; nvcc --version; uname -sr; {python} --version"
     # Several processes: compiling and the CPU's side of the comparisons take most of the time.
     workers = ["-n", str(min(4, os.cpu_count() or 1))] if importable("xdist") else []
-    pytest = [python, "-m", "pytest", "-q", "-rfEs", "--durations=10", "-p", "no:cacheprovider", *workers, "tests/gpu"]
+    # Of a lost context all that follows fails: the first failures tell.
+    brief = ["-q", "-rfEs", "--tb=short", "--maxfail=40", "--durations=10", "-p", "no:cacheprovider"]
+    pytest = [python, "-m", "pytest", *brief, *workers, "tests/gpu"]
     return [
         Part("environment", ["sh", "-c", environment], 30, "environment.txt"),
         Part("tests", pytest, 150, "tests.txt"),
@@ -73,22 +77,34 @@ def run(part: Part, results: Path) -> int | None:
         )
         stopped = threading.Event()
 
-        def stop() -> None:
+        def stop(how: signal.Signals) -> None:
             stopped.set()
-            os.killpg(process.pid, signal.SIGKILL)
+            signal_all(process, how)
 
-        timer = threading.Timer(part.seconds, stop)
-        timer.start()
+        timers = [
+            threading.Timer(part.seconds + wait, stop, [how])
+            for wait, how in ((0, signal.SIGINT), (GRACE, signal.SIGKILL))
+        ]
+        for timer in timers:
+            timer.start()
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
             file.write(line)
         code = process.wait()
-        timer.cancel()
+        for timer in timers:
+            timer.cancel()
+        signal_all(process, signal.SIGKILL)  # what it left behind would disturb the next part's times
         if stopped.is_set():
             file.write(f"\nstopped after {part.seconds:.0f} s\n")
             return None
         return code
+
+
+def signal_all(process: subprocess.Popen, how: signal.Signals) -> None:
+    """To a process and all that it started; its number is its group's, and free once nobody is left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, how)
 
 
 def run_all(every: list[Part], results: Path) -> bool:

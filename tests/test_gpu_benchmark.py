@@ -2,6 +2,8 @@
 
 import json
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +110,24 @@ def test_absent_peers_are_named(monkeypatch):
     assert "torch._int_mm" not in figures.compared[str(SMALL[0])]
 
 
+def test_a_peer_that_no_graph_can_hold_is_absent_and_ours_is_an_error():
+    def measure_where(ours):
+        def timer(calls, flush):
+            for call in calls[:2]:
+                if (call.__qualname__.startswith("ours")) is ours:
+                    raise RuntimeError("operation not permitted when stream is capturing")
+            return made_up_timer(calls, flush)
+
+        absent = {}
+        return gpu.measure_shape(SMALL[0], CPU, timer, 1000, absent), absent
+
+    products, absent = measure_where(ours=False)
+    assert {gpu.BF16, gpu.FP16} <= set(absent)
+    assert {gpu.PACKED, gpu.PACKED_INT, gpu.PACKING} == {row["contestant"] for row in products}
+    with pytest.raises(RuntimeError, match="capturing"):
+        measure_where(ours=True)
+
+
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
     monkeypatch.setattr(gpu.F, "linear", lambda x, *args, **kwargs: torch.zeros(len(x), 16, dtype=torch.int32))
     with pytest.raises(RuntimeError, match="packing inside and the chosen kernel differ, first at"):
@@ -152,8 +172,57 @@ def test_a_part_that_fails_hides_no_other(tmp_path, capfd):
     said = capfd.readouterr().out
     assert "failed, exit code 3" in said and "stopped after 2 s" in said and said.rstrip().endswith("done")
     assert (tmp_path / "last.txt").read_text() == "three\n"
-    assert (tmp_path / "slow.txt").read_text() == "two\n\nstopped after 2 s\n"
+    slow = (tmp_path / "slow.txt").read_text()
+    assert slow.startswith("two\n") and slow.endswith("\nstopped after 2 s\n")
     assert gpu_run.run_all(every[2:], tmp_path)
+
+
+def test_a_part_that_is_stopped_may_say_how_far_it_came(tmp_path):
+    code = """
+import time
+print("working", flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("two failed")
+"""
+    part = gpu_run.Part("tests", [sys.executable, "-c", code], 2, "tests.txt")
+    assert gpu_run.run(part, tmp_path) is None
+    assert (tmp_path / "tests.txt").read_text() == "working\ntwo failed\n\nstopped after 2 s\n"
+
+
+def test_a_part_that_ignores_the_interrupt_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_run, "GRACE", 1)
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    part = gpu_run.Part("tests", [sys.executable, "-c", code], 2, "tests.txt")
+    assert gpu_run.run(part, tmp_path) is None
+    assert (tmp_path / "tests.txt").read_text().startswith("deaf\n")
+
+
+def test_a_part_leaves_nothing_running(tmp_path):
+    """A sanitizer that was killed leaves the program that it watched, on the GPU that is timed next."""
+    code = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=subprocess.DEVNULL,
+                         stderr=subprocess.DEVNULL)
+print(child.pid)
+"""
+    part = gpu_run.Part("sanitizers", [sys.executable, "-c", code], 30, "sanitizer.txt")
+    assert gpu_run.run(part, tmp_path) == 0
+    child = int((tmp_path / "sanitizer.txt").read_text())
+    for _ in range(100):
+        if not running(child):
+            return
+        time.sleep(0.05)
+    pytest.fail("the program still runs")
+
+
+def running(pid):
+    """Not so a zombie, which waits to be reaped by whoever adopted it."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_the_parts_fit_into_the_time(tmp_path):
