@@ -172,16 +172,11 @@ __global__ void __launch_bounds__(kThreads, 3)
 #endif
 }
 
-bool is_aligned(const Operand& operand, int64_t k) {
-    return operand.stride % kAlignedWords == 0 && operand.stride >= aligned_words_for(k) &&
-           reinterpret_cast<uintptr_t>(operand.words) % 16 == 0;
-}
-
 }  // namespace
 
 cudaError_t gemm_mma_sm75(const Product& product, cudaStream_t stream) {
     if (product.m == 0 || product.n == 0) return cudaSuccess;
-    if (!is_aligned(product.x, product.k) || !is_aligned(product.weight, product.k)) return cudaErrorInvalidValue;
+    if (!are_aligned(product)) return cudaErrorInvalidValue;
     const int64_t row_tiles = ceil_div(product.m, kTile), column_tiles = ceil_div(product.n, kTile);
     if (row_tiles > INT32_MAX / column_tiles) return cudaErrorInvalidConfiguration;
     return with_output_type(product.y.dtype, [&](auto as) {

@@ -292,11 +292,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 #endif
 }
 
-bool is_aligned(const Operand& operand, int64_t k) {
-    return operand.popcounts && operand.stride % kAlignedWords == 0 && operand.stride >= aligned_words_for(k) &&
-           reinterpret_cast<uintptr_t>(operand.words) % 16 == 0;
-}
-
 template <class Shape>
 cudaError_t launch(const Product& product, cudaStream_t stream) {
     const int64_t row_tiles = ceil_div(product.m, Shape::kRows), column_tiles = ceil_div(product.n, Shape::kColumns);
@@ -308,7 +303,7 @@ cudaError_t launch(const Product& product, cudaStream_t stream) {
         if constexpr (kBytes > 48 * 1024) {
             // Holds for the current device alone. Asked at every launch it costs less than to remember for which.
             const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-            if (error != cudaSuccess) return error;
+            if (error != cudaSuccess) return cudaGetLastError();  // which forgets it, before others ask
         }
         kernel<<<static_cast<unsigned>(row_tiles * column_tiles), Shape::kThreads, kBytes, stream>>>(
             product, row_tiles, column_tiles, rows_on_16_bytes(product.y, product.n));
@@ -320,7 +315,7 @@ cudaError_t launch(const Product& product, cudaStream_t stream) {
 
 cudaError_t gemm_mma_sm80(const Product& product, Tile tile, cudaStream_t stream) {
     if (product.m == 0 || product.n == 0) return cudaSuccess;
-    if (!is_aligned(product.x, product.k) || !is_aligned(product.weight, product.k)) return cudaErrorInvalidValue;
+    if (!are_aligned(product) || !have_popcounts(product)) return cudaErrorInvalidValue;
     switch (tile) {
         case Tile::m128n256: return launch<ShapeOf<static_cast<int>(Tile::m128n256)>>(product, stream);
         case Tile::m128n128: return launch<ShapeOf<static_cast<int>(Tile::m128n128)>>(product, stream);

@@ -23,6 +23,7 @@
 #include <algorithm>
 
 #include "epilogue.cuh"
+#include "load.cuh"
 #include "prepared.cuh"
 
 namespace bitorch_qlinear::cuda {
@@ -61,32 +62,6 @@ struct BitCounter {
     }
     __device__ __forceinline__ uint32_t total() const { return 2 * twos + __popc(left_over); }
 };
-
-// Four words of a row, or zeros where they do not exist: a load under a predicate, without a branch, in its place.
-__device__ __forceinline__ uint4 load(const uint32_t* words, bool exist) {
-    uint4 w;
-    asm volatile(
-        "{\n.reg .pred exist;\n"
-        "setp.ne.b32 exist, %5, 0;\n"
-        "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
-        "@exist ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
-        : "=&r"(w.x), "=&r"(w.y), "=&r"(w.z), "=&r"(w.w)
-        : "l"(words), "r"(static_cast<int>(exist)));
-    return w;
-}
-
-// The same past the L1 cache, which is left to x: no other block reads these weights.
-__device__ __forceinline__ uint4 load_once(const uint32_t* words, bool exist) {
-    uint4 w;
-    asm volatile(
-        "{\n.reg .pred exist;\n"
-        "setp.ne.b32 exist, %5, 0;\n"
-        "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
-        "@exist ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
-        : "=&r"(w.x), "=&r"(w.y), "=&r"(w.z), "=&r"(w.w)
-        : "l"(words), "r"(static_cast<int>(exist)));
-    return w;
-}
 
 // Sums over the 8 lanes of a group, by Bit = 1, 2, 4: each time a lane exchanges half of its sums for those of the lane
 // whose number differs by Bit. Lane l is left with sums l, l + 8, ... in places 0, 1, ...; of fewer than 8, all lanes
@@ -231,17 +206,11 @@ cudaError_t launch_rows(const Product& product, cudaStream_t stream) {
     return launch<As, Shape<1, 1, 4, 16, 1>>(product, stream);
 }
 
-bool readable(const Operand& operand) {
-    return reinterpret_cast<uintptr_t>(operand.words) % 16 == 0 && operand.stride % kAlignedWords == 0;
-}
-
 }  // namespace
 
 cudaError_t gemm_skinny(const Product& product, cudaStream_t stream) {
     if (product.m == 0 || product.n == 0) return cudaSuccess;
-    if (product.m > kSkinnyRows || product.k > kMaxValues || !readable(product.x) || !readable(product.weight)) {
-        return cudaErrorInvalidValue;
-    }
+    if (product.m > kSkinnyRows || product.k > kMaxValues || !are_aligned(product)) return cudaErrorInvalidValue;
     return with_output_type(product.y.dtype, [&](auto as) { return launch_rows<decltype(as)>(product, stream); });
 }
 

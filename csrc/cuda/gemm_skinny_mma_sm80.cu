@@ -25,6 +25,7 @@
 #include <algorithm>
 
 #include "epilogue.cuh"
+#include "load.cuh"
 #include "mma.cuh"
 #include "prepared.cuh"
 
@@ -66,32 +67,6 @@ struct Sums {
 };
 
 #ifdef BITORCH_QLINEAR_MMA_SM80
-// Four words of a row, or zeros where they do not exist: a load under a predicate, without a branch, in its place.
-__device__ __forceinline__ uint4 load(const uint32_t* words, bool exist) {
-    uint4 w;
-    asm volatile(
-        "{\n.reg .pred exist;\n"
-        "setp.ne.b32 exist, %5, 0;\n"
-        "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
-        "@exist ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
-        : "=&r"(w.x), "=&r"(w.y), "=&r"(w.z), "=&r"(w.w)
-        : "l"(words), "r"(static_cast<int>(exist)));
-    return w;
-}
-
-// The same past the L1 cache, which is left to x: no other block reads these weights.
-__device__ __forceinline__ uint4 load_once(const uint32_t* words, bool exist) {
-    uint4 w;
-    asm volatile(
-        "{\n.reg .pred exist;\n"
-        "setp.ne.b32 exist, %5, 0;\n"
-        "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
-        "@exist ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
-        : "=&r"(w.x), "=&r"(w.y), "=&r"(w.z), "=&r"(w.w)
-        : "l"(words), "r"(static_cast<int>(exist)));
-    return w;
-}
-
 // Adds to sums the popcounts of x & weight in a warp's share of K, and calls `meanwhile` once the first loads are on
 // their way. Rows that do not exist are zeros: their outputs are not written.
 template <class Shape, class Function>
@@ -205,18 +180,12 @@ cudaError_t launch_tiles(const Product& product, cudaStream_t stream) {
     return launch<As, Shape<1, 4, 16, 1>>(product, stream);
 }
 
-bool readable(const Operand& operand) {
-    return reinterpret_cast<uintptr_t>(operand.words) % 16 == 0 && operand.stride % kAlignedWords == 0 &&
-           operand.popcounts;
-}
-
 }  // namespace
 
 cudaError_t gemm_skinny_mma_sm80(const Product& product, cudaStream_t stream) {
     if (product.m == 0 || product.n == 0) return cudaSuccess;
-    if (product.m > kSkinnyRows || product.k > kMaxValues || !readable(product.x) || !readable(product.weight)) {
+    if (product.m > kSkinnyRows || product.k > kMaxValues || !are_aligned(product) || !have_popcounts(product))
         return cudaErrorInvalidValue;
-    }
     return with_output_type(product.y.dtype, [&](auto as) { return launch_tiles<decltype(as)>(product, stream); });
 }
 

@@ -85,6 +85,17 @@ struct Product {
     const PreparedHeader* prepared;
 };
 
+// Whether both operands are in the aligned form, as far as addresses and strides tell.
+static inline bool are_aligned(const Product& product) {
+    const auto is_aligned = [&](const Operand& operand) {
+        return reinterpret_cast<uintptr_t>(operand.words) % 16 == 0 && operand.stride % kAlignedWords == 0 &&
+               operand.stride >= aligned_words_for(product.k);
+    };
+    return is_aligned(product.x) && is_aligned(product.weight);
+}
+
+static inline bool have_popcounts(const Product& product) { return product.x.popcounts && product.weight.popcounts; }
+
 // Operands in the interchange form (or the aligned one, which is a case of it), any m, n, k and compute capability.
 cudaError_t gemm_popc(const Product&, cudaStream_t);
 

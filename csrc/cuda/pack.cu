@@ -6,10 +6,9 @@
 //     Vectors  one load; the lane's values are neighbours, and make V bits of its word, which shuffles join
 //     Values   V loads, each of 32 neighbours by the 32 lanes, whose ballot is a word: rows of any length and alignment
 //
-// Estimates, not measured: an SM of an H200 issues about 100 instructions of warps in the time that its share of the
-// memory takes for 512 bytes (4.8 TB/s, 132 SMs, 1.75 GHz). By sm_90a's machine code a step of bfloat16 Vectors has 37
-// and a segment 130 more: 70 a step, 80 with popcounts, so memory binds; with in-range bits 117, so instructions do, at
-// 85 % of the memory's rate. kSteps = 8 would save some 15 a step for 16 registers more.
+// Estimates, not measured (`python -m benchmarks gpu-model`): of an H200's memory an SM gets the bytes of a segment of
+// bfloat16 Vectors in 105 clocks. For its 205 instructions the units of logic, which take two of a warp in a clock, need
+// 72, so memory binds; with in-range bits it is 144 against 111, so these units do, at 77 % of the memory's rate.
 #include "bits.cuh"
 #include "kernels.h"
 

@@ -274,8 +274,7 @@ def check_errors(launcher: Launcher) -> None:
             refused(**{f"{operand}_popcounts": None})
         else:
             launched(launcher, job(launcher, 3, 70, 200, **{f"{operand}_popcounts": None}))
-        if launcher.name.startswith("gemm_mma"):
-            refused(**{f"{operand}_stride": aligned_words_for(200) - 4})
+        refused(**{f"{operand}_stride": aligned_words_for(200) - 4})
     if launcher.name.startswith("gemm_skinny"):
         refused(m=17)
         refused(k=MOST_VALUES + 1)
@@ -448,12 +447,13 @@ MUTANTS = [
         "reinterpret_cast<uintptr_t>(operand.words) % 16",
         "reinterpret_cast<uintptr_t>(operand.words) % 8",
     ),
-    ("gemm_skinny_mma_sm80", "&&\n           operand.popcounts;", ";"),
+    ("gemm_skinny_mma_sm80", "!have_popcounts(product)", "false"),
     ("gemm_skinny_mma_sm80", "kManyBlocks * 4 * kSide", "kManyBlocks * 4 * kSide + 1"),
     ("gemm_mma_sm75", "rows_on_16_bytes(product.y, product.n)", "true"),
-    ("gemm_mma_sm75", "operand.stride >= aligned_words_for(k) &&", ""),
+    ("gemm_skinny", "operand.stride >= aligned_words_for(product.k)", "true"),
     ("gemm_mma_sm80", "kBytes > 48 * 1024", "kBytes > 96 * 1024"),
-    ("gemm_mma_sm80", "if (error != cudaSuccess) return error;", ""),
+    ("gemm_mma_sm80", "if (error != cudaSuccess) return cudaGetLastError();", ""),
+    ("gemm_mma_sm80", "if (error != cudaSuccess) return cudaGetLastError();", "if (error != cudaSuccess) return error;"),
     ("gemm_mma_sm80", "row_tiles > INT32_MAX / column_tiles", "row_tiles * column_tiles > UINT32_MAX"),
 ]
 

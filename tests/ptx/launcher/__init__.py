@@ -201,6 +201,7 @@ class Launcher:
         error = getattr(self.library, f"launch_{self.name}")(data, len(data), tile, stream)
         assert not raised, raised
         assert error >= 0, f"{self.name}: a struct of {len(data)} bytes is not what it takes"
+        assert self.library.cudaGetLastError() == SUCCESS, "it leaves its error to whoever asks next"
         for launch in launches:
             launch.check()
         return error, launches

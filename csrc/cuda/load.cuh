@@ -1,0 +1,34 @@
+// Loads of 16 bytes under a predicate, through the path for data that no kernel writes meanwhile (PTX ISA, "ld.global.nc").
+#pragma once
+
+#include <cstdint>
+
+namespace bitorch_qlinear::cuda {
+
+// Four words of a row, or zeros where they do not exist: a load under a predicate, without a branch, in its place.
+__device__ __forceinline__ uint4 load(const uint32_t* words, bool exist) {
+    uint4 w;
+    asm volatile(
+        "{\n.reg .pred exist;\n"
+        "setp.ne.b32 exist, %5, 0;\n"
+        "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+        "@exist ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+        : "=&r"(w.x), "=&r"(w.y), "=&r"(w.z), "=&r"(w.w)
+        : "l"(words), "r"(static_cast<int>(exist)));
+    return w;
+}
+
+// The same past the L1 cache, for what no other block reads.
+__device__ __forceinline__ uint4 load_once(const uint32_t* words, bool exist) {
+    uint4 w;
+    asm volatile(
+        "{\n.reg .pred exist;\n"
+        "setp.ne.b32 exist, %5, 0;\n"
+        "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+        "@exist ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+        : "=&r"(w.x), "=&r"(w.y), "=&r"(w.z), "=&r"(w.w)
+        : "l"(words), "r"(static_cast<int>(exist)));
+    return w;
+}
+
+}  // namespace bitorch_qlinear::cuda
