@@ -49,8 +49,8 @@ def is_captured(weight: Tensor) -> bool:
     return weight.is_cuda and real and torch.cuda.is_current_stream_capturing()
 
 
-class _Ready:
-    """Lets other CUDA streams than the one that packed a weight wait until it has."""
+class Ready:
+    """Lets other CUDA streams than the one that packed or prepared a weight wait until it has."""
 
     __slots__ = ("device", "event", "stream")
 
@@ -59,12 +59,18 @@ class _Ready:
         self.stream: int = torch._C._cuda_getCurrentRawStream(device.index)
         self.event = torch.cuda.current_stream(device).record_event()
 
-    def wait(self, packed: PackedWeight) -> None:
+    def wait(self, *tensors: Tensor | None) -> None:
+        """Make the current stream wait for the tensors, whose memory it may then use beyond their lives.
+
+        Not while a graph is captured, which may wait for nothing outside: ``torch.cuda.graph`` waited when it began.
+        """
         if torch._C._cuda_getCurrentRawStream(self.device.index) == self.stream:
+            return
+        if torch.cuda.is_current_stream_capturing():
             return
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(self.event)
-        for tensor in packed:
+        for tensor in tensors:
             if tensor is not None:
                 tensor.record_stream(stream)
 
@@ -99,7 +105,7 @@ class _Entry:
         self.bytes = weight.nbytes
         self.sample = _C.sample(self.address, self.bytes) if weight.is_cpu else None
         self.packed = _pack(weight, strict)  # last: a write during it makes this entry out of date, not wrong
-        self.ready = _Ready(weight.device) if weight.is_cuda else None
+        self.ready = Ready(weight.device) if weight.is_cuda else None
 
     def holds(self, weight: Tensor, strict: bool) -> bool:
         """Whether the weight is the same and unchanged."""
@@ -161,7 +167,7 @@ class WeightCache:
         entry = self._entry
         if entry is not None and entry.holds(weight, strict):
             if entry.ready is not None:
-                entry.ready.wait(entry.packed)
+                entry.ready.wait(*entry.packed)
             return entry.packed
         if type(weight) is not nn.Parameter or weight.is_inference() or not _is_dense(weight):
             return _pack(weight, strict)

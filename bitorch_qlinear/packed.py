@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from . import _library, functional
 from ._function import apply, transforms_active
-from .cache import is_captured
+from .cache import Ready, is_captured
 from .linear import Activation, QLinear, autocast_dtype, fused_linear, has_kernels, path_name
 from .quantizations import BinaryRule, binary_rule, get_quantization, has_constant_rule
 
@@ -89,12 +89,13 @@ class _Prepared(NamedTuple):
     address: int
     generation: int
     form: Tensor
+    ready: Ready | None
 
     @staticmethod
     def make(weight: Tensor, k: int) -> _Prepared:
         # The state first: a write during the preparation makes it out of date, not wrong.
         state = weakref.ref(weight), weight._version, weight.data_ptr(), _library.generation
-        return _Prepared(*state, functional.prepare_weight(weight, k))
+        return _Prepared(*state, functional.prepare_weight(weight, k), None)
 
 
 class PackedQLinear(nn.Module):
@@ -257,6 +258,8 @@ class PackedQLinear(nn.Module):
             if is_captured(weight):
                 return functional.prepare_weight(weight, self.in_features)  # in the graph, where nothing is done yet
             return self._prepare()
+        if prepared.ready is not None:
+            prepared.ready.wait(prepared.form)
         return prepared.form
 
     def repack(self) -> None:
@@ -273,7 +276,7 @@ class PackedQLinear(nn.Module):
             else:
                 prepared = _Prepared.make(weight, self.in_features)
                 if weight.is_cuda:
-                    prepared = prepared._replace(form=self._in_place(prepared.form))
+                    prepared = prepared._replace(form=self._in_place(prepared.form), ready=Ready(weight.device))
                 form = prepared.form
         self.weight_prepared, self._prepared = form, prepared
         return form

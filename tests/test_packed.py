@@ -593,6 +593,29 @@ def test_made_under_inference_mode():
         torch.testing.assert_close(each(X), 2 * layer.bias - layer(X), rtol=0, atol=K * 2.0**-23)
 
 
+def test_a_form_is_waited_for_wherever_it_was_prepared(monkeypatch):
+    """On CUDA, where it may have been in another stream: here are words that only say that they are there."""
+    events = []
+
+    class Ready:
+        def __init__(self, device):
+            events.append("prepared")
+
+        def wait(self, form):
+            events.append("waited for")
+            assert form is packed.weight_prepared
+
+    monkeypatch.setattr(packed_module, "Ready", Ready)
+    packed = PackedQLinear.from_float(layer_like())
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with torch.no_grad():
+        packed.weight.bitwise_not_()
+        for _ in range(3):
+            packed(X)
+    assert events == ["prepared", "waited for", "waited for"]
+
+
 def test_inference_words_are_prepared_per_call():
     first, second = layer_like(bias=False), layer_like(bias=False)
     packed, other = PackedQLinear.from_float(first), PackedQLinear.from_float(second)

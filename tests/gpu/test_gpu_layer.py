@@ -311,6 +311,27 @@ def test_packed_in_one_stream_and_used_in_another():
     torch.cuda.synchronize()
 
 
+def test_prepared_in_one_stream_and_used_in_another():
+    """Words that changed are prepared by the next forward, for which the others must wait."""
+    layer = layer_like(False, k=2000, n=512)
+    packed = PackedQLinear.from_float(on_gpu(layer))
+    x = input_like(9, k=2000).to(CUDA)
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.no_grad():
+        for _ in range(3):
+            layer.weight.neg_()
+            packed.weight.copy_(F.pack_bits(layer.weight))
+            torch.cuda.synchronize()
+            with torch.cuda.stream(first):
+                torch.cuda._sleep(50_000_000)
+                packed(x)
+            with torch.cuda.stream(second):
+                y = packed(x)
+            second.synchronize()
+            assert_same(y, layer(x.cpu()).detach())
+    torch.cuda.synchronize()
+
+
 def test_cached_words_outlive_their_layer_in_another_stream():
     """The memory of words that a second stream still reads is not handed out again."""
     x = input_like(9, k=2048).to(CUDA)
