@@ -239,6 +239,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if not options.library.exists():
         raise SystemExit(f"{options.library} is not there: the CUDA operators are not built.")
+    if not machine_code.ptx_targets(options.library):
+        raise SystemExit(f"{options.library} has no PTX, which tells the blocks' sizes: build for all targets.")
     built = machine_code.resources(options.library)
     targets = [target for target in options.target or RATES if target in built]
     headers = ["kernel", "target", "registers", "shared", "blocks", "instructions", *PARTS, "bound by", "share"]

@@ -346,6 +346,14 @@ def test_without_a_library(tmp_path):
         gpu_model.main(["--library", str(tmp_path / "none.so")])
 
 
+def test_a_library_without_ptx(monkeypatch, tmp_path):
+    """As a build for one GPU alone is."""
+    (tmp_path / "operators.so").touch()
+    monkeypatch.setattr(machine_code, "lines", lambda *_: ["cuobjdump info    : No PTX file found to extract"])
+    with pytest.raises(SystemExit, match=r"operators\.so has no PTX.*: build for all targets"):
+        gpu_model.main(["--library", str(tmp_path / "operators.so")])
+
+
 def test_without_cuobjdump(monkeypatch):
     monkeypatch.setattr(machine_code, "_folders", lambda: iter([Path("/nowhere")]))
     with pytest.raises(FileNotFoundError, match="pip install nvidia-cuda-cuobjdump"):
@@ -360,6 +368,7 @@ def test_command(monkeypatch, capsys, tmp_path):
         machine_code.parse_symbol(MMA): kernel_of("BPT.TRAP"),
     }
     takes = {"sm_90a": dict.fromkeys(code, Resources(48, 1056, 0, 0)), "sm_120": {}}
+    monkeypatch.setattr(machine_code, "ptx_targets", lambda _: {"sm_80"})
     monkeypatch.setattr(machine_code, "resources", lambda _: takes)
     monkeypatch.setattr(machine_code, "launch_bounds", lambda _: dict.fromkeys(code, Bounds(256, 1)))
     monkeypatch.setattr(machine_code, "disassemble", lambda _, target: iter(code.items() if takes[target] else ()))
