@@ -193,7 +193,9 @@ except KeyboardInterrupt:
 
 def test_a_part_that_ignores_the_interrupt_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_run, "GRACE", 1)
-    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    code = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    )
     part = gpu_run.Part("tests", [sys.executable, "-c", code], 2, "tests.txt")
     assert gpu_run.run(part, tmp_path) is None
     assert (tmp_path / "tests.txt").read_text().startswith("deaf\n")

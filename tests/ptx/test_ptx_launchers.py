@@ -453,7 +453,11 @@ MUTANTS = [
     ("gemm_skinny", "operand.stride >= aligned_words_for(product.k)", "true"),
     ("gemm_mma_sm80", "kBytes > 48 * 1024", "kBytes > 96 * 1024"),
     ("gemm_mma_sm80", "if (error != cudaSuccess) return cudaGetLastError();", ""),
-    ("gemm_mma_sm80", "if (error != cudaSuccess) return cudaGetLastError();", "if (error != cudaSuccess) return error;"),
+    (
+        "gemm_mma_sm80",
+        "if (error != cudaSuccess) return cudaGetLastError();",
+        "if (error != cudaSuccess) return error;",
+    ),
     ("gemm_mma_sm80", "row_tiles > INT32_MAX / column_tiles", "row_tiles * column_tiles > UINT32_MAX"),
 ]
 
