@@ -47,25 +47,24 @@ inline uint32_t word_of(const T* x, const Test& test) {
     return join(narrow(masks[0]), narrow(masks[1]));
 }
 
-// v < 0 (Negative) or v > 0 by the bit pattern, see is_positive: patterns from 1 to infinity behind the sign, so pattern
-// - 1 < infinity without a sign; the comparison has one, so the upper bit of both sides is turned over.
+// v < 0 (Negative) or v > 0 by the bit pattern, see is_positive: patterns from 1 to infinity behind the sign. Unsigned all
+// through: gcc's vaddq_s64 is an addition of C++, whose overflow is undefined.
 
 template <bool Negative>
 inline uint64x2_t sign_masks(const double* x) {
-    const int64x2_t bits = vld1q_s64(reinterpret_cast<const int64_t*>(x));
-    return vcltq_s64(vaddq_s64(bits, vdupq_n_s64(Negative ? -1 : INT64_MAX)),
-                     vdupq_n_s64(INT64_MIN | 0x7FF0000000000000));
+    const uint64x2_t bits = vld1q_u64(reinterpret_cast<const uint64_t*>(x));
+    return vcltq_u64(vsubq_u64(bits, vdupq_n_u64((Negative ? uint64_t{1} << 63 : 0) + 1)),
+                     vdupq_n_u64(0x7FF0000000000000));
 }
 template <bool Negative>
 inline uint32x4_t sign_masks(const float* x) {
-    const int32x4_t bits = vld1q_s32(reinterpret_cast<const int32_t*>(x));
-    return vcltq_s32(vaddq_s32(bits, vdupq_n_s32(Negative ? -1 : INT32_MAX)), vdupq_n_s32(INT32_MIN | 0x7F800000));
+    const uint32x4_t bits = vld1q_u32(reinterpret_cast<const uint32_t*>(x));
+    return vcltq_u32(vsubq_u32(bits, vdupq_n_u32((Negative ? 0x80000000 : 0) + 1)), vdupq_n_u32(0x7F800000));
 }
-template <bool Negative, int Infinity>
+template <bool Negative, uint16_t Infinity>
 inline uint16x8_t sign_masks_16(const void* x) {
-    const int16x8_t bits = vld1q_s16(static_cast<const int16_t*>(x));
-    return vcltq_s16(vaddq_s16(bits, vdupq_n_s16(Negative ? -1 : INT16_MAX)),
-                     vdupq_n_s16(static_cast<int16_t>(INT16_MIN | Infinity)));
+    const uint16x8_t bits = vld1q_u16(static_cast<const uint16_t*>(x));
+    return vcltq_u16(vsubq_u16(bits, vdupq_n_u16((Negative ? 0x8000 : 0) + 1)), vdupq_n_u16(Infinity));
 }
 template <bool Negative>
 inline uint16x8_t sign_masks(const Half* x) {
