@@ -83,12 +83,17 @@ sanitize: build  ## run the standalone tests and the fuzz test under the compile
 NATIVE_SOURCES := tests/native/kernels.cpp $(wildcard csrc/cpu/*.cpp)
 NATIVE_FLAGS := -std=c++20 -O2 -g -Wall -Wextra -ffp-contract=off
 
+# Fast and as it is, then watched for reads past an end and undefined behaviour, which no emulator sees. Leaks are looked for
+# by a debugger's means, which the emulator does not have.
 neon:  ## test the NEON kernel in an emulator; wants g++-aarch64-linux-gnu and qemu-user
 	@$(DIE); for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || \
 		die "there is no $$tool: install it (Debian, Ubuntu: apt install g++-aarch64-linux-gnu qemu-user)."; done
 	@mkdir -p build
 	aarch64-linux-gnu-g++ $(NATIVE_FLAGS) -static -o build/kernels-neon $(NATIVE_SOURCES)
 	qemu-aarch64 build/kernels-neon neon
+	aarch64-linux-gnu-g++ $(NATIVE_FLAGS) -w -fsanitize=address,undefined -fno-sanitize-recover=all \
+		-o build/kernels-neon-sanitized $(NATIVE_SOURCES)
+	ASAN_OPTIONS=detect_leaks=0 qemu-aarch64 -L /usr/aarch64-linux-gnu build/kernels-neon-sanitized neon
 
 simde:  ## test the AVX-512 kernel through SIMDe, on any x86-64 with AVX2; wants libsimde-dev
 	@$(DIE); echo '#include <simde/x86/avx512.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1 || \

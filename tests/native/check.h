@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -38,18 +39,18 @@ void expect_refused(const std::string& beginning, const Call& call) {
     expect(message.rfind(beginning, 0) == 0, "expected \"" + beginning + "\", got " + message);
 }
 
-// `count` values of T, `shift` values off an allocation's alignment, with guard bytes before them; behind them guard bytes
-// as well (Output), or the allocation's end, where a sanitizer watches (Input).
+// `count` values of T, `shift` values off the alignment, with guard bytes before them; behind them guard bytes as well
+// (Output), or the allocation's end, where a sanitizer watches (Input).
 enum class Use { Input, Output };
 
 template <class T>
 class Buffer {
   public:
-    Buffer(Use use, int64_t count, int64_t shift = 0)
+    Buffer(Use use, int64_t count, int64_t shift = 0, size_t alignment = alignof(std::max_align_t))
         : begin_(kGuard + static_cast<size_t>(shift) * sizeof(T)),
           end_(begin_ + static_cast<size_t>(count) * sizeof(T)),
           size_(end_ + (use == Use::Output ? kGuard : 0)),
-          memory_(static_cast<uint8_t*>(std::malloc(size_))) {
+          memory_(allocate(alignment, size_)) {
         std::memset(memory_, kPattern, size_);
     }
     ~Buffer() { std::free(memory_); }
@@ -67,6 +68,12 @@ class Buffer {
     }
 
   private:
+    static uint8_t* allocate(size_t alignment, size_t bytes) {
+        void* memory = nullptr;
+        expect(posix_memalign(&memory, alignment, bytes) == 0, "no memory");
+        return static_cast<uint8_t*>(memory);
+    }
+
     static constexpr size_t kGuard = 64;
     static constexpr uint8_t kPattern = 0xA5;
     size_t begin_, end_, size_;

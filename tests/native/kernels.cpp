@@ -65,6 +65,9 @@ struct Case {
     Epilogue epilogue;
 };
 
+// Aligned as a kernel may expect it, and no larger than it asked for.
+Buffer<uint8_t> make_workspace(int64_t bytes) { return {Use::Output, bytes, 0, 64}; }
+
 // The product by one kernel, in tiles as csrc/ops_cpu.cpp makes them, of at most so many rows and columns.
 void multiply(const Kernel& kernel, Product product, int64_t most_rows, int64_t most_columns) {
     Buffer<uint8_t> prepared(Use::Output, prepared_bytes(kernel.layout, product.n, product.k));
@@ -76,15 +79,14 @@ void multiply(const Kernel& kernel, Product product, int64_t most_rows, int64_t 
     product.panels = prepared.data() + sizeof(PreparedHeader);
     const int64_t rows = std::min(most_rows, kernel.row_tile);
     const int64_t columns = ceil_div(most_columns, kernel.column_tile) * kernel.column_tile;
-    const int64_t bytes = kernel.workspace_bytes(std::min(rows, product.m), product.k);
-    uint8_t* workspace = static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(ceil_div(bytes, 64) * 64)));
+    Buffer<uint8_t> workspace = make_workspace(kernel.workspace_bytes(std::min(rows, product.m), product.k));
     for (int64_t row = 0; row < product.m; row += rows) {
         for (int64_t column = 0; column < product.n; column += columns) {
             kernel.gemm(product, {row, std::min(row + rows, product.m)},
-                        {column, std::min(column + columns, product.n)}, workspace);
+                        {column, std::min(column + columns, product.n)}, workspace.data());
         }
     }
-    std::free(workspace);
+    workspace.check_guards(describe(kernel, "workspace", product.m, product.n, product.k));
 }
 
 void check_product(const Kernel& kernel, const Case& at, Buffer<uint32_t>& x, Buffer<uint32_t>& weight) {
@@ -229,12 +231,12 @@ void multiply_reals(const FloatByBits& kernel, const SignProduct& product) {
     Buffer<uint32_t> codes(Use::Output, passes * product.n);
     kernel.make_codes(product, {0, passes}, codes.data());
     codes.check_guards("make_codes");
-    const int64_t bytes = kernel.workspace_bytes(product, product.n);
-    uint8_t* workspace = static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(ceil_div(bytes, 64) * 64)));
+    Buffer<uint8_t> workspace = make_workspace(kernel.workspace_bytes(product, product.n));
     for (int64_t row = 0; row < product.m; row += rows) {
-        kernel.multiply(product, codes.data(), {row, std::min(row + rows, product.m)}, {0, product.n}, workspace);
+        kernel.multiply(product, codes.data(), {row, std::min(row + rows, product.m)}, {0, product.n},
+                        workspace.data());
     }
-    std::free(workspace);
+    workspace.check_guards("workspace of multiply_signs");
 }
 
 template <class T>
@@ -242,8 +244,11 @@ void check_reals(const Kernel& kernel, DType dtype) {
     for (int i = 0; i < 60; ++i) {
         const int64_t m = 1 + below(40), n = 1 + below(150), k = 1 + below(i % 10 ? 200 : 4000);
         const bool by_columns = below(2), transposed = below(2);
-        Buffer<T> x(Use::Input, m * k);
-        for (int64_t j = 0; j < m * k; ++j) {
+        // Lines of x, which are its rows or its columns, lie apart or close together.
+        const int64_t lines = by_columns ? k : m, length = by_columns ? m : k, stride = length + below(3);
+        const int64_t values = (lines - 1) * stride + length;
+        Buffer<T> x(Use::Input, values);
+        for (int64_t j = 0; j < values; ++j) {
             // Finite numbers of one size, as bits of a half type or as numbers.
             if constexpr (sizeof(T) == 2) {
                 x[j] = {
@@ -257,8 +262,8 @@ void check_reals(const Kernel& kernel, DType dtype) {
         fill(words, sign_words);
         Buffer<T> expected(Use::Output, m * n), got(Use::Output, m * n);
         const auto product = [&](Buffer<T>& y) {
-            return SignProduct{x.data(),           dtype,        m,          k, by_columns ? 1 : k,
-                               by_columns ? m : 1, words.data(), transposed, n, y.data()};
+            return SignProduct{x.data(),     dtype,      m, k,       by_columns ? 1 : stride, by_columns ? stride : 1,
+                               words.data(), transposed, n, y.data()};
         };
         multiply_reals(*kScalarKernel.float_by_bits, product(expected));
         multiply_reals(*kernel.float_by_bits, product(got));
