@@ -83,8 +83,8 @@ sanitize: build  ## run the standalone tests and the fuzz test under the compile
 NATIVE_SOURCES := tests/native/kernels.cpp $(wildcard csrc/cpu/*.cpp)
 NATIVE_FLAGS := -std=c++20 -O2 -g -Wall -Wextra -ffp-contract=off
 
-# Fast and as it is, then watched for reads past an end and undefined behaviour, which no emulator sees. Leaks are looked for
-# by a debugger's means, which the emulator does not have.
+# As it is, then watched for reads past an end and undefined behaviour, which an emulator does not see. Leaks are looked
+# for by a debugger's means, which it does not offer.
 neon:  ## test the NEON kernel in an emulator; wants g++-aarch64-linux-gnu and qemu-user
 	@$(DIE); for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || \
 		die "there is no $$tool: install it (Debian, Ubuntu: apt install g++-aarch64-linux-gnu qemu-user)."; done

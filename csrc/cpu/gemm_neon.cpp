@@ -5,12 +5,13 @@
 //     bytes += CNT(x ^ w)                                                               128 multiply-adds
 //
 // Every 31 steps (3968 values) they are widened to 32 bits; each sum of a tile of 4 rows x 4 outputs is added up at the
-// end, so no form of the weights but the words is needed. The tile's 16 sums of bytes, 4 vectors of weights and one of x
-// fill 22 of the 32 registers.
+// end, so no form of the weights but the words is needed. The tile's 16 sums of bytes, 4 vectors of weights and one of
+// x fill 22 of the 32 registers.
 //
-// XOR, CNT and the addition each run at two a cycle on a Neoverse N1, whose two vector pipes they share (Arm, Neoverse N1
-// Software Optimization Guide, "ASIMD integer instructions"): 3 operations in 1.5 cycles, at most 85 multiply-adds a
-// cycle. Not measured: no Arm processor was at hand, the kernel ran under an emulator.
+// XOR, CNT and the addition go to any vector pipe, of which a Neoverse N1 has two and a V1 four (LLVM's scheduling
+// models AArch64SchedNeoverseN1.td and V1.td, which cite Arm's optimization guides): 3 operations in 1.5 and 0.75
+// cycles, at most 85 and 171 multiply-adds a cycle. A step's loop is 48 of them, 8 loads and 4 others (gcc 12, -O3),
+// without a spill. Not measured: no Arm processor was at hand, the kernel ran under an emulator.
 #if defined(__aarch64__)
 #include <arm_neon.h>
 

@@ -47,8 +47,8 @@ inline uint32_t word_of(const T* x, const Test& test) {
     return join(narrow(masks[0]), narrow(masks[1]));
 }
 
-// v < 0 (Negative) or v > 0 by the bit pattern, see is_positive: patterns from 1 to infinity behind the sign. Unsigned all
-// through: gcc's vaddq_s64 is an addition of C++, whose overflow is undefined.
+// v < 0 (Negative) or v > 0 by the bit pattern, see is_positive: patterns from 1 to infinity behind the sign. All of it
+// unsigned: gcc's vsubq_s64 is a subtraction of C++, whose overflow is undefined.
 
 template <bool Negative>
 inline uint64x2_t sign_masks(const double* x) {
