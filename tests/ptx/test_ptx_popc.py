@@ -108,7 +108,7 @@ def test_mutants_of_popc_are_caught():
         ("stage[word][row] = value", "stage[word][row ^ 1] = value"),
         ("weight[word][tx + kSide * i]", "weight[word ^ 1][tx + kSide * i]"),
         ("first < width; first += kStage", "first + kStage < width; first += kStage"),
-        ("operand.stride", "operand.stride + 1"),
+        ("row) * operand.stride", "row) * (operand.stride + 1)"),
         ("- 2 * popcount", "- popcount"),
         ("__fmul_rn(a, b)", "__fmul_rz(a, b)"),
         (
