@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <string>
 #include <utility>
@@ -70,12 +71,15 @@ inline std::optional<int64_t> row_stride(const Tensor& x) {
     return stride;
 }
 
+// Not torch::stable's, which where it fails prints a backtrace (torch 2.14) and names a file of the build.
 inline Tensor contiguous_copy(const char* argument, const Tensor& x) {
-    try {
-        return x.is_contiguous() ? torch::stable::clone(x) : torch::stable::contiguous(x);
-    } catch (const std::exception&) {  // its text names a file of the build
+    using torch::headeronly::MemoryFormat;
+    std::array<StableIValue, 2> stack{torch::stable::detail::from(x),
+                                      torch::stable::detail::from(std::optional(MemoryFormat::Contiguous))};
+    if (torch_call_dispatcher("aten::clone", "", stack.data(), TORCH_ABI_VERSION)) {
         fail(argument, "cannot allocate a contiguous copy of it");
     }
+    return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 inline Tensor aligned(const char* argument, const Tensor& tensor) {

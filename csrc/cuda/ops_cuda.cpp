@@ -140,7 +140,7 @@ class Vector {
   public:
     explicit Vector(const std::optional<Tensor>& vector) {
         if (!vector || vector->numel() == 0) return;
-        values_ = vector->stride(0) == 1 || vector->numel() == 1 ? *vector : torch::stable::contiguous(*vector);
+        values_ = vector->stride(0) == 1 || vector->numel() == 1 ? *vector : contiguous_copy("bias or scale", *vector);
     }
     Channels channels() const {
         if (!values_) return {nullptr, DType::float32};
