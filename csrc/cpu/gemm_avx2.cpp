@@ -184,29 +184,56 @@ __attribute__((noinline)) void single_row(const uint8_t* panels, int64_t panel_b
     }
 }
 
-// The 16-bit sums of one row -> int32 counts of 32 `vectors` outputs, set or added to.
-inline void widen_sums(const Sums (*sums)[2], int row, int vectors, int32_t* counts, bool first) {
+// The 16-bit sums of one row -> take(i, int32 counts) for each 8 of 32 `vectors` outputs from i on.
+template <class Take>
+inline void widen_sums(const Sums (*sums)[2], int row, int vectors, const Take& take) {
     for (int v = 0; v < vectors; ++v) {
         Vector halves[2];
         even_and_odd(sums[v][row], halves);
         const __m128i quarters[4] = {_mm256_castsi256_si128(halves[0]), _mm256_extracti128_si256(halves[0], 1),
                                      _mm256_castsi256_si128(halves[1]), _mm256_extracti128_si256(halves[1], 1)};
         BITORCH_QLINEAR_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            int32_t* out = counts + 32 * v + 8 * i;
-            const Vector values = _mm256_cvtepu16_epi32(quarters[i]);
-            store(out, first ? values : _mm256_add_epi32(values, load(out)));
-        }
+        for (int i = 0; i < 4; ++i) take(32 * v + 8 * i, _mm256_cvtepu16_epi32(quarters[i]));
     }
+}
+
+// A scale and a bias that change nothing, not even the sign of a zero.
+struct Neutral {
+    float scale[kColumns], bias[kColumns];
+};
+constexpr Neutral make_neutral() {
+    Neutral neutral{};
+    for (float& factor : neutral.scale) factor = 1.0f;
+    for (float& term : neutral.bias) term = -0.0f;
+    return neutral;
+}
+constexpr Neutral kNeutral = make_neutral();
+
+// 32 `vectors` outputs of float32 straight from the sums of their only span; the same bits as write_outputs.
+inline void write_floats(const Output& y, int64_t row, int64_t column, const Sums (*sums)[2], int sums_row,
+                         int vectors) {
+    const Vector k = _mm256_set1_epi32(y.k);
+    const float* scale = y.scale ? static_cast<const float*>(y.scale) + column : kNeutral.scale;
+    const float* bias = y.bias ? static_cast<const float*>(y.bias) + column : kNeutral.bias;
+    float* out = static_cast<float*>(y.data) + row * y.n + column;
+    widen_sums(sums, sums_row, vectors, [=](int i, Vector counts) __attribute__((always_inline)) {
+        const __m256 dot = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_sub_epi32(k, counts), counts));
+        const __m256 scaled = _mm256_mul_ps(dot, _mm256_loadu_ps(scale + i));
+        _mm256_storeu_ps(out + i, _mm256_add_ps(scaled, _mm256_loadu_ps(bias + i)));
+    });
 }
 
 // 32 bytes (256 values) of a packed row from byte `begin` on; what lies past k is 0.
 inline Vector load_bits(const uint32_t* row, int64_t begin, int64_t k) {
-    const int64_t word = begin / kWordBytes, left = k - 8 * begin;
-    if (left >= 256) return load(row + word);
-    alignas(32) uint32_t words[8] = {};
-    for (int64_t i = 0; kWordBits * i < left; ++i) words[i] = row[word + i] & word_mask(word + i, k);
-    return load(words);
+    const int64_t left = k - 8 * begin;
+    const uint32_t* from = row + begin / kWordBytes;
+    if (left >= 256) return load(from);
+    // Masked: from a copy made word by word the load would wait for the last of the writes.
+    const Vector before = _mm256_setr_epi32(0, 32, 64, 96, 128, 160, 192, 224), zero = _mm256_setzero_si256();
+    const Vector values = _mm256_max_epi32(_mm256_sub_epi32(_mm256_set1_epi32(static_cast<int>(left)), before), zero);
+    const Vector past = _mm256_sllv_epi32(_mm256_set1_epi32(-1), values);  // 0 where all 32 count
+    const Vector words = _mm256_maskload_epi32(reinterpret_cast<const int*>(from), _mm256_cmpgt_epi32(values, zero));
+    return _mm256_andnot_si256(past, words);
 }
 
 inline int64_t units_for(int64_t k) { return ceil_div(k, kUnit); }
@@ -306,13 +333,21 @@ void multiply_by_pair_tables(const Product& product, Range rows, Range columns, 
     for (int64_t column = columns.begin; column < columns.end; column += kColumns) {
         const int64_t width = columns.end - column < kColumns ? columns.end - column : kColumns;
         const int count = width > kPanel ? 2 : 1;
+        const bool straight = spans == 1 && product.y.dtype == DType::float32 && width == count * kPanel;
         const uint8_t* panels = product.panels + column / kPanel * panel_bytes;
         for (int64_t span = 0; span < spans; ++span) {
             const Range part{units * span / spans, units * (span + 1) / spans};
             multiply_span(panels, panel_bytes, count, work, size(rows), stride, part);
             for (int64_t row = 0; row < size(rows); ++row) {
+                const Sums(*sums)[2] = work.sums[row / 2].rows;
+                if (straight) {
+                    write_floats(product.y, rows.begin + row, column, sums, row % 2, 2 * count);
+                    continue;
+                }
                 int32_t* counts = work.counts + (spans > 1 ? row * kColumns : 0);
-                widen_sums(work.sums[row / 2].rows, row % 2, 2 * count, counts, span == 0);
+                widen_sums(sums, row % 2, 2 * count, [=](int i, Vector values) __attribute__((always_inline)) {
+                    store(counts + i, span == 0 ? values : _mm256_add_epi32(values, load(counts + i)));
+                });
                 if (span + 1 == spans) write_outputs(product.y, rows.begin + row, column, counts, width);
             }
         }
