@@ -204,9 +204,12 @@ _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 def _keep(values: Tensor, words: Tensor, k: int) -> Tensor:
-    """The values where the bit is 1, and 0 elsewhere, whatever stands there."""
+    """The values, in place where they can be, where the bit is 1, and 0 elsewhere, whatever stands there."""
     if not values.is_cpu:
-        return torch.where(functional.unpack_bits(words, k, torch.bool), values, 0)
+        out_of_range = functional.unpack_bits(~words, k, torch.bool)
+        if torch._C._are_functorch_transforms_active():  # the bits may have a dimension of vmap that the values lack
+            return values.masked_fill(out_of_range, 0)
+        return values.masked_fill_(out_of_range, 0)
     # torch.where on the CPU takes a branch an element, of which random bits mispredict half: 8 times slower (Zen 4).
     # As int8, bit 0 is -1 and bit 1 is +1; halved, and rounded down, -1 and 0: masks.
     integers = _INTEGERS[values.element_size()]

@@ -1,12 +1,19 @@
 """CUDA without a GPU: registration, shapes, and the layers on fake CUDA tensors, which hold no memory."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from calls import Calls
+from gpu.tiles import DEPTHS, TILES, shapes_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bitorch_qlinear
-from bitorch_qlinear import PackedQLinear, QLinear, _library, functional, pack
+from bitorch_qlinear import PackedQLinear, QLinear, _library, autograd, functional, pack
 
 OPERATORS = ["pack_bits", "unpack_bits", "prepare_weight", "binary_linear", "linear", "linear_train"]
 K, N = 70, 10
@@ -154,3 +161,113 @@ def test_layer_without_kernels(fake):
     assert calls.names == [] and (y.shape, y.device.type) == ((4, N), "cuda")
     with pytest.raises(RuntimeError, match=f"no CUDA kernels here: {_library.no_cuda_reason}"):
         _library.force_cuda_kernel("popc")
+
+
+# ---- the library, asked without a device -----------------------------------------------------------
+
+DEVICES = {(8, 0): 108, (8, 6): 82, (8, 9): 128, (9, 0): 132}  # multiprocessors, by compute capability
+
+
+def import_with(kernel):
+    """In a process of its own, where BITORCH_QLINEAR_CUDA_KERNEL is set."""
+    code = "import bitorch_qlinear; print(bitorch_qlinear.info()['cuda_kernel'])"
+    environment = {**os.environ, "BITORCH_QLINEAR_CUDA_KERNEL": kernel}
+    root = Path(bitorch_qlinear.__file__).parents[1]
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("kernel", ["popc", "skinny", "mma_sm80", ""])
+def test_kernel_by_environment(kernel):
+    result = import_with(kernel)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == (kernel or "chosen by each product's sizes")
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("name", ["nope", "POPC", "popc "])
+def test_unknown_kernel_is_an_error_at_import(name):
+    result = import_with(name)
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert "BITORCH_QLINEAR_CUDA_KERNEL: expected one of popc, skinny, " in last and last.endswith(f'got "{name}"')
+
+
+@needs_cuda_build
+@pytest.mark.parametrize(
+    ("capability", "rows", "kernel"),
+    [
+        ((7, 5), 1, "skinny"),
+        ((7, 5), 64, "mma_sm75"),
+        *(((8, minor), 16, "skinny_mma_sm80") for minor in (0, 6, 9)),
+        ((9, 0), 4, "skinny"),
+        ((9, 0), 4096, "mma_sm80"),
+        ((10, 0), 16, "skinny"),
+    ],
+)
+def test_choice_of_devices_that_are_not_here(capability, rows, kernel):
+    choice = _library.cuda_choice(capability, 100, rows, 4096, 4096)
+    assert re.match(rf"{kernel}( with tiles of \d+ x \d+)?: \w", choice)
+    assert kernel in _library.available_cuda_kernels(capability)
+
+
+@needs_cuda_build
+def test_choice_of_a_device_that_is_too_old():
+    assert _library.available_cuda_kernels((7, 0)) == []
+    choice = _library.cuda_choice((7, 0), 80, 1, 4096, 4096)
+    assert choice == "bitorch_qlinear: compute capability 7.0 is not supported: the CUDA kernels need 7.5 or later"
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("capability", DEVICES)
+@pytest.mark.parametrize("tile", TILES)
+def test_every_tile_has_edges_to_be_tested(capability, tile):
+    """What tests/gpu compares with the CPU on a device: the tile's edges, in products that are small enough."""
+
+    def choice(m, n, k):
+        return _library.cuda_choice(capability, DEVICES[capability], m, n, k)
+
+    _library.force_cuda_kernel("mma_sm80")
+    try:
+        shapes = shapes_of(tile, choice, DEVICES[capability], DEPTHS)
+    finally:
+        _library.force_cuda_kernel(None)
+    rows, columns = TILES[tile]
+    assert {k for *_, k in shapes} == set(DEPTHS)
+    for k in DEPTHS:
+        assert {m - rows for m, _, depth in shapes if depth == k} >= {-1, 0, 1}
+        assert {(n + 1) % columns for _, n, depth in shapes if depth == k} == {0, 1, 2}
+    assert max(m * n for m, n, _ in shapes) < 10e6
+
+
+@needs_cuda_build
+def test_nothing_waits_or_allocates_beside_torch():
+    library = Path(_library.__file__).with_name("_ops_cuda.so")
+    command = ["nm", "-D", "--undefined-only", str(library)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    symbols = {line.split()[-1].split("@")[0] for line in output.splitlines()}
+    assert "cudaGetLastError" in symbols, "nm's output was not understood"
+    wanting = [symbol for symbol in symbols if re.search("Synchronize|^cuda(Memcpy|Memset|Malloc|Free|Host)", symbol)]
+    assert not wanting
+
+
+# ---- gradients -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_what_is_out_of_range_becomes_zero(monkeypatch, dtype):
+    """CUDA's way, on CPU tensors: exactly 0, whatever stood there, and nothing else changes."""
+    values = torch.randn(5, K).to(dtype)
+    values[:, ::7], values[:, 1::7], values[:, 2::7] = float("nan"), float("inf"), -0.0
+    kept = torch.rand(5, K) < 0.5
+    words = functional.pack_bits(torch.where(kept, 1.0, -1.0))
+    wanted = torch.where(kept, values, torch.zeros((), dtype=dtype))
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    batched = torch.func.vmap(autograd._keep, in_dims=(None, 0, None))(values[0], words, K)
+    assert torch.equal(bits(batched[0]), bits(wanted[0])) and batched.shape == values.shape
+    assert torch.equal(bits(autograd._keep(values, words, K)), bits(wanted))
+
+
+def bits(values):
+    """Which tell NaN and -0.0 apart from others."""
+    return values.contiguous().view(torch.uint8)

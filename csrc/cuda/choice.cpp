@@ -59,6 +59,8 @@ const std::vector<Device>& devices() {
 
 }  // namespace
 
+void check_supported(int32_t device_index) { value_of(decide(nullptr, devices().at(device_index), 0, 0, 0)); }
+
 Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k) {
     return value_of(decide(forced().load(std::memory_order_relaxed), devices().at(device_index), m, n, k));
 }

@@ -8,6 +8,9 @@
 
 namespace bitorch_qlinear::cuda {
 
+// Throws where the device is too old for any kernel.
+void check_supported(int32_t device_index);
+
 // Throws where the device is too old, or lacks the kernel that is forced.
 Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k);
 

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "choice.h"
+
 namespace bitorch_qlinear::cuda {
 
 // torch's current stream of a device. (torch::stable::Stream hands out no handle before torch 2.13.)
@@ -16,16 +18,21 @@ inline cudaStream_t current_stream(int32_t device_index) {
     return static_cast<cudaStream_t>(stream);
 }
 
-// While it lives, launches go to this device.
+// While it lives, launches go to this device. Throws where no kernel runs there.
 class Launch {
   public:
     explicit Launch(int32_t device_index)
-        : guard_(device_index), device_index_(device_index), stream_(current_stream(device_index)) {}
+        : guard_(checked(device_index)), device_index_(device_index), stream_(current_stream(device_index)) {}
 
     int32_t device_index() const { return device_index_; }
     cudaStream_t stream() const { return stream_; }
 
   private:
+    static int32_t checked(int32_t device_index) {
+        check_supported(device_index);
+        return device_index;
+    }
+
     torch::stable::accelerator::DeviceGuard guard_;
     int32_t device_index_;
     cudaStream_t stream_;

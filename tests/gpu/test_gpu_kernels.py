@@ -44,6 +44,8 @@ from .device import (
     poison,
     several_devices,
 )
+from .tiles import DEPTHS as DEPTHS_OF_TILES
+from .tiles import TILES, shapes_of
 
 OUTS = [*FLOATS, torch.int32]
 # Around one row, a warp's fragments, each kernel's tiles, and two tiles and a prime more.
@@ -199,17 +201,22 @@ def test_kernels_agree_on_large_products(m, n, k):
 
 
 @pytest.mark.skipif("mma_sm80" not in KERNELS, reason="there is no kernel with several tiles")
-@pytest.mark.parametrize("tile", ["128 x 256", "128 x 128", "64 x 64"])
-def test_edges_of_tiles_that_only_wide_products_get(tile):
-    """As many tiles as multiprocessors make it the best one; the choice says whether it is."""
-    widths = [int(tile.split()[-1]) * MULTIPROCESSORS + d for d in (-1, 0, 1, 13)]
-    shapes = itertools.product((127, 128, 129, 255, 256, 257, 2 * 128 + 13), widths, (33, 511, 513, 2049))
+@pytest.mark.parametrize("k", DEPTHS_OF_TILES)
+@pytest.mark.parametrize("tile", TILES)
+def test_every_edge_of_every_tile(tile, k):
+    """Only wide products get wide tiles: these the CPU's fastest kernel computes, whose own twin is the scalar one."""
+    _library.force_kernel(None)
     with forced("mma_sm80"):
-        shapes = [shape for shape in shapes if f"tiles of {tile}:" in choice(*shape)]
-    if not shapes:
-        pytest.skip("this device has another best tile for all candidates")
-    for shape in shapes:
-        agree(*shape, ["mma_sm80"])
+        shapes = shapes_of(tile, choice, MULTIPROCESSORS, [k])
+        assert shapes, "this device has another best tile for all candidates"
+        most_m, most_n, _ = map(max, zip(*shapes, strict=True))
+        x, words = (random_words(rows, k, generator(k), stray=True) for rows in (most_m, most_n))
+        gpu_x, gpu_words = moved(x), moved(words)
+        for out in (torch.int32, torch.bfloat16):
+            want = F.binary_linear(x, words, k, out_dtype=out).to(CUDA)
+            for m, n, _ in shapes:
+                poison(m, n, dtype=out)
+                assert_same(F.binary_linear(gpu_x[:m], gpu_words[:n], k, out_dtype=out), want[:m, :n], (m, n, out))
 
 
 def test_a_forced_kernel_is_the_one_that_runs():
@@ -411,16 +418,22 @@ def test_another_device_than_the_current_one(cuda_kernel):
 IN_THE_HEADER = ("zeros", "magic", "layout", "n one more", "n huge", "k one more", "k negative")
 
 
+def gpu_arguments():
+    """Those of the CPU's tests, with what is the device's own."""
+    values = moved_all(arguments())
+    prepared = F.prepare_weight(values["weight_words"], values["k"])
+    return values | {"weight_prepared": prepared, "layout": _library.CUDA_LAYOUT}
+
+
 def seen_by_the_host(name, argument, what):
-    if name in CPU_ONLY:
+    if name in CPU_ONLY or (argument, what) == ("layout", str(_library.CUDA_LAYOUT)):
         return False
     return argument != "weight_prepared" or not any(part in what for part in IN_THE_HEADER)
 
 
 @pytest.mark.parametrize(("name", "argument", "what"), [p for p in breakages() if seen_by_the_host(*p.values)])
 def test_wrong_arguments_are_refused(name, argument, what):
-    values = moved_all(arguments())
-    values["weight_prepared"] = F.prepare_weight(values["weight_words"], 40)
+    values = gpu_arguments()
     values[argument] = BROKEN[argument][what](values[argument])
     names = ("k", "x", "words", "x_words", "weight_words") if argument == "k" else (argument,)
     assert_refused(name, values, *names)
@@ -430,8 +443,7 @@ def test_wrong_arguments_are_refused(name, argument, what):
 @pytest.mark.parametrize("argument", TENSORS)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_tensors_on_different_devices_are_refused(name, argument, device):
-    values = moved_all(arguments())
-    values["weight_prepared"] = F.prepare_weight(values["weight_words"], 40)
+    values = gpu_arguments()
     names = [a.name for a in operator(name)._schema.arguments]
     if argument in names:
         values[argument] = values[argument].to(device)
@@ -477,11 +489,11 @@ def test_samples_of_all_operators():
     """Full and minimal calls of each, whatever operators there will be."""
     for name in sorted(set(OPERATORS) - set(CPU_ONLY)):
         for required_only in (False, True):
-            values = arguments()
-            args, kwargs = call_arguments(name, values, required_only)
+            torch.manual_seed(0)
+            args, kwargs = call_arguments(name, arguments(), required_only)
             want = operator(name)(*args, **kwargs)
-            gpu = moved_all(values) | {"weight_prepared": F.prepare_weight(moved(values["weight_words"]), 40)}
-            args, kwargs = call_arguments(name, gpu, required_only)
+            torch.manual_seed(0)
+            args, kwargs = call_arguments(name, gpu_arguments(), required_only)
             results = operator(name)(*args, **kwargs)
             if name == "prepare_weight":
                 continue  # every device's own form

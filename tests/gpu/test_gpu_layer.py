@@ -70,7 +70,9 @@ def assert_as_on_the_cpu(layer, x, exact=True):
         if exact:
             assert_same(gpu, want, f"gradient of {name}")
         else:  # an exponential function of another library
-            torch.testing.assert_close(gpu.cpu(), want, equal_nan=True)
+            # Of half types two roundings of factors and product, of values up to some tens.
+            half = {"rtol": 1e-2, "atol": 5e-2} if want.dtype.itemsize == 2 else {}
+            torch.testing.assert_close(gpu.cpu(), want, equal_nan=True, **half)
 
 
 # ---- values and gradients --------------------------------------------------------------------------
