@@ -116,7 +116,7 @@ class _Entry:
             and self.dtype is weight.dtype
             and self.shape == weight.shape
             and self.stride == weight.stride()
-            and self.device == weight.device
+            and (weight.is_cpu if self.sample is not None else self.device == weight.device)
             and self.strict is strict
             and self.generation == _library.generation
             and self.optimizer_steps == _optimizer_steps
@@ -162,13 +162,15 @@ class WeightCache:
 
         Only a plain, dense Parameter is remembered: it alone is sure to notice its changes.
         """
-        if is_captured(weight):
-            return _pack(weight, strict)
         entry = self._entry
         if entry is not None and entry.holds(weight, strict):
-            if entry.ready is not None:
+            if entry.ready is None:  # not on CUDA: nothing is captured
+                return entry.packed
+            if not is_captured(weight):
                 entry.ready.wait(*entry.packed)
-            return entry.packed
+                return entry.packed
+        if is_captured(weight):
+            return _pack(weight, strict)
         if type(weight) is not nn.Parameter or weight.is_inference() or not _is_dense(weight):
             return _pack(weight, strict)
         self._entry = entry = _Entry(weight, strict)
