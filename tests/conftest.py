@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+import without_hypothesis
 
 from bitorch_qlinear import _library
+
+if importlib.util.find_spec("hypothesis") is None:
+    without_hypothesis.install()
+
+from hypothesis import HealthCheck, settings
 
 # function_scoped_fixture: forcing a kernel once serves all examples of a test.
 settings.register_profile(
