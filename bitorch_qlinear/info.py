@@ -15,9 +15,10 @@ def info() -> dict[str, str | list[str]]:
 
     Returns:
         ``version``, ``compiler``, ``torch_built`` and ``torch_running``, ``cuda`` (what the CUDA operators were
-        compiled for, or why there are none), ``cuda_devices`` (each with the kernels that it can run), ``cuda_kernel``
-        (the forced one, or that each product's sizes choose), ``cpu_capability``, ``kernels`` (those that this
-        processor can run, best first), ``kernel`` (the active one) and ``kernel_reason``.
+        compiled for, or why there are none), ``cuda_devices`` (each with the kernels that it can run, and which of
+        them computes some products and why), ``cuda_kernel`` (the forced one, or that each product's sizes choose),
+        ``cpu_capability``, ``kernels`` (those that this processor can run, best first), ``kernel`` (the active one)
+        and ``kernel_reason``.
     """
     build = _library.build_info
     return {
@@ -38,10 +39,18 @@ def info() -> dict[str, str | list[str]]:
 def _cuda_devices() -> list[str]:
     if not _library.has_cuda:
         return []
-    lines = []
-    for index in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(index)
-        kernels = ", ".join(_library.available_cuda_kernels(capability)) or "none: 7.5 or later is needed"
-        name = torch.cuda.get_device_name(index)
-        lines.append(f"{name}, compute capability {capability[0]}.{capability[1]}: {kernels}")
-    return lines
+    return [_cuda_device(index) for index in range(torch.cuda.device_count())]
+
+
+def _cuda_device(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    capability = properties.major, properties.minor
+    kernels = ", ".join(_library.available_cuda_kernels(capability))
+    device = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+    if not kernels:
+        return f"{device}: no kernel, 7.5 or later is needed"
+    choices = "; ".join(
+        f"{rows} × 4096 → 4096: " + _library.cuda_choice(capability, properties.multi_processor_count, rows, 4096, 4096)
+        for rows in (1, 16, 4096)
+    )
+    return f"{device}: {kernels}; {choices}"

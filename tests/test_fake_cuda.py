@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +46,20 @@ def test_info():
         assert info["cuda"] == _library.no_cuda_reason != ""
     assert len(info["cuda_devices"]) == (torch.cuda.device_count() if _library.has_cuda else 0)
     assert info["cuda_kernel"]
+
+
+@needs_cuda_build
+def test_info_says_what_a_device_would_choose(monkeypatch):
+    made_up = SimpleNamespace(name="Made up", major=8, minor=6, multi_processor_count=82)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: made_up)
+    said, _ = bitorch_qlinear.info()["cuda_devices"]
+    assert said.startswith("Made up, compute capability 8.6: popc, skinny, ")
+    for choice in ("1 × 4096 → 4096: skinny: up to 4", "16 × 4096 → 4096: skinny_mma_sm80: tensor"):
+        assert f"; {choice}" in said
+    assert re.search(r"; 4096 × 4096 → 4096: mma_sm80 with tiles of \d+ x \d+: ", said)
+    made_up.major, made_up.minor = 7, 0
+    assert bitorch_qlinear.info()["cuda_devices"][0].endswith("7.0: no kernel, 7.5 or later is needed")
 
 
 @pytest.mark.parametrize("k", [1, 70, 128, 256])
@@ -202,7 +217,7 @@ def test_unknown_kernel_is_an_error_at_import(name):
         *(((8, minor), 16, "skinny_mma_sm80") for minor in (0, 6, 9)),
         ((9, 0), 4, "skinny"),
         ((9, 0), 4096, "mma_sm80"),
-        ((10, 0), 16, "skinny"),
+        ((10, 0), 4, "skinny"),
     ],
 )
 def test_choice_of_devices_that_are_not_here(capability, rows, kernel):
