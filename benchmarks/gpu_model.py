@@ -6,7 +6,8 @@ multiprocessor for each of its parts. All warps do the same, so the part that ta
 of the peak is the clocks of what the kernel is for, tensor cores, popcounts or memory, by those of that part:
 
     issue     4 instructions of warps a clock, one for each quarter of a multiprocessor
-    tensor    multiply-adds of bits, and L2 with it: csrc/cuda/heuristics.h, which says where they are from
+    tensor    multiply-adds of bits, or of bytes at an eighth of the rate, and L2 with it: csrc/cuda/heuristics.h, which
+              says where they are from
     POPC      16 lanes a clock
     ALU       64 lanes a clock of logic, shifts, additions, comparisons and moves
     FMA       64 lanes a clock of integer multiply-adds, which nvcc takes for moves and additions too
@@ -84,6 +85,13 @@ def _mma_sm80(kernel: Kernel) -> Work:
     return Work("BMMA", count, "tensor", multiplies, l2=stage * side * side // (rows * columns), dynamic=4 * stage)
 
 
+def _mma_int8_sm80(kernel: Kernel) -> Work:
+    work = _mma_sm80(kernel)
+    count = work.multiplies // (16 * 8 * 32)
+    # In two inner loops over the bits of a byte; each multiply-add takes 8 times as long as one of bits.
+    return work._replace(kind="IMMA", count=count, multiplies=8 * work.multiplies, whole={"IMMA": count // 2})
+
+
 def _mma_sm75(_: Kernel) -> Work:
     multiplies = 32 * 32 * 512
     return Work("BMMA", multiplies // (8 * 8 * 128), "tensor", multiplies, l2=2 * 64 * 64 // 4)
@@ -113,6 +121,7 @@ WORKS: dict[str, dict[str, Callable[[Kernel], Work]]] = {
     "gemm_skinny": {"": _skinny},
     "gemm_skinny_mma_sm80": {"": _skinny_mma},
     "gemm_mma_sm80": {"": _mma_sm80},
+    "gemm_mma_int8_sm80": {"": _mma_int8_sm80},
     "gemm_mma_sm75": {"": _mma_sm75},
     "pack": {"": _pack, ", in range": _pack_with_range},
     "unpack": {"": _unpack},
@@ -132,15 +141,16 @@ def _memory(gigabytes: float, multiprocessors: int, gigahertz: float) -> float:
     return gigabytes / multiprocessors / gigahertz
 
 
-# Multiplies and L2 of the heuristics, which have none for a 7.5: 8 times its int8 rate, in the data sheet of the T4.
+# Multiplies and L2 of the heuristics, which have none for a 7.5: 8 times its int8 rate, in the data sheet of the T4. So
+# it is from 10.0 on, where there are no multiplies of bits: csrc/cuda/gemm_mma_int8_sm80.cu says where they are from.
 RATES = {
     "sm_75": Rates(_memory(320, 40, 1.59), 8192, None),  # T4
     "sm_80": Rates(_memory(2039, 108, 1.41), 16384, 47),  # A100 with 80 GB
     "sm_86": Rates(_memory(936, 82, 1.70), 8192, 16),  # RTX 3090
     "sm_89": Rates(_memory(1008, 128, 2.52), 8192, 16),  # RTX 4090
     "sm_90a": Rates(_memory(4800, 132, 1.75), 8192, 24),  # H200
-    "sm_100": Rates(_memory(8000, 148, 1.85), None, None),  # B200
-    "sm_120": Rates(_memory(1792, 170, 2.41), None, None),  # RTX 5090
+    "sm_100": Rates(_memory(8000, 148, 1.85), 16384, None),  # B200
+    "sm_120": Rates(_memory(1792, 170, 2.41), 8192, None),  # RTX 5090
 }
 
 TENSOR = re.compile(r"[BIHDQO]MMA")

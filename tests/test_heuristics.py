@@ -16,9 +16,9 @@ from ptx import machine
 
 CSRC = Path(__file__).parent.parent / "csrc"
 CUDA = CSRC / "cuda"
-KERNELS = ["popc", "skinny", "skinny_mma_sm80", "mma_sm75", "mma_sm80"]
+KERNELS = ["popc", "skinny", "skinny_mma_sm80", "mma_sm75", "mma_sm80", "mma_int8_sm80"]
 WIDEST, MIDDLE, SMALLEST = range(3)
-CAPABILITIES = [75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121, 130, 200]
+CAPABILITIES = [75, 80, 86, 87, 88, 89, 90, 91, 99, 100, 103, 110, 120, 121, 130, 200]
 TENSOR_CORES = [80, 86, 87, 88, 89, 90]  # those of mma_sm80
 SHAPES = 100_000
 MOST_K, MOST_OUTPUTS = 2**31 - 1, 2**40
@@ -157,8 +157,8 @@ def random_sizes(seed, count=SHAPES):
 
 def expected_kernel(capability, m):
     """The table at the top of heuristics.h."""
-    if capability >= 100:
-        return np.where(m <= 16, KERNELS.index("skinny"), KERNELS.index("popc"))
+    if capability > 90:
+        return np.where(m <= 16, KERNELS.index("skinny"), KERNELS.index("mma_int8_sm80"))
     few, tiles = ("skinny", "mma_sm75") if capability < 80 else ("skinny_mma_sm80", "mma_sm80")
     names = np.where(m <= 4, KERNELS.index("skinny"), KERNELS.index(few))
     return np.where(m > 16, KERNELS.index(tiles), names)
@@ -308,7 +308,7 @@ def test_documented_estimates(capability, clocks, blocks):
 
 def test_tiles_are_those_of_the_kernel():
     """Which has no such numbers of its own."""
-    text = (CUDA / "gemm_mma_sm80.cu").read_text()
+    text = (CUDA / "gemm_mma_sm80.cu").read_text() + (CUDA / "mma_tiles.cuh").read_text()
     for name in ("kTileRows", "kTileColumns", "kTileSide", "kTileBlocks", "kTileStages", "kTileStageBits"):
         assert re.search(rf"\b{name}\b", text), name
     for tile in range(3):
@@ -334,6 +334,7 @@ def test_table_of_kernels():
         ("skinny_mma_sm80", 80, 90, True, True, 16),
         ("mma_sm75", 75, 89, True, False, any_rows),
         ("mma_sm80", 80, 90, True, True, any_rows),
+        ("mma_int8_sm80", 80, newest, True, True, any_rows),
     ]
 
 
@@ -418,5 +419,5 @@ def test_words():
     assert small.startswith("mma_sm80 with tiles of 64 x 64: tensor cores, by the smallest tile: ")
     assert decide("", *h100, 1, 8192, 8192).startswith("skinny: ")
     assert decide("", *h100, 16, 8192, 8192).startswith("skinny_mma_sm80: ")
-    assert decide("", 120, 170, 17, 8192, 8192).startswith("popc: ")
+    assert decide("", 120, 170, 17, 8192, 8192).startswith("mma_int8_sm80: ")
     assert decide("mma_sm75", 75, 40, 1, 10, 10).startswith("mma_sm75: forced")

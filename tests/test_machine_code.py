@@ -23,7 +23,10 @@ TENSOR_CORES = {
     "gemm_mma_sm75": ("sm_75", "sm_80", "sm_86", "sm_89"),
     "gemm_mma_sm80": ("sm_80", "sm_86", "sm_89", "sm_90a"),
     "gemm_skinny_mma_sm80": ("sm_80", "sm_86", "sm_89", "sm_90a"),
+    "gemm_mma_int8_sm80": ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"),
 }
+# Those of mma_tiles.cuh.
+TILED = ("gemm_mma_sm80", "gemm_mma_int8_sm80")
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
 
 
@@ -87,8 +90,8 @@ def test_occupancy():
             blocks = resident_blocks(kernel, target, takes, bounds[kernel])
             if left_empty(kernel, target):
                 continue
-            if kernel.source == "gemm_mma_sm80":
-                small = target in ("sm_86", "sm_89")
+            if kernel.source in TILED:
+                small = target in ("sm_86", "sm_89", "sm_120")
                 tiles = {(128, 256): 1, (128, 128): 1 if small else 2, (64, 64): 3 if small else 4}
                 assert blocks == tiles[kernel.sizes[:2]], (target, str(kernel))
             else:
@@ -98,8 +101,9 @@ def test_occupancy():
 
 
 def check_tensor_cores(kernel: Kernel, names: Counter[str]) -> None:
-    """One instruction for each that the source has, all of them in the loop."""
-    kind = "BMMA.88128.XOR.POPC" if kernel.source == "gemm_mma_sm75" else "BMMA.168256.AND.POPC"
+    """One instruction for each that the source has, all of them in the loop; of an inner loop, in all of its passes."""
+    kinds = {"gemm_mma_sm75": "BMMA.88128.XOR.POPC", "gemm_mma_int8_sm80": "IMMA.16832.U8.U8"}
+    kind = kinds.get(kernel.source, "BMMA.168256.AND.POPC")
     expected = {kind: work_of(kernel).count} if kernel.source in TENSOR_CORES else {}
     assert {name: count for name, count in names.items() if gpu_model.TENSOR.match(name)} == expected
 
@@ -107,7 +111,7 @@ def check_tensor_cores(kernel: Kernel, names: Counter[str]) -> None:
 def promised_accesses(kernel: Kernel) -> dict[str, int]:
     """What a warp accesses in one pass of the main loop, 16 bytes a lane: patterns of instructions, and how many."""
     match kernel:
-        case Kernel("gemm_mma_sm80", sizes=(rows, columns, side, _)):
+        case Kernel("gemm_mma_sm80" | "gemm_mma_int8_sm80", sizes=(rows, columns, side, _)):
             threads = 32 * rows * columns // side**2
             return {r"LDGSTS\..*BYPASS\..*128B\.128": (rows + columns) * 4 // threads, r"LDS.*\.128": side // 4}
         case Kernel("gemm_mma_sm75"):
@@ -135,8 +139,8 @@ def check_memory(kernel: Kernel, names: Counter[str], passed: Counter[str]) -> N
     for kind in {re.match("[A-Z]+", pattern)[0] for pattern in promised}:
         of_kind = sum(count for pattern, count in promised.items() if re.match(rf"{kind}\b", pattern))
         assert machine_code.count(passed, kind) == of_kind, f"narrower {kind}"
-    assert (machine_code.count(names, "LDGSTS") > 0) == (kernel.source == "gemm_mma_sm80")
-    if side := {"gemm_mma_sm80": kernel.sizes[2:3], "gemm_mma_sm75": (32,)}.get(kernel.source):
+    assert (machine_code.count(names, "LDGSTS") > 0) == (kernel.source in TILED)
+    if side := (32,) if kernel.source == "gemm_mma_sm75" else kernel.sizes[2:3] if kernel.source in TILED else ():
         vectors = sum(count for name, count in names.items() if name.startswith("STG.E.128"))
         assert vectors == side[0] ** 2 * BYTES[kernel.type] // (32 * 16), "stores of whole vectors"
 
@@ -156,7 +160,7 @@ def test_instructions(target):
                 continue
             passed = gpu_model.main_pass(instructions, work_of(kernel))
             assert passed and machine_code.count(passed, work_of(kernel).kind) == work_of(kernel).count
-            check_tensor_cores(kernel, names)
+            check_tensor_cores(kernel, names if kernel.source != "gemm_mma_int8_sm80" else passed)
             check_memory(kernel, names, passed)
         except AssertionError as error:
             error.add_note(f"{kernel} for {target}")

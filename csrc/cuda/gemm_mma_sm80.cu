@@ -1,31 +1,5 @@
 // Binary product on tensor cores, m16n8k256 and.popc, for compute capability 8.0 to 9.0. Twin: gemm_popc.cu.
-//
-//                  weight rows = columns of y             a block's tile of y: kRows x kColumns, in squares of kSide,
-//                 +--------+--------+--------+--------+   a warp each
-//          x rows | warp 0 | warp 1 | warp 2 | warp 3 |
-//                 +--------+--------+--------+--------+   256 columns: 8 warps of 64 x 64
-//                 | warp 4 | warp 5 | warp 6 | warp 7 |   128: 4 of 64 x 64;  64: 4 of 32 x 32
-//                 +--------+--------+--------+--------+
-//
-// A stage is 512 bits of k of all rows of the tile. Four stages lie in shared memory: while a warp multiplies one, from
-// registers, it reads the next into them, and the copies of two more are on their way. A row of a stage is 16 words in
-// 4 chunks of 16 bytes, and two rows fill the 32 banks:
-//
-//     bank     0-3      4-7      8-11     12-15    16-19    20-23    24-27    28-31
-//     row 0    chunk 0  chunk 1  chunk 2  chunk 3  | row 1  ...
-//     row 2    chunk 0  ...
-//
-// The bits of k may be summed in any order, so lane (g, q) takes chunk q of its fragment row in one 16-byte load, words
-// 0 and 1 for one instruction and words 2 and 3 for another: no ldmatrix. Shared memory serves 16-byte loads 8 lanes at
-// a time, g = 2 i and 2 i + 1 with q = 0 ... 3: if their rows are 2 r and 2 r + 1, that is one full line of banks,
-// without a swizzle. So it is for x, where lane g has row g, and for weight, where the row that feeds a column of an
-// instruction is free to choose, every output being a column of its own. The instructions of 32 columns are shuffled so
-// that a lane gets vectors of 16 bytes of y, and four lanes neighbouring ones: with 8 outputs a vector (bfloat16)
-//
-//     column c of instruction j = weight row 8 (c / 2) + 2 j + c % 2
-//
-// gives lane q, which has columns 2 q and 2 q + 1 of each instruction, the columns 8 q ... 8 q + 7 of the 32.
-// The copies write whole lines as well: 4 lanes fill a row.
+// How it goes through shared memory is drawn in mma_tiles.cuh.
 //
 // Estimates, none measured. From data sheets, an A100 makes 16384 multiply-adds of bits a clock and SM, an H100 about
 // 8192 by this instruction, which is 32768: one in 2 or 4 clocks. Of the 128 bytes that shared memory moves in a clock,
@@ -37,278 +11,50 @@
 //     64 x 64     256 + 128                           192 (96)                 64 (32)
 //
 // so the two large tiles are bound by the tensor cores, the small one on an A100 by shared memory at 2/3 of their rate.
-#include "async_copy.cuh"
-#include "epilogue.cuh"
 #include "mma.cuh"
-#include "prepared.cuh"
+#include "mma_tiles.cuh"
 
 namespace bitorch_qlinear::cuda {
 namespace {
 
-constexpr int kStages = kTileStages, kStageBits = kTileStageBits;
-constexpr int kChunkBits = 128;  // 16 bytes, the widest copy and load
-constexpr int kChunks = kStageBits / kChunkBits;
-static_assert(kChunks == 4, "a lane q = 0 ... 3 of each fragment row reads one chunk");
-
-constexpr int kGroup = 32;  // columns of four instructions, which are shuffled
-
-template <class As>
-constexpr int kVector = 16 / static_cast<int>(sizeof(typename As::Out));  // outputs that a lane stores at once
-
-// A tile of y and the warps that compute it. Blocks: how many share an SM, for which registers must suffice.
-template <int Rows, int Columns, int Side, int Blocks>
-struct Shape {
-    static constexpr int kRows = Rows, kColumns = Columns, kSide = Side, kBlocks = Blocks;
-    static constexpr int kThreads = kRows / kSide * (kColumns / kSide) * kWarp;
-    static_assert(kSide % kGroup == 0, "a warp's columns are whole groups");
-    struct Stage {
-        uint4 x[Rows][kChunks], weight[Columns][kChunks];
-    };
-};
-
-template <int Index>
-using ShapeOf = Shape<kTileRows[Index], kTileColumns[Index], kTileSide[Index], kTileBlocks[Index]>;
-
-// Set bits of the tile's rows of x and weight, and its scale and bias: what the epilogue adds to the products.
-template <class As, class Shape>
-struct Margins {
-    uint32_t x[Shape::kRows], weight[Shape::kColumns];
-    ChannelTile<As, Shape::kColumns> channels;
-};
-
-// The margins take the stages' place when the last has been read.
-template <class As, class Shape>
-union Shared {
-    typename Shape::Stage stages[kStages];
-    Margins<As, Shape> margins;
-    // sm_86 and sm_89 have 99 KiB a block.
-    static_assert(sizeof(Margins<As, Shape>) <= sizeof stages && sizeof stages <= 99 * 1024,
-                  "shared memory of a block");
-};
-
+struct BitProducts {
 #ifdef BITORCH_QLINEAR_MMA_SM80
+    static constexpr bool kExists = true;
 
-// What a warp's square consists of: fragments of 16 rows, and groups of columns.
-template <class Shape>
-constexpr int kFragments = Shape::kSide / 16;
-template <class Shape>
-constexpr int kGroups = Shape::kSide / kGroup;
-
-// Where a block's tile begins, and a warp's square in it.
-struct Place {
-    int64_t row, column;
-    int warp_row, warp_column, g, q;
-};
-
-// Neighbouring blocks, which run at the same time, take tiles of 8 tile rows by some tile columns rather than of one
-// tile row: the nearer to a square, the fewer rows of x and weight they have to bring into L2.
-template <class Shape>
-__device__ __forceinline__ Place place(int64_t row_tiles, int64_t column_tiles) {
-    constexpr int64_t kTall = 8;
-    const int64_t band = blockIdx.x / (kTall * column_tiles), index = blockIdx.x % (kTall * column_tiles);
-    const int64_t height = row_tiles - band * kTall < kTall ? row_tiles - band * kTall : kTall;
-    const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-    constexpr int kAcross = Shape::kColumns / Shape::kSide;
-    return {(band * kTall + index % height) * Shape::kRows,
-            index / height * Shape::kColumns,
-            warp / kAcross * Shape::kSide,
-            warp % kAcross * Shape::kSide,
-            lane / 4,
-            lane % 4};
-}
-
-// Rows from `begin` on, chunks from `first` on; zeros for those that do not exist.
-template <class Shape, int Rows>
-__device__ __forceinline__ void fetch_rows(const Operand& operand, int64_t begin, int64_t rows, int64_t first,
-                                           int64_t chunks, uint4 (&to)[Rows][kChunks]) {
-    constexpr int kStep = Shape::kThreads / kChunks;
-    static_assert(Rows % kStep == 0, "every thread copies as many chunks");
-    const int row = static_cast<int>(threadIdx.x) / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
-    const int height = rows - begin < Rows ? static_cast<int>(rows - begin) : Rows;
-    const bool has_chunk = first + chunk < chunks;
-    int64_t word = (begin + row) * operand.stride + (first + chunk) * kAlignedWords;
+    // Each fragment is read again after its last use: long before its first use in the next stage, and without the
+    // registers that a second set of fragments would take.
+    template <class Shape, int Vector>
+    static __device__ __forceinline__ void multiply_stage(Fragments<Shape, Vector>& fragments,
+                                                          const typename Shape::Stage& next, const Place& at,
+                                                          Sums<Shape>& sums) {
 #pragma unroll
-    for (int i = 0; i < Rows; i += kStep) {
-        const bool exists = has_chunk && row + i < height;
-        copy_16_bytes(&to[row + i][chunk], operand.words + (exists ? word : 0), exists);
-        word += kStep * operand.stride;
-    }
-}
-
-template <class Shape>
-__device__ __forceinline__ void fetch_stage(const Product& product, const Place& at, int index,
-                                            typename Shape::Stage& stage) {
-    const int64_t chunks = (product.k + kChunkBits - 1) / kChunkBits, first = int64_t{index} * kChunks;
-    fetch_rows<Shape>(product.x, at.row, product.m, first, chunks, stage.x);
-    fetch_rows<Shape>(product.weight, at.column, product.n, first, chunks, stage.weight);
-}
-
-// The copies of all but the last `InFlight` groups are there for all threads, and what was read before may be
-// overwritten.
-template <int InFlight>
-__device__ __forceinline__ void wait_for_stage() {
-    wait_for_copies<InFlight>();
-    __syncthreads();
-}
-
-// Which of a group's columns, and weight rows, is column 2 q of instruction j; column 2 q + 1 is the next.
-template <int Vector>
-__device__ __forceinline__ int column_of(int j, int q) {
-    constexpr int kEach = Vector / 2;  // instructions that fill a vector
-    return j / kEach * 4 * Vector + Vector * q + j % kEach * 2;
-}
-
-// A lane's chunks of a warp's fragment rows in one stage.
-template <class Shape, int Vector>
-struct Fragments {
-    uint4 x[kFragments<Shape>][2], weight[kGroups<Shape>][4];
-
-    __device__ __forceinline__ void read_x(const typename Shape::Stage& stage, const Place& at, int fragment) {
+        for (int group = 0; group < kGroups<Shape>; ++group) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            x[fragment][half] = stage.x[at.warp_row + 16 * fragment + 8 * half + at.g][at.q];
-        }
-    }
-    __device__ __forceinline__ void read_weight(const typename Shape::Stage& stage, const Place& at, int group) {
-        const int column = at.warp_column + kGroup * group + at.g % 2;
+            for (int i = 0; i < kFragments<Shape>; ++i) {
+                const uint4(&a)[2] = fragments.x[i];
+                const uint4(&b)[4] = fragments.weight[group];
+                // Instructions in a row have sums of their own, so that none waits for the one before.
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            weight[group][j] = stage.weight[column + column_of<Vector>(j, at.g / 2)][at.q];
-        }
-    }
-};
-
-// Set bits of a & b: of each 16 x 32 outputs of a warp those that a lane holds, as c[4] of four instructions.
-template <class Shape>
-using Sums = int32_t[kFragments<Shape>][kGroups<Shape>][4][4];
-
-// Multiplies what is in `fragments`, and reads each of them again from the next stage after its last use: long before
-// its first use there, and without the registers that a second set of fragments would take.
-template <class Shape, int Vector>
-__device__ __forceinline__ void multiply_stage(Fragments<Shape, Vector>& fragments, const typename Shape::Stage& next,
-                                               const Place& at, Sums<Shape>& sums) {
+                for (int j = 0; j < 4; ++j) {
+                    mma_and_popc(sums[i][group][j], {a[0].x, a[1].x, a[0].y, a[1].y}, {b[j].x, b[j].y});
+                }
 #pragma unroll
-    for (int group = 0; group < kGroups<Shape>; ++group) {
-#pragma unroll
-        for (int i = 0; i < kFragments<Shape>; ++i) {
-            const uint4(&a)[2] = fragments.x[i];
-            const uint4(&b)[4] = fragments.weight[group];
-            // Instructions in a row have sums of their own, so that none waits for the one before.
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                mma_and_popc(sums[i][group][j], {a[0].x, a[1].x, a[0].y, a[1].y}, {b[j].x, b[j].y});
+                for (int j = 0; j < 4; ++j) {
+                    mma_and_popc(sums[i][group][j], {a[0].z, a[1].z, a[0].w, a[1].w}, {b[j].z, b[j].w});
+                }
+                if (group == kGroups<Shape> - 1) fragments.read_x(next, at, i);
             }
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                mma_and_popc(sums[i][group][j], {a[0].z, a[1].z, a[0].w, a[1].w}, {b[j].z, b[j].w});
-            }
-            if (group == kGroups<Shape> - 1) fragments.read_x(next, at, i);
-        }
-        fragments.read_weight(next, at, group);
-    }
-}
-
-// Stages past the last are zeros, or an earlier stage: they are read into registers, and no further.
-template <class Shape, int Vector>
-__device__ __forceinline__ void multiply_tile(const Product& product, const Place& at,
-                                              typename Shape::Stage (&stages)[kStages], Sums<Shape>& sums) {
-    const int count = static_cast<int>((product.k + kStageBits - 1) / kStageBits);
-    if (count == 0) return;
-#pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) {
-        fetch_stage<Shape>(product, at, stage, stages[stage]);
-        commit_copies();
-    }
-    Fragments<Shape, Vector> fragments;
-    wait_for_stage<kStages - 1>();
-#pragma unroll
-    for (int i = 0; i < kFragments<Shape>; ++i) fragments.read_x(stages[0], at, i);
-#pragma unroll
-    for (int group = 0; group < kGroups<Shape>; ++group) fragments.read_weight(stages[0], at, group);
-#pragma unroll 1
-    for (int stage = 0; stage < count; ++stage) {
-        wait_for_stage<kStages - 2>();  // for the next one; all warps have this one in registers
-        if (stage + kStages < count) fetch_stage<Shape>(product, at, stage + kStages, stages[stage % kStages]);
-        commit_copies();
-        multiply_stage(fragments, stages[(stage + 1) % kStages], at, sums);
-    }
-    wait_for_stage<0>();
-}
-
-template <class As, class Shape>
-__device__ __forceinline__ void load_margins(const Product& product, const Place& at, Margins<As, Shape>& margins) {
-    const auto load = [](const Operand& operand, int64_t begin, int64_t rows, auto& to) {
-        constexpr int kCount = sizeof to / sizeof to[0];
-        for (int i = static_cast<int>(threadIdx.x); i < kCount; i += Shape::kThreads) {
-            to[i] = begin + i < rows ? static_cast<uint32_t>(operand.popcounts[begin + i]) : 0;
-        }
-    };
-    load(product.x, at.row, product.m, margins.x);
-    load(product.weight, at.column, product.n, margins.weight);
-    margins.channels.load(product.y, product.n, at.column);
-    if (threadIdx.x == 0) check_prepared(product.prepared, product.n, product.k);
-    __syncthreads();
-}
-
-template <class As, class Shape>
-__device__ __forceinline__ void write_tile(const Product& product, const Place& at, bool whole_vectors,
-                                           const Sums<Shape>& sums, const Margins<As, Shape>& margins) {
-    constexpr int kCount = kVector<As>;
-#pragma unroll
-    for (int half = 0; half < 2 * kFragments<Shape>; ++half) {
-        const int row = at.warp_row + 8 * half + at.g;
-        if (at.row + row >= product.m) continue;
-#pragma unroll
-        for (int first = 0; first < 8 * kGroups<Shape>; first += kCount) {
-            const int32_t (&group)[4][4] = sums[half / 2][first / 8];
-            const int j = first % 8 / 2, column = at.warp_column + first / 8 * kGroup + column_of<kCount>(j, at.q);
-            uint32_t popcounts[kCount];
-#pragma unroll
-            for (int i = 0; i < kCount; ++i) {
-                const auto both = static_cast<uint32_t>(group[j + i / 2][half % 2 * 2 + i % 2]);
-                popcounts[i] = margins.x[row] + margins.weight[column + i] - 2 * both;
-            }
-            write_outputs<As, kCount>(product.y, product.n, product.k, at.row + row, at.column + column, whole_vectors,
-                                      popcounts, margins.channels.scale + column, margins.channels.bias + column);
+            fragments.read_weight(next, at, group);
         }
     }
-}
-
-#endif
-
-template <class As, class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
-    multiply_tiles(const Product product, int64_t row_tiles, int64_t column_tiles, bool whole_vectors) {
-#ifdef BITORCH_QLINEAR_MMA_SM80
-    extern __shared__ __align__(128) uint4 memory[];  // whole lines of banks
-    auto& shared = *reinterpret_cast<Shared<As, Shape>*>(memory);
-    const Place at = place<Shape>(row_tiles, column_tiles);
-    Sums<Shape> sums = {};
-    multiply_tile<Shape, kVector<As>>(product, at, shared.stages, sums);
-    load_margins<As, Shape>(product, at, shared.margins);
-    write_tile<As, Shape>(product, at, whole_vectors, sums, shared.margins);
 #else
-    __trap();  // rather than to leave y as it was
+    static constexpr bool kExists = false;
 #endif
-}
+};
 
-template <class Shape>
+template <Tile tile>
 cudaError_t launch(const Product& product, cudaStream_t stream) {
-    const int64_t row_tiles = ceil_div(product.m, Shape::kRows), column_tiles = ceil_div(product.n, Shape::kColumns);
-    if (row_tiles > INT32_MAX / column_tiles) return cudaErrorInvalidConfiguration;
-    return with_output_type(product.y.dtype, [&](auto as) {
-        using As = decltype(as);
-        constexpr int kBytes = sizeof(Shared<As, Shape>);
-        const auto kernel = multiply_tiles<As, Shape>;
-        if constexpr (kBytes > 48 * 1024) {
-            // Holds for the current device alone. Asked at every launch it costs less than to remember for which.
-            const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-            if (error != cudaSuccess) return cudaGetLastError();  // which forgets it, before others ask
-        }
-        kernel<<<static_cast<unsigned>(row_tiles * column_tiles), Shape::kThreads, kBytes, stream>>>(
-            product, row_tiles, column_tiles, rows_on_16_bytes(product.y, product.n));
-        return cudaGetLastError();
-    });
+    return launch<BitProducts, ShapeOf<static_cast<int>(tile)>>(product, stream);
 }
 
 }  // namespace
@@ -317,9 +63,9 @@ cudaError_t gemm_mma_sm80(const Product& product, Tile tile, cudaStream_t stream
     if (product.m == 0 || product.n == 0) return cudaSuccess;
     if (!are_aligned(product) || !have_popcounts(product)) return cudaErrorInvalidValue;
     switch (tile) {
-        case Tile::m128n256: return launch<ShapeOf<static_cast<int>(Tile::m128n256)>>(product, stream);
-        case Tile::m128n128: return launch<ShapeOf<static_cast<int>(Tile::m128n128)>>(product, stream);
-        case Tile::m64n64: return launch<ShapeOf<static_cast<int>(Tile::m64n64)>>(product, stream);
+        case Tile::m128n256: return launch<Tile::m128n256>(product, stream);
+        case Tile::m128n128: return launch<Tile::m128n128>(product, stream);
+        case Tile::m64n64: return launch<Tile::m64n64>(product, stream);
     }
     return cudaErrorInvalidValue;
 }

@@ -1,5 +1,6 @@
 // Binary product on CUDA cores, for every architecture and shape: XOR and __popc over tiles in shared
-// memory. The GPU twin of the tensor-core kernels; its own twin is cpu/gemm_scalar.cpp.
+// memory. The GPU twin of the other kernels, all of which are faster where they are chosen (heuristics.h), so it is kept
+// simple: outputs are stored one by one. Its own twin is cpu/gemm_scalar.cpp.
 //
 // A block of 256 threads computes a tile of 64 x 64 outputs, a thread 4 x 4 of them: rows ty + 16 i and
 // columns tx + 16 j. Each stage of kStage words is stored transposed, [word][row], so that the 16 columns

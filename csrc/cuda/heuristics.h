@@ -1,12 +1,12 @@
 // Which kernel computes a product, and with which tile. Host functions of the device's figures and the product's sizes
 // alone: no CUDA header, no state, so that tests/test_heuristics.py asks them about devices that are not there.
 //
-//     rows of x      7.5         8.0 to 9.0         10.0 and later, known or not
+//     rows of x      7.5         8.0 to 9.0         later, known or not
 //     up to 4        skinny      skinny             skinny
 //     5 to 16        skinny      skinny_mma_sm80    skinny
-//     more           mma_sm75    mma_sm80           popc
+//     more           mma_sm75    mma_sm80           mma_int8_sm80
 //
-// n and k have no part in that; tiny products, which cost a launch by any kernel, are no case of their own. The tile of
+// popc, which runs everywhere, is what the others are tested against. n and k have no part in that; tiny products, which cost a launch by any kernel, are no case of their own. The tile of
 // mma_sm80 is the one of least estimated time. What holds for all sizes:
 //   - the kernel is legal, and with growing m none comes back that was left;
 //   - for the tile, m and n count as numbers of 64 rows and columns, k as a number of stages, all rounded up;
@@ -36,8 +36,8 @@ namespace bitorch_qlinear::cuda {
 // Rows of x that a skinny kernel takes at most.
 constexpr int64_t kSkinnyRows = 16;
 
-enum class GemmKernel : int { popc, skinny, skinny_mma_sm80, mma_sm75, mma_sm80 };
-constexpr int kGemmKernels = 5;
+enum class GemmKernel : int { popc, skinny, skinny_mma_sm80, mma_sm75, mma_sm80, mma_int8_sm80 };
+constexpr int kGemmKernels = 6;
 
 // A compute capability is one number here: 86 is 8.6, 120 is 12.0.
 struct KernelRecord {
@@ -51,7 +51,8 @@ struct KernelRecord {
 constexpr int kNewest = INT32_MAX;
 constexpr int64_t kAnyRows = INT64_MAX;
 
-// mma_sm80: sm_90 has its BMMA still, sm_100 and sm_120 make eight IMMA on unpacked bytes of it. mma_sm75: on sm_90 an
+// mma_sm80: sm_90 has its BMMA still, sm_100 and sm_120 make eight IMMA on unpacked bytes of it. mma_int8_sm80 makes
+// them in a better way; where there is BMMA it has an eighth of its rate, and is there to be tested. mma_sm75: on sm_90 an
 // xor is no single instruction any more, and the kernel is left empty (mma.cuh).
 constexpr KernelRecord kKernels[kGemmKernels] = {
     {GemmKernel::popc, "popc", 75, kNewest, false, false, kAnyRows},
@@ -59,6 +60,7 @@ constexpr KernelRecord kKernels[kGemmKernels] = {
     {GemmKernel::skinny_mma_sm80, "skinny_mma_sm80", 80, 90, true, true, kSkinnyRows},
     {GemmKernel::mma_sm75, "mma_sm75", 75, 89, true, false, kAnyRows},
     {GemmKernel::mma_sm80, "mma_sm80", 80, 90, true, true, kAnyRows},
+    {GemmKernel::mma_int8_sm80, "mma_int8_sm80", 80, kNewest, true, true, kAnyRows},
 };
 
 static constexpr const KernelRecord& record(GemmKernel kernel) { return kKernels[static_cast<int>(kernel)]; }
@@ -90,6 +92,9 @@ constexpr int64_t kTileRows[kTiles] = {128, 128, 64}, kTileColumns[kTiles] = {25
 // stages in shared memory. The kernel takes them from here.
 constexpr int64_t kTileSide[kTiles] = {64, 64, 32}, kTileBlocks[kTiles] = {1, 2, 4};
 constexpr int64_t kTileStageBits = 512, kTileStages = 4;
+
+// That of gemm_mma_int8_sm80, whose instructions take so long that no tile is too small for the memory.
+constexpr Tile kInt8Tile = Tile::m64n64;
 
 // A multiprocessor with binary tensor cores; bytes and multiply-adds of bits are a clock's.
 //   multiplies    8 times those of int8 in the data sheets of the A100, RTX 3090 and RTX 4090. An H100 makes of this
@@ -187,9 +192,9 @@ struct Choice {
 constexpr int64_t kCountedRows = 4;
 
 // Where there are no such tensor cores, gemm_skinny is the best for all the rows that it takes. 7.5: a T4's memory
-// brings 1.3 words a clock, 16 rows are 20. From 10.0 on: a B200's brings 7.3, so that 4 rows hardly keep up; but popc
-// counts 64 rows, there or not, at 16 words a clock: 4 clocks for a word of weights, where 16 rows of gemm_skinny take
-// 0.6. (Four passes of it would take 2.5, so no number of rows makes popc better, but a product is one launch.)
+// brings 1.3 words a clock, 16 rows are 20. From 10.0 on: a B200's brings 7.3, so that 4 rows hardly keep up, and an RTX
+// 5090's 1.1; but gemm_mma_int8_sm80 multiplies 64 rows, there or not: 1 clock for a word of weights (2 on a 12.0), where
+// 16 rows of gemm_skinny take 0.6.
 static inline Choice choose(const Device& device, int64_t m, int64_t n, int64_t k) {
     const auto takes = [&](GemmKernel kernel) { return legal(kernel, device, m); };
     const auto choice = [](GemmKernel kernel, const char* reason) { return Choice{kernel, Tile::m64n64, reason}; };
@@ -207,7 +212,7 @@ static inline Choice choose(const Device& device, int64_t m, int64_t n, int64_t 
         return {GemmKernel::mma_sm80, tile, kTileReasons[static_cast<int>(tile)]};
     }
     if (takes(GemmKernel::mma_sm75)) return choice(GemmKernel::mma_sm75, "the tensor cores of compute capability 7.5");
-    return choice(GemmKernel::popc, "there are no binary tensor cores after compute capability 9.0");
+    return choice(GemmKernel::mma_int8_sm80, "tensor cores of bytes: there are none of bits after 9.0");
 }
 
 // ---- the override ---------------------------------------------------------------------------------------------------

@@ -64,6 +64,12 @@ def compiled(text: str, target: str) -> str:
     return compile_cached(text, target, ("-std=c++20", "-O3"))
 
 
+def code(ptx: str) -> str:
+    """What PTX says but for its target: without what is for debuggers, and a file's random part of names."""
+    text = re.sub(r"^\.target .*$", "", re.sub(r"//.*", "", ptx[: ptx.index("\t.file")]), flags=re.MULTILINE)
+    return re.sub(r"_GLOBAL__N__[0-9a-f]{8}_(\w+?)_[0-9a-f]{8}", r"\1", text)
+
+
 @functools.cache
 def module(name: str, target: str) -> Module:
     return Module.from_ptx(compiled(source(name), target))

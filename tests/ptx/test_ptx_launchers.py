@@ -108,7 +108,7 @@ def check_product(launcher: Launcher, m: int, n: int, k: int, out: torch.dtype =
     elif launcher.name == "gemm_mma_sm75":
         mma_sm75.check_mma(launcher, m, n, k, out, **more)
     else:
-        mma_sm80.check_mma(launcher, m, n, k, out, TILES[launcher.tile], **more)
+        mma_sm80.check_mma(launcher, m, n, k, out, tile(launcher, m, n), **more)
 
 
 def tile(launcher: Launcher, m: int, n: int) -> tuple[int, int]:
@@ -270,7 +270,7 @@ def check_errors(launcher: Launcher) -> None:
             refused(**{operand: ADDRESS + offset})
         for more in (1, 2, 3, 5):
             refused(**{f"{operand}_stride": aligned_words_for(200) + more})
-        if launcher.name in ("gemm_skinny_mma_sm80", "gemm_mma_sm80"):
+        if launcher.name in ("gemm_skinny_mma_sm80", "gemm_mma_sm80", "gemm_mma_int8_sm80"):
             refused(**{f"{operand}_popcounts": None})
         else:
             launched(launcher, job(launcher, 3, 70, 200, **{f"{operand}_popcounts": None}))
@@ -376,7 +376,7 @@ def check_product_of_any_size(launcher: Launcher, generator: np.random.Generator
     elif launcher.name == "gemm_mma_sm75":
         mma_sm75.launch(launcher, call)
     else:
-        mma_sm80.launch(launcher, call, TILES[launcher.tile])
+        mma_sm80.launch(launcher, call, (rows, columns))
 
 
 def check_any_size(launcher: Launcher, count: int) -> None:
@@ -459,6 +459,9 @@ MUTANTS = [
         "if (error != cudaSuccess) return error;",
     ),
     ("gemm_mma_sm80", "row_tiles > INT32_MAX / column_tiles", "row_tiles * column_tiles > UINT32_MAX"),
+    ("gemm_mma_int8_sm80", "|| !have_popcounts(product)", ""),
+    ("gemm_mma_int8_sm80", "!are_aligned(product) || ", ""),
+    ("gemm_mma_int8_sm80", "if (product.m == 0 || product.n == 0) return cudaSuccess;", ""),
 ]
 
 

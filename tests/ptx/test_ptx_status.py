@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from .product import ALL_TARGETS, CUDA
+from .product import ALL_TARGETS, CUDA, code, compiled, source
 
 ROOT = Path(__file__).parents[2]
+SAME_CODE = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_100": "sm_120"}
+"""Targets, and those whose PTX says the same to the letter: what is executed of one is executed of the other."""
 
 
 def table() -> dict[str, dict[str, str]]:
@@ -22,10 +24,17 @@ def table() -> dict[str, dict[str, str]]:
 
 
 def interpreted(kernel: str) -> list[str]:
-    """The targets of a kernel's tests, but for those that only `make ptx-full` adds."""
+    """The targets of a kernel's tests, but for those that only `make ptx-full` adds; and of the same code."""
     module = importlib.import_module(f"ptx.test_ptx_{kernel}")
-    usual = importlib.import_module("ptx.product").USUAL_TARGETS
-    return [target for target in module.TARGETS if target in usual]
+    usual = set(importlib.import_module("ptx.product").USUAL_TARGETS) & set(module.TARGETS)
+    return [target for target in ALL_TARGETS if SAME_CODE.get(target, target) in usual]
+
+
+@pytest.mark.parametrize("target", SAME_CODE)
+@pytest.mark.parametrize("file", sorted(CUDA.glob("*.cu")), ids=lambda path: path.stem)
+def test_same_code(file, target):
+    text = source(file.name)
+    assert code(compiled(text, target)) == code(compiled(text, SAME_CODE[target]))
 
 
 def test_table_has_every_kernel_and_target():

@@ -29,7 +29,7 @@ from ..product import CUDA, module, source
 
 HERE = Path(__file__).parent
 NAMES = ["pack", "unpack", "align", "gemm_popc", "gemm_skinny", "gemm_skinny_mma_sm80", "gemm_mma_sm75"]
-NAMES.append("gemm_mma_sm80")
+NAMES += ["gemm_mma_sm80", "gemm_mma_int8_sm80"]
 SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION = 0, 1, 9  # cudaError_t
 # Host code is the same for all targets. Of this one the tensor-core kernels of sm_80 are empty, which saves seconds.
 FLAGS = [

@@ -1,0 +1,75 @@
+// Binary product on the tensor cores of integers, m16n8k32 u8, for compute capability 8.0 and later: for 10.0 and later,
+// which have none of bits. Twin: gemm_popc.cu. How it goes through shared memory is drawn in mma_tiles.cuh.
+//
+// A bit becomes a byte of 0 or 1, whose products are those of AND: the sums are the set bits of a & b, as gemm_mma_sm80
+// has them, and lie in the same registers. A word makes 8 registers of 4 bytes, `word >> bit & 0x01010101`: which value
+// of k lies in which byte does not matter, as both factors have it the same way. Memory and shared memory hold bits.
+//
+// Why, in multiply-adds a clock and SM (estimates, none measured):
+//
+//     CUDA cores, gemm_popc          512    16 lanes of __popc (CUDA C++ programming guide, "Arithmetic Instructions")
+//     CUDA cores, with full adders   780    as gemm_skinny.cu counts, with nothing else to do
+//     int8, 12.0                    1024    838 TOPS of an RTX 5090 with 170 SMs at 2.41 GHz (its white paper)
+//     int8, 10.0                    2048    at least: that is an A100's. A B200's 4500 TOPS are 8200, by tcgen05 alone
+//
+// The unpacking goes beside it, on other units: of one bit of each byte it makes 8 registers of two fragments of x and 8
+// of weights, by a shift and an AND each. These 32 instructions of a warp take 64 clocks of a quarter of an SM, the 8
+// m16n8k32 that they are for 128 on 12.0: the tensor cores bound the loop there, and from 2048 a clock on the unpacking
+// does. With tiles of 64 x 64, L2 brings 4 bytes a clock and shared memory moves 12 (12.0).
+#include "mma.cuh"
+#include "mma_tiles.cuh"
+
+namespace bitorch_qlinear::cuda {
+namespace {
+
+struct ByteProducts {
+#ifdef BITORCH_QLINEAR_MMA_INT8
+    static constexpr bool kExists = true;
+
+    // Bits `bit`, 8 + bit, 16 + bit, 24 + bit.
+    static __device__ __forceinline__ uint32_t bytes(uint32_t word, int bit) { return word >> bit & 0x01010101; }
+
+    template <class Shape, int Vector>
+    static __device__ __forceinline__ void multiply_stage(Fragments<Shape, Vector>& fragments,
+                                                          const typename Shape::Stage& next, const Place& at,
+                                                          Sums<Shape>& sums) {
+        static_assert(kGroups<Shape> == 1, "a warp unpacks its weights once");
+        const uint4(&b)[4] = fragments.weight[0];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll 4  // all 8 at once would spill
+            for (int bit = 0; bit < 8; ++bit) {
+                uint32_t columns[4][2];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    columns[j][0] = bytes(half ? b[j].z : b[j].x, bit);
+                    columns[j][1] = bytes(half ? b[j].w : b[j].y, bit);
+                }
+#pragma unroll
+                for (int i = 0; i < kFragments<Shape>; ++i) {
+                    const uint4(&a)[2] = fragments.x[i];
+                    const uint32_t rows[4] = {bytes(half ? a[0].z : a[0].x, bit), bytes(half ? a[1].z : a[1].x, bit),
+                                              bytes(half ? a[0].w : a[0].y, bit), bytes(half ? a[1].w : a[1].y, bit)};
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) mma_bytes(sums[i][0][j], rows, columns[j]);
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kFragments<Shape>; ++i) fragments.read_x(next, at, i);
+        fragments.read_weight(next, at, 0);
+    }
+#else
+    static constexpr bool kExists = false;
+#endif
+};
+
+}  // namespace
+
+cudaError_t gemm_mma_int8_sm80(const Product& product, cudaStream_t stream) {
+    if (product.m == 0 || product.n == 0) return cudaSuccess;
+    if (!are_aligned(product) || !have_popcounts(product)) return cudaErrorInvalidValue;
+    return launch<ByteProducts, ShapeOf<static_cast<int>(kInt8Tile)>>(product, stream);
+}
+
+}  // namespace bitorch_qlinear::cuda

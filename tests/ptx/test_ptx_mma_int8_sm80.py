@@ -1,0 +1,89 @@
+"""csrc/cuda/gemm_mma_int8_sm80.cu, executed as PTX against the reference; and its mutants.
+
+What it shares with gemm_mma_sm80.cu (csrc/cuda/mma_tiles.cuh) is mutated there; here it is how bits become bytes.
+"""
+
+import functools
+import re
+
+import pytest
+import torch
+from reference import FLOATS, random_values
+
+from . import test_ptx_mma_sm80 as mma_sm80
+from .machine import Module, PtxFault
+from .mutate import Mutant, assert_caught, loosen_waits, remove_barriers, remove_waits, swap_fragments
+from .product import compiled, kernel, module, prepared_header, product_call, source, targets
+
+TARGETS = targets("sm_80")
+NAME = "gemm_mma_int8_sm80.cu"
+TILE = (64, 64)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_mma(target):
+    for seed, shape in enumerate(mma_sm80.shapes()):
+        mma_sm80.check_mma(module(NAME, target), *shape, tile=TILE, seed=seed)
+
+
+@pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("target", TARGETS)
+def test_mma_outputs(target, out):
+    """Rows of y that are whole vectors, and that are not; with scale and bias."""
+    generator = torch.Generator().manual_seed(0)
+    total = torch.float64 if out is torch.float64 else torch.float32
+    for n in (80, 67):
+        bias, scale = random_values((n,), total, generator), torch.randn(n, generator=generator).to(total)
+        vectors = {} if out is torch.int32 else {"bias": bias, "scale": scale}
+        mma_sm80.check_mma(module(NAME, target), 20, n, 333, out, TILE, **vectors)
+
+
+def test_mma_moves_whole_sectors():
+    """Of each 32 bytes of global memory that a warp touches at once it reads or writes all."""
+    report = mma_sm80.check_mma(module(NAME, "sm_120"), 64, 64, 1024, torch.bfloat16, TILE)
+    assert report.sectors == report.sectors_needed, report.excess_sectors_by_source()
+
+
+def test_mma_traps_on_weights_prepared_for_another_product():
+    m, n, k = 3, 70, 700
+    with pytest.raises(PtxFault, match="trap"):
+        call = product_call(m, n, k, aligned=True, header=prepared_header(n, k + 1))
+        mma_sm80.launch(module(NAME, "sm_120"), call, TILE)
+
+
+@functools.cache
+def float_source() -> str:
+    """The kernel for float32 alone: nvcc takes a second for it."""
+    text, types = re.subn(r".*case DType::(?!float32)\w+: return function.*\n", "", source(NAME))
+    assert types == 4
+    return text
+
+
+def edited(edits: list[tuple[str, str]]) -> list[Mutant]:
+    text = float_source()
+    for old, _ in edits:
+        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"
+    return [Mutant(f"{old} -> {new}", compiled(text.replace(old, new), "sm_120")) for old, new in edits]
+
+
+def test_mutants_of_mma_are_caught():
+    edits = [
+        ("return word >> bit & 0x01010101", "return word >> bit & 0x00010101"),
+        ("return word >> bit & 0x01010101", "return word & 0x01010101 << bit"),
+        ("return word >> bit & 0x01010101", "return word >> (bit & 3) & 0x01010101"),
+        ("bit < 8", "bit < 7"),
+        ("half < 2; ++half) {\n#pragma unroll 4", "half < 1; ++half) {\n#pragma unroll 4"),
+        ("half ? b[j].z : b[j].x", "half ? b[j].x : b[j].z"),
+        ("half ? b[j].w : b[j].y", "half ? b[j].w : b[j].x"),
+        ("half ? a[0].z : a[0].x", "half ? a[1].z : a[0].x"),
+        ("half ? a[1].w : a[1].y", "half ? a[0].w : a[1].y"),
+        ("mma_bytes(sums[i][0][j], rows, columns[j])", "mma_bytes(sums[i][0][j], rows, columns[j ^ 1])"),
+        ("fragments.read_weight(next, at, 0);", ""),
+    ]
+    text = compiled(float_source(), "sm_120")
+    name = kernel(Module.from_ptx(text), "multiply_tiles")
+    waits = [*remove_waits(text, name), *loosen_waits(text, name)]
+    at_ptx = [*remove_barriers(text, name), *waits, *swap_fragments(text, name)[5:13]]
+    assert len(waits) == 2 * 3 and len(at_ptx) == 4 + 6 + 8
+    last = {waits[i].name: "nothing reads or writes where the copies go" for i in (2, 5)}
+    assert_caught(text, [*edited(edits), *at_ptx], mma_sm80.run_small, seeds=range(2), equivalent=last)
