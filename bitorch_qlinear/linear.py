@@ -26,6 +26,11 @@ from .quantizations import (
 
 __all__ = ["QLinear"]
 
+# Looked up once: a name in a module of a module costs 20 ns at every call.
+_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
+_any_autocast = torch._C._is_any_autocast_enabled
+
 _linear: Callable[..., Tensor] = torch.ops.bitorch_qlinear.linear
 # The dispatcher's own entry beneath the Python object, which adds 0.4 us to look for TorchBind arguments.
 _linear_entry: Callable[..., Tensor] = getattr(_linear, "_op", _linear)
@@ -60,7 +65,7 @@ def _check_threshold(threshold: float | None) -> float | None:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants of a linear layer's output, as of ``nn.Linear``'s; None for that of x."""
-    if torch._C._is_any_autocast_enabled() and x.dtype is not torch.float64:
+    if _any_autocast() and x.dtype is not torch.float64:
         device = x.device.type
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
@@ -78,7 +83,7 @@ def fused_linear(
 ) -> Tensor:
     """``functional.linear`` in autocast's dtype. An argument that is left out costs nothing, one given 0.3 us."""
     operator = _linear if compiling else _linear_entry
-    out_dtype = autocast_dtype(x)
+    out_dtype = autocast_dtype(x) if _any_autocast() else None
     if strict or out_dtype is not None:
         return operator(x, words, k, bias, weight_prepared=prepared, out_dtype=out_dtype, strict=strict)
     return operator(x, words, k, bias, weight_prepared=prepared)
@@ -229,7 +234,7 @@ class QLinear(nn.Linear):
             RuntimeError: A wrong shape or dtype of x; double backward; forward-mode differentiation
                 (NotImplementedError).
         """
-        compiling = torch.compiler.is_compiling()
+        compiling = _compiling()
         rules = self._packed_rules(compiling)
         if rules is None or not has_kernels(x):
             if rules is None and not self.training and not compiling and self._multiplies_signs(x):
@@ -239,8 +244,11 @@ class QLinear(nn.Linear):
         parameters = self._parameters
         weight: Any = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
         bias: Any = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
-        words, prepared = self._packed_weight(weight, rules.weight.strict, compiling)
-        wanted = torch.is_grad_enabled() and wants_gradient(x, weight, bias)
+        if self.training or compiling:
+            words, prepared = self._pack_anew(weight, rules.weight.strict, compiling)
+        else:
+            words, prepared = self._cache.get(weight, rules.weight.strict)
+        wanted = _grad_enabled() and wants_gradient(x, weight, bias)
         if wanted or (not compiling and transforms_active()):
             threshold = self.activation.gradient_cancellation_threshold
             return binary_linear(x, weight, bias, words, prepared, rules, threshold, autocast_dtype(x))
@@ -278,14 +286,15 @@ class QLinear(nn.Linear):
         activation, weight_quantization = modules["activation"], modules["weight_quantization"]
         # A compiled graph that looked at the plan would be compiled anew once an eager call has made one.
         plan = None if compiling else self._plan
-        if (
-            plan is not None
-            and plan.activation is activation
-            and plan.input_quantization is activation._modules["activation_function"]
-            and plan.weight_quantization is weight_quantization
-            and not any(plan.hooks)
-        ):
-            return plan.rules
+        if plan is not None:
+            activation_then, input_then, weight_then, hooks, rules = plan  # at once, for less than by name
+            if (
+                activation is activation_then
+                and activation._modules["activation_function"] is input_then
+                and weight_quantization is weight_then
+                and not any(hooks)
+            ):
+                return rules
         if type(activation) is not Activation or any(hook_tables(activation)):
             return None
         input_quantization = activation.activation_function
@@ -301,10 +310,8 @@ class QLinear(nn.Linear):
             self._plan = _Plan(activation, input_quantization, weight_quantization, hooks, rules)
         return rules
 
-    def _packed_weight(self, weight: Tensor, strict: bool, compiling: bool) -> PackedWeight:
-        """The packed weights: cached in eval mode, but for a compiled graph, which packs them at every call."""
-        if not self.training and not compiling:
-            return self._cache.get(weight, strict)
+    def _pack_anew(self, weight: Tensor, strict: bool, compiling: bool) -> PackedWeight:
+        """The packed weights in training, and in a compiled graph, which packs them at every call."""
         words = functional.pack_bits(weight.detach(), strict)
         if self.training:
             return PackedWeight(words, None)
