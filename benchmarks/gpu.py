@@ -2,12 +2,13 @@
 
 CUDA events around replays of CUDA graphs, medians of many. A contestant is timed
 
-cold   one call a replay, behind a write of three times the L2 cache, which is not timed
+cold   one call a replay, the graph's own start with it, behind a flush of the L2 cache, which is not timed
 warm   many calls a replay, over the same data
 chain  a replay of calls with weights of their own, together more than the L2 cache holds: a layer in a model
 
 and all on the same random values, in one process. Before anything is timed the exact kernels are compared with each
-other. Nothing has a bias; bf16 results, unless a name says int32. Peers that are not there are named.
+other. Nothing has a bias; bf16 results, unless a name says int32. Peers that are not there are named, and what fails is
+said with all that did not; the exit code is 1 then.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ import math
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from tqdm import tqdm
 
 from bitorch_qlinear import QLinear, _library
 from bitorch_qlinear import functional as F
@@ -80,7 +81,16 @@ class GraphTimer:
 
     def __init__(self) -> None:
         cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self.flushed = torch.empty(self.FLUSH * cache, dtype=torch.uint8, device="cuda")
+        self.written, self.read = (torch.zeros(self.FLUSH * cache // 4, device="cuda") for _ in range(2))
+        self.total = torch.zeros((), device="cuda")
+
+    def flush(self) -> None:
+        """Fill the L2 cache with what nobody needs, and last with lines that are read only.
+
+        Of written ones, what is timed next would pay for the way to memory.
+        """
+        self.written.fill_(1.0)
+        torch.sum(self.read, 0, out=self.total)
 
     def capture(self, calls: list[Call]) -> torch.cuda.CUDAGraph:
         """A graph of all calls, each called before: libraries make workspaces and choose algorithms then."""
@@ -99,9 +109,9 @@ class GraphTimer:
     def replay(self, graph: torch.cuda.CUDAGraph, rounds: int, flush: bool) -> list[float]:
         """Seconds of each replay. The flush also lets the host run ahead, so that no launch is waited for."""
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
-        for i, (start, end) in enumerate(events):
+        for start, end in events:
             if flush:
-                self.flushed.fill_(i % 256)
+                self.flush()
             start.record()
             graph.replay()
             end.record()
@@ -169,7 +179,8 @@ def peers(shape: Shape, device: torch.device) -> list[Contestant]:
     def scaled() -> Call:
         x, w = (random_rows(rows, k, device).to(torch.float8_e4m3fn) for rows in (m, n))
         one = torch.ones((), device=device)
-        return lambda: torch._scaled_mm(x, w.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        return lambda: torch._scaled_mm(x, w.t(), scale_a=one, scale_b=one, **options)
 
     def integer() -> Call:
         x, w = (random_rows(rows, k, device).sign().to(torch.int8) for rows in (m, n))
@@ -270,7 +281,8 @@ class Figures(NamedTuple):
         training: One dict a layer.
         compared: By shape, which exact results were equal.
         absent: By contestant, why it is not there, the first reason.
-        skipped: Shapes for which there was no time.
+        failed: What of ours failed, and how.
+        skipped: What there was no time for.
     """
 
     setting: dict[str, Any]
@@ -279,6 +291,7 @@ class Figures(NamedTuple):
     training: dict[str, dict[str, Any]]
     compared: dict[str, str]
     absent: dict[str, str]
+    failed: dict[str, str]
     skipped: list[str]
 
 
@@ -299,40 +312,43 @@ def modes(shape: Shape, contestant: Contestant, call: Call, timer: Timer, cache_
     return found
 
 
-def measure_shape(
-    shape: Shape, device: torch.device, timer: Timer, cache_bytes: int, absent: dict[str, str]
-) -> list[dict[str, Any]]:
-    """Times of every contestant that takes the shape."""
-    measured = []
+def measure_shape(shape: Shape, device: torch.device, timer: Timer, cache_bytes: int, figures: Figures) -> None:
+    """Times of every contestant that takes the shape, once the exact results are equal."""
+    figures.compared[str(shape)] = check(shape, device)
     for contestant in [*peers(shape, device), *ours(shape, device)]:
         with forced(contestant.kernel):
             try:
                 call = contestant.make()
                 call()
                 times = modes(shape, contestant, call, timer, cache_bytes)
-            except (ImportError, AttributeError, RuntimeError, NotImplementedError, TypeError) as error:
+            except Exception as error:
                 if contestant.name.startswith((PACKED, PACKING)):  # ours, which must be there
-                    raise
-                absent.setdefault(contestant.name, f"{reason(error)} ({shape})")
+                    figures.failed[f"{shape}, {contestant.name}"] = reason(error)
+                else:
+                    figures.absent.setdefault(contestant.name, f"{reason(error)} ({shape})")
                 continue
-        for mode, seconds in times.items():
-            spread = quartiles(seconds)
-            measured.append(
-                {
-                    **shape._asdict(),
-                    "contestant": contestant.name,
-                    "mode": mode,
-                    "seconds_quartiles": spread,
-                    "replays": len(seconds),
-                    "tops": shape.operations / spread[1] / 1e12,
-                    "gb_s": contestant.bytes / spread[1] / 1e9,
-                }
-            )
-    return measured
+        figures.products.extend(row(shape, contestant, mode, seconds) for mode, seconds in times.items())
+
+
+def row(shape: Shape, contestant: Contestant, mode: str, seconds: list[float]) -> dict[str, Any]:
+    """Of one contestant in one mode."""
+    spread = quartiles(seconds)
+    return {
+        **shape._asdict(),
+        "contestant": contestant.name,
+        "mode": mode,
+        "seconds_quartiles": spread,
+        "replays": len(seconds),
+        "tops": shape.operations / spread[1] / 1e12,
+        "gb_s": contestant.bytes / spread[1] / 1e9,
+    }
 
 
 def measure_packing(rows: int, k: int, device: torch.device, timer: Timer) -> dict[str, Any]:
-    """Bytes read and written a second by packing, and by a copy of the same matrix."""
+    """Bytes read and written a second by packing, and by a copy of the same matrix.
+
+    Several calls a graph, for its start would count; each drives out of the L2 cache what the one before left there.
+    """
     x = random_rows(rows, k, device)
     copy = torch.empty_like(x)
     words = F.pack_bits(x)
@@ -341,7 +357,7 @@ def measure_packing(rows: int, k: int, device: torch.device, timer: Timer) -> di
         ("copy", lambda: copy.copy_(x), 2 * x.nbytes),
         ("pack_bits", lambda: F.pack_bits(x), x.nbytes + words.nbytes),
     ):
-        spread = quartiles(timer([call], True))
+        spread = quartiles(timer([call] * 8, False))
         found[name] = {"seconds_quartiles": spread, "gb_s": size / spread[1] / 1e9}
     return {"rows": rows, "k": k, **found}
 
@@ -395,8 +411,9 @@ def measure(
     cache_bytes: int,
     setting: dict[str, Any],
     seconds: float = math.inf,
+    keep: Callable[[Figures], None] = lambda figures: None,
 ) -> Figures:
-    """Everything, as far as the time goes.
+    """Everything, as far as the time goes; what fails is noted, and the rest goes on.
 
     Args:
         shapes: Of the products, the most wanted first.
@@ -405,18 +422,28 @@ def measure(
         timer: How.
         cache_bytes: Of the L2 cache.
         setting: What it depends on.
-        seconds: Shapes that would begin later are skipped.
+        seconds: What would begin later is skipped; so is what an interrupt comes before.
+        keep: Called with the figures so far, again and again.
     """
     end = time.monotonic() + seconds
-    figures = Figures(setting, [], {}, {}, {}, {}, [])
-    figures.packing.update(measure_packing(size, size, device, timer))
-    figures.training.update(measure_training(size, device, timer))
-    for shape in tqdm(shapes, leave=False, disable=None):
+    figures = Figures(setting, [], {}, {}, {}, {}, {}, [])
+    steps: dict[str, Callable[[], None]] = {
+        "packing": lambda: figures.packing.update(measure_packing(size, size, device, timer)),
+        "training": lambda: figures.training.update(measure_training(size, device, timer)),
+        **{str(shape): partial(measure_shape, shape, device, timer, cache_bytes, figures) for shape in shapes},
+    }
+    for name, step in steps.items():
         if time.monotonic() > end:
-            figures.skipped.append(str(shape))
+            figures.skipped.append(name)
             continue
-        figures.compared[str(shape)] = check(shape, device)
-        figures.products.extend(measure_shape(shape, device, timer, cache_bytes, figures.absent))
+        try:
+            step()
+        except KeyboardInterrupt:
+            figures.failed[name] = "interrupted"
+            end = -math.inf
+        except Exception as error:
+            figures.failed[name] = reason(error)
+        keep(figures)
     return figures
 
 
@@ -508,20 +535,24 @@ PRODUCT_HEADERS = ["product", "computed by", "µs cold", "TOPS", "GB/s", "× bf1
 PRODUCT_HEADERS += ["µs warm", "× bf16", "µs in a chain", "× bf16"]
 
 
-def report(figures: Figures, style: str = "simple") -> str:
-    """All tables, the targets last.
+def table(rows: list[list[str]], headers: list[str]) -> str:
+    """In Markdown, its columns as wide as they must be."""
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    words = [header in (headers[0], "computed by", "wanted", "verdict") for header in headers]  # the rest are numbers
+    rule = ["-" * width if is_word else "-" * (width - 1) + ":" for width, is_word in zip(widths, words, strict=True)]
 
-    Args:
-        figures: What was measured.
-        style: tabulate's name of the tables' form.
-    """
+    def line(cells: list[str]) -> str:
+        padded = (
+            cell.ljust(width) if is_word else cell.rjust(width)
+            for cell, width, is_word in zip(cells, widths, words, strict=True)
+        )
+        return f"| {' | '.join(padded)} |"
 
-    def table(rows: list[list[str]], headers: list[str]) -> str:
-        words = headers[:1] + PRODUCT_HEADERS[:2]  # the rest are numbers
-        sides = ["left" if header in words else "right" for header in headers]
-        text: str = tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True, colalign=sides)
-        return text
+    return "\n".join(map(line, [headers, rule, *rows]))
 
+
+def report(figures: Figures) -> str:
+    """All tables, the targets last."""
     packing = [
         [name, shown(1e6 * figures.packing[name]["seconds_quartiles"][1]), shown(figures.packing[name]["gb_s"])]
         for name in ("copy", "pack_bits")
@@ -538,11 +569,12 @@ def report(figures: Figures, style: str = "simple") -> str:
         "TOPS and GB/s of the cold times: 2mnk operations, operands read and results written once; "
         "a chain is a graph of layers with weights of their own.",
         *(f"absent: {name}: {why}" for name, why in figures.absent.items()),
+        *(f"failed: {name}: {why}" for name, why in figures.failed.items()),
         *([f"not measured for lack of time: {', '.join(figures.skipped)}"] if figures.skipped else []),
         table(packing, ["bf16 matrix", "µs", "GB/s"]),
         table(training, ["training step", "µs", "MB of activations saved", "MB of packed weights saved"]),
         "\n".join(f"{name}: {value}" for name, value in figures.setting.items()),
-        table(wanted, ["target", "wanted", "measured", ""]),
+        table(wanted, ["target", "wanted", "measured", "verdict"]),
     ]
     return "\n\n".join(parts)
 
@@ -581,14 +613,10 @@ def plot(path: Path, figures: Figures) -> None:
 
 
 def write(folder: Path, figures: Figures) -> None:
-    """gpu.json, gpu.md, and gpu.png where matplotlib is."""
+    """gpu.json and gpu.md."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "gpu.json").write_text(as_json(figures))
-    (folder / "gpu.md").write_text(report(figures, "github") + "\n")
-    try:
-        plot(folder / "gpu.png", figures)
-    except ImportError as error:
-        print(f"no plot: {error}")
+    (folder / "gpu.md").write_text(report(figures) + "\n")
 
 
 def as_json(figures: Figures) -> str:
@@ -645,7 +673,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="write gpu.json, gpu.md and gpu.png there")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of tables")
-    parser.add_argument("--seconds", type=float, default=110.0, help="begin no shape later than this (110)")
+    parser.add_argument("--seconds", type=float, default=110.0, help="begin nothing later than this (110)")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks gpu: there is no NVIDIA GPU that this torch can use.")
@@ -654,13 +682,24 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     timer = GraphTimer()
     setting = gpu_setting(timer)
-    figures = measure(
-        SHAPES, LARGE.k, torch.device("cuda"), timer, setting["l2_bytes"], setting, seconds=options.seconds
-    )
+
+    def keep(figures: Figures) -> None:
+        if options.results:
+            write(options.results, figures)
+        print(f"{len(figures.compared)} of {len(SHAPES)} products", file=sys.stderr, flush=True)
+
+    cache = setting["l2_bytes"]
+    figures = measure(SHAPES, LARGE.k, torch.device("cuda"), timer, cache, setting, options.seconds, keep)
     setting["clocks_after"] = nvidia_smi()
+    print(as_json(figures) if options.json else report(figures), flush=True)
     if options.results:
         write(options.results, figures)
-    print(as_json(figures) if options.json else report(figures))
+        try:
+            plot(options.results / "gpu.png", figures)
+        except ImportError as error:
+            print(f"no plot: {error}")
+    if figures.failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def figures_with(products, packing=None, training=None):
         {**shape._asdict(), "contestant": name, "mode": mode, "seconds_quartiles": [s, s, s], "tops": 1.0, "gb_s": 1.0}
         for shape, name, mode, s in products
     ]
-    return gpu.Figures({}, rows, packing or {}, training or {}, {}, {}, [])
+    return gpu.Figures({}, rows, packing or {}, training or {}, {}, {}, {}, [])
 
 
 FAST = figures_with(
@@ -49,8 +49,8 @@ FAST = figures_with(
         "pack_bits": {"gb_s": 850.0, "seconds_quartiles": [1.0] * 3},
     },
     training={
-        "nn.Linear": {"seconds_quartiles": [1.2] * 3, "saved": {"activations": 700}},
-        "QLinear, threshold 1": {"seconds_quartiles": [1.0] * 3, "saved": {"activations": 100}},
+        "nn.Linear": {"seconds_quartiles": [1.2] * 3, "saved": {"activations": 700, "weights": 0}},
+        "QLinear, threshold 1": {"seconds_quartiles": [1.0] * 3, "saved": {"activations": 100, "weights": 0}},
     },
 )
 
@@ -80,6 +80,19 @@ def test_everything_is_measured_where_a_timer_is_made_up():
     assert saved["QLinear"] == {"activations": 32 * 4, "weights": 32 * 4}
     assert saved["QLinear, threshold 1"] == {"activations": 2 * 32 * 4, "weights": 32 * 4}
     assert set(figures.packing) == {"rows", "k", "copy", "pack_bits"}
+    assert figures.failed == {} and figures.skipped == []
+
+
+def test_packing_is_timed_in_graphs_of_several_calls():
+    """One alone would pay for the graph's start, and for what a flush left unwritten."""
+    lengths = []
+
+    def timer(calls, flush):
+        lengths.append((len(calls), flush))
+        return made_up_timer(calls, flush)
+
+    gpu.measure_packing(8, 64, CPU, timer)
+    assert lengths == [(8, False)] * 2
 
 
 def test_a_chain_has_weights_beyond_the_cache(monkeypatch):
@@ -110,45 +123,80 @@ def test_absent_peers_are_named(monkeypatch):
     assert "torch._int_mm" not in figures.compared[str(SMALL[0])]
 
 
-def test_a_peer_that_no_graph_can_hold_is_absent_and_ours_is_an_error():
-    def measure_where(ours):
-        def timer(calls, flush):
-            for call in calls[:2]:
-                if (call.__qualname__.startswith("ours")) is ours:
-                    raise RuntimeError("operation not permitted when stream is capturing")
-            return made_up_timer(calls, flush)
+@pytest.mark.parametrize("ours", [False, True])
+def test_what_no_graph_can_hold_is_absent_or_failed_and_the_rest_is_measured(ours):
+    def timer(calls, flush):
+        for call in calls[:2]:
+            if call.__qualname__.startswith("ours") is ours:
+                raise RuntimeError("operation not permitted when stream is capturing")
+        return made_up_timer(calls, flush)
 
-        absent = {}
-        return gpu.measure_shape(SMALL[0], CPU, timer, 1000, absent), absent
-
-    products, absent = measure_where(ours=False)
-    assert {gpu.BF16, gpu.FP16} <= set(absent)
-    assert {gpu.PACKED, gpu.PACKED_INT, gpu.PACKING} == {row["contestant"] for row in products}
-    with pytest.raises(RuntimeError, match="capturing"):
-        measure_where(ours=True)
+    figures = figures_with([])
+    gpu.measure_shape(SMALL[0], CPU, timer, 1000, figures)
+    measured_names = {row["contestant"] for row in figures.products}
+    binary = {gpu.PACKED, gpu.PACKED_INT, gpu.PACKING}
+    if ours:
+        assert set(figures.failed) == {f"{SMALL[0]}, {name}" for name in binary}
+        assert {gpu.BF16, gpu.FP16} <= measured_names and not binary & measured_names
+        assert f"failed: {SMALL[0]}, {gpu.PACKED}: operation not permitted" in gpu.report(figures)
+    else:
+        assert {gpu.BF16, gpu.FP16} <= set(figures.absent) and measured_names == binary and not figures.failed
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
     monkeypatch.setattr(gpu.F, "linear", lambda x, *args, **kwargs: torch.zeros(len(x), 16, dtype=torch.int32))
-    with pytest.raises(RuntimeError, match="packing inside and the chosen kernel differ, first at"):
-        measured(SMALL)
+    figures = measured(SMALL)
+    assert figures.products == [] and set(figures.failed) == {str(shape) for shape in SMALL}
+    assert "packing inside and the chosen kernel differ, first at" in figures.failed[str(SMALL[0])]
+
+
+def test_what_was_measured_before_an_interrupt_is_kept(tmp_path, monkeypatch):
+    check, kept = gpu.check, []
+
+    def interrupted(shape, device):
+        if shape == SMALL[1]:
+            raise KeyboardInterrupt
+        return check(shape, device)
+
+    monkeypatch.setattr(gpu, "check", interrupted)
+    last = gpu.Shape(5, 16, 64)
+
+    def keep(figures):
+        gpu.write(tmp_path, figures)
+        kept.append(json.loads((tmp_path / "gpu.json").read_text()))
+
+    figures = measured([*SMALL, last], keep=keep)
+    assert figures.failed == {str(SMALL[1]): "interrupted"} and figures.skipped == [str(last)]
+    assert {row["m"] for row in figures.products} == {SMALL[0].m}
+    # After packing, training and each product.
+    assert [(len(each["packing"]), len(each["training"]), len(each["compared"])) for each in kept] == [
+        *((4, 0, 0), (4, 3, 0), (4, 3, 1), (4, 3, 1)),
+    ]
 
 
 def test_what_there_is_no_time_for_is_said():
     figures = measured(SMALL, seconds=-1.0)
-    assert figures.skipped == [str(shape) for shape in SMALL] and not figures.products
-    assert f"lack of time: {SMALL[0]}" in gpu.report(figures)
+    assert figures.skipped == ["packing", "training", *map(str, SMALL)] and not figures.products
+    assert f"lack of time: packing, training, {SMALL[0]}" in gpu.report(figures)
 
 
 def test_files(tmp_path):
     figures = measured(SMALL)
     gpu.write(tmp_path / "new", figures)
+    gpu.plot(tmp_path / "new" / "gpu.png", figures)
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"gpu.json", "gpu.md", "gpu.png"}
     read = json.loads((tmp_path / "new" / "gpu.json").read_text())
     assert read["products"] == figures.products and len(read["targets"]) == 7
     text = (tmp_path / "new" / "gpu.md").read_text()
     assert "| 3 × 45 → 16" in text and "not measured" in text and "device: made up" in text
-    assert [line.split("  ")[-1].strip() for line in gpu.report(FAST).splitlines()[-4:]] == ["not met", *["met"] * 3]
+    verdicts = [line.split("|")[-2].strip() for line in gpu.report(FAST).splitlines()[-4:]]
+    assert verdicts == ["not met", *["met"] * 3]
+
+
+def test_tables_are_markdown():
+    assert gpu.table([["a product", "3"], ["b", "12.5"]], ["what", "µs"]) == (
+        "| what      |   µs |\n| --------- | ---: |\n| a product |    3 |\n| b         | 12.5 |"
+    )
 
 
 def test_the_shapes_of_the_targets_come_first():
