@@ -1,8 +1,9 @@
 """Runs every CUDA kernel under NVIDIA's compute-sanitizer: ``python -m benchmarks.sanitize``.
 
 Four runs of one small program, side by side: memcheck (accesses outside of an allocation or misaligned), racecheck
-(shared memory), synccheck (barriers) and initcheck (reads of what nobody wrote). A tool that is not there, that the
-machine refuses or that takes too long is said so in a line, and is no failure.
+(shared memory), synccheck (barriers) and initcheck (reads of what nobody wrote). A tool that is not there or that the
+machine refuses is said so in a line, and is no failure. One that runs out of time is said so with the kernels that it
+had been through, and makes the exit code 124: neither clean nor a finding.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
 # torch asks CUDA for what it may lack, and goes on: no finding. Our launches are checked where they are made.
 OPTIONS = {"memcheck": ["--report-api-errors", "no"]}
 FOUND = 86  # compute-sanitizer's exit code where it found something: nobody else's
+OUT_OF_TIME = 124  # ours, as the command timeout has it
+RIGHT, ALL_RIGHT = "right: ", "every result is right"  # what the program says after a kernel, and at its end
 
 
 # ---- inside ----------------------------------------------------------------------------------------
@@ -73,8 +76,9 @@ def inside() -> None:
         for shape in shapes:
             if shape[0] <= 16 or not kernel.startswith("skinny"):  # which takes no more rows
                 check_product(*shape, device)
+        print(f"{RIGHT}{kernel}", flush=True)
     torch.cuda.synchronize()
-    print("every result is right:", ", ".join(kernels))
+    print(ALL_RIGHT)
 
 
 # ---- outside ---------------------------------------------------------------------------------------
@@ -88,32 +92,34 @@ def find_sanitizer() -> str | None:
     )
 
 
-def verdict(code: int | None, output: str) -> tuple[bool, str]:
-    """Whether a tool found nothing wrong, and what to say of its run.
+def verdict(code: int | None, output: str, seconds: float) -> tuple[int, str]:
+    """The exit code that a tool's run deserves, and what to say of it.
 
     Args:
-        code: Its exit code, None where it was stopped for its time.
+        code: The tool's own, None where it was stopped for its time.
         output: All that it wrote.
+        seconds: That it had.
     """
     lines = output.strip().splitlines() or ["no output"]
     summary = next((line.strip("= ") for line in reversed(lines) if "SUMMARY" in line), "")
-    if code is None:
-        return True, f"did not end in time; last line: {lines[-1].strip('= ')}"
+    right = ", ".join(line.removeprefix(RIGHT) for line in lines if line.startswith(RIGHT)) or "none"
     if code == FOUND:
-        return False, f"found something: {summary}"
+        return 1, f"found something: {summary}; right results: {right}"
     if "AssertionError" in output:
-        return False, f"a wrong result: {lines[-1].strip('= ')}"
-    if code == 0 and summary and "every result is right" in output:
-        return True, f"clean: {summary}"
+        return 1, f"a wrong result: {lines[-1].strip('= ')}; right results: {right}"
+    if code is None:
+        return OUT_OF_TIME, f"out of time after {seconds:.0f} s; right results: {right}"
+    if code == 0 and summary and ALL_RIGHT in output:
+        return 0, f"clean: {summary}; right results: {right}"
     refusal = next((line for line in lines if re.search("not supported|Error|error|denied", line)), lines[-1])
-    return True, f"refused or failed by itself (exit code {code}): {refusal.strip('= ')}"
+    return 0, f"refused or failed by itself (exit code {code}): {refusal.strip('= ')}; right results: {right}"
 
 
-def run_tools(command: list[str], program: list[str], seconds: float) -> bool:
-    """Run all tools at once, print a line and the whole output of each; whether none found anything."""
+def run_tools(command: list[str], program: list[str], seconds: float) -> int:
+    """Run all tools at once, print a line and the whole output of each; the exit code of all: a finding counts most."""
     # Without torch's own cache every tensor is an allocation, whose ends the tools know.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    end, clean, texts = time.monotonic() + seconds, True, {}
+    end, codes, texts = time.monotonic() + seconds, set(), {}
     with tempfile.TemporaryDirectory() as folder:
         started = {}
         for tool in TOOLS:
@@ -123,14 +129,14 @@ def run_tools(command: list[str], program: list[str], seconds: float) -> bool:
                     [*command, *options, *program], stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
                 )
         for tool, process in started.items():
-            code = wait(process, end - time.monotonic())
+            ended = wait(process, end - time.monotonic())
             texts[tool] = Path(folder, tool).read_text(errors="replace")
-            fine, line = verdict(code, texts[tool])
-            clean &= fine
+            code, line = verdict(ended, texts[tool], seconds)
+            codes.add(code)
             print(f"{tool}: {line}", flush=True)
     for tool, text in texts.items():
         print(f"\n---- {tool} ----\n{text}")
-    return clean
+    return min(codes - {0}, default=0)
 
 
 def wait(process: subprocess.Popen, seconds: float) -> int | None:
@@ -152,8 +158,8 @@ def main() -> None:
         inside()
     elif (sanitizer := find_sanitizer()) is None:
         print("compute-sanitizer is not there: nothing was sanitized.")
-    elif not run_tools([sanitizer], [sys.executable, "-m", "benchmarks.sanitize", "--inside"], options.seconds):
-        raise SystemExit(1)
+    else:
+        sys.exit(run_tools([sanitizer], [sys.executable, "-m", "benchmarks.sanitize", "--inside"], options.seconds))
 
 
 if __name__ == "__main__":
