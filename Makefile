@@ -19,7 +19,7 @@ CXX_SOURCES = $(shell find csrc tests/native tests/ptx -name __pycache__ -prune 
 # A shell function for recipes: end with one sentence.
 DIE := die() { echo "make: $$*" >&2; exit 1; }
 
-.PHONY: help demo test fuzz sanitize neon simde benchmark benchmark-check lint format build gpu ptx-full clean
+.PHONY: help demo test fuzz sanitize neon simde benchmark benchmark-check lint format build gpu ptx-full ptx-report clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -53,6 +53,9 @@ test: build  ## run the tests, with coverage
 # The kernels whose tests have shapes and targets to add; 8 minutes of processor time.
 ptx-full: build  ## run the CUDA kernels' PTX of all targets on many more shapes; wants nvcc
 	PTX_FULL=1 $(PY) -m pytest $(PARALLEL) tests/ptx $(ARGS)
+
+ptx-report: build  ## count what the CUDA kernels' PTX does with memory; wants nvcc
+	cd tests && CI=true ../$(PY) -m ptx.report
 
 fuzz: build  ## call the operators with 100,000 sets of hostile arguments
 	$(PY) tests/fuzz.py $(or $(ARGS),--cases 100000)
@@ -127,15 +130,18 @@ format: build  ## rewrite the code in the style that lint checks
 build: $(OPS) $(VENV)/installed  ## set up .venv and compile the extension
 
 # Built for the GPUs that are here alone: a seventh of the time. The record in .venv says so, and the next make builds
-# for all again. Without a GPU the build is the usual one, so that what compiles is known.
+# for all again. Without a GPU the build is the usual one, so that what compiles is known. The 8 minutes begin before
+# anything is set up.
+gpu: START := $(shell date +%s)
 gpu: $(VENV)/tools  ## build for the GPU here, test it and time it, in less than 8 minutes
 	@$(DIE); targets=$$($(PY) -c "$$GPU_TARGETS") || die "torch does not import."; \
-	test -n "$$targets" || { $(MAKE) build || exit 1; \
-		die "torch finds no NVIDIA GPU here: everything is built, and nothing was run."; }; \
-	start=$$(date +%s); \
+	test -n "$$targets" || { $(MAKE) -s build || exit 1; \
+		why=$$($(PY) -c 'from bitorch_qlinear import _library; print(_library.no_cuda_reason)') || exit 1; \
+		test -z "$$why" || die "nothing was run: there are no CUDA operators, because $$why."; \
+		die "nothing was run: everything is built, and torch finds no NVIDIA GPU here."; }; \
 	$(MAKE) build BITORCH_QLINEAR_CUDA=1 TORCH_CUDA_ARCH_LIST="$$targets" BUILD_CONFIG="for $$targets" || exit 1; \
-	echo "make: built for compute capability $$targets in $$(($$(date +%s) - start)) s"; \
-	$(PY) -m benchmarks.gpu_run --results '$(RESULTS)'
+	echo "make: set up and built for compute capability $$targets in $$(($$(date +%s) - $(START))) s"; \
+	$(PY) -m benchmarks.gpu_run --results '$(RESULTS)' --start $(START)
 
 # As TORCH_CUDA_ARCH_LIST wants them; only the "a" of 9.0a takes Hopper's own instructions.
 define GPU_TARGETS
@@ -216,7 +222,7 @@ $(OPS): $(VENV)/tools setup.py pyproject.toml bitorch_qlinear/_version.py $(shel
 
 $(VENV)/installed: $(VENV)/tools setup.py pyproject.toml bitorch_qlinear/_version.py | $(OPS)
 ifdef SYSTEM
-	$(PIP) install --retries 0 --no-build-isolation -e '.[test,lint]' || $(PIP) install --no-deps --no-build-isolation -e .
+	$(PIP) install --no-deps --no-build-isolation -e .
 	@$(PY) -c "$$LIST_MISSING"
 else
 	$(PIP) install --no-build-isolation -e '.[test,lint]'
