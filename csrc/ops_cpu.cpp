@@ -29,7 +29,7 @@ struct TorchThreads {
         torch::stable::parallel_for(0, count, grain, function);
     }
 };
-constexpr TorchThreads kThreads;
+using Threads = OneAtATime<TorchThreads>;
 
 // Results from here on are worth the system call.
 constexpr int64_t kHugeBytes = int64_t{4} << 20;
@@ -60,7 +60,7 @@ void pack_rows(const Rows& x, bool strict, double threshold, uint32_t* words, ui
     const PackRow pack_row = active_kernel().pack_row[static_cast<int>(x.dtype)];
     const int64_t width = words_for(x.k);
     const int64_t grain = std::max<int64_t>(1, kSerialValues / x.k);
-    share(kThreads, x.m, grain, [&](int64_t begin, int64_t end) {
+    share(Threads(), x.m, grain, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             pack_row(x.row(i), x.k, strict, threshold, words + i * width, in_range ? in_range + i * width : nullptr);
         }
@@ -180,10 +180,10 @@ Tensor multiply_words(const uint32_t* x_words, int64_t m, const Weight& weight, 
     if (!panels && weight.kernel.prepare) {
         prepared = allocate(prepared_bytes(weight.kernel.layout, weight.n, weight.k));
         if (!prepared) fail_memory();
-        write_prepared(kThreads, weight.kernel, words_of(weight.words), weight.n, weight.k, prepared.get());
+        write_prepared(Threads(), weight.kernel, words_of(weight.words), weight.n, weight.k, prepared.get());
         panels = prepared.get() + sizeof(PreparedHeader);
     }
-    multiply(kThreads, weight.kernel,
+    multiply(Threads(), weight.kernel,
              {x_words,
               words_of(weight.words),
               panels,
@@ -239,7 +239,7 @@ Tensor unpack_bits(const Tensor& words, int64_t k, ScalarType type) {
     const uint32_t* from = words_of(from_words);
     uint8_t* to = static_cast<uint8_t*>(values.data_ptr());
     const int64_t grain = std::max<int64_t>(1, kSerialValues / k);
-    share(kThreads, m, grain, [&](int64_t begin, int64_t end) {
+    share(Threads(), m, grain, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             unpack_row(from + i * width, k, to + i * k * element_size(*dtype), *dtype);
         }
@@ -253,7 +253,7 @@ Tensor prepare_weight(const Tensor& words, int64_t k, std::optional<int64_t> lay
     const Kernel& kernel = active_kernel();
     check_layout(layout, kernel.layout.id);
     Tensor prepared = empty_on_cpu({prepared_bytes(kernel.layout, words.size(0), k)}, ScalarType::Byte);
-    write_prepared(kThreads, kernel, words_of(aligned("weight_words", words)), words.size(0), k,
+    write_prepared(Threads(), kernel, words_of(aligned("weight_words", words)), words.size(0), k,
                    static_cast<uint8_t*>(prepared.data_ptr()));
     return prepared;
 }
@@ -321,7 +321,7 @@ Tensor multiply_signs(const Tensor& reals, const Tensor& sign_words, int64_t k, 
     if (m == 0 || outputs == 0) return y;
     const Reals x = read_reals(reals);
     const Tensor words = aligned("sign_words", sign_words);
-    multiply_reals(kThreads, *active_kernel().float_by_bits,
+    multiply_reals(Threads(), *active_kernel().float_by_bits,
                    {x.tensor.data_ptr(), *dtype_of(reals.scalar_type()), m, summed, x.row_stride, x.value_stride,
                     words_of(words), transpose, outputs, y.data_ptr()});
     return y;

@@ -1,7 +1,10 @@
 """Every CPU kernel against the reference and against its scalar twin, bit for bit."""
 
 import functools
+import itertools
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import shapes
@@ -260,6 +263,25 @@ def test_any_number_of_threads(kernel, threads, m, n, k):
         results.append((prepared, y, x_words, range_words, F.unpack_bits(w, k)))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+def test_callers_in_several_threads(kernel, threads):
+    """One of them at a time has torch's threads, the others compute in their own: all the same."""
+    m, n, k, callers = 131, 400, 500, 4
+    assert m * n * k > shapes.SERIAL_PRODUCTS
+    generator = torch.Generator().manual_seed(6)
+    x, w, reals = torch.randn(m, k, generator=generator), random_words(n, k, generator), torch.randn(m, n)
+    torch.set_num_threads(2)
+    expected = F.linear(x, w, k), F.multiply_signs(reals, w, k), F.unpack_bits(w, k)
+    all_there = threading.Barrier(callers)
+
+    def call(_: int) -> list[tuple[torch.Tensor, ...]]:
+        all_there.wait()
+        return [(F.linear(x, w, k), F.multiply_signs(reals, w, k), F.unpack_bits(w, k)) for _ in range(3)]
+
+    with ThreadPoolExecutor(callers) as pool:
+        for results in itertools.chain.from_iterable(pool.map(call, range(callers))):
+            assert all(map(torch.equal, results, expected))
 
 
 @dtypes

@@ -16,11 +16,38 @@
 
 namespace bitorch_qlinear {
 
-// Below this many multiply-adds (about 20 us), or bytes to pack or unpack, waking threads costs more
+// Below this many multiply-adds (about 20 us), or values to pack or unpack, waking threads costs more
 // than they save.
 constexpr int64_t kSerialProducts = int64_t{1} << 24;
 constexpr int64_t kSerialSignProducts = int64_t{1} << 22;
 constexpr int64_t kSerialValues = int64_t{1} << 16;
+
+// Threads that one call of the process at a time has the use of; callers in other threads meanwhile do all of their work
+// themselves. A pool of OpenMP has a team for each of its callers, together more threads than there are processors.
+// An object belongs to one call, and gives the threads back at its end.
+template <class Threads>
+class OneAtATime {
+  public:
+    explicit OneAtATime(const Threads& threads = {}) : threads_(threads) {}
+    OneAtATime(const OneAtATime&) = delete;
+    OneAtATime& operator=(const OneAtATime&) = delete;
+    ~OneAtATime() {
+        if (taken_) busy_.clear(std::memory_order_release);
+    }
+
+    int64_t count() const { return take() ? threads_.count() : 1; }
+    template <class Function>
+    void for_each(int64_t count, int64_t grain, const Function& function) const {
+        take() ? threads_.for_each(count, grain, function) : function(int64_t{0}, count);
+    }
+
+  private:
+    bool take() const { return taken_ = taken_ || !busy_.test_and_set(std::memory_order_acquire); }
+
+    static inline std::atomic_flag busy_;
+    Threads threads_;
+    mutable bool taken_ = false;  // not before work is to be shared: most calls are too small
+};
 
 template <class Threads, class Function>
 void share(const Threads& threads, int64_t count, int64_t grain, const Function& function) {

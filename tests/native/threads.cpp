@@ -1,5 +1,6 @@
 // The sharing of work (csrc/cpu/share.h) by threads that a race detector sees; torch's pool waits in ways that it does
 // not. Every kernel that the processor can run, compared with the plainest loops.
+#include <atomic>
 #include <bit>
 #include <random>
 #include <sstream>
@@ -38,7 +39,8 @@ std::vector<uint32_t> random_words(int64_t rows, int64_t k) {
     return words;
 }
 
-std::vector<uint8_t> prepare(const StdThreads& threads, const Kernel& kernel, const std::vector<uint32_t>& words,
+template <class Threads>
+std::vector<uint8_t> prepare(const Threads& threads, const Kernel& kernel, const std::vector<uint32_t>& words,
                              int64_t n, int64_t k) {
     std::vector<uint8_t> prepared(static_cast<size_t>(prepared_bytes(kernel.layout, n, k)));
     write_prepared(threads, kernel, words.data(), n, k, prepared.data());
@@ -60,7 +62,8 @@ struct Problem {
     int64_t m, n, k;
 };
 
-std::vector<int32_t> multiply_words(const StdThreads& threads, const Kernel& kernel, const Problem& p) {
+template <class Threads>
+std::vector<int32_t> multiply_words(const Threads& threads, const Kernel& kernel, const Problem& p) {
     const std::vector<uint32_t> x = random_words(p.m, p.k), w = random_words(p.n, p.k);
     const std::vector<uint8_t> prepared = prepare(threads, kernel, w, p.n, p.k);
     std::vector<int32_t> y(static_cast<size_t>(p.m * p.n), INT32_MIN);
@@ -134,10 +137,10 @@ void check_products() {
         const std::vector<int32_t> expected = plain_product(p);
         const std::vector<uint32_t> w = random_words(p.n, p.k);
         for (const Kernel* kernel : kernels()) {
-            const std::vector<uint8_t> prepared = prepare({1}, *kernel, w, p.n, p.k);
+            const std::vector<uint8_t> prepared = prepare(StdThreads{1}, *kernel, w, p.n, p.k);
             for (const int64_t workers : kWorkers) {
-                expect(prepare({workers}, *kernel, w, p.n, p.k) == prepared, name(*kernel, p, workers));
-                expect(multiply_words({workers}, *kernel, p) == expected, name(*kernel, p, workers));
+                expect(prepare(StdThreads{workers}, *kernel, w, p.n, p.k) == prepared, name(*kernel, p, workers));
+                expect(multiply_words(StdThreads{workers}, *kernel, p) == expected, name(*kernel, p, workers));
             }
         }
     }
@@ -162,7 +165,8 @@ void check_sign_products() {
 void check_workspace_beyond_memory() {
     for (Kernel kernel : {*kernels().front(), kScalarKernel}) {
         kernel.workspace_bytes = [](int64_t, int64_t) { return INT64_MAX; };
-        expect_refused("bitorch_qlinear: out of memory", [&] { multiply_words({7}, kernel, {131, 400, 500}); });
+        expect_refused("bitorch_qlinear: out of memory",
+                       [&] { multiply_words(StdThreads{7}, kernel, {131, 400, 500}); });
     }
 }
 
@@ -172,11 +176,50 @@ void check_calls_at_once() {
     std::vector<std::vector<int32_t>> results(4);
     StdThreads{4}.for_each(4, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            results[static_cast<size_t>(i)] = multiply_words({2}, active_kernel(), p);
+            results[static_cast<size_t>(i)] = multiply_words(StdThreads{2}, active_kernel(), p);
         }
     });
     const std::vector<int32_t> expected = plain_product(p);
     for (const std::vector<int32_t>& result : results) expect(result == expected, "calls at once");
+}
+
+// Two threads that count how many calls share their work among them.
+struct CountedThreads : StdThreads {
+    std::atomic<int>* calls;
+    std::atomic<int>* shared;
+
+    template <class Function>
+    void for_each(int64_t count, int64_t grain, const Function& function) const {
+        expect(++*calls == 1, "one call at a time has the threads");
+        ++*shared;
+        StdThreads::for_each(count, grain, function);
+        --*calls;
+    }
+};
+
+// The first of four callers gets the threads, whoever comes while they work does not, and all compute the same.
+void check_one_call_at_a_time_is_shared() {
+    const Problem p{131, 400, 500};
+    const std::vector<int32_t> expected = plain_product(p);
+    std::atomic<int> calls{0}, shared{0};
+    const CountedThreads threads{{2}, &calls, &shared};
+    StdThreads{4}.for_each(4, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            for (int repetition = 0; repetition < 3; ++repetition) {
+                const OneAtATime<CountedThreads> turn(threads);
+                expect(multiply_words(turn, active_kernel(), p) == expected, "while others compute");
+            }
+        }
+    });
+    expect(shared > 0, "somebody had the threads");
+    // Given back by whoever had them, and held for as long as an object lives that has shared work.
+    const OneAtATime<CountedThreads> holder(threads);
+    expect(holder.count() == 2, "the threads are free again");
+    const OneAtATime<CountedThreads> other(threads);
+    expect(other.count() == 1, "the threads are taken");
+    const int before = shared;
+    expect(multiply_words(other, active_kernel(), p) == expected, "alone");
+    expect(shared == before, "alone, in its own thread");
 }
 
 }  // namespace
@@ -184,6 +227,7 @@ void check_calls_at_once() {
 
 int main() {
     bitorch_qlinear::check_calls_at_once();
+    bitorch_qlinear::check_one_call_at_a_time_is_shared();
     bitorch_qlinear::check_products();
     bitorch_qlinear::check_sign_products();
     bitorch_qlinear::check_workspace_beyond_memory();
