@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,18 @@ ALL_TARGETS = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"]
 USUAL_TARGETS = ["sm_75", "sm_80", "sm_90a", "sm_120"]
 DRAWN = 64 if FULL else 8
 """Random shapes of a kernel."""
+SEEDS = 5 if FULL else 2
+"""With which each of a kernel's shapes is run: another one is another schedule of the warps, and other data."""
+
+
+def seeded(shapes: list) -> Iterator[tuple[int, tuple]]:
+    """Each shape with several seeds."""
+    return enumerate(SEEDS * shapes)
+
+
+def drawn_rows(most: int) -> list[tuple[int, int]]:
+    """Random numbers of rows and of values in them, for the kernels that work row by row."""
+    return list(map(tuple, np.random.default_rng(1).integers(1, (20, most), (DRAWN, 2)).tolist()))
 
 
 def targets(first: str = "sm_75", last: str = "sm_120") -> list[str]:

@@ -12,11 +12,13 @@ from .product import (
     aligned_words_for,
     ceil_div,
     compiled,
+    drawn_rows,
     edited,
     kernel,
     module,
     prepared_header,
     row_popcounts,
+    seeded,
     source,
 )
 from .rows import row_grid
@@ -69,6 +71,8 @@ def test_align(target):
             check_align(aligning, m, k, aligned=(m + seed) % 4 != 0, header=(m + seed) % 3 != 0, seed=seed)
     for seed, m in enumerate((7, 8, 9, 33)):  # blocks of a row a warp
         check_align(aligning, m, 200, header=seed % 2 == 0, seed=seed)
+    for seed, (m, k) in seeded(drawn_rows(2 * SEGMENT)):
+        check_align(aligning, m, k, aligned=seed % 4 != 0, header=seed % 3 != 0, seed=seed)
     check_align(aligning, 2, 3 * SEGMENT)  # four warps to a row
     check_align(aligning, 1, 19 * SEGMENT + 5, header=True)  # and eight, some of which take three turns
     check_align(aligning, 3, 333, misalign=4)

@@ -13,7 +13,7 @@ from reference import FLOATS, random_values
 from . import test_ptx_mma_sm80 as mma_sm80
 from .machine import Module, PtxFault
 from .mutate import Mutant, assert_caught, loosen_waits, remove_barriers, remove_waits, swap_fragments
-from .product import compiled, kernel, module, prepared_header, product_call, source, targets
+from .product import compiled, kernel, module, prepared_header, product_call, seeded, source, targets
 
 TARGETS = targets("sm_80")
 NAME = "gemm_mma_int8_sm80.cu"
@@ -22,7 +22,7 @@ TILE = (64, 64)
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_mma(target):
-    for seed, shape in enumerate(mma_sm80.shapes()):
+    for seed, shape in seeded(mma_sm80.shapes()):
         mma_sm80.check_mma(module(NAME, target), *shape, tile=TILE, seed=seed)
 
 

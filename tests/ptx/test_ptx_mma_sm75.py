@@ -20,6 +20,7 @@ from .product import (
     module,
     prepared_header,
     product_call,
+    seeded,
     source,
     targets,
     total_letter,
@@ -65,7 +66,7 @@ def shapes() -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_mma(target):
-    for seed, shape in enumerate(shapes()):
+    for seed, shape in seeded(shapes()):
         check_mma(module(NAME, target), *shape, seed=seed)
 
 

@@ -19,6 +19,7 @@ from .product import (
     module,
     prepared_header,
     product_call,
+    seeded,
     source,
     targets,
     total_letter,
@@ -52,35 +53,26 @@ def check_mma(module: Module, m: int, n: int, k: int, out=torch.int32, tile=SMAL
     return report
 
 
-def shapes() -> list[tuple[int, int, int]]:
-    """Edges of the tile of 64 x 64 outputs, of 16-byte chunks, of stages and of the pipeline; random ones."""
-    stage, depth = 512, STAGES * 512
+def shapes(tile: tuple[int, int] = SMALL) -> list[tuple[int, int, int]]:
+    """Edges of the tile, of 16-byte chunks, of stages and of the pipeline; random ones."""
+    (rows, columns), stage, depth = tile, 512, STAGES * 512
     k = [0, 1, 31, 32, 33, 127, 128, 129]
     k += [edge + by for edge in (stage, 2 * stage, depth, depth + stage) for by in (-32, -1, 0, 1, 32)]
     k += [depth + 2 * stage, depth + 3 * stage + 33]
-    drawn = np.random.default_rng(0).integers(1, (140, 140, 4000), (DRAWN, 3)).tolist()
+    drawn = np.random.default_rng(0).integers(1, (2 * rows + 12, 2 * columns + 12, 4000), (DRAWN, 3)).tolist()
     return [
-        *((m, 66, 40) for m in (1, 63, 64, 65, 131)),
-        *((3, n, 40) for n in (1, 7, 8, 9, 31, 33, 63, 64, 65, 131)),
+        *((m, 66, 40) for m in (1, rows - 1, rows, rows + 1, 2 * rows + 3)),
+        *((3, n, 40) for n in (1, 7, 8, 9, 31, 33, columns - 1, columns, columns + 1, 2 * columns + 3)),
         *((2, 65, k) for k in k),
-        (9 * 64 + 1, 131, 7),  # more tile rows than neighbouring blocks share
+        (9 * rows + 1, columns + 67, 7),  # more tile rows than neighbouring blocks share
         *map(tuple, drawn),
     ]
 
 
+@pytest.mark.parametrize("tile", THREADS, ids=lambda tile: "m{}n{}".format(*tile))
 @pytest.mark.parametrize("target", TARGETS)
-def test_mma(target):
-    for seed, shape in enumerate(shapes()):
-        check_mma(module(NAME, target), *shape, seed=seed)
-
-
-@pytest.mark.parametrize("tile", [SQUARE, WIDE], ids=["m128n128", "m128n256"])
-@pytest.mark.parametrize("target", TARGETS)
-def test_mma_large_tiles(target, tile):
-    rows, columns = tile
-    m, n = (1, rows - 1, rows, rows + 1, 2 * rows + 3), (1, columns - 1, columns, columns + 1, 2 * columns + 5)
-    edges = [*((m, 34, 65) for m in m), *((18, n, 65) for n in n), *((18, 34, k) for k in (0, 513, 6 * 512 + 129))]
-    for seed, shape in enumerate([*edges, (rows + 1, columns + 9, 4 * 512 + 1)]):
+def test_mma(target, tile):
+    for seed, shape in seeded(shapes(tile)):
         check_mma(module(NAME, target), *shape, tile=tile, seed=seed)
 
 
@@ -149,15 +141,18 @@ def edited(edits: list[tuple[str, str]], tile: str = "m64n64") -> list[Mutant]:
     return [Mutant(f"{old} -> {new}", compiled(text.replace(old, new), "sm_80")) for old, new in edits]
 
 
-def run_small(module: Module, seed: int) -> None:
-    bias = torch.randn(70, generator=torch.Generator().manual_seed(seed))
-    check_mma(module, 66, 70, 6 * 512 + 130, torch.float32, bias=bias, scale=bias.flip(0), seed=seed)
-    check_mma(module, 9 * 64 + 1, 65, 33, torch.float32, seed=seed)
-    check_mma(module, 2, 1, 0, torch.float32, bias=bias[:1], seed=seed)
-    check_mma(module, 3, 8, 4 * 512, torch.float32, seed=seed)
+def run_small(module: Module, seed: int, tile: tuple[int, int] = SMALL) -> None:
+    rows, columns = tile
+    bias = torch.randn(columns + 6, generator=torch.Generator().manual_seed(seed))
+    check = functools.partial(check_mma, module, out=torch.float32, tile=tile, seed=seed)
+    check(rows + 2, columns + 6, 6 * 512 + 130, bias=bias, scale=bias.flip(0))
+    check(9 * rows + 1, columns + 1, 33)
+    check(2, 1, 0, bias=bias[:1])
+    check(3, 8, 4 * 512)
 
 
-def test_mutants_of_mma_are_caught():
+@pytest.mark.parametrize("tile", THREADS, ids=lambda tile: "m{}n{}".format(*tile))
+def test_mutants_of_mma_are_caught(tile):
     edits = [
         # Edges.
         ("row + i < height", "row + i <= height"),
@@ -184,7 +179,7 @@ def test_mutants_of_mma_are_caught():
         ("- 2 * both", "- both"),
         ("channels.bias + column", "channels.bias + column + 1"),
     ]
-    text = compiled(small_source(), "sm_80")
+    text = compiled(small_source("m{}n{}".format(*tile)), "sm_80")
     name = kernel(Module.from_ptx(text), "multiply_tiles")
     waits = [*remove_waits(text, name), *loosen_waits(text, name)]
     at_ptx = [
@@ -196,4 +191,5 @@ def test_mutants_of_mma_are_caught():
     assert len(waits) == 2 * 3 and len(at_ptx) == 4 + 6 + 5 + 8
     # The last wait, for what an early end left in flight: stages that are no longer needed, behind the margins.
     last = {waits[i].name: "nothing reads or writes where the copies go" for i in (2, 5)}
-    assert_caught(text, [*edited(edits), *at_ptx], run_small, seeds=range(2), equivalent=last)
+    run = functools.partial(run_small, tile=tile)
+    assert_caught(text, [*edited(edits, "m{}n{}".format(*tile)), *at_ptx], run, seeds=range(2), equivalent=last)

@@ -9,7 +9,20 @@ from reference import FLOATS, assert_equal, in_range, pack, random_values, signs
 
 from .machine import In, Module, Out, Report, Struct
 from .mutate import assert_caught, remove_barriers
-from .product import DTYPES, TARGETS, aligned_words_for, ceil_div, compiled, edited, kernel, module, numpy, source
+from .product import (
+    DTYPES,
+    TARGETS,
+    aligned_words_for,
+    ceil_div,
+    compiled,
+    drawn_rows,
+    edited,
+    kernel,
+    module,
+    numpy,
+    seeded,
+    source,
+)
 from .rows import row_grid
 
 
@@ -88,6 +101,8 @@ def test_pack(target, dtype, strict):
         more = {"aligned": seed % 2 == 1, "seed": seed}
         check_pack(packing, dtype, 3, k, strict, 1, **more)
         check_pack(packing, dtype, 2, k + -k % lanes, strict, lanes, **more)  # rows of whole vectors on 16 bytes
+    for seed, (m, k) in seeded(drawn_rows(3 * segment(dtype))):
+        check_pack(packing, dtype, m, k, strict, seed % 4, aligned=seed % 3 == 0, popcounts=seed % 5 > 0, seed=seed)
     for padding in (0, 1):
         check_pack(packing, dtype, 9, 64, strict, padding, seed=1)  # more than one block, a row a warp
         # Two and eight warps to a row, and a second turn of two of them.

@@ -5,7 +5,7 @@ import pytest
 import torch
 from reference import FLOATS, random_values
 
-from .machine import Module
+from .machine import Module, Report
 from .mutate import assert_caught, remove_barriers
 from .product import (
     DRAWN,
@@ -17,12 +17,13 @@ from .product import (
     kernel,
     module,
     product_call,
+    seeded,
     source,
     total_letter,
 )
 
 
-def check_popc(module: Module, m: int, n: int, k: int, out: torch.dtype = torch.int32, **more) -> None:
+def check_popc(module: Module, m: int, n: int, k: int, out: torch.dtype = torch.int32, **more) -> Report:
     """A product of random words, whose bits past k are random too."""
     call = product_call(m, n, k, out, **more)
     columns = ceil_div(n, 64)
@@ -30,6 +31,7 @@ def check_popc(module: Module, m: int, n: int, k: int, out: torch.dtype = torch.
     report = module.launch(name, ceil_div(m, 64) * columns, 256, [call.fields, columns], seed=more.get("seed", 0))
     call.check()
     assert report.bank_conflicts == 0
+    return report
 
 
 def shapes() -> list[tuple[int, int, int]]:
@@ -46,7 +48,7 @@ def shapes() -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_popc(target):
-    for seed, shape in enumerate(shapes()):
+    for seed, shape in seeded(shapes()):
         check_popc(module("gemm_popc.cu", target), *shape, seed=seed)
 
 

@@ -23,6 +23,7 @@ from .product import (
     module,
     prepared_header,
     product_call,
+    seeded,
     source,
     total_letter,
 )
@@ -85,7 +86,7 @@ def shapes() -> list[tuple[int, int, int, bool]]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_skinny(target):
-    for seed, (m, n, k, wide) in enumerate(shapes()):
+    for seed, (m, n, k, wide) in seeded(shapes()):
         check_skinny(module(NAME, target), m, n, k, wide=wide, seed=seed)
 
 

@@ -22,6 +22,7 @@ from .product import (
     module,
     prepared_header,
     product_call,
+    seeded,
     source,
     targets,
     total_letter,
@@ -83,7 +84,7 @@ def shapes() -> list[tuple[int, int, int, int]]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_skinny(target):
-    for seed, (m, n, k, tiles) in enumerate(shapes()):
+    for seed, (m, n, k, tiles) in seeded(shapes()):
         check_skinny(module(NAME, target), m, n, k, tiles=tiles, seed=seed)
 
 

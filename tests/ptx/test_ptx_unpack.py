@@ -7,7 +7,7 @@ from reference import FLOATS, assert_equal, unpack, unpack_signs
 
 from .machine import In, Module, Out, Report, Struct
 from .mutate import assert_caught
-from .product import DTYPES, TARGETS, ceil_div, compiled, edited, kernel, module, numpy, source
+from .product import DTYPES, TARGETS, ceil_div, compiled, drawn_rows, edited, kernel, module, numpy, seeded, source
 from .rows import row_grid
 
 ALL = {**{dtype: index for dtype, (index, _) in DTYPES.items()}, torch.int8: 5, torch.bool: 6}
@@ -61,6 +61,8 @@ def test_unpack(target, dtype):
     lengths = [1, 31, 32, 33, 64, 80, *(at + d for at in (step, end) for d in (-1, 0, 1, 16)), 2 * end + 37]
     for seed, k in enumerate(lengths):
         check_unpack(unpacking, dtype, 3, k, seed=seed)
+    for seed, (m, k) in seeded(drawn_rows(2 * end)):
+        check_unpack(unpacking, dtype, m, k, seed=seed)
     for k in (64, 65):
         check_unpack(unpacking, dtype, 17, k)  # more than one block, a row a warp
     check_unpack(unpacking, dtype, 1, 3 * end)

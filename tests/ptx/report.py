@@ -1,0 +1,52 @@
+"""What each kernel's PTX does with memory, as the interpreter counts it: ``make ptx-report``.
+
+One launch a kernel, for sm_80 or the target that it is for: instructions of warps; wavefronts of shared memory beyond
+what its accesses need (bank conflicts); and 32-byte sectors of global memory that were touched, and that the bytes
+asked for would fill (uncoalesced accesses are what lies between).
+"""
+
+from collections.abc import Callable
+
+import torch
+from tabulate import tabulate
+
+from . import test_ptx_mma_sm75 as mma_sm75
+from . import test_ptx_mma_sm80 as mma_sm80
+from . import test_ptx_skinny as skinny
+from . import test_ptx_skinny_mma_sm80 as skinny_mma_sm80
+from .machine import Module, Report
+from .product import module
+from .test_ptx_align import check_align
+from .test_ptx_pack import check_pack
+from .test_ptx_popc import check_popc
+from .test_ptx_unpack import check_unpack
+
+HALF = torch.bfloat16
+ROWS: list[tuple[str, str, str, Callable[[Module], Report]]] = [
+    ("pack", "sm_80", "16 × 4096 bfloat16", lambda m: check_pack(m, HALF, 16, 4096)),
+    ("unpack", "sm_80", "16 × 4096 bfloat16", lambda m: check_unpack(m, HALF, 16, 4096)),
+    ("align", "sm_80", "16 × 4000", lambda m: check_align(m, 16, 4000)),
+    ("gemm_popc", "sm_80", "64 × 2048 → 64", lambda m: check_popc(m, 64, 64, 2048, HALF)),
+    ("gemm_skinny", "sm_80", "1 × 8192 → 64", lambda m: skinny.check_skinny(m, 1, 64, 8192, HALF)),
+    ("gemm_skinny", "sm_80", "16 × 8192 → 64", lambda m: skinny.check_skinny(m, 16, 64, 8192, HALF)),
+    ("gemm_skinny_mma_sm80", "sm_80", "16 × 8192 → 64", lambda m: skinny_mma_sm80.check_skinny(m, 16, 64, 8192, HALF)),
+    ("gemm_mma_sm75", "sm_75", "64 × 2048 → 64", lambda m: mma_sm75.check_mma(m, 64, 64, 2048, HALF)),
+    *(
+        ("gemm_mma_sm80", "sm_80", f"{r} × 4096 → {c}", lambda m, t=(r, c): mma_sm80.check_mma(m, *t, 4096, HALF, t))
+        for r, c in mma_sm80.THREADS
+    ),
+    ("gemm_mma_int8_sm80", "sm_120", "64 × 2048 → 64", lambda m: mma_sm80.check_mma(m, 64, 64, 2048, HALF, (64, 64))),
+]
+
+
+def row(name: str, target: str, what: str, check: Callable[[Module], Report]) -> list[object]:
+    """A line of the table; the product is checked on the way."""
+    report = check(module(f"{name}.cu", target))
+    excess = ", ".join(f"{source}: {count}" for source, count in report.excess_sectors_by_source().items())
+    counts = report.warp_instructions, report.bank_conflicts, report.sectors, report.sectors_needed
+    return [name, target, what, *counts, excess]
+
+
+if __name__ == "__main__":
+    headers = ["kernel", "target", "work", "instructions", "bank conflicts", "sectors", "needed", "where"]
+    print(tabulate([row(*each) for each in ROWS], headers=headers))
