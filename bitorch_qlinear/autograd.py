@@ -173,14 +173,20 @@ def times_signs(reals: Tensor, words: Tensor, k: int, transpose: bool = False) -
     return _times_unpacked(reals, words, k)
 
 
+# Of the kernel's least_sign_outputs: how many outputs, and values to sum, it takes for tables to be faster.
+_LEAST_OF_HALF_TYPES = {torch.bfloat16: (2, 1.5), torch.float16: (1 / 16, 1 / 8)}
+
+
 def tables_win(reals: Tensor, outputs: int) -> bool:
     """Whether tables, which are made anew for each row of outputs, are faster than the BLAS.
 
-    Measured on Zen 4, one thread, rows 1 to 4096: with 128 outputs and 64 values to sum 1.1 to 1.9 times as fast, below
-    them up to 3 times slower. bfloat16's BLAS has instructions of its own (AVX512_BF16): 256 and 128 there.
+    Measured on Zen 4, one thread, 1 to 4096 rows (bfloat16 16384). From 128 outputs and 64 values to sum on 1.1 to 2
+    times as fast, below them up to 3 times slower. bfloat16's BLAS has instructions of its own (AVX512_BF16): from 256
+    and 192 on 0.99 to 3 times, with 160 values down to 0.92. float16's has none: from 8 and 16 on 1.5 times and more.
     """
-    least = _library.least_sign_outputs() * (2 if reals.dtype is torch.bfloat16 else 1)
-    return outputs >= least and 2 * reals.shape[-1] >= least
+    least = _library.least_sign_outputs()
+    least_outputs, least_values = _LEAST_OF_HALF_TYPES.get(reals.dtype, (1, 0.5))
+    return outputs >= least_outputs * least and reals.shape[-1] >= least_values * least
 
 
 def _times_unpacked(reals: Tensor, words: Tensor, k: int) -> Tensor:

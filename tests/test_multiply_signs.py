@@ -89,33 +89,36 @@ def rounding_unit(dtype):
     return 2.0**-53 if dtype is torch.float64 else 2.0**-24
 
 
+@transposes
 @dtypes
-def test_error_bound(kernel, dtype):
+def test_error_bound(kernel, dtype, transpose):
     """d additions of rounding unit u: at most d u sum(|x|), and one rounding more for the half types."""
     generator = torch.Generator().manual_seed(2)
     for k in (1, GROUP, PASS, 257, SPAN, 2 * SPAN + 7):
-        reals, words, row = factors(2, 40, k, dtype, False, generator)
-        exact = reals.double() @ sign_matrix(words, row, False)
+        reals, words, row = factors(2, 40, k, dtype, transpose, generator)
+        exact = reals.double() @ sign_matrix(words, row, transpose)
         additions = 69 + math.ceil(k / SPAN)
         bound = additions * rounding_unit(dtype) * reals.double().abs().sum(1, keepdim=True)
         if dtype in (torch.float16, torch.bfloat16):
             bound = bound + exact.abs() * torch.finfo(dtype).eps
-        error = (F.multiply_signs(reals, words, row).double() - exact).abs()
+        error = (F.multiply_signs(reals, words, row, transpose).double() - exact).abs()
         assert (error <= bound).all(), f"k {k}: {(error / bound).max()} of the bound"
 
 
 @pytest.mark.parametrize("k", [64, 512, 1000, SPAN, 4096, 11008, 50000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_error_is_like_that_of_the_blas(dtype, k):
+@transposes
+def test_error_is_like_that_of_the_blas(dtype, k, transpose):
     """At most twice the error of torch's product on the same data."""
     generator = torch.Generator().manual_seed(3)
-    reals, words, row = factors(64, 128, k, dtype, False, generator)
-    signs = sign_matrix(words, row, False)
+    reals, words, row = factors(64, 128, k, dtype, transpose, generator)
+    signs = sign_matrix(words, row, transpose)
     # Beyond float64: two halves of each value, whose sums are exact.
     high = (reals.double() * 2**20).round() / 2**20
     exact_high, low = high @ signs, (reals.double() - high) @ signs
     error, blas = (
-        ((y.double() - exact_high) - low).abs() for y in (F.multiply_signs(reals, words, row), reals @ signs.to(dtype))
+        ((y.double() - exact_high) - low).abs()
+        for y in (F.multiply_signs(reals, words, row, transpose), reals @ signs.to(dtype))
     )
     assert error.max() <= 2 * blas.max()
     assert error.square().mean() <= 4 * blas.square().mean()
