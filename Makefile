@@ -15,7 +15,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 OPS := bitorch_qlinear/_ops_cpu.so
-CXX_SOURCES = $(shell find csrc tests/native tests/ptx -name __pycache__ -prune -o \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -print)
+CXX_SOURCES = $(shell find csrc benchmarks tests/native tests/ptx -name __pycache__ -prune -o \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -print)
 # A shell function for recipes: end with one sentence.
 DIE := die() { echo "make: $$*" >&2; exit 1; }
 

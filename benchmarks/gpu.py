@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import math
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -35,6 +37,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from bitorch_qlinear import QLinear, _library
 from bitorch_qlinear import functional as F
 from bitorch_qlinear.demo import environment
+
+from .sanitize import find_tool
 
 Call = Callable[[], Any]
 Timer = Callable[[list[Call], bool], list[float]]  # of the calls of one graph, flushed or not: seconds of one call each
@@ -651,6 +655,40 @@ def clocks_at_work() -> str:
     return read
 
 
+RATE = Path(__file__).with_name("bmma_rate.cu")
+
+
+def rate_of_the_instruction(capability: tuple[int, int], multiprocessors: int, out: Tensor) -> str:
+    """In words, how many operations a second the tensor cores' instruction for bits makes where nothing else is done.
+
+    Args:
+        capability: Of the device.
+        multiprocessors: Of the device.
+        out: 1024 int32 for each of them.
+    """
+    if not (8, 0) <= capability <= (9, 0):
+        return f"{capability[0]}.{capability[1]} has no such instruction"
+    with tempfile.TemporaryDirectory() as folder:
+        target, library = "sm_{}{}".format(*capability), f"{folder}/rate.so"
+        command = [
+            find_tool("nvcc") or "nvcc",
+            "-O3",
+            "-std=c++17",
+            f"-arch={target}",
+            "-shared",
+            "-Xcompiler",
+            "-fPIC",
+        ]
+        try:
+            subprocess.run([*command, "-o", library, str(RATE)], check=True, capture_output=True, timeout=60)
+            function = ctypes.CDLL(library).bmma_rate
+        except (OSError, subprocess.SubprocessError) as error:
+            return f"not measured: {reason(error)}"
+    function.restype = ctypes.c_double
+    rate = function(ctypes.c_int(multiprocessors), ctypes.c_void_p(out.data_ptr()))
+    return f"{shown(rate / 1e12)} TOPS" if rate else "not measured: CUDA reports an error"
+
+
 def gpu_setting(timer: GraphTimer) -> dict[str, Any]:
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
@@ -664,6 +702,11 @@ def gpu_setting(timer: GraphTimer) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "built_for": _library.build_info["cuda_targets"],
         "graph_of_one_element_us": round(1e6 * quartiles(timer([lambda: one + one], True))[1], 2),
+        "bits_instruction_alone": rate_of_the_instruction(
+            (properties.major, properties.minor),
+            properties.multi_processor_count,
+            torch.empty(1024 * properties.multi_processor_count, dtype=torch.int32, device=device),
+        ),
         "clocks_idle": nvidia_smi(),
         "clocks_at_work": clocks_at_work(),
     }

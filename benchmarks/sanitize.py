@@ -84,11 +84,11 @@ def inside() -> None:
 # ---- outside ---------------------------------------------------------------------------------------
 
 
-def find_sanitizer() -> str | None:
-    """compute-sanitizer, on PATH or in the toolkit."""
+def find_tool(name: str) -> str | None:
+    """One of CUDA's tools, on PATH or in the toolkit."""
     places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    return shutil.which("compute-sanitizer") or next(
-        (found for home in places if home and (found := shutil.which(f"{home}/bin/compute-sanitizer"))), None
+    return shutil.which(name) or next(
+        (found for home in places if home and (found := shutil.which(f"{home}/bin/{name}"))), None
     )
 
 
@@ -156,7 +156,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.inside:
         inside()
-    elif (sanitizer := find_sanitizer()) is None:
+    elif (sanitizer := find_tool("compute-sanitizer")) is None:
         print("compute-sanitizer is not there: nothing was sanitized.")
     else:
         sys.exit(run_tools([sanitizer], [sys.executable, "-m", "benchmarks.sanitize", "--inside"], options.seconds))

@@ -193,6 +193,16 @@ def test_files(tmp_path):
     assert verdicts == ["not met", *["met"] * 3]
 
 
+@pytest.mark.skipif(sanitize.find_tool("nvcc") is None, reason="there is no nvcc")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would write to the CPU's memory")
+def test_the_rate_of_the_instruction_is_not_measured_without_a_gpu():
+    """But its source compiles and loads."""
+    out = torch.empty(1024, dtype=torch.int32)
+    assert gpu.rate_of_the_instruction((9, 0), 1, out) == "not measured: CUDA reports an error"
+    assert gpu.rate_of_the_instruction((8, 99), 1, out).startswith("not measured: Command ")
+    assert gpu.rate_of_the_instruction((10, 0), 1, out) == "10.0 has no such instruction"
+
+
 def test_tables_are_markdown():
     assert gpu.table([["a product", "3"], ["b", "12.5"]], ["what", "µs"]) == (
         "| what      |   µs |\n| --------- | ---: |\n| a product |    3 |\n| b         | 12.5 |"
