@@ -132,6 +132,17 @@ class Maker:
         made = torch.ops.bitorch_qlinear.prepare_weight(weight_words.clone(), self.k)
         return guarded(made, misaligned=self.chance(0.1))
 
+    def share_memory(self, values: dict[str, Any]) -> None:
+        """Lets arguments lie in each other's memory."""
+        if "x_words" in values:
+            values["x_words"] = values["weight_words"]
+        if values.get("bias") is None:
+            return
+        x = values.get("x")
+        if x is not None and x.is_contiguous() and x.numel() >= self.n:
+            values["bias"] = x.view(-1)[: self.n]
+        values["scale"] = values["bias"]
+
     # ---- what spoils them ---------------------------------------------------------------------
 
     def spoil(self, argument: torch.Argument, value: Any) -> Any:
@@ -216,6 +227,8 @@ def make_case(seed: int) -> Case:
     values: dict[str, Any] = {}
     for argument in schema(operator):
         values[argument.name] = maker.valid(argument.name, values)
+    if maker.chance(0.15):
+        maker.share_memory(values)
     if values.get("out_dtype") is torch.int32 and maker.chance(0.8):
         values |= {"bias": None, "scale": None}
     arguments = schema(operator)

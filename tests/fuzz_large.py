@@ -71,6 +71,12 @@ def check_rows_expanded_to_more_than_an_int32_counts() -> None:
     assert_equal(y, torch.full((m, 1), float(k)))
 
 
+def check_reals_expanded_to_more_than_an_int32_counts() -> None:
+    m, k = 2**15 + 1, 2**16
+    y = F.multiply_signs(torch.ones(1, k).expand(m, k), ones(1, k), k, transpose=True)
+    assert_equal(y, torch.full((m, 1), float(k)))
+
+
 def check_most_values_in_a_row() -> None:
     k = 2**31 - 1
     words = F.pack_bits(lazy_zeros(k, HALF))

@@ -24,6 +24,7 @@ from torch import Tensor
 from bitorch_qlinear import _library
 
 MOST_VALUES = 2**31 - 1
+MOST_BYTES = 2**28  # of all results of a case: what follows from a seed must run anywhere
 UNPACKED = (*FLOATS, torch.int32, torch.int8, torch.bool)
 # torch's own refusals name no argument: of None for the one tensor that the operator takes, and of a tensor of another
 # layout; of a dtype to compute in that the stable ABI has no word for.
@@ -229,5 +230,6 @@ def check(case: Case) -> bool:
         assert all(r.is_meta for r in results), "values of tensors without any"
         return False
     assert not wrong, f"accepted, with {sorted(wrong)} wrong"
+    assert sum(r.nbytes for r in results) <= MOST_BYTES, "results too large for a case"
     check_result(case, results)
     return True

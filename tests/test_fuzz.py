@@ -7,6 +7,7 @@ import signal
 
 import fuzz
 import fuzz_arguments
+import fuzz_large
 import fuzz_oracle
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_hostile_arguments(batch):
 def test_more_elements_than_an_int32_counts():
     errors, last = fuzz.run(["--large"], timeout=600)
     assert not errors, errors
-    assert last
+    assert len(fuzz_large.CHECKS) == 20 and last.startswith("20 carried out"), last
 
 
 def test_a_case_follows_from_its_seed():
