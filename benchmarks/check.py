@@ -1,7 +1,7 @@
 """Compares the committed figures with a fresh run: ``python -m benchmarks.check`` (``make benchmark-check``).
 
 On the processor and with the kernel that the figures name, it is an error if QLinear lost more than 30 % of its ratio
-to nn.Linear at any shape; elsewhere both are printed.
+to nn.Linear at any shape, in inference or training; elsewhere both are printed.
 """
 
 from __future__ import annotations
@@ -10,20 +10,52 @@ import json
 from typing import Any
 
 from tabulate import tabulate
+from tqdm import tqdm
 
-from .cpu import measure
+from . import cpu, train
 from .measuring import RESULTS, Shape, describe, prepare, ratio, setting
 from .peers import LINEAR, QLINEAR
 
 TOLERANCE = 0.3
+ROUNDS = 9
+NAMES = [LINEAR, QLINEAR]
+
+Figures = dict[str, Any]
 
 
-def compare(committed: list[dict[str, Any]], fresh: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
-    """Name, committed and fresh ratio of each shape."""
-    pairs = zip(committed, fresh, strict=True)
-    return [
-        (old["name"], *(ratio(each["seconds_quartiles"], LINEAR, QLINEAR) for each in (old, new))) for old, new in pairs
+def load(name: str) -> Figures:
+    figures: Figures = json.loads((RESULTS / f"{name}.json").read_text())
+    return figures
+
+
+def again(inference: Figures, training: Figures) -> tuple[list[Figures], list[Figures]]:
+    """Both contestants at the shapes, types and numbers of threads of the figures."""
+
+    def shape(result: Figures) -> Shape:
+        return Shape(*(result[field] for field in Shape._fields))
+
+    forward = [
+        cpu.measure([shape(result)], [result["dtype"]], [result["threads"]], ROUNDS, NAMES)["results"][0]
+        for result in tqdm(inference["results"], leave=False, unit="shape")
     ]
+    prepare(training["setting"]["threads"])
+    return forward, train.measure([shape(result) for result in training["results"]], ROUNDS, NAMES)["results"]
+
+
+def title(result: Figures) -> str:
+    """A shape's name, with what differs from the plain case."""
+    if "dtype" not in result:
+        return f"training step, {result['name']}"
+    threads = "" if result["threads"] == 1 else f", {result['threads']} threads"
+    dtype = "" if result["dtype"] == "float32" else f", {result['dtype']}"
+    return f"{result['name']}{dtype}{threads}"
+
+
+def compare(committed: list[Figures], fresh: list[Figures]) -> list[tuple[str, float, float]]:
+    """Title, committed and fresh ratio of each shape."""
+    pairs = zip(committed, fresh, strict=True)
+    times = [(title(old), old["seconds_quartiles"], new["seconds_quartiles"]) for old, new in pairs]
+    return [(name, ratio(before, *NAMES), ratio(now, *NAMES)) for name, before, now in times]
 
 
 def fallen(rows: list[tuple[str, float, float]]) -> list[str]:
@@ -32,14 +64,14 @@ def fallen(rows: list[tuple[str, float, float]]) -> list[str]:
 
 
 def main() -> None:
-    committed = json.loads((RESULTS / "cpu.json").read_text())
-    prepare(1)
-    shapes = [Shape(*(result[field] for field in Shape._fields)) for result in committed["results"]]
-    fresh = measure(shapes, ["float32"], [1], rounds=9)["results"]
-    rows, here = compare(committed["results"], fresh), setting()
+    inference, training = load("cpu"), load("train")
+    prepare(inference["setting"]["threads"])
+    here = setting()
+    forward, steps = again(inference, training)
+    rows = compare(inference["results"], forward) + compare(training["results"], steps)
     print(tabulate(rows, headers=["QLinear, × nn.Linear", "committed", "now"], floatfmt=".2f"))
-    print(f"committed: {describe(committed['setting'])}\nnow: {describe(here)}")
-    if any(here[key] != committed["setting"][key] for key in ("processor", "kernel")):
+    print(f"committed: {describe(inference['setting'])}\nnow: {describe(here)}")
+    if any(here[key] != inference["setting"][key] for key in ("processor", "kernel")):
         print("Another processor or kernel: nothing is judged.")
     elif lost := fallen(rows):
         raise SystemExit(f"more than {TOLERANCE:.0%} slower than committed: {', '.join(lost)}")

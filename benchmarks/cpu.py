@@ -2,7 +2,8 @@
 
 Shapes of shapes.csv, with bias; the contestants of a shape take turns in one process, and ratios are of medians. Those
 of QLinear include the packing of the input, those of packed × packed leave it out; weights are packed before (eval
-mode keeps them). The sizes below which nn.Linear is faster are searched for and printed.
+mode keeps them). A time is the median of the turns ± half the distance between their quartiles. The sizes below which
+nn.Linear is faster are searched for and printed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from bitorch_qlinear import _library
 
 from . import plots
 from .measuring import (
+    ROUNDS,
+    Call,
     Shape,
     describe,
     interleaved,
@@ -31,26 +34,59 @@ from .measuring import (
     prepare,
     ratio,
     setting,
+    spread,
     write_json,
 )
-from .peers import LINEAR, NAMES, QLINEAR, contestants
+from .peers import LINEAR, NAMES, PACKED, QLINEAR, contestants
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CROSSOVER_BATCHES = (1, 64)
 CROSSOVER_RANGE = (16, 2048)
+CROSSOVER_ROUNDS = 7
+# The largest product for which nn.Linear takes part in the cubes' turns: 4096³ takes it 1.5 s on Zen 4.
+LINEAR_MULTIPLY_ADDS = 2048**3
 
 
-def measure(shapes: list[Shape], dtypes: list[str], threads: list[int], rounds: int) -> dict[str, Any]:
-    """Quartiles of the seconds a call for each shape, type and number of threads, and who was absent."""
-    results, absent = [], {}
+def measure(
+    shapes: list[Shape], dtypes: list[str], threads: list[int], rounds: int, names: Collection[str] = tuple(NAMES)
+) -> dict[str, Any]:
+    """Quartiles of the seconds a call for each shape, type and number of threads, and who was absent from a type."""
+    results: list[dict[str, Any]] = []
+    absent: dict[str, dict[str, str]] = {dtype: {} for dtype in dtypes}
     cases = [(shape, dtype, count) for count in threads for dtype in dtypes for shape in shapes]
+    before = torch.get_num_threads()
     for shape, dtype, count in tqdm(cases, leave=False, unit="shape"):
         torch.set_num_threads(count)
-        calls, missing = contestants(shape, DTYPES[dtype])
-        absent |= missing
+        calls, missing = contestants(shape, DTYPES[dtype], names)
+        absent[dtype] |= missing
         times = interleaved(calls, rounds)
         results.append({**shape._asdict(), "dtype": dtype, "threads": count, "seconds_quartiles": times})
+    torch.set_num_threads(before)
     return {"results": results, "absent": absent}
+
+
+def measure_sizes(rounds: int) -> list[dict[str, Any]]:
+    """The smallest product and the cubes from 256³ on, all of them in the same turns, so that their rates compare."""
+    every = sorted(load_shapes(), key=lambda shape: shape.multiply_adds)
+    shapes = every[:1] + [shape for shape in every if shape.m == shape.k == shape.n >= 256]
+    calls: dict[tuple[Shape, str], Call] = {}
+    for shape in shapes:
+        names = [QLINEAR, PACKED] + [LINEAR] * (shape.multiply_adds <= LINEAR_MULTIPLY_ADDS)
+        calls |= {(shape, name): call for name, call in contestants(shape, names=names).calls.items()}
+    times = interleaved(calls, rounds)
+    return [
+        {**shape._asdict(), "seconds_quartiles": {name: times[of, name] for of, name in times if of == shape}}
+        for shape in shapes
+    ]
+
+
+def multiply_adds(result: dict[str, Any]) -> int:
+    return int(result["m"] * result["k"] * result["n"])
+
+
+def rate(result: dict[str, Any], name: str = PACKED) -> float:
+    """Multiply-adds a second."""
+    return multiply_adds(result) / median(result["seconds_quartiles"], name)
 
 
 def bisect(low: int, high: int, wins: Callable[[int], bool]) -> int | None:
@@ -63,14 +99,34 @@ def bisect(low: int, high: int, wins: Callable[[int], bool]) -> int | None:
     return high
 
 
-def crossover(batch: int, rounds: int) -> int | None:
+def crossover(batch: int) -> int | None:
     """From which K = N on QLinear is faster than nn.Linear."""
 
     def wins(size: int) -> bool:
-        calls = contestants(Shape("", "", batch, size, size)).calls
-        return ratio(interleaved({name: calls[name] for name in (LINEAR, QLINEAR)}, rounds), LINEAR, QLINEAR) >= 1
+        calls = contestants(Shape("", "", batch, size, size), names=(LINEAR, QLINEAR)).calls
+        return ratio(interleaved(calls, CROSSOVER_ROUNDS), LINEAR, QLINEAR) >= 1
 
     return bisect(*CROSSOVER_RANGE, wins)
+
+
+def crossovers() -> dict[str, int | None]:
+    """By batch, which is a string as in JSON."""
+    return {str(batch): crossover(batch) for batch in tqdm(CROSSOVER_BATCHES, leave=False, unit="crossover")}
+
+
+def crossover_text(batch: str, size: int | None) -> str:
+    """What was found, also where one of the two wins everywhere."""
+    low, high = CROSSOVER_RANGE
+    if size is None:
+        return f"at batch {batch} nn.Linear is still faster at K = N = {high}, the largest size tried"
+    if size == low:
+        return f"at batch {batch} QLinear is faster at all sizes tried, K = N = {low} to {high}"
+    return f"at batch {batch} QLinear is faster from K = N = {size} on"
+
+
+def absent_text(absent: dict[str, dict[str, str]]) -> list[str]:
+    """Who was not timed, of which type, and why."""
+    return [f"{name} ({dtype}): {why}" for dtype, missing in absent.items() for name, why in missing.items()]
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -88,10 +144,11 @@ def table(results: list[dict[str, Any]], style: str = "simple") -> str:
         for name in present[1:]:
             if name in times:
                 ratios[name].append(ratio(times, LINEAR, name))
-            cells.append(f"{ratio(times, LINEAR, name):.2f}" if name in times else "")
+            cells.append(f"{ratio(times, LINEAR, name):.2f} {spread(times, name)}" if name in times else "")
         shape = f"{result['m']} × {result['k']} → {result['n']}"
         where = [result["dtype"], str(result["threads"])]
-        rows.append([result["name"], shape, *where, microseconds(median(times, LINEAR)), *cells])
+        baseline = f"{microseconds(median(times, LINEAR))} {spread(times, LINEAR)}"
+        rows.append([result["name"], shape, *where, baseline, *cells])
     means = [f"{geometric_mean(ratios[name]):.2f}" if ratios[name] else "" for name in present[1:]]
     rows.append(["geometric mean", "", "", "", "", *means])
     headers = ["", "shape", "type", "threads", f"{LINEAR}, µs", *(f"{name}, ×" for name in present[1:])]
@@ -103,11 +160,18 @@ def table(results: list[dict[str, Any]], style: str = "simple") -> str:
 def report(figures: dict[str, Any]) -> str:
     """Everything that was measured, as text."""
     lines = [table(figures["results"]), ""]
-    for batch, size in figures["crossover"].items():
-        found = f"from K = N = {size} on" if size else f"not up to K = N = {CROSSOVER_RANGE[1]}"
-        lines.append(f"faster than nn.Linear at batch {batch}: {found}")
-    lines += [f"absent: {name}: {why}" for name, why in figures["absent"].items()]
+    if sizes := figures.get("sizes"):
+        lines += [f"packed × packed, {result['name']}: {rate(result) / 1e9:,.3g} G multiply-adds/s" for result in sizes]
+    lines += [crossover_text(batch, size) for batch, size in figures["crossover"].items()]
+    lines += [f"absent: {each}" for each in absent_text(figures["absent"])]
     return "\n".join([*lines, describe(figures["setting"])])
+
+
+def draw(figures: dict[str, Any], folder: Path) -> None:
+    """The plots of what was measured."""
+    plots.ratios(figures, folder / "cpu_ratio.png")
+    if figures.get("sizes"):
+        plots.sizes(figures, folder / "cpu_time.png")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -119,23 +183,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=[shape.name for shape in shapes], metavar="NAME", help="one of shapes.csv")
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="torch's threads (1)")
     parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=["float32"], help="of x and y (float32)")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each contestant (15)")
+    parser.add_argument(
+        "--peers", choices=NAMES[1:], nargs="+", default=NAMES[1:], metavar="NAME", help=f"beside {LINEAR} (all)"
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"turns of each contestant ({ROUNDS})")
     parser.add_argument("--kernel", choices=_library.available_kernels(), help="instead of the best one")
     parser.add_argument("--no-crossover", action="store_true", help="do not search for the smallest sizes that win")
+    parser.add_argument("--sizes", action="store_true", help="time the cubes from 256³ to 4096³ in the same turns too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write cpu_ratio.png and cpu_time.png")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write cpu_ratio.png, and cpu_time.png of --sizes")
     options = parser.parse_args(argv)
     prepare(options.threads[0], options.kernel)
     if options.quick or options.only:
         shapes = [shape for shape in load_shapes(options.quick) if options.only in (None, shape.name)]
-    figures = measure(shapes, options.dtype, options.threads, options.rounds)
-    torch.set_num_threads(options.threads[0])
-    batches = () if options.no_crossover else CROSSOVER_BATCHES
-    figures["crossover"] = {batch: crossover(batch, 7) for batch in tqdm(batches, leave=False, unit="crossover")}
-    figures["setting"] = setting()
+    where = setting()
+    figures = measure(shapes, options.dtype, options.threads, options.rounds, [LINEAR, *options.peers])
+    figures["sizes"] = measure_sizes(options.rounds) if options.sizes else []
+    figures["crossover"] = {} if options.no_crossover else crossovers()
+    figures["setting"] = where
     print(report(figures))
     if options.json:
         write_json(options.json, figures)
     if options.plots:
-        plots.ratios(figures, options.plots / "cpu_ratio.png")
-        plots.times(figures, options.plots / "cpu_time.png")
+        draw(figures, options.plots)

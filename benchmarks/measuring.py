@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import json
+import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Mapping
+import timeit
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import Timer, set_torch_threads
 
 from bitorch_qlinear import _library
 from bitorch_qlinear.demo import environment
@@ -24,8 +27,14 @@ Quartiles = list[float]
 Times = dict[str, Quartiles]
 """Quartiles of the seconds a call, by contestant: the median is in the middle."""
 
+Key = TypeVar("Key", bound=Hashable)
+
+# Turns of a contestant, unless it is asked for another number.
+ROUNDS = 15
 # A turn of a contestant: long enough for the clock, short enough that a busy neighbour hits all alike.
 TURN_SECONDS = 2e-3
+# torch's Timer makes two calls more to warm up in each turn. A call as long as this one needs none.
+LONG_SECONDS = 5e-2
 
 
 class Shape(NamedTuple):
@@ -52,15 +61,39 @@ def load_shapes(quick: bool = False) -> list[Shape]:
     return [Shape(row["name"], row["group"], int(row["m"]), int(row["k"]), int(row["n"])) for row in rows]
 
 
-def interleaved(contestants: Mapping[str, Call], rounds: int) -> Times:
-    """Time the contestants in turns, after a warm-up, with torch's present number of threads."""
-    threads = torch.get_num_threads()
-    timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in contestants.items()}
-    calls = {name: max(1, round(TURN_SECONDS / timer.timeit(2).mean)) for name, timer in timers.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+def named(names: Iterable[str]) -> list[Shape]:
+    """The shapes of these names, in the list's order."""
+    wanted = set(names)
+    return [shape for shape in load_shapes() if shape.name in wanted]
+
+
+class Turns:
+    """One contestant, which warms up when it is made."""
+
+    def __init__(self, call: Call, threads: int) -> None:
+        self.call, self.threads = call, threads
+        self.timer = Timer("call()", globals={"call": call}, num_threads=threads)
+        once = self.timer.timeit(1).mean
+        self.long, self.calls = once > LONG_SECONDS, max(1, round(TURN_SECONDS / once))
+
+    def take(self) -> float:
+        """The seconds a call of one turn."""
+        if not self.long:
+            return self.timer.timeit(self.calls).mean
+        with set_torch_threads(self.threads):
+            return timeit.timeit(self.call, number=1)
+
+
+def interleaved(
+    contestants: Mapping[Key, Call], rounds: int, threads: Mapping[Key, int] | None = None
+) -> dict[Key, Quartiles]:
+    """Time the contestants in turns, with torch's present number of threads or their own."""
+    own = threads or dict.fromkeys(contestants, torch.get_num_threads())
+    turns = {name: Turns(call, own[name]) for name, call in contestants.items()}
+    seconds: dict[Key, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
-        for name, timer in timers.items():
-            seconds[name].append(timer.timeit(calls[name]).mean)
+        for name, contestant in turns.items():
+            seconds[name].append(contestant.take())
     return {name: statistics.quantiles(values, n=4) for name, values in seconds.items()}
 
 
@@ -73,24 +106,40 @@ def ratio(times: Times, baseline: str, name: str) -> float:
     return median(times, baseline) / median(times, name)
 
 
+def spread(times: Times, name: str) -> str:
+    """Half the distance between the quartiles, as a share of the median."""
+    low, middle, high = times[name]
+    return f"± {50 * (high - low) / middle:.1f}%"
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def commit() -> str:
-    """The commit that was measured, with a + where files differ from it."""
+    """The commit that was measured, with a + where files differ from it; not those that measuring writes."""
+    written = [f":(top,exclude){path}" for path in ("benchmarks/results", "README.md")]
     try:
-        said = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-            cwd=HERE,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        differ = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *written)
+        return git("rev-parse", "--short", "HEAD") + ("+" if differ else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return said.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Those of Python and of the peers that are installed; torch's is among the demo's own figures."""
+    found = {"python": platform.python_version()}
+    for peer in ("bitorch", "bnn-lab"):
+        try:
+            found[peer] = importlib.metadata.version(peer)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def setting() -> dict[str, str | int]:
     """What the figures depend on: processor, capability, kernel, threads, versions, commit, date."""
-    return environment(torch.device("cpu")) | {"commit": commit()}
+    return environment(torch.device("cpu")) | versions() | {"commit": commit()}
 
 
 def describe(where: Mapping[str, str | int]) -> str:

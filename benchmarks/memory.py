@@ -22,6 +22,7 @@ KINDS = {
     "QLinear (eval)": "QLinear(size, size)",
     "PackedQLinear": "PackedQLinear(size, size)",
 }
+SIZES = {"size": 4096, "count": 4, "batch": 64}
 # Peaks are of the process: what was resident before is taken away.
 PROGRAM = """
 import json, resource, sys
@@ -77,13 +78,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", type=int, default=4096, help="inputs and outputs of a layer (4096)")
-    parser.add_argument("--layers", type=int, default=4, help="how many (4)")
-    parser.add_argument("--batch", type=int, default=64, help="rows (64)")
+    parser.add_argument("--size", type=int, default=SIZES["size"], help="inputs and outputs of a layer (%(default)s)")
+    parser.add_argument("--layers", type=int, default=SIZES["count"], help="how many (%(default)s)")
+    parser.add_argument("--batch", type=int, default=SIZES["batch"], help="rows (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args(argv)
     prepare(1)
-    figures = measure(options.size, options.layers, options.batch) | {"setting": setting()}
+    where = setting()
+    figures = measure(options.size, options.layers, options.batch) | {"setting": where}
     print(table(figures))
     print(describe(figures["setting"]))
     if options.json:

@@ -11,6 +11,7 @@ int8 dynamic        torch's dynamic quantization of nn.Linear
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -76,19 +77,25 @@ def int8_layer(linear: nn.Linear) -> nn.Module:
     return quantized
 
 
-def contestants(shape: Shape, dtype: torch.dtype = torch.float32) -> Contestants:
-    """All of one shape and type, with bias, on the same input."""
+def contestants(shape: Shape, dtype: torch.dtype = torch.float32, names: Collection[str] = tuple(NAMES)) -> Contestants:
+    """Those of these names for one shape and type, with bias, on the same input."""
     x = torch.randn(shape.m, shape.k, dtype=dtype)
     linear = nn.Linear(shape.k, shape.n, dtype=dtype)
     binary = QLinear.from_linear(linear)
-    calls = {LINEAR: evaluation(linear, x), QLINEAR: evaluation(binary, x), PACKED: packed_product(binary, x)}
-    absent = {}
-    others = {
+    own: dict[str, Callable[[], Call]] = {
+        LINEAR: lambda: evaluation(linear, x),
+        QLINEAR: lambda: evaluation(binary, x),
+        PACKED: lambda: packed_product(binary, x),
+    }
+    others: dict[str, Callable[[], Call]] = {
         BITORCH: lambda: evaluation(bitorch_layer(shape, dtype), x),
         BNN: lambda: bnn_product(shape),
         INT8: lambda: evaluation(int8_layer(linear), x),
     }
+    calls, absent = {name: make() for name, make in own.items() if name in names}, {}
     for name, make in others.items():
+        if name not in names:
+            continue
         if dtype != torch.float32 and name != BITORCH:
             absent[name] = f"not of {str(dtype)[6:]}"
             continue

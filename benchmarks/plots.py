@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ def drawing() -> Any:
     return pyplot
 
 
-def save(pyplot: Any, figure: Any, path: Path) -> None:
+def save(pyplot: Any, figure: Any, path: Path, where: dict[str, Any]) -> None:
+    """With its setting above and the legend below, where they hide nothing."""
+    figure.suptitle(textwrap.fill(describe(where), 140), fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=120)
     pyplot.close(figure)
@@ -54,37 +58,41 @@ def ratios(figures: dict[str, Any], path: Path) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("times as fast as nn.Linear")
-    axes.legend(fontsize=8)
-    axes.set_title(describe(figures["setting"]), fontsize=7)
-    save(pyplot, figure, path)
+    save(pyplot, figure, path, figures["setting"])
 
 
-def times(figures: dict[str, Any], path: Path) -> None:
-    """Time against size, with the best rate that was measured as the limit."""
-    results = sorted(alike(figures), key=lambda r: r["m"] * r["k"] * r["n"])
+def sizes(figures: dict[str, Any], path: Path) -> None:
+    """Time of a multiply-add against the edge of a cube, above the limits that the same run measured."""
+    smallest, *cubes = figures["sizes"]
     pyplot = drawing()
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for name, colour in COLOURS.items():
-        points = [
-            (r["m"] * r["k"] * r["n"], 1e6 * median(r["seconds_quartiles"], name))
-            for r in results
-            if name in r["seconds_quartiles"] and r["m"] > 1
-        ]
-        if points:
-            axes.plot(*zip(*points, strict=True), "o-", label=name, color=colour, markersize=4)
-    best = max(r["m"] * r["k"] * r["n"] / median(r["seconds_quartiles"], PACKED) for r in results)
-    ends = [results[0], results[-1]]
-    sizes = [r["m"] * r["k"] * r["n"] for r in ends]
-    limit = f"the best rate measured, {best / 1e9:.0f} G multiply-adds/s"
-    axes.plot(sizes, [1e6 * size / best for size in sizes], "--", color="black", linewidth=0.8, label=limit)
-    axes.set_xscale("log")
+    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    for name in (LINEAR, QLINEAR, PACKED):
+        timed = [r for r in cubes if name in r["seconds_quartiles"]]
+        places = [r["n"] for r in timed]
+        axes.plot(places, [picoseconds(r, name) for r in timed], "o-", label=name, color=COLOURS[name], markersize=4)
+    edges = [r["n"] for r in cubes]
+    best = min(picoseconds(r, PACKED) for r in cubes)
+    call = 1e12 * median(smallest["seconds_quartiles"], PACKED)
+    at_best = f"the best rate, {1e3 / best:,.0f} G multiply-adds/s"
+    axes.axhline(best, linestyle="--", color="black", linewidth=0.8, label=at_best)
+    axes.axhspan(best, 1.2 * best, color="black", alpha=0.08, label="within 20 % of it")
+    shape = f"{smallest['m']} × {smallest['k']} → {smallest['n']}"
+    with_call = f"and what a packed call of {shape} takes, {call / 1e6:.1f} µs"
+    axes.plot(edges, [best + call / edge**3 for edge in edges], ":", color="black", linewidth=1.5, label=with_call)
+    axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xlabel("multiply-adds (more than one row)")
-    axes.set_ylabel("µs")
+    axes.set_ylim(bottom=best / 2)
+    axes.set_xticks(edges, [f"{edge}³" for edge in edges])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylabel("time of a multiply-add, ps")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    axes.set_title(describe(figures["setting"]), fontsize=7)
-    save(pyplot, figure, path)
+    save(pyplot, figure, path, figures["setting"])
+
+
+def picoseconds(result: dict[str, Any], name: str) -> float:
+    """Of one multiply-add."""
+    multiply_adds: int = result["m"] * result["k"] * result["n"]
+    return 1e12 * median(result["seconds_quartiles"], name) / multiply_adds
 
 
 def alike(figures: dict[str, Any]) -> list[dict[str, Any]]:

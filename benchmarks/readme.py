@@ -6,35 +6,62 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 from bitorch_qlinear import _library, demo
 
 from . import cpu, memory, targets, train
-from .measuring import RESULTS, describe, median, ratio
+from .measuring import RESULTS, ROUNDS, describe, load_shapes, median, named, prepare, ratio, setting, write_json
+from .peers import BITORCH, LINEAR, PACKED, QLINEAR
 
 README = Path(__file__).parents[1] / "README.md"
+RUN = "python -m benchmarks train --run --json benchmarks/results/train_run.json"
+
+Figures = dict[str, Any]
 
 
-def measure(every: list[list[str]]) -> None:
-    """Run modules of Python."""
-    for command in every:
-        print("$ python -m", *command, flush=True)
-        subprocess.run([sys.executable, "-m", *command], check=True)
+# ---- measuring -------------------------------------------------------------------------------------
 
 
-def commands() -> list[list[str]]:
-    """What is measured; the AVX2 kernel on its own where there is a better one."""
-    files = {name: str(RESULTS / f"{name}.json") for name in ("cpu", "train", "memory", "targets", "targets_avx2")}
-    every = [
-        ["benchmarks", "cpu", "--quick", "--json", files["cpu"], "--plots", str(RESULTS)],
-        ["benchmarks", "train", "--quick", "--rounds", "7", "--json", files["train"]],
-        ["benchmarks", "memory", "--json", files["memory"]],
-        ["benchmarks", "targets", "--json", files["targets"]],
-    ]
-    if "avx2" in _library.available_kernels()[1:]:
-        every.append(["benchmarks", "targets", "--kernel", "avx2", "--json", files["targets_avx2"]])
-    return every
+def measure() -> None:
+    """All benchmarks in one process, so that their figures are of one commit, into the files and plots of results/."""
+    prepare(1)
+    where, start = setting(), time.monotonic()
+
+    inference = cpu.measure(load_shapes(quick=True), ["float32"], [1], ROUNDS)
+    inference |= {"sizes": cpu.measure_sizes(ROUNDS), "crossover": cpu.crossovers(), "setting": where}
+    print(cpu.report(inference), flush=True)
+    training = train.measure(named(train.QUICK), ROUNDS) | {"setting": where}
+    print(train.report(training), flush=True)
+    resident = memory.measure(**memory.SIZES) | {"setting": where}
+    print(memory.table(resident), flush=True)
+    reached = targets.measure(targets.known(inference, training, ROUNDS), ROUNDS)
+    print(targets.table(reached), flush=True)
+
+    files = {"cpu": inference, "train": training, "memory": resident}
+    for name, figures in (files | {"targets": {"targets": reached, "setting": where}}).items():
+        write_json(RESULTS / f"{name}.json", figures)
+    cpu.draw(inference, RESULTS)
+    measure_avx2(where)
+    print(f"measured in {time.monotonic() - start:.0f} s")
+
+
+def measure_avx2(where: Figures) -> None:
+    """The targets with the AVX2 kernel where there is a better one; an earlier file goes where there is none."""
+    path = RESULTS / "targets_avx2.json"
+    path.unlink(missing_ok=True)
+    if "avx2" not in _library.available_kernels()[1:]:
+        return
+    prepare(1, "avx2")
+    figures = targets.measure(targets.needed(ROUNDS), ROUNDS)
+    write_json(path, {"targets": figures, "setting": where | {"kernel": "avx2"}})
+    prepare(1)
+    print(targets.table(figures), flush=True)
+
+
+# ---- tables ----------------------------------------------------------------------------------------
 
 
 def milliseconds(seconds: float) -> str:
@@ -42,7 +69,7 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
 
 
-def comparison(inference: dict, training: dict) -> str:
+def comparison(inference: Figures, training: Figures) -> str:
     """The table of what one gets instead of nn.Linear and bitorch."""
     wanted = [
         (inference, "large batch", "inference"),
@@ -56,11 +83,11 @@ def comparison(inference: dict, training: dict) -> str:
     for figures, name, title in wanted:
         result = next(result for result in figures["results"] if result["name"] == name)
         times = result["seconds_quartiles"]
+        theirs = milliseconds(median(times, BITORCH)) if BITORCH in times else "absent"
         rows.append(
-            f"| {title}, {result['m']} × {result['k']} → {result['n']} | {milliseconds(median(times, 'nn.Linear'))} "
-            f"| {milliseconds(median(times, 'bitorch QLinear'))} | not timed "
-            f"| {milliseconds(median(times, 'QLinear'))}, "
-            f"**{ratio(times, 'nn.Linear', 'QLinear'):.3g} ×** nn.Linear's speed |"
+            f"| {title}, {result['m']} × {result['k']} → {result['n']} | {milliseconds(median(times, LINEAR))} "
+            f"| {theirs} | not timed | {milliseconds(median(times, QLINEAR))}, "
+            f"**{ratio(times, LINEAR, QLINEAR):.3g} ×** nn.Linear's speed |"
         )
     return "\n".join(
         [
@@ -73,12 +100,20 @@ def comparison(inference: dict, training: dict) -> str:
             "| needs | torch | torch | its own build of torch; gcc 9 to 11 | torch 2.10 or later; any C++20 compiler |",
             "",
             f"Measured by `make benchmark`: {describe(inference['setting'])}; float32 input packed inside, with bias; "
-            "medians of interleaved runs.",
+            f"medians of interleaved runs.{absent(inference, training)}",
         ]
     )
 
 
-def target_table(figures: dict, avx2: dict | None) -> str:
+def absent(inference: Figures, training: Figures) -> str:
+    """A sentence that names the peers that were not timed, if any."""
+    names = cpu.absent_text(inference["absent"]) + [
+        f"{name} (training): {why}" for name, why in training["absent"].items()
+    ]
+    return f" Absent, and so not timed: {'; '.join(names)}." if names else ""
+
+
+def target_table(figures: Figures, avx2: Figures | None) -> str:
     """The targets, and beside what was measured the AVX2 kernel's figures where it is not the best."""
     parts = [targets.table(figures["targets"], "github"), "", f"Measured on {describe(figures['setting'])}."]
     if avx2:
@@ -87,24 +122,59 @@ def target_table(figures: dict, avx2: dict | None) -> str:
     return "\n".join(parts)
 
 
-def benchmark_tables(inference: dict, training: dict, resident: dict) -> str:
+def smallest_cube(inference: Figures) -> str:
+    """Where the time of the smallest cube goes, why it misses the rate of the large ones."""
+    smallest, cube, *others = inference["sizes"]
+    best = max(cpu.rate(result) for result in (cube, *others))
+    took, call = (1e6 * median(result["seconds_quartiles"], PACKED) for result in (cube, smallest))
+    product = 1e6 * cpu.multiply_adds(cube) / best
+    edge = cube["n"]
+    return (
+        f"A call costs something at any size, and each output must be written. Of the {took:.1f} µs of {edge}³ "
+        f"(packed × packed), {product:.1f} µs are its product at the best rate measured, "
+        f"{best / 1e9:,.0f} G multiply-adds/s; {call:.1f} µs are what {smallest['m']} × {smallest['k']} → {smallest['n']} takes too; the rest is for "
+        f"outputs of only {edge} multiply-adds each."
+    )
+
+
+def flatness(inference: Figures) -> str:
+    """The cubes' plot and its caption, where they were timed."""
+    if not inference.get("sizes"):
+        return "The cubes are not timed yet: `make benchmark`."
+    timed = [result["n"] for result in inference["sizes"][1:] if LINEAR in result["seconds_quartiles"]]
+    return (
+        f"{smallest_cube(inference)}\n\n![Time of a multiply-add against size](benchmarks/results/cpu_time.png)\n\n"
+        f"nn.Linear is timed up to {max(timed)}³, to keep the run short."
+    )
+
+
+def benchmark_tables(inference: Figures, training: Figures, resident: Figures) -> str:
     """What make benchmark measured, in full."""
-    crossover = [
-        f"faster than nn.Linear at batch {batch} from K = N = {size} on"
-        for batch, size in inference["crossover"].items()
-        if size
-    ]
+    crossover = [cpu.crossover_text(batch, size) for batch, size in inference["crossover"].items()]
     return "\n\n".join(
         [
             cpu.table(inference["results"], "github"),
-            f"QLinear packs its input inside, packed × packed leaves that out. QLinear is {', '.join(crossover)}.",
+            "Medians, ± half the distance between the quartiles. QLinear packs its input inside, packed × packed "
+            f"leaves that out. Of square layers, {'; '.join(crossover)}.{absent(inference, training)}",
             train.table(training["results"], "github"),
             memory.table(resident, "github"),
         ]
     )
 
 
-def demo_output(figures: dict) -> str:
+def training_run(figures: Figures | None) -> str:
+    """The whole training run, which make benchmark does not repeat."""
+    if figures is None:
+        return f"Not measured yet: `{RUN}`."
+    run = figures["run"]
+    return (
+        f"{train.run_table(run, 'github')}\n\nFrom the same initial weights, on the same batches, to "
+        f"{run['wanted_accuracy']:.0%} of the test images, evaluations included. `{RUN}`: "
+        f"{describe(figures['setting'])}."
+    )
+
+
+def demo_output(figures: Figures) -> str:
     """The demo's own report."""
     accuracy, seconds = figures["test_accuracy"], figures["training"]["seconds"]
     report = demo.report(figures["models"], figures["environment"])
@@ -121,17 +191,20 @@ def fill(text: str, block: str, content: str) -> str:
     return f"{head}{marker}{comment}-->\n\n{content}\n\n{end}{tail}"
 
 
-def load(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+def load(name: str) -> Figures | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def blocks() -> dict[str, str]:
     """What belongs between the README's markers."""
-    avx2 = load("targets_avx2") if (RESULTS / "targets_avx2.json").exists() else None
+    inference, training = load("cpu"), load("train")
     return {
-        "comparison": comparison(load("cpu"), load("train")),
-        "targets": target_table(load("targets"), avx2),
-        "benchmarks": benchmark_tables(load("cpu"), load("train"), load("memory")),
+        "comparison": comparison(inference, training),
+        "targets": target_table(load("targets"), load("targets_avx2")),
+        "cubes": flatness(inference),
+        "benchmarks": benchmark_tables(inference, training, load("memory")),
+        "training run": training_run(load("train_run")),
         "demo": demo_output(load("demo")),
     }
 
@@ -142,9 +215,10 @@ def main() -> None:
     parser.add_argument("--demo", action="store_true", help="run the demo first")
     options = parser.parse_args()
     if options.measure:
-        measure(commands())
+        measure()
     if options.demo:
-        measure([["bitorch_qlinear.demo", "--json", str(RESULTS / "demo.json")]])
+        command = [sys.executable, "-m", "bitorch_qlinear.demo", "--json", str(RESULTS / "demo.json")]
+        subprocess.run(command, check=True)
     text = README.read_text()
     for block, content in blocks().items():
         text = fill(text, block, content)

@@ -2,15 +2,18 @@
 
 Each row is a ratio of medians in one process: float32, with bias, one thread unless a row says two, packing of the
 input inside and weights packed before, on whatever processor is here; ``--kernel avx2`` keeps to AVX2 where there is
-more. Larger is better. A row whose peer is absent says so.
+more. Larger is better. A row whose peer is absent says so. ``make benchmark`` takes the ratios of whole shapes from
+what it has measured in the same process.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +25,50 @@ from tqdm import tqdm
 from bitorch_qlinear import QLinear, _library
 from bitorch_qlinear import functional as F
 
-from .measuring import Shape, describe, interleaved, median, prepare, ratio, setting, write_json
+from . import cpu, train
+from .measuring import (
+    ROUNDS,
+    Call,
+    Shape,
+    Times,
+    describe,
+    interleaved,
+    load_shapes,
+    median,
+    named,
+    prepare,
+    ratio,
+    setting,
+    write_json,
+)
 from .peers import BITORCH, BNN, LINEAR, PACKED, QLINEAR, contestants, evaluation
-from .train import step_times
 
+INFERENCE = ["large batch", "medium batch", "small batch", "one row", "64 cubed", "tiny"]
+TRAINING = ["large batch"]
+ODD_AND_EVEN = {
+    "odd sizes": "large batch",
+    "odd sizes, medium": "medium batch",
+    "odd sizes, small": "small batch",
+}
 SWEEP_BYTES = 64 << 20
+CHECK_SECONDS = 1e-6
+
+
+class Known(NamedTuple):
+    """Times of whole shapes, by name, and who was absent from them; the cubes'; and each quick shape's by threads."""
+
+    inference: dict[str, Times]
+    training: dict[str, Times]
+    sizes: list[dict[str, Any]]
+    threads: dict[str, dict[int, list[float]]]
+    absent: dict[str, str]
+
+
+class Measured(NamedTuple):
+    """A ratio, and the quartiles of the seconds that it is made of."""
+
+    value: float
+    seconds_quartiles: dict[str, Any]
 
 
 class Target(NamedTuple):
@@ -35,28 +77,82 @@ class Target(NamedTuple):
     work: str
     least: float
     goal: float | None
-    measure: Callable[[int], float]
+    measure: Callable[[Known, int], Measured]
 
 
-def product(m: int, k: int, n: int) -> Shape:
-    return Shape("", "", m, k, n)
+# ---- whole shapes ----------------------------------------------------------------------------------
 
 
-def forward(m: int, k: int, n: int, baseline: str = LINEAR, name: str = QLINEAR) -> Callable[[int], float]:
-    """A contestant's speed against another's."""
+def by_threads(rounds: int) -> dict[str, dict[int, list[float]]]:
+    """Quartiles of QLinear's seconds with one thread and with two, in turns."""
+    if (os.cpu_count() or 1) < 2:
+        return {}
+    found = {}
+    for shape in tqdm(load_shapes(quick=True), desc="threads", leave=False, unit="shape"):
+        call = contestants(shape, names=[QLINEAR]).calls[QLINEAR]
+        found[shape.name] = interleaved({1: call, 2: call}, rounds, threads={1: 1, 2: 2})
+    return found
 
-    def measure(rounds: int) -> float:
-        made = contestants(product(m, k, n))
-        if baseline in made.absent:
-            raise LookupError(made.absent[baseline])
-        return ratio(interleaved({each: made.calls[each] for each in (baseline, name)}, rounds), baseline, name)
+
+def known(inference: dict[str, Any], training: dict[str, Any], rounds: int) -> Known:
+    """What other benchmarks measured (the first results of a name count), and the threads."""
+
+    def times(figures: dict[str, Any]) -> dict[str, Times]:
+        return {result["name"]: result["seconds_quartiles"] for result in reversed(figures["results"])}
+
+    absent = inference["absent"]["float32"] | training["absent"]
+    return Known(times(inference), times(training), inference["sizes"], by_threads(rounds), absent)
+
+
+def needed(rounds: int) -> Known:
+    """What the targets need of it, and no more."""
+    inference = cpu.measure(named(INFERENCE), ["float32"], [1], rounds, [LINEAR, QLINEAR, BNN])
+    inference["sizes"] = cpu.measure_sizes(rounds)
+    return known(inference, train.measure(named(TRAINING), rounds), rounds)
+
+
+def compared(times: Times, baseline: str, name: str) -> Measured:
+    return Measured(ratio(times, baseline, name), {each: times[each] for each in (baseline, name)})
+
+
+def against(where: str, shape: str, baseline: str = LINEAR) -> Callable[[Known, int], Measured]:
+    """QLinear's speed at a known shape against another's; where: inference or training."""
+
+    def measure(known: Known, rounds: int) -> Measured:
+        times = getattr(known, where)[shape]
+        if baseline not in times:
+            raise LookupError(known.absent[baseline])
+        return compared(times, baseline, QLINEAR)
 
     return measure
 
 
-def after_a_sweep(rounds: int) -> float:
+def flatness(known: Known, rounds: int) -> Measured:
+    """The smallest rate of the cubes by the largest, packing excluded."""
+    cubes = known.sizes[1:]
+    rates = [cpu.rate(cube) for cube in cubes]
+    return Measured(min(rates) / max(rates), {cube["name"]: cube["seconds_quartiles"][PACKED] for cube in cubes})
+
+
+def two_threads(known: Known, names: list[str]) -> Measured:
+    """One thread's time by that of two, the least of some shapes."""
+    if not known.threads:
+        raise LookupError("one processor")
+
+    def gain(times: Mapping[int, list[float]]) -> float:
+        return times[1][1] / times[2][1]
+
+    name = min(names, key=lambda name: gain(known.threads[name]))
+    return Measured(gain(known.threads[name]), {f"{name}, {count}": known.threads[name][count] for count in (1, 2)})
+
+
+# ---- what is measured for the targets alone ----------------------------------------------------------
+
+
+def after_a_sweep(known: Known, rounds: int) -> Measured:
     """The first call after 64 MB were written, the cached weights gone."""
-    calls = contestants(product(1, 4096, 4096)).calls
+    (shape,) = named(["one row"])
+    calls = contestants(shape, names=[LINEAR, QLINEAR]).calls
     swept = torch.empty(SWEEP_BYTES, dtype=torch.uint8)
     seconds: dict[str, list[float]] = {LINEAR: [], QLINEAR: []}
     for i in range(2 * rounds):
@@ -65,92 +161,68 @@ def after_a_sweep(rounds: int) -> float:
             start = time.perf_counter()
             calls[name]()
             values.append(time.perf_counter() - start)
-    return statistics.median(seconds[LINEAR]) / statistics.median(seconds[QLINEAR])
+    return compared({name: statistics.quantiles(values, n=4) for name, values in seconds.items()}, LINEAR, QLINEAR)
 
 
-def odd_against_even(rounds: int) -> float:
+def odd_against_even(known: Known, rounds: int) -> Measured:
     """The smallest rate of an odd shape by that of its even neighbour."""
-    pairs = [
-        (product(511, 4095, 4097), product(512, 4096, 4096)),
-        (product(127, 1023, 1025), product(128, 1024, 1024)),
-        (product(15, 4095, 4097), product(16, 4096, 4096)),
-    ]
-    found = []
-    for odd, even in pairs:
-        times = interleaved({str(shape): contestants(shape).calls[QLINEAR] for shape in (odd, even)}, rounds)
-        rates = [shape.multiply_adds / median(times, str(shape)) for shape in (odd, even)]
-        found.append(rates[0] / rates[1])
-    return min(found)
+    shapes = {shape.name: shape for shape in load_shapes()}
+
+    def pair(odd: Shape, even: Shape) -> Measured:
+        calls = {shape.name: contestants(shape, names=[QLINEAR]).calls[QLINEAR] for shape in (odd, even)}
+        times = interleaved(calls, rounds)
+        work = odd.multiply_adds / even.multiply_adds
+        return Measured(work * median(times, even.name) / median(times, odd.name), times)
+
+    return min(pair(shapes[odd], shapes[even]) for odd, even in ODD_AND_EVEN.items())
 
 
-def packing(rounds: int) -> float:
+def packing(known: Known, rounds: int) -> Measured:
     x = torch.randn(512, 4096)
-    return ratio(interleaved({"sum": x.sum, "pack": lambda: F.pack_bits(x)}, rounds), "sum", "pack")
+    return compared(interleaved({"sum": x.sum, "pack": lambda: F.pack_bits(x)}, rounds), "sum", "pack")
 
 
-def training_step(baseline: str) -> Callable[[int], float]:
-    def measure(rounds: int) -> float:
-        times, absent = step_times(product(512, 4096, 4096), rounds, [baseline, QLINEAR])
-        if baseline in absent:
-            raise LookupError(absent[baseline])
-        return ratio(times, baseline, QLINEAR)
-
-    return measure
-
-
-def identity_input(rounds: int) -> float:
-    x, linear = torch.randn(512, 4096), nn.Linear(4096, 4096)
+def identity_input(known: Known, rounds: int) -> Measured:
+    (shape,) = named(["large batch"])
+    x, linear = torch.randn(shape.m, shape.k), nn.Linear(shape.k, shape.n)
     layer = QLinear.from_linear(linear, input_quantization="identity").requires_grad_(False)
-    return ratio(interleaved({LINEAR: evaluation(linear, x), QLINEAR: evaluation(layer, x)}, rounds), LINEAR, QLINEAR)
+    return compared(
+        interleaved({LINEAR: evaluation(linear, x), QLINEAR: evaluation(layer, x)}, rounds), LINEAR, QLINEAR
+    )
 
 
-def two_threads(rounds: int) -> float:
-    """One thread's time by that of two, in turns."""
-    call = contestants(product(512, 4096, 4096)).calls[QLINEAR]
-
-    def with_threads(count: int) -> Callable[[], None]:
-        def run() -> None:
-            torch.set_num_threads(count)
-            call()
-
-        return run
-
-    before = torch.get_num_threads()
-    seconds: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(rounds):
-        for count, values in seconds.items():
-            run = with_threads(count)
-            run()
-            start = time.perf_counter()
-            run()
-            values.append(time.perf_counter() - start)
-    torch.set_num_threads(before)
-    return statistics.median(seconds[1]) / statistics.median(seconds[2])
-
-
-def flatness(rounds: int) -> float:
-    """The smallest rate from 256³ to 4096³ by the largest, packing excluded."""
-    shapes = [product(size, size, size) for size in (256, 512, 1024, 2048, 4096)]
-    times = interleaved({str(shape): contestants(shape).calls[PACKED] for shape in shapes}, min(rounds, 7))
-    rates = [shape.multiply_adds / median(times, str(shape)) for shape in shapes]
-    return min(rates) / max(rates)
+def cache_check(known: Known, rounds: int) -> Measured:
+    """1 µs by the time in which eval mode finds its packed weights still right."""
+    (shape,) = named(["one row"])
+    layer = QLinear(shape.k, shape.n).eval()
+    check: Call = partial(layer._cache.get, layer.weight, False)  # as QLinear.forward does
+    times = interleaved({"check": check}, rounds)
+    return Measured(CHECK_SECONDS / median(times, "check"), times)
 
 
 TARGETS = [
-    Target("512 × 4096 → 4096, × nn.Linear", 18, 25, forward(512, 4096, 4096)),
-    Target("the same, × bnn-lab's GEMM", 3, 4, forward(512, 4096, 4096, BNN)),
-    Target("128 × 1024 → 1024, × nn.Linear", 14, 20, forward(128, 1024, 1024)),
-    Target("16 × 4096 → 4096, × nn.Linear", 28, 40, forward(16, 4096, 4096)),
-    Target("1 × 4096 → 4096, × nn.Linear, warm", 40, 60, forward(1, 4096, 4096)),
+    Target("512 × 4096 → 4096, × nn.Linear", 18, 25, against("inference", "large batch")),
+    Target("the same, × bnn-lab's GEMM", 3, 4, against("inference", "large batch", BNN)),
+    Target("128 × 1024 → 1024, × nn.Linear", 14, 20, against("inference", "medium batch")),
+    Target("16 × 4096 → 4096, × nn.Linear", 28, 40, against("inference", "small batch")),
+    Target("1 × 4096 → 4096, × nn.Linear, warm", 40, 60, against("inference", "one row")),
     Target("the first call after a 64 MB sweep", 0, None, after_a_sweep),
     Target("odd shapes, × the even neighbour's rate", 0.85, 0.95, odd_against_even),
-    Target("64 × 64 → 64, × nn.Linear", 1, 2, forward(64, 64, 64)),
-    Target("1 × 64 → 64, × nn.Linear", 0.8, None, forward(1, 64, 64)),
+    Target("64 × 64 → 64, × nn.Linear", 1, 2, against("inference", "64 cubed")),
+    Target("1 × 64 → 64, × nn.Linear", 0.8, None, against("inference", "tiny")),
+    Target("1 µs, × the time of the weight cache's check", 1, None, cache_check),
     Target("packing 512 × 4096 float32, × torch.sum", 0.8, 1, packing),
-    Target("training step 512 × 4096 → 4096, × nn.Linear", 3.5, 5, training_step(LINEAR)),
-    Target("the same, × bitorch's QLinear", 4, 6, training_step(BITORCH)),
+    Target("training step 512 × 4096 → 4096, × nn.Linear", 3.5, 5, against("training", "large batch")),
+    Target("the same, × bitorch's QLinear", 4, 6, against("training", "large batch", BITORCH)),
     Target("`identity` input, 512 × 4096 → 4096, × nn.Linear", 3, 4.5, identity_input),
-    Target("two threads, 512 × 4096 → 4096, × one", 1.7, None, two_threads),
+    Target("two threads, 512 × 4096 → 4096, × one", 1.7, None, lambda known, _: two_threads(known, ["large batch"])),
+    # The smallest shapes have one thread's worth of work: the two are equal there but for the noise.
+    Target(
+        "two threads, × one, the least of the quick shapes (0.95: equal but for noise)",
+        0.95,
+        1,
+        lambda known, _: two_threads(known, list(known.threads)),
+    ),
     Target("rates from 256³ to 4096³, the least × the best", 0.83, None, flatness),
 ]
 
@@ -166,13 +238,13 @@ def verdict(figure: dict[str, Any]) -> str:
     return "goal met" if figure["goal"] is None or figure["measured"] >= figure["goal"] else "pass"
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
+def measure(known: Known, rounds: int) -> list[dict[str, Any]]:
     """Every target with what was measured, or why it was not."""
     figures = []
     for target in tqdm(TARGETS, leave=False, unit="target"):
         figure = {"work": target.work, "least": target.least, "goal": target.goal, "measured": None, "why": ""}
         try:
-            figure["measured"] = target.measure(rounds)
+            figure["measured"], figure["seconds_quartiles"] = target.measure(known, rounds)
         except LookupError as error:
             figure["why"] = str(error)
         figures.append(figure)
@@ -198,12 +270,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks targets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each contestant (15)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"turns of each contestant ({ROUNDS})")
     parser.add_argument("--kernel", choices=_library.available_kernels(), help="instead of the best one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args(argv)
     prepare(1, options.kernel)
-    figures = {"targets": measure(options.rounds), "setting": setting()}
+    where = setting()
+    figures: dict[str, Any] = {"targets": measure(needed(options.rounds), options.rounds), "setting": where}
     print(table(figures["targets"]))
     print(describe(figures["setting"]))
     if options.json:

@@ -1,7 +1,7 @@
 """Times training on the CPU: ``python -m benchmarks train``.
 
 A step is a forward and all gradients, of float32 layers with bias; saved bytes are what the forward keeps for the
-backward beside the weights. ``--run`` also trains the demo's network, wider, with QLinear and with bitorch's, until
+backward beside the weights. ``--run`` trains the demo's network instead, wider, with QLinear and with bitorch's, until
 each recognizes so many of the test images.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,19 @@ from tqdm import tqdm
 from bitorch_qlinear import QLinear, demo
 
 from .measuring import (
+    ROUNDS,
     Call,
     Shape,
     Times,
     describe,
     interleaved,
-    load_shapes,
     median,
     microseconds,
+    named,
     prepare,
     ratio,
     setting,
+    spread,
     write_json,
 )
 from .peers import BITORCH, LINEAR, QLINEAR, bitorch_layer
@@ -39,10 +42,11 @@ from .peers import BITORCH, LINEAR, QLINEAR, bitorch_layer
 NAMES = [LINEAR, QLINEAR, BITORCH]
 # Of shapes.csv.
 STEPS = ["large batch", "medium batch", "small batch", "one row", "odd sizes", "64 cubed", "BERT-base attention"]
-QUICK = ["large batch", "medium batch", "small batch", "64 cubed"]
+QUICK = ["large batch", "medium batch", "small batch", "one row", "64 cubed"]
+MOST_EPOCHS = 12
 
 
-def layers(shape: Shape, names: list[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def layers(shape: Shape, names: Collection[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Layers in training mode, and why others are absent."""
     linear = nn.Linear(shape.k, shape.n)
     made: dict[str, nn.Module] = {LINEAR: linear, QLINEAR: QLinear.from_linear(linear)}
@@ -60,7 +64,7 @@ def step(layer: nn.Module, x: Tensor, gradient: Tensor) -> Call:
     return lambda: torch.autograd.grad(layer(x), [x, *layer.parameters()], gradient)
 
 
-def step_times(shape: Shape, rounds: int, names: list[str]) -> tuple[Times, dict[str, str]]:
+def step_times(shape: Shape, rounds: int, names: Collection[str]) -> tuple[Times, dict[str, str]]:
     made, absent = layers(shape, names)
     x, gradient = torch.randn(shape.m, shape.k), torch.randn(shape.m, shape.n)
     return interleaved({name: step(layer, x, gradient) for name, layer in made.items()}, rounds), absent
@@ -83,13 +87,14 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
-def measure(shapes: list[Shape], rounds: int) -> dict[str, Any]:
+def measure(shapes: list[Shape], rounds: int, names: Collection[str] = tuple(NAMES)) -> dict[str, Any]:
     """Quartiles of a step's seconds, and the saved bytes, by shape and layer."""
-    results, absent = [], {}
+    results: list[dict[str, Any]] = []
+    absent: dict[str, str] = {}
     for shape in tqdm(shapes, leave=False, unit="shape"):
-        times, missing = step_times(shape, rounds, NAMES)
+        times, missing = step_times(shape, rounds, names)
         absent |= missing
-        made, _ = layers(shape, NAMES)
+        made, _ = layers(shape, names)
         saved = {name: saved_bytes(layer, torch.randn(shape.m, shape.k)) for name, layer in made.items()}
         results.append({**shape._asdict(), "seconds_quartiles": times, "saved_bytes": saved})
     return {"results": results, "absent": absent}
@@ -110,6 +115,7 @@ def network(features: int, hidden: int, name: str) -> nn.Module:
                 other = BitorchQLinear(hidden, hidden, bias=False, gradient_cancellation_threshold=1.0)
                 other.load_state_dict(layer.state_dict())
                 setattr(model, child, other)
+    torch.manual_seed(0)  # making bitorch's layers took numbers: the same batches for both
     return model
 
 
@@ -130,10 +136,11 @@ def train_until(name: str, hidden: int, accuracy: float, most_epochs: int) -> di
 
 
 def train_both(hidden: int, accuracy: float) -> dict[str, Any]:
+    """One run each, one after the other."""
     runs: dict[str, Any] = {}
     for name in (QLINEAR, BITORCH):
         try:
-            runs[name] = train_until(name, hidden, accuracy, most_epochs=12)
+            runs[name] = train_until(name, hidden, accuracy, MOST_EPOCHS)
         except ImportError as error:
             runs[name] = {"absent": str(error)}
     return {"hidden": hidden, "wanted_accuracy": accuracy, "runs": runs}
@@ -148,7 +155,8 @@ def table(results: list[dict[str, Any]], style: str = "simple") -> str:
     rows = []
     for result in results:
         times, saved = result["seconds_quartiles"], result["saved_bytes"]
-        cells = [microseconds(median(times, LINEAR)), *(f"{ratio(times, LINEAR, name):.2f}" for name in present[1:])]
+        cells = [f"{microseconds(median(times, LINEAR))} {spread(times, LINEAR)}"]
+        cells += [f"{ratio(times, LINEAR, name):.2f} {spread(times, name)}" for name in present[1:]]
         shape = f"{result['m']} × {result['k']} → {result['n']}"
         rows.append([shape, *cells, *(f"{saved[name] / 1000:,.1f}" for name in present)])
     headers = ["training step", f"{LINEAR}, µs", *(f"{name}, ×" for name in present[1:])]
@@ -159,16 +167,28 @@ def table(results: list[dict[str, Any]], style: str = "simple") -> str:
     return text
 
 
-def run_report(run: dict[str, Any]) -> str:
-    lines = [f"Training the demo's network, {run['hidden']} wide, to {run['wanted_accuracy']:.0%} of the test images:"]
+def report(figures: dict[str, Any]) -> str:
+    """The steps, as text."""
+    absent = [f"absent: {name}: {why}" for name, why in figures["absent"].items()]
+    return "\n".join([table(figures["results"]), *absent])
+
+
+def run_table(run: dict[str, Any], style: str = "simple") -> str:
+    """Both runs to the same accuracy."""
+    rows = []
     for name, result in run["runs"].items():
         if "absent" in result:
-            lines.append(f"- {name}: absent: {result['absent']}")
-        else:
-            lines.append(
-                f"- {name}: {result['seconds']:.1f} s, {result['epochs']} epochs, {result['test_accuracy']:.2%}"
-            )
-    return "\n".join(lines)
+            rows.append([name, f"absent: {result['absent']}", "", ""])
+            continue
+        missed = "" if result["test_accuracy"] >= run["wanted_accuracy"] else ", not reached"
+        rows.append(
+            [name, f"{result['seconds']:.1f} s", str(result["epochs"]), f"{result['test_accuracy']:.2%}{missed}"]
+        )
+    headers = [f"the demo's network, {run['hidden']} wide", "training", "epochs", "test accuracy"]
+    text: str = tabulate(
+        rows, headers=headers, tablefmt=style, disable_numparse=True, colalign=["left"] + ["right"] * 3
+    )
+    return text
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -176,25 +196,22 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m benchmarks train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (1)")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each layer (15)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"turns of each layer ({ROUNDS})")
     parser.add_argument("--quick", action="store_true", help="a selection of the shapes")
     parser.add_argument("--only", choices=STEPS, metavar="NAME", help="one shape of shapes.csv")
-    parser.add_argument("--run", action="store_true", help="train the demo's network too")
+    parser.add_argument("--run", action="store_true", help="train the demo's network instead: minutes")
     parser.add_argument("--hidden", type=int, default=4096, help="its width (4096)")
     parser.add_argument("--accuracy", type=float, default=0.97, help="of the test images, where a run ends (0.97)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args(argv)
     prepare(options.threads)
-    wanted = [options.only] if options.only else QUICK if options.quick else STEPS
-    figures = measure([shape for shape in load_shapes() if shape.name in wanted], options.rounds)
+    where = setting()
     if options.run:
-        figures["run"] = train_both(options.hidden, options.accuracy)
-    figures["setting"] = setting()
-    print(table(figures["results"]))
-    for name, why in figures["absent"].items():
-        print(f"absent: {name}: {why}")
-    if options.run:
-        print(run_report(figures["run"]))
-    print(describe(figures["setting"]))
+        figures = {"run": train_both(options.hidden, options.accuracy)}
+        print(run_table(figures["run"]))
+    else:
+        figures = measure(named([options.only] if options.only else QUICK if options.quick else STEPS), options.rounds)
+        print(report(figures))
+    print(describe(where))
     if options.json:
-        write_json(options.json, figures)
+        write_json(options.json, figures | {"setting": where})

@@ -2,6 +2,7 @@
 
 import json
 import math
+import platform
 import runpy
 import sys
 from pathlib import Path
@@ -27,12 +28,28 @@ SETTING = {
 
 def result(name="a", m=2, k=32, n=3, dtype="float32", **seconds):
     times = {each.replace("_", " "): [0.9 * value, value, 1.1 * value] for each, value in seconds.items()}
-    return {"name": name, "m": m, "k": k, "n": n, "dtype": dtype, "threads": 1, "seconds_quartiles": times}
+    return {
+        "name": name,
+        "group": "g",
+        "m": m,
+        "k": k,
+        "n": n,
+        "dtype": dtype,
+        "threads": 1,
+        "seconds_quartiles": times,
+    }
 
 
 RESULTS = [
     result("one", **{peers.LINEAR: 8e-3, peers.QLINEAR: 1e-3, peers.PACKED: 5e-4}),
     result("two", m=64, **{peers.LINEAR: 2e-3, peers.QLINEAR: 1e-3, peers.PACKED: 1e-3, peers.BITORCH: 4e-3}),
+]
+
+
+CUBES = [
+    result("tiny", m=1, k=64, n=64, **{peers.LINEAR: 8e-6, peers.QLINEAR: 1e-5, peers.PACKED: 5e-6}),
+    result("small", m=256, k=256, n=256, **{peers.LINEAR: 4e-4, peers.QLINEAR: 4e-5, peers.PACKED: 2e-5}),
+    result("large", m=512, k=512, n=512, **{peers.QLINEAR: 2e-4, peers.PACKED: 1e-4}),
 ]
 
 
@@ -62,6 +79,37 @@ def test_interleaved_times_every_contestant():
     assert all(low <= middle <= high for low, middle, high in times.values()) and min(calls.values()) >= 4
 
 
+def test_a_long_call_is_made_once_a_turn(monkeypatch):
+    monkeypatch.setattr(measuring, "LONG_SECONDS", 0)
+    calls = []
+    measuring.interleaved({"a": lambda: calls.append(torch.get_num_threads())}, rounds=5, threads={"a": 1})
+    assert calls == [1] * (3 + 5)  # torch's Timer makes three when it is asked for one
+
+
+def test_spread_is_half_the_distance_of_the_quartiles():
+    assert measuring.spread({"a": [0.9, 1.0, 1.2]}, "a") == "± 15.0%"
+
+
+def test_commit_has_a_plus_where_measured_files_differ(monkeypatch):
+    said = {"status": "", "rev-parse": "abc"}
+    asked = []
+
+    def git(*arguments):
+        asked.append(arguments)
+        return said[arguments[0]]
+
+    monkeypatch.setattr(measuring, "git", git)
+    assert measuring.commit() == "abc"
+    said["status"] = " M csrc/x.cpp"
+    assert measuring.commit() == "abc+"
+    assert ":(top,exclude)benchmarks/results" in asked[0] and ":(top,exclude)README.md" in asked[0]
+
+
+def test_setting_has_the_versions():
+    where = measuring.setting()
+    assert where["python"] == platform.python_version() and where["bitorch"] == "0.4.1"
+
+
 @pytest.mark.parametrize("threshold", [*range(16, 40), 63, 64])
 def test_bisection(threshold):
     assert cpu.bisect(16, 64, lambda size: size >= threshold) == threshold
@@ -75,24 +123,53 @@ def test_table_of_ratios_and_their_geometric_mean():
     lines = cpu.table(RESULTS, "github").splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0][5:] == ["QLinear, ×", "packed × packed, ×", "bitorch QLinear, ×"]
-    assert cells[2][4:] == ["8,000", "8.00", "16.00", ""] and cells[3][5:] == ["2.00", "2.00", "0.50"]
+    assert cells[2][4:] == ["8,000 ± 10.0%", "8.00 ± 10.0%", "16.00 ± 10.0%", ""]
+    assert [cell.split()[0] for cell in cells[3][5:]] == ["2.00", "2.00", "0.50"]
     assert cells[4][5:] == ["4.00", f"{math.sqrt(32):.2f}", "0.50"]
 
 
 def test_report_names_crossover_and_absent_peers():
     text = cpu.report(
-        {"results": RESULTS, "crossover": {1: 140, 64: None}, "absent": {"bnn-lab GEMM": "no"}, "setting": SETTING}
+        {
+            "results": RESULTS,
+            "crossover": {"1": 140, "2": 16, "64": None},
+            "absent": {"float32": {}, "float16": {"bnn-lab GEMM": "no"}},
+            "setting": SETTING,
+        }
     )
-    assert (
-        "batch 1: from K = N = 140 on" in text and "batch 64: not up to" in text and "absent: bnn-lab GEMM: no" in text
-    )
+    assert "at batch 1 QLinear is faster from K = N = 140 on" in text and "at batch 2 QLinear is faster at all" in text
+    assert "at batch 64 nn.Linear is still faster at K = N = 2048" in text
+    assert "absent: bnn-lab GEMM (float16): no" in text
+
+
+def test_peers_are_chosen_and_absent_by_type():
+    figures = cpu.measure([TINY], ["float32", "bfloat16"], [1], 2, [peers.LINEAR, peers.INT8])
+    assert [list(r["seconds_quartiles"]) for r in figures["results"]] == [[peers.LINEAR, peers.INT8], [peers.LINEAR]]
+    assert figures["absent"] == {"float32": {}, "bfloat16": {peers.INT8: "not of bfloat16"}}
+
+
+def test_unknown_peer_names_the_choices(capsys):
+    with pytest.raises(SystemExit):
+        cpu.main(["--peers", "nobody"])
+    said = capsys.readouterr().err
+    assert all(name in said for name in peers.NAMES[1:])
+
+
+def test_sizes_are_the_smallest_product_and_the_cubes(monkeypatch):
+    monkeypatch.setattr(cpu, "LINEAR_MULTIPLY_ADDS", 512**3)
+    monkeypatch.setattr(cpu, "interleaved", lambda calls, rounds: {key: [1.0] * 3 for key in calls})
+    monkeypatch.setattr(cpu, "contestants", lambda shape, names: peers.Contestants(dict.fromkeys(names), {}))
+    found = cpu.measure_sizes(2)
+    assert [r["n"] for r in found] == [64, 256, 512, 1024, 2048, 4096] and found[0]["m"] == 1
+    assert [peers.LINEAR in r["seconds_quartiles"] for r in found] == [True] * 3 + [False] * 3
 
 
 def test_plots_are_pictures(tmp_path):
-    figures = {"results": [*RESULTS, result(dtype="float16", **{peers.LINEAR: 1.0})], "setting": SETTING}
-    for draw in (plots.ratios, plots.times):
-        draw(figures, tmp_path / "x.png")
-        assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    results = [*RESULTS, result(dtype="float16", **{peers.LINEAR: 1.0})]
+    figures = {"results": results, "sizes": CUBES, "setting": SETTING}
+    cpu.draw(figures, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"cpu_ratio.png", "cpu_time.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
     assert len(plots.alike(figures)) == 2
 
 
@@ -117,13 +194,28 @@ def test_target_whose_peer_is_absent():
 
 
 def test_every_target_is_measured_at_a_tiny_size(monkeypatch):
-    monkeypatch.setattr(targets, "product", lambda m, k, n: Shape("", "", min(m, 3), min(k, 40), min(n, 24)))
+    shapes = [Shape(s.name, s.group, min(s.m, 3), min(s.k, 40), min(s.n, 24)) for s in measuring.load_shapes()]
+    monkeypatch.setattr(targets, "load_shapes", lambda quick=False: shapes)
+    monkeypatch.setattr(targets, "named", lambda names: [shape for shape in shapes if shape.name in names])
+    monkeypatch.setattr(cpu, "measure_sizes", lambda rounds: CUBES)
     monkeypatch.setattr(targets, "SWEEP_BYTES", 64)
     monkeypatch.setattr(targets, "TARGETS", [t for t in targets.TARGETS if "torch.sum" not in t.work])
     monkeypatch.setitem(sys.modules, "bnn", None)  # absent, as on most machines
-    figures = targets.measure(rounds=2)
-    absent = [figure["work"] for figure in figures if figure["measured"] is None]
-    assert absent == ["the same, × bnn-lab's GEMM"] and all(figure["measured"] or figure["why"] for figure in figures)
+    figures = targets.measure(targets.needed(rounds=2), rounds=2)
+    absent = [figure["work"] for figure in figures if figure["why"] not in ("", "one processor")]
+    assert absent == ["the same, × bnn-lab's GEMM"]
+    assert all(figure["why"] or (figure["measured"] and figure["seconds_quartiles"]) for figure in figures)
+
+
+def test_two_threads_are_judged_by_the_shape_that_gains_least():
+    known = targets.Known({}, {}, [], {"a": {1: [2.0] * 3, 2: [1.0] * 3}, "b": {1: [9.0] * 3, 2: [10.0] * 3}}, {})
+    measured = targets.two_threads(known, ["a", "b"])
+    assert measured.value == 0.9 and set(measured.seconds_quartiles) == {"b, 1", "b, 2"}
+
+
+def test_flatness_leaves_the_smallest_product_out():
+    known = targets.Known({}, {}, CUBES, {}, {})
+    assert targets.flatness(known, 0).value == pytest.approx((256**3 / 2e-5) / (512**3 / 1e-4))
 
 
 def test_contestants_agree_on_the_shape():
@@ -138,6 +230,88 @@ def test_comparison_with_the_committed_figures():
     slower = [result("one", **{peers.LINEAR: 8e-3, peers.QLINEAR: 2e-3}), RESULTS[1]]
     rows = check.compare(RESULTS, slower)
     assert check.fallen(rows) == ["one"] and check.fallen(check.compare(RESULTS, RESULTS)) == []
+
+
+@pytest.mark.parametrize(
+    ("speed", "kernel", "lost"),
+    [(0.8, "k", None), (0.6, "k", "one, two, training step, one, training step, two"), (0.6, "other", None)],
+)
+def test_check_judges_only_the_processor_that_was_committed(monkeypatch, capsys, speed, kernel, lost):
+    steps = [{name: value for name, value in each.items() if name not in ("dtype", "threads")} for each in RESULTS]
+    files = {"cpu": {"results": RESULTS, "setting": SETTING}, "train": {"results": steps, "setting": SETTING}}
+
+    def slower(results):
+        times = [each["seconds_quartiles"] for each in results]
+        slow = [each | {peers.QLINEAR: [value / speed for value in each[peers.QLINEAR]]} for each in times]
+        return [each | {"seconds_quartiles": found} for each, found in zip(results, slow, strict=True)]
+
+    monkeypatch.setattr(check, "load", files.__getitem__)
+    monkeypatch.setattr(check, "again", lambda inference, training: (slower(RESULTS), slower(steps)))
+    monkeypatch.setattr(check, "setting", lambda: SETTING | {"kernel": kernel})
+    if lost:
+        with pytest.raises(SystemExit, match=f"30% slower than committed: {lost}"):
+            check.main()
+    else:
+        check.main()
+    said = capsys.readouterr().out
+    assert "training step, two" in said and ("nothing is judged" in said) == (kernel == "other")
+
+
+def test_check_measures_the_types_and_threads_of_the_figures():
+    half = result("half", m=3, k=33, n=5, dtype="float16", **{peers.LINEAR: 1.0}) | {"threads": 2}
+    step = {name: half[name] for name in ("name", "group", "m", "k", "n")}
+    forward, steps = check.again({"results": [half]}, {"results": [step], "setting": SETTING})
+    assert (forward[0]["dtype"], forward[0]["threads"]) == ("float16", 2) and check.title(half) == (
+        "half, float16, 2 threads"
+    )
+    assert set(steps[0]["seconds_quartiles"]) == set(check.NAMES)
+
+
+def test_readme_names_who_was_absent_and_who_won_everywhere():
+    names = ["large batch", "one row", "odd sizes", "tiny", "small batch"]
+    results = [result(name, **{peers.LINEAR: 2.0, peers.QLINEAR: 1.0, peers.PACKED: 1.0}) for name in names]
+    missing, saved = {peers.BITORCH: "no module"}, {peers.LINEAR: 1, peers.QLINEAR: 1}
+    inference = {"results": results, "absent": {"float32": missing}, "crossover": {"1": None}, "setting": SETTING}
+    training = {"results": [each | {"saved_bytes": saved} for each in results], "absent": missing}
+    resident = {"size": 1, "layers": 1, "batch": 1, "bytes": {}}
+    for text in (readme.comparison(inference, training), readme.benchmark_tables(inference, training, resident)):
+        assert "not timed: bitorch QLinear (float32): no module; bitorch QLinear (training): no module" in text
+    assert "nn.Linear is still faster at K = N = 2048" in text
+
+
+def test_readme_says_where_the_smallest_cube_s_time_goes():
+    said = readme.smallest_cube({"sizes": CUBES})
+    assert "Of the 20.0 µs of 256³" in said and "12.5 µs" in said and "5.0 µs are what 1 × 64 → 64" in said
+    assert "up to 256³" in readme.flatness({"sizes": CUBES})
+
+
+def test_readme_shows_the_training_run():
+    runs = {
+        peers.QLINEAR: {"seconds": 10.0, "epochs": 3, "test_accuracy": 0.98},
+        peers.BITORCH: {"absent": "no module"},
+    }
+    figures = {"run": {"hidden": 8, "wanted_accuracy": 0.97, "runs": runs}, "setting": SETTING}
+    said = readme.training_run(figures)
+    assert "98.00%" in said and "absent: no module" in said and "Not measured yet" in readme.training_run(None)
+
+
+def test_make_benchmark_writes_figures_of_one_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme, "setting", lambda: SETTING)
+    monkeypatch.setattr(readme.cpu, "measure", lambda *_: {"results": RESULTS, "absent": {"float32": {}}})
+    monkeypatch.setattr(readme.cpu, "measure_sizes", lambda rounds: CUBES)
+    monkeypatch.setattr(readme.cpu, "crossovers", lambda: {"1": 16})
+    saved = dict.fromkeys(train.NAMES, 1)
+    steps = [RESULTS[1] | {"saved_bytes": saved}]
+    monkeypatch.setattr(readme.train, "measure", lambda *_: {"results": steps, "absent": {}})
+    monkeypatch.setattr(readme.memory, "measure", lambda **sizes: {**sizes, "layers": 1, "bytes": {}})
+    monkeypatch.setattr(readme.targets, "known", lambda *_: None)
+    monkeypatch.setattr(readme.targets, "needed", lambda rounds: None)
+    monkeypatch.setattr(readme.targets, "measure", lambda *_: [])
+    readme.measure()
+    written = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert set(written) >= {"cpu", "train", "memory", "targets"}
+    assert {figures["setting"]["commit"] for figures in written.values()} == {"c"}
 
 
 def test_saved_bytes_without_the_weights():
@@ -159,15 +333,21 @@ def test_cpu_from_end_to_end(monkeypatch, capsys, tmp_path):
     assert [r["dtype"] for r in figures["results"]] == ["float32", "bfloat16"] and figures["setting"][
         "kernel"
     ] == "scalar"
-    assert {path.name for path in tmp_path.iterdir()} == {"cpu.json", "cpu_ratio.png", "cpu_time.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"cpu.json", "cpu_ratio.png"}
     assert "geometric mean" in capsys.readouterr().out
 
 
 def test_train_from_end_to_end(monkeypatch, capsys, tmp_path):
-    options = ["--only", "64 cubed", "--rounds", 2, "--run", "--hidden", 8, "--accuracy", 0.01]
-    run(monkeypatch, "benchmarks", "train", *options, "--json", tmp_path / "train.json")
-    runs = json.loads((tmp_path / "train.json").read_text())["run"]["runs"]
-    assert {each["epochs"] for each in runs.values()} == {1} and "kB saved" in capsys.readouterr().out
+    run(monkeypatch, "benchmarks", "train", "--only", "64 cubed", "--rounds", 2, "--json", tmp_path / "train.json")
+    (found,) = json.loads((tmp_path / "train.json").read_text())["results"]
+    assert set(found["saved_bytes"]) == set(train.NAMES) and "kB saved" in capsys.readouterr().out
+
+
+def test_train_run_from_end_to_end(monkeypatch, capsys, tmp_path):
+    options = ["--run", "--hidden", 8, "--accuracy", 0.01]
+    run(monkeypatch, "benchmarks", "train", *options, "--json", tmp_path / "run.json")
+    runs = json.loads((tmp_path / "run.json").read_text())["run"]["runs"]
+    assert {each["epochs"] for each in runs.values()} == {1} and "8 wide" in capsys.readouterr().out
 
 
 def test_memory_from_end_to_end(capsys, tmp_path):
