@@ -23,16 +23,18 @@ KINDS = {
     "PackedQLinear": "PackedQLinear(size, size)",
 }
 SIZES = {"size": 4096, "count": 4, "batch": 64}
-# Peaks are of the process: what was resident before is taken away.
+# Peaks are of the process: what was resident before is taken away. Not getrusage's, which begins at the peak of the
+# process that started this one.
 PROGRAM = """
-import json, resource, sys
+import json, sys
+from pathlib import Path
 import torch
 from torch import nn
 from bitorch_qlinear import PackedQLinear, QLinear
 from bitorch_qlinear.demo import resident_bytes
 torch.set_num_threads(1)
 make, size, count, batch = sys.argv[1], *map(int, sys.argv[2:])
-peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 x = torch.randn(batch, size)
 with torch.inference_mode():
     QLinear(64, 64).eval()(torch.randn(1, 64))  # what is loaded or allocated once

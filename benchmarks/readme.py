@@ -132,8 +132,9 @@ def smallest_cube(inference: Figures) -> str:
     return (
         f"A call costs something at any size, and each output must be written. Of the {took:.1f} µs of {edge}³ "
         f"(packed × packed), {product:.1f} µs are its product at the best rate measured, "
-        f"{best / 1e9:,.0f} G multiply-adds/s; {call:.1f} µs are what {smallest['m']} × {smallest['k']} → {smallest['n']} takes too; the rest is for "
-        f"outputs of only {edge} multiply-adds each."
+        f"{best / 1e9:,.0f} G multiply-adds/s; {call:.1f} µs are what "
+        f"{smallest['m']} × {smallest['k']} → {smallest['n']} takes too; the rest is for outputs of only {edge} "
+        "multiply-adds each."
     )
 
 
