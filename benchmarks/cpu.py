@@ -161,7 +161,7 @@ def report(figures: dict[str, Any]) -> str:
     """Everything that was measured, as text."""
     lines = [table(figures["results"]), ""]
     if sizes := figures.get("sizes"):
-        lines += [f"packed × packed, {result['name']}: {rate(result) / 1e9:,.3g} G multiply-adds/s" for result in sizes]
+        lines += [f"packed × packed, {result['name']}: {rate(result) / 1e9:,.1f} G multiply-adds/s" for result in sizes]
     lines += [crossover_text(batch, size) for batch, size in figures["crossover"].items()]
     lines += [f"absent: {each}" for each in absent_text(figures["absent"])]
     return "\n".join([*lines, describe(figures["setting"])])
