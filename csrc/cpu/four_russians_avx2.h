@@ -44,9 +44,9 @@ constexpr int64_t kStrip = 1024;
 constexpr int64_t kFinished = 128;
 // Prefetched so many outputs ahead: 3 to 6 are alike.
 constexpr int64_t kAhead = 4;
-// Where this is the faster way, by 1.02 to 1.16 times (one thread, Zen 4): with fewer rows a vector is not full enough, with
-// fewer outputs or values the tables and the counts cost more than they save, with more values each weight row lies in
-// pages of its own.
+// Where this is the faster way, by 1.02 to 1.16 times (one thread, Zen 4): with fewer rows a vector is not full enough,
+// with fewer outputs or values the tables and the counts cost more than they save, with more values each weight row
+// lies in pages of its own.
 constexpr int64_t kFewestRows = 58, kFewestOutputs = 512, kFewestValues = 768, kMostValues = 16384;
 static_assert(kMostValues <= 65535, "a count must fit in 16 bits");
 

@@ -78,8 +78,8 @@ struct Corner {
     __mmask16 inside;
 };
 
-// float32 outputs straight from registers: 0.75 (K = 64) to 0.95 (K = 1024) of the time that a way through memory takes.
-// The same bits as write_outputs: a factor of 1 and a term of -0.0 change nothing.
+// float32 outputs straight from registers: 0.75 (K = 64) to 0.95 (K = 1024) of the time that a way through memory
+// takes. The same bits as write_outputs: a factor of 1 and a term of -0.0 change nothing.
 template <int Rows, int Vectors>
 inline void write_floats(const Corner& corner, const Vector (&counts)[Rows][Vectors]) {
     const Output y = corner.y;  // a copy, which writes cannot change

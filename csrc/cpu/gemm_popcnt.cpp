@@ -2,7 +2,9 @@
 // gemm_scalar.cpp.
 //
 // 64 multiply-adds are a move, an XOR, a POPCNT and an addition; a processor that starts four instructions a cycle, of
-// which one POPCNT, does at most 64 a cycle. POPCNT in gcc's and clang's own instruction set, of 2003, is a call.
+// which one POPCNT, does at most 64 a cycle. Zen 4 starts six, of which four may be POPCNT: the 20 instructions of a
+// tile's step, 256 multiply-adds, allow 77 a cycle, and the loop in L1 reaches 61 (79 %; gcc 12). POPCNT in gcc's and
+// clang's own instruction set, of 2003, is a call.
 #if defined(__x86_64__)
 #include <cstdint>
 #include <cstring>

@@ -22,8 +22,8 @@ constexpr int64_t kSerialProducts = int64_t{1} << 24;
 constexpr int64_t kSerialSignProducts = int64_t{1} << 22;
 constexpr int64_t kSerialValues = int64_t{1} << 16;
 
-// Threads that one call of the process at a time has the use of; callers in other threads meanwhile do all of their work
-// themselves. A pool of OpenMP has a team for each of its callers, together more threads than there are processors.
+// Threads that one call of the process at a time has the use of; callers in other threads meanwhile do all of their
+// work themselves. A pool of OpenMP has a team for each of its callers, together more threads than there are processors.
 // An object belongs to one call, and gives the threads back at its end.
 template <class Threads>
 class OneAtATime {
