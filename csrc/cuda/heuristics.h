@@ -6,8 +6,9 @@
 //     5 to 16        skinny      skinny_mma_sm80    skinny
 //     more           mma_sm75    mma_sm80           mma_int8_sm80
 //
-// popc, which runs everywhere, is what the others are tested against. n and k have no part in that; tiny products, which cost a launch by any kernel, are no case of their own. The tile of
-// mma_sm80 is the one of least estimated time. What holds for all sizes:
+// popc, which runs everywhere, is what the others are tested against. n and k have no part in that; tiny products, which
+// cost a launch by any kernel, are no case of their own. The tile of mma_sm80 is the one of least estimated time. What
+// holds for all sizes:
 //   - the kernel is legal, and with growing m none comes back that was left;
 //   - for the tile, m and n count as numbers of 64 rows and columns, k as a number of stages, all rounded up;
 //   - with growing k no tile comes back that was left; the least estimate never falls with growing m, n or k;
