@@ -111,6 +111,6 @@ def test_mutants_of_align_are_caught():
         ("count = sum_over_row(count);", ""),
         ("~(~uint32_t{0} << left)", "~(~uint32_t{1} << left)"),
     ]
-    mutants = [*edited("align.cu", edits), *remove_barriers(text, kernel(Module.from_ptx(text), "align_rows"))]
+    mutants = [*edited(source("align.cu"), edits), *remove_barriers(text, kernel(Module.from_ptx(text), "align_rows"))]
     assert len(mutants) == len(edits) + 1
     assert_caught(text, mutants, run, seeds=range(2))

@@ -3,17 +3,14 @@
 What it shares with gemm_mma_sm80.cu (csrc/cuda/mma_tiles.cuh) is mutated there; here it is how bits become bytes.
 """
 
-import functools
-import re
-
 import pytest
 import torch
 from reference import FLOATS, random_values
 
 from . import test_ptx_mma_sm80 as mma_sm80
 from .machine import Module, PtxFault
-from .mutate import Mutant, assert_caught, loosen_waits, remove_barriers, remove_waits, swap_fragments
-from .product import compiled, kernel, module, prepared_header, product_call, seeded, source, targets
+from .mutate import assert_caught, loosen_waits, remove_barriers, remove_waits, swap_fragments
+from .product import compiled, edited, float32_source, kernel, module, prepared_header, product_call, seeded, targets
 
 TARGETS = targets("sm_80")
 NAME = "gemm_mma_int8_sm80.cu"
@@ -51,21 +48,6 @@ def test_mma_traps_on_weights_prepared_for_another_product():
         mma_sm80.launch(module(NAME, "sm_120"), call, TILE)
 
 
-@functools.cache
-def float_source() -> str:
-    """The kernel for float32 alone: nvcc takes a second for it."""
-    text, types = re.subn(r".*case DType::(?!float32)\w+: return function.*\n", "", source(NAME))
-    assert types == 4
-    return text
-
-
-def edited(edits: list[tuple[str, str]]) -> list[Mutant]:
-    text = float_source()
-    for old, _ in edits:
-        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"
-    return [Mutant(f"{old} -> {new}", compiled(text.replace(old, new), "sm_120")) for old, new in edits]
-
-
 def test_mutants_of_mma_are_caught():
     edits = [
         ("return word >> bit & 0x01010101", "return word >> bit & 0x00010101"),
@@ -80,10 +62,16 @@ def test_mutants_of_mma_are_caught():
         ("mma_bytes(sums[i][0][j], rows, columns[j])", "mma_bytes(sums[i][0][j], rows, columns[j ^ 1])"),
         ("fragments.read_weight(next, at, 0);", ""),
     ]
-    text = compiled(float_source(), "sm_120")
+    text = compiled(float32_source(NAME), "sm_120")
     name = kernel(Module.from_ptx(text), "multiply_tiles")
     waits = [*remove_waits(text, name), *loosen_waits(text, name)]
     at_ptx = [*remove_barriers(text, name), *waits, *swap_fragments(text, name)[5:13]]
     assert len(waits) == 2 * 3 and len(at_ptx) == 4 + 6 + 8
     last = {waits[i].name: "nothing reads or writes where the copies go" for i in (2, 5)}
-    assert_caught(text, [*edited(edits), *at_ptx], mma_sm80.run_small, seeds=range(2), equivalent=last)
+    assert_caught(
+        text,
+        [*edited(float32_source(NAME), edits, "sm_120"), *at_ptx],
+        mma_sm80.run_small,
+        seeds=range(2),
+        equivalent=last,
+    )

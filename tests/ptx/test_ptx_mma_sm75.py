@@ -1,27 +1,25 @@
 """csrc/cuda/gemm_mma_sm75.cu, executed as PTX against the reference; and its mutants."""
 
-import functools
-import re
-
 import numpy as np
 import pytest
 import torch
 from reference import FLOATS, random_values
 
 from .machine import In, Module, PtxFault, Report
-from .mutate import Mutant, assert_caught, remove_barriers, swap_fragments
+from .mutate import assert_caught, remove_barriers, swap_fragments
 from .product import (
     DRAWN,
     DTYPES,
     Call,
     ceil_div,
     compiled,
+    edited,
+    float32_source,
     kernel,
     module,
     prepared_header,
     product_call,
     seeded,
-    source,
     targets,
     total_letter,
 )
@@ -113,21 +111,6 @@ def test_mma_traps_on_weights_prepared_for_another_product(target):
             launch(module(NAME, target), product_call(m, n, k, aligned=True, header=header))
 
 
-@functools.cache
-def small_source() -> str:
-    """The kernel for float32 alone: nvcc takes a second for it, and there are many mutants."""
-    text, types = re.subn(r".*case DType::(?!float32)\w+: return function.*\n", "", source(NAME))
-    assert types == 4
-    return text
-
-
-def edited(edits: list[tuple[str, str]]) -> list[Mutant]:
-    text = small_source()
-    for old, _ in edits:
-        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"
-    return [Mutant(f"{old} -> {new}", compiled(text.replace(old, new), "sm_80")) for old, new in edits]
-
-
 def run_small(module: Module, seed: int) -> None:
     bias = torch.randn(70, generator=torch.Generator().manual_seed(seed))
     check_mma(module, 66, 70, 2 * STAGE + 130, torch.float32, bias=bias, scale=bias.flip(0), seed=seed)
@@ -152,8 +135,8 @@ def test_mutants_of_mma_are_caught():
         ("sums[i][j + c / 2][c % 2]", "sums[i][j][c % 2]"),
         ("channels.bias + column", "channels.bias + column + 1"),
     ]
-    text = compiled(small_source(), "sm_80")
+    text = compiled(float32_source(NAME), "sm_80")
     name = kernel(Module.from_ptx(text), "multiply_tiles")
     at_ptx = [*remove_barriers(text, name), *swap_fragments(text, name)[:1]]
     assert len(at_ptx) == 2 + 1
-    assert_caught(text, [*edited(edits), *at_ptx], run_small, seeds=range(2))
+    assert_caught(text, [*edited(float32_source(NAME), edits), *at_ptx], run_small, seeds=range(2))

@@ -9,18 +9,19 @@ import torch
 from reference import FLOATS, random_values
 
 from .machine import In, Module, PtxFault, Report
-from .mutate import Mutant, assert_caught, loosen_waits, remove, remove_barriers, remove_waits, swap_fragments
+from .mutate import assert_caught, loosen_waits, remove, remove_barriers, remove_waits, swap_fragments
 from .product import (
     DRAWN,
     DTYPES,
     ceil_div,
     compiled,
+    edited,
+    float32_source,
     kernel,
     module,
     prepared_header,
     product_call,
     seeded,
-    source,
     targets,
     total_letter,
 )
@@ -126,19 +127,11 @@ def test_mma_traps_on_weights_prepared_for_another_product(target):
 
 
 @functools.cache
-def small_source(tile: str = "m64n64") -> str:
-    """The kernel for one tile and float32 alone: nvcc takes a second for it, and there are many mutants."""
-    text, types = re.subn(r".*case DType::(?!float32)\w+: return function.*\n", "", source(NAME))
-    text, tiles = re.subn(rf".*case Tile::(?!{tile})\w+: return launch.*\n", "", text)
-    assert (types, tiles) == (4, 2)
+def small_source(tile: str) -> str:
+    """The kernel for one tile and float32 alone."""
+    text, tiles = re.subn(rf".*case Tile::(?!{tile})\w+: return launch.*\n", "", float32_source(NAME))
+    assert tiles == 2
     return text
-
-
-def edited(edits: list[tuple[str, str]], tile: str = "m64n64") -> list[Mutant]:
-    text = small_source(tile)
-    for old, _ in edits:
-        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"
-    return [Mutant(f"{old} -> {new}", compiled(text.replace(old, new), "sm_80")) for old, new in edits]
 
 
 def run_small(module: Module, seed: int, tile: tuple[int, int] = SMALL) -> None:
@@ -179,7 +172,8 @@ def test_mutants_of_mma_are_caught(tile):
         ("- 2 * both", "- both"),
         ("channels.bias + column", "channels.bias + column + 1"),
     ]
-    text = compiled(small_source("m{}n{}".format(*tile)), "sm_80")
+    cxx = small_source("m{}n{}".format(*tile))
+    text = compiled(cxx, "sm_80")
     name = kernel(Module.from_ptx(text), "multiply_tiles")
     waits = [*remove_waits(text, name), *loosen_waits(text, name)]
     at_ptx = [
@@ -192,4 +186,4 @@ def test_mutants_of_mma_are_caught(tile):
     # The last wait, for what an early end left in flight: stages that are no longer needed, behind the margins.
     last = {waits[i].name: "nothing reads or writes where the copies go" for i in (2, 5)}
     run = functools.partial(run_small, tile=tile)
-    assert_caught(text, [*edited(edits, "m{}n{}".format(*tile)), *at_ptx], run, seeds=range(2), equivalent=last)
+    assert_caught(text, [*edited(cxx, edits), *at_ptx], run, seeds=range(2), equivalent=last)

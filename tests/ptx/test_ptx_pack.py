@@ -186,4 +186,4 @@ def test_mutants_of_pack_are_caught():
     parsed = Module.from_ptx(text)
     barriers = [m for v in (False, True) for m in remove_barriers(text, kernel_name(parsed, torch.float32, False, v))]
     assert len(barriers) == 2
-    assert_caught(text, [*edited("pack.cu", edits), *barriers], run, seeds=range(2))
+    assert_caught(text, [*edited(source("pack.cu"), edits), *barriers], run, seeds=range(2))

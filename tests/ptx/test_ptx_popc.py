@@ -118,6 +118,6 @@ def test_mutants_of_popc_are_caught():
             "__double2float_rz(((const double*)channels.data)[column])",
         ),
     ]
-    mutants = [*edited("gemm_popc.cu", edits), *remove_barriers(text, kernel(Module.from_ptx(text), "AsIffE"))]
+    mutants = [*edited(source("gemm_popc.cu"), edits), *remove_barriers(text, kernel(Module.from_ptx(text), "AsIffE"))]
     assert len(mutants) >= len(edits) + 2
     assert_caught(text, mutants, run, seeds=range(2))

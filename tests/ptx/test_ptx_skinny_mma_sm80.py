@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import re
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 from reference import FLOATS, random_values
 
 from .machine import In, Module, PtxFault, Report
-from .mutate import Mutant, assert_caught, remove_barriers, swap_fragments
+from .mutate import assert_caught, remove_barriers, swap_fragments
 from .product import (
     DRAWN,
     DTYPES,
@@ -18,12 +17,13 @@ from .product import (
     aligned_words_for,
     ceil_div,
     compiled,
+    edited,
+    float32_source,
     kernel,
     module,
     prepared_header,
     product_call,
     seeded,
-    source,
     targets,
     total_letter,
 )
@@ -142,14 +142,6 @@ def test_kernels_trap_where_the_instruction_is_not(target):
         assert not [i.opcode for i in found.instructions if i.opcode.startswith(("st", "mma"))]
 
 
-@functools.cache
-def small_source() -> str:
-    """The kernel for float32 alone: nvcc takes a second for it, and there are many mutants."""
-    text, types = re.subn(r".*case DType::(?!float32)\w+: return function.*\n", "", source(NAME))
-    assert types == 4
-    return text
-
-
 def run_small(module: Module, seed: int) -> None:
     bias = torch.randn(43, generator=torch.Generator().manual_seed(seed))
     check = functools.partial(check_skinny, module, out=torch.float32, seed=seed)
@@ -190,10 +182,8 @@ def test_mutants_of_skinny_are_caught():
         ("kRegister = kWarp + kWarp / 2", "kRegister = kWarp"),
         ("+ kWarp / 2 / Tiles", ""),
     ]
-    for old, _ in edits:
-        assert small_source().count(old) == 1, f"{old!r} occurs {small_source().count(old)} times"
-    text = compiled(small_source(), "sm_80")
-    mutants = [Mutant(f"{old} -> {new}", compiled(small_source().replace(old, new), "sm_80")) for old, new in edits]
+    text = compiled(float32_source(NAME), "sm_80")
+    mutants = edited(float32_source(NAME), edits)
     name = kernel(Module.from_ptx(text), "ShapeILi2E")
     barriers, fragments = remove_barriers(text, name), swap_fragments(text, name)[:13]  # of one instruction
     assert (len(barriers), len(fragments)) == (2, 13)

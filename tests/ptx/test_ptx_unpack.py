@@ -104,4 +104,4 @@ def test_mutants_of_unpack_are_caught():
         ("words[step] = index * kWarp < values", "words[step] = index * kWarp <= values"),
         ("if (step * kStep >= values) break;", "if (step * kStep >= values - kWarp) break;"),
     ]
-    assert_caught(compiled(source("unpack.cu"), "sm_80"), edited("unpack.cu", edits), run, seeds=range(2))
+    assert_caught(compiled(source("unpack.cu"), "sm_80"), edited(source("unpack.cu"), edits), run, seeds=range(2))
