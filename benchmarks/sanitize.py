@@ -29,6 +29,7 @@ TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
 # torch asks CUDA for what it may lack, and goes on: no finding. Our launches are checked where they are made.
 OPTIONS = {"memcheck": ["--report-api-errors", "no"]}
 FOUND = 86  # compute-sanitizer's exit code where it found something: nobody else's
+REFUSED = "not supported|denied"  # what a tool says that the machine does not let work
 OUT_OF_TIME = 124  # ours, as the command timeout has it
 RIGHT, ALL_RIGHT = "right: ", "every result is right"  # what the program says after a kernel, and at its end
 
@@ -111,7 +112,9 @@ def verdict(code: int | None, output: str, seconds: float) -> tuple[int, str]:
         return OUT_OF_TIME, f"out of time after {seconds:.0f} s; right results: {right}"
     if code == 0 and summary and ALL_RIGHT in output:
         return 0, f"clean: {summary}; right results: {right}"
-    refusal = next((line for line in lines if re.search("not supported|Error|error|denied", line)), lines[-1])
+    if "Traceback" in output and not re.search(REFUSED, output):
+        return 1, f"the program failed: {lines[-1].strip('= ')}; right results: {right}"
+    refusal = next((line for line in lines if re.search(f"{REFUSED}|Error|error", line)), lines[-1])
     return 0, f"refused or failed by itself (exit code {code}): {refusal.strip('= ')}; right results: {right}"
 
 

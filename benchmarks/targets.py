@@ -235,7 +235,7 @@ def verdict(figure: dict[str, Any]) -> str:
         return "shown"
     if figure["measured"] < figure["least"]:
         return "missed"
-    return "goal met" if figure["goal"] is None or figure["measured"] >= figure["goal"] else "pass"
+    return "goal met" if figure["goal"] is not None and figure["measured"] >= figure["goal"] else "pass"
 
 
 def measure(known: Known, rounds: int) -> list[dict[str, Any]]:

@@ -28,7 +28,9 @@ def info() -> dict[str, str | list[str]]:
         "torch_running": torch.__version__,
         "cuda": _library.no_cuda_reason or build["cuda_targets"],
         "cuda_devices": _cuda_devices(),
-        "cuda_kernel": _library.forced_cuda_kernel() or "chosen by each product's sizes",
+        "cuda_kernel": (_library.forced_cuda_kernel() or "chosen by each product's sizes")
+        if _library.has_cuda
+        else "none",
         "cpu_capability": _C.cpu_capability(),
         "kernels": _library.available_kernels(),
         "kernel": _library.active_kernel(),

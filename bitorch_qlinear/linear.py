@@ -204,7 +204,12 @@ class QLinear(nn.Linear):
         Args:
             linear: The layer; its weight and bias become those of the result (the same Parameters).
             **quantization: ``input_quantization``, ``weight_quantization``, ``gradient_cancellation_threshold``.
+
+        Raises:
+            TypeError: `linear` is no nn.Linear.
         """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
         layer = cls(
             linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta", **quantization
         )

@@ -444,7 +444,12 @@ def pack(model: nn.Module, *, inplace: bool = False, report: bool = False) -> nn
 
     Returns:
         The model, or the model and the report.
+
+    Raises:
+        TypeError: `model` is no nn.Module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {model!r:.60}")
     entries = PackReport()
     replacements: dict[int, Any] = {}
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, QLinear)]

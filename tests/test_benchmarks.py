@@ -179,7 +179,7 @@ def test_plots_are_pictures(tmp_path):
         (3.0, 4, 5, "missed"),
         (4.0, 4, 5, "pass"),
         (5.0, 4, 5, "goal met"),
-        (4.0, 4, None, "goal met"),
+        (4.0, 4, None, "pass"),
         (1.0, 0, 9, "shown"),
     ],
 )

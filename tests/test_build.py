@@ -262,7 +262,7 @@ def test_no_exception_leaves_a_plain_c_function():
 @pytest.mark.parametrize(
     ("kernel", "instruction"),
     [
-        ("count_tile", r"vpopcntd .*%zmm"),  # gemm_avx512.cpp, whether or not the processor has AVX-512
+        ("multiply_tile<", r"vpopcntd .*%zmm"),  # gemm_avx512.cpp, whether or not the processor has AVX-512
         ("pair_planar", r"vpshufb .*%ymm"),  # gemm_avx2.cpp
         ("four_russians.*add_block", r"vpaddb 0x[0-9a-f]*\(.*%ymm"),
         ("gemm_by_words.*Tile", r"popcnt .*%r"),  # gemm_popcnt.cpp

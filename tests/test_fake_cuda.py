@@ -218,6 +218,8 @@ def test_unknown_kernel_is_an_error_at_import(name):
         ((9, 0), 4, "skinny"),
         ((9, 0), 4096, "mma_sm80"),
         ((10, 0), 4, "skinny"),
+        ((10, 0), 64, "mma_int8_sm80"),
+        ((12, 0), 17, "mma_int8_sm80"),
     ],
 )
 def test_choice_of_devices_that_are_not_here(capability, rows, kernel):

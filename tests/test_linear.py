@@ -204,6 +204,11 @@ def test_wrong_thresholds(threshold):
         QLinear(4, 2, gradient_cancellation_threshold=threshold)
 
 
+def test_from_linear_wants_a_linear():
+    with pytest.raises(TypeError, match=r"linear: expected an nn\.Linear, got Conv2d"):
+        QLinear.from_linear(nn.Conv2d(1, 1, 1))
+
+
 def test_from_linear_shares_the_parameters():
     for bias in (True, False):
         linear = nn.Linear(40, 3, bias=bias, dtype=torch.float64).eval()

@@ -766,3 +766,9 @@ def test_inference_tensors_without_kernels(monkeypatch):
     packed.repack()
     assert packed.weight_prepared is None
     assert torch.equal(packed(X), want)
+
+
+@pytest.mark.parametrize("model", [3, QLinear])
+def test_pack_wants_a_module(model):
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got "):
+        pack(model)

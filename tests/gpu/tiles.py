@@ -26,5 +26,6 @@ def shapes_of(
     for m, beside, k in itertools.product((rows - 1, rows, rows + 1, 2 * rows + 13), (-1, 0, 1), depths):
         widths = (columns * tiles + beside for tiles in range(1, 2 * multiprocessors + 1))
         n = next((n for n in widths if f" tiles of {tile}:" in choice(m, n, k)), None)
-        found.extend([] if n is None else [(m, n, k)])
+        if n is not None:
+            found.append((m, n, k))
     return found
