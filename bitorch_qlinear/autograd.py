@@ -7,7 +7,8 @@ With ``y = s(x) · s(W)ᵀ + b`` and ``g = dL/dy`` (Hubara et al., https://arxiv
     dL/db = g summed over the leading dimensions
 
 What backward needs of x is its signs, and with a threshold which elements are in range, a bit an element each: these
-are saved beside the words of W, not x. Only rules whose derivative is a function of x (approxsign, swishsign) save x as well.
+are saved beside the words of W, not x. Only rules whose derivative is a function of x (approxsign, swishsign) save x as
+well.
 """
 
 from __future__ import annotations
