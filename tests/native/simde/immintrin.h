@@ -63,3 +63,29 @@ inline __m512i _mm512_maskz_loadu_epi32(__mmask16 mask, const void* from) {
     std::memcpy(&loaded, lanes, sizeof loaded);
     return loaded;
 }
+
+inline __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const float* from) {
+    const __m512i bits = _mm512_maskz_loadu_epi32(mask, from);
+    __m512 loaded;
+    std::memcpy(&loaded, &bits, sizeof loaded);
+    return loaded;
+}
+
+// Writes only the lanes of the mask.
+inline void _mm512_mask_storeu_ps(float* to, __mmask16 mask, __m512 a) {
+    float lanes[16];
+    std::memcpy(lanes, &a, sizeof lanes);
+    for (int i = 0; i < 16; ++i) {
+        if (mask >> i & 1) std::memcpy(to + i, lanes + i, sizeof *lanes);
+    }
+}
+
+inline __m512 _mm512_cvtepi32_ps(__m512i a) {
+    int32_t from[16];
+    float to[16];
+    std::memcpy(from, &a, sizeof from);
+    for (int i = 0; i < 16; ++i) to[i] = static_cast<float>(from[i]);
+    __m512 converted;
+    std::memcpy(&converted, to, sizeof to);
+    return converted;
+}
