@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference import BITS, assert_equal, epilogue, pack, product, unpack
+from reference import BITS, assert_equal, epilogue, pack, product, random_values, unpack
 
 from .machine import In, Module, Out, Struct, compile_cached, nvcc
 from .mutate import Mutant
@@ -169,6 +169,17 @@ def product_call(
     fields = Struct("QqQQqQqqqQi4xQi4xQi4xQ", *operands, m, n, k, output, DTYPES[out][0], *channels, memory)
     expected = epilogue(product(*(2.0 * u.double() - 1 for u in unpacked)), bias, scale, out)
     return Call(fields, output, y, out, expected, (m, n, k, out))
+
+
+def channels_of(out: torch.dtype, n: int) -> list[dict[str, torch.Tensor]]:
+    """No bias and scale, either, and both, as arguments of a product: all values that they may have. int32 has none."""
+    if out is torch.int32:
+        return [{}]
+    generator = torch.Generator().manual_seed(n)
+    total = torch.float64 if out is torch.float64 else torch.float32
+    bias, scale = random_values((n,), total, generator), torch.randn(n, generator=generator).to(total)
+    scale[:3] = torch.tensor([torch.inf, torch.nan, 3e38])
+    return [{}, {"bias": bias}, {"scale": scale}, {"bias": bias, "scale": scale}]
 
 
 @functools.cache

@@ -5,12 +5,23 @@ What it shares with gemm_mma_sm80.cu (csrc/cuda/mma_tiles.cuh) is mutated there;
 
 import pytest
 import torch
-from reference import FLOATS, random_values
+from reference import FLOATS
 
 from . import test_ptx_mma_sm80 as mma_sm80
 from .machine import Module, PtxFault
 from .mutate import assert_caught, loosen_waits, remove_barriers, remove_waits, swap_fragments
-from .product import compiled, edited, float32_source, kernel, module, prepared_header, product_call, seeded, targets
+from .product import (
+    channels_of,
+    compiled,
+    edited,
+    float32_source,
+    kernel,
+    module,
+    prepared_header,
+    product_call,
+    seeded,
+    targets,
+)
 
 TARGETS = targets("sm_80")
 NAME = "gemm_mma_int8_sm80.cu"
@@ -27,12 +38,8 @@ def test_mma(target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_mma_outputs(target, out):
     """Rows of y that are whole vectors, and that are not; with scale and bias."""
-    generator = torch.Generator().manual_seed(0)
-    total = torch.float64 if out is torch.float64 else torch.float32
     for n in (80, 67):
-        bias, scale = random_values((n,), total, generator), torch.randn(n, generator=generator).to(total)
-        vectors = {} if out is torch.int32 else {"bias": bias, "scale": scale}
-        mma_sm80.check_mma(module(NAME, target), 20, n, 333, out, TILE, **vectors)
+        mma_sm80.check_mma(module(NAME, target), 20, n, 333, out, TILE, **channels_of(out, n)[-1])
 
 
 def test_mma_moves_whole_sectors():

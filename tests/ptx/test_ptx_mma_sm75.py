@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from reference import FLOATS, random_values
+from reference import FLOATS
 
 from .machine import In, Module, PtxFault, Report
 from .mutate import assert_caught, remove_barriers, swap_fragments
@@ -12,6 +12,7 @@ from .product import (
     DTYPES,
     Call,
     ceil_div,
+    channels_of,
     compiled,
     edited,
     float32_source,
@@ -72,13 +73,8 @@ def test_mma(target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_mma_outputs(target, out):
     """Rows of y that are whole vectors, and that are not; with scale and bias."""
-    generator = torch.Generator().manual_seed(0)
-    total = torch.float64 if out is torch.float64 else torch.float32
     for n in (80, 67):
-        bias, scale = random_values((n,), total, generator), torch.randn(n, generator=generator).to(total)
-        scale[:3] = torch.tensor([torch.inf, torch.nan, 3e38])
-        vectors = [{}, {"bias": bias}, {"scale": scale}, {"bias": bias, "scale": scale}]
-        for more in vectors[:1] if out is torch.int32 else vectors:
+        for more in channels_of(out, n):
             check_mma(module(NAME, target), 20, n, 333, out, **more)
 
 

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from reference import FLOATS, random_values
+from reference import FLOATS
 
 from .machine import In, Module, PtxFault, Report
 from .mutate import assert_caught, loosen_waits, remove, remove_barriers, remove_waits, swap_fragments
@@ -14,6 +14,7 @@ from .product import (
     DRAWN,
     DTYPES,
     ceil_div,
+    channels_of,
     compiled,
     edited,
     float32_source,
@@ -82,13 +83,8 @@ def test_mma(target, tile):
 @pytest.mark.parametrize("target", TARGETS)
 def test_mma_outputs(target, out, tile):
     """Rows of y that are whole vectors, and that are not; all that scale and bias may be."""
-    generator = torch.Generator().manual_seed(0)
-    total = torch.float64 if out is torch.float64 else torch.float32
     for n in (80, 67):
-        bias, scale = random_values((n,), total, generator), torch.randn(n, generator=generator).to(total)
-        scale[:3] = torch.tensor([torch.inf, torch.nan, 3e38])
-        vectors = [{}, {"bias": bias}, {"scale": scale}, {"bias": bias, "scale": scale}]
-        for more in vectors[: 1 if out is torch.int32 else 4 if tile == SMALL else 0] or vectors[3:]:
+        for more in channels_of(out, n)[0 if tile == SMALL else -1 :]:
             check_mma(module(NAME, target), 20, n, 333, out, tile, **more)
 
 
