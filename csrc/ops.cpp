@@ -12,6 +12,9 @@ STABLE_TORCH_LIBRARY(bitorch_qlinear, library) {
         "linear(Tensor x, Tensor weight_words, SymInt k, Tensor? bias=None, *, Tensor? weight_prepared=None, "
         "Tensor? scale=None, ScalarType? out_dtype=None, bool strict=False) -> Tensor");
     library.def(
+        "sign_linear(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor? scale=None, ScalarType? out_dtype=None, "
+        "bool strict=False, bool strict_weight=False) -> Tensor");
+    library.def(
         "linear_train(Tensor x, Tensor weight_words, SymInt k, Tensor? bias=None, *, "
         "Tensor? weight_prepared=None, Tensor? scale=None, ScalarType? out_dtype=None, bool strict=False, "
         "float? threshold=None) -> (Tensor, Tensor, Tensor)");

@@ -8,6 +8,8 @@
 #endif
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstring>
 #include <string>
 #include <tuple>
@@ -117,35 +119,60 @@ class Vector {
 
 // ---- prepared weights ----------------------------------------------------------------------------
 
-// Refuses whatever prepare_weight did not make for this kernel and these sizes.
-const uint8_t* check_prepared(const Tensor& prepared, const Kernel& kernel, int64_t n, int64_t k) {
+// How many forms were found that were not made of the words that came with them. The layers read it, and make theirs
+// anew: a form that is never made anew costs its preparation in every call.
+std::atomic<uint64_t> stale_forms{0};
+
+// How often torch has seen the tensor written; kUnknownVersion for inference tensors, which have no such number.
+int64_t version_of(const Tensor& tensor) {
+    std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
+    if (torch_call_dispatcher("aten::is_inference", "", stack.data(), TORCH_ABI_VERSION)) return kUnknownVersion;
+    if (torch::stable::detail::to<bool>(stack[0])) return kUnknownVersion;
+    stack[0] = torch::stable::detail::from(tensor);
+    if (torch_call_dispatcher("aten::_version", "", stack.data(), TORCH_ABI_VERSION)) return kUnknownVersion;
+    return torch::stable::detail::to<int64_t>(stack[0]);
+}
+
+// Whether a form with this fingerprint was made of these words, as far as m rows of x pay for (fingerprint.h).
+bool was_made_of(const Fingerprint& fingerprint, const Kernel& kernel, const Tensor& words, const uint32_t* data,
+                 int64_t m) {
+    const int64_t count = words.numel();
+    int level = count <= kFewWords ? kAll : level_for(m);
+    if (level < kAll && (words.data_ptr() != fingerprint.address || fingerprint.version == kUnknownVersion ||
+                         version_of(words) != fingerprint.version)) {
+        level = kAll;
+    }
+    return hash_level(kernel, data, count, level) == fingerprint.levels[level];
+}
+
+// The panels of a prepared form, or null where they are not to be used: the kernel reads the words themselves, or the
+// form was made of other words or for another kernel. Refuses what prepare_weight did not make.
+const uint8_t* check_prepared(const Tensor& prepared, const Kernel& kernel, const Tensor& words, const uint32_t* data,
+                              int64_t m, int64_t k) {
     constexpr const char* kName = "weight_prepared";
     if (scalar_type(prepared) != ScalarType::Byte || prepared.dim() != 1 || !prepared.is_contiguous()) {
         fail(kName, "expected the contiguous uint8 vector that prepare_weight makes, got ",
              dtype_name(scalar_type(prepared)), " with ", prepared.dim(), " dimensions");
     }
     check_memory(kName, prepared, kCpu, 1);
-    const int64_t header_bytes = sizeof(PreparedHeader);
+    const int64_t header_bytes = sizeof(PreparedHeader), n = words.size(0);
     if (prepared.numel() < header_bytes)
         fail(kName, "expected at least ", header_bytes, " bytes, got ", prepared.numel());
-    const uint8_t* data = static_cast<const uint8_t*>(prepared.data_ptr());
+    const uint8_t* form = static_cast<const uint8_t*>(prepared.data_ptr());
     PreparedHeader header;
-    std::memcpy(&header, data, sizeof header);
+    std::memcpy(&header, form, sizeof header);
     if (!std::equal(std::begin(kPreparedMagic), std::end(kPreparedMagic), header.magic)) {
         fail(kName, "expected what prepare_weight makes, got a tensor without its header");
     }
-    if (header.layout != kernel.layout.id) {
-        fail(kName, "expected layout ", kernel.layout.id, " of kernel ", kernel.name, ", got layout ", header.layout,
-             ": prepare the weights again where they are used");
+    if (!kernel.prepare) return nullptr;
+    Fingerprint fingerprint;
+    if (header.layout == kernel.layout.id && header.n == n && header.k == k &&
+        prepared.numel() == prepared_bytes(kernel.layout, n, k)) {
+        std::memcpy(&fingerprint, form + header_bytes, sizeof fingerprint);
+        if (was_made_of(fingerprint, kernel, words, data, m)) return form + kPanelsOffset;
     }
-    if (header.n != n || header.k != k) {
-        fail(kName, "expected weights prepared for n = ", n, " and k = ", k, ", got n = ", header.n,
-             " and k = ", header.k);
-    }
-    if (prepared.numel() != prepared_bytes(kernel.layout, n, k)) {
-        fail(kName, "expected ", prepared_bytes(kernel.layout, n, k), " bytes, got ", prepared.numel());
-    }
-    return data + header_bytes;
+    stale_forms.fetch_add(1, std::memory_order_relaxed);
+    return nullptr;
 }
 
 // ---- the product ---------------------------------------------------------------------------------
@@ -161,31 +188,23 @@ struct Weight {
     ScalarType out_type;
 };
 
-Weight check_weight(const Tensor& words, int64_t k, const std::optional<Tensor>& bias,
+Weight check_weight(const Tensor& words, int64_t m, int64_t k, const std::optional<Tensor>& bias,
                     const std::optional<Tensor>& prepared, const std::optional<Tensor>& scale, ScalarType out_type) {
     check_weight_arguments(words, k, bias, scale, out_type, kCpu);
-    const int64_t n = words.size(0);
     const Kernel& kernel = active_kernel();
-    const uint8_t* panels = prepared ? check_prepared(*prepared, kernel, n, k) : nullptr;
-    return {kernel, aligned("weight_words", words), panels, n, k, bias, scale, out_type};
+    Tensor data = aligned("weight_words", words);
+    const uint8_t* panels = prepared ? check_prepared(*prepared, kernel, words, words_of(data), m, k) : nullptr;
+    return {kernel, std::move(data), panels, words.size(0), k, bias, scale, out_type};
 }
 
-Tensor multiply_words(const uint32_t* x_words, int64_t m, const Weight& weight, const std::vector<int64_t>& sizes) {
-    Tensor y = empty_on_cpu(sizes, weight.out_type);
-    if (m == 0 || weight.n == 0) return y;
+// y of x's words and the weights' words and panels.
+Tensor multiply_panels(const uint32_t* x_words, int64_t m, const Weight& weight, const uint32_t* words,
+                       const uint8_t* panels, Tensor y) {
     const DType dtype = *dtype_of(weight.out_type), sum = dtype == DType::float64 ? DType::float64 : DType::float32;
     const Vector bias(weight.bias, sum), scale(weight.scale, sum);
-    Scratch prepared;
-    const uint8_t* panels = weight.panels;
-    if (!panels && weight.kernel.prepare) {
-        prepared = allocate(prepared_bytes(weight.kernel.layout, weight.n, weight.k));
-        if (!prepared) fail_memory();
-        write_prepared(Threads(), weight.kernel, words_of(weight.words), weight.n, weight.k, prepared.get());
-        panels = prepared.get() + sizeof(PreparedHeader);
-    }
     multiply(Threads(), weight.kernel,
              {x_words,
-              words_of(weight.words),
+              words,
               panels,
               m,
               weight.n,
@@ -193,6 +212,45 @@ Tensor multiply_words(const uint32_t* x_words, int64_t m, const Weight& weight, 
               {y.data_ptr(), dtype, weight.n, static_cast<int32_t>(weight.k), bias.get(), scale.get()}});
     return y;
 }
+
+// Room for the panels; null where the kernel has none.
+Scratch allocate_panels(const Kernel& kernel, int64_t n, int64_t k) {
+    if (!kernel.prepare) return nullptr;
+    Scratch panels = allocate(prepared_bytes(kernel.layout, n, k) - kPanelsOffset);
+    if (!panels) fail_memory();
+    return panels;
+}
+
+Tensor multiply_words(const uint32_t* x_words, int64_t m, const Weight& weight, const std::vector<int64_t>& sizes) {
+    Tensor y = empty_on_cpu(sizes, weight.out_type);
+    if (m == 0 || weight.n == 0) return y;
+    if (weight.panels) return multiply_panels(x_words, m, weight, words_of(weight.words), weight.panels, std::move(y));
+    const Scratch panels = allocate_panels(weight.kernel, weight.n, weight.k);
+    write_panels(Threads(), weight.kernel, words_of(weight.words), weight.n, weight.k, panels.get());
+    return multiply_panels(x_words, m, weight, words_of(weight.words), panels.get(), std::move(y));
+}
+
+// The words of x: in `few` where they fit, else in memory of their own.
+class PackedRows {
+  public:
+    PackedRows(const Rows& rows, bool strict) {
+        if (static_cast<double>(rows.m) * words_for(rows.k) > kFew) {
+            memory_ = allocate(rows.m, words_for(rows.k) * kWordBytes);
+            if (!memory_) fail_memory();
+            words_ = reinterpret_cast<uint32_t*>(memory_.get());
+        }
+        pack_rows(rows, strict, 0, words_, nullptr);
+    }
+    PackedRows(const PackedRows&) = delete;
+    PackedRows& operator=(const PackedRows&) = delete;
+    const uint32_t* words() const { return words_; }
+
+  private:
+    static constexpr int64_t kFew = 256;  // a row or two need no allocation
+    alignas(64) uint32_t few_[kFew];
+    Scratch memory_;
+    uint32_t* words_ = few_;
+};
 
 // ---- real values by signs ------------------------------------------------------------------------
 
@@ -220,7 +278,7 @@ Reals read_reals(const Tensor& reals) {
 
 Tensor pack_bits(const Tensor& x, bool strict) {
     check_dimensions("x", x, 1, "(..., k)");
-    const Rows rows = check_rows(x, x.size(x.dim() - 1), kCpu);
+    const Rows rows = check_rows("x", x, x.size(x.dim() - 1), kCpu);
     Tensor words = empty_on_cpu(sizes_with_last(x, words_for(rows.k)), ScalarType::Int);
     pack_rows(rows, strict, 0, words_of(words), nullptr);
     return words;
@@ -253,7 +311,12 @@ Tensor prepare_weight(const Tensor& words, int64_t k, std::optional<int64_t> lay
     const Kernel& kernel = active_kernel();
     check_layout(layout, kernel.layout.id);
     Tensor prepared = empty_on_cpu({prepared_bytes(kernel.layout, words.size(0), k)}, ScalarType::Byte);
-    write_prepared(Threads(), kernel, words_of(aligned("weight_words", words)), words.size(0), k,
+    const Tensor data = aligned("weight_words", words);
+    // The fingerprint first: words that change meanwhile then do not match what is made of them.
+    const Fingerprint fingerprint = kernel.prepare ? take_fingerprint(kernel, words_of(data), words.numel(),
+                                                                      words.data_ptr(), version_of(words))
+                                                   : Fingerprint{};
+    write_prepared(Threads(), kernel, words_of(data), words.size(0), k, fingerprint,
                    static_cast<uint8_t*>(prepared.data_ptr()));
     return prepared;
 }
@@ -263,8 +326,8 @@ Tensor binary_linear(const Tensor& x_words, const Tensor& weight_words, int64_t 
                      std::optional<ScalarType> out_dtype) {
     check_values(k);
     check_words("x_words", x_words, k, kCpu);
-    const Weight weight =
-        check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(ScalarType::Float));
+    const Weight weight = check_weight(weight_words, count_rows(x_words), k, bias, weight_prepared, scale,
+                                       out_dtype.value_or(ScalarType::Float));
     const Tensor rows = aligned("x_words", x_words);
     return multiply_words(words_of(rows), count_rows(x_words), weight, sizes_with_last(x_words, weight.n));
 }
@@ -272,21 +335,36 @@ Tensor binary_linear(const Tensor& x_words, const Tensor& weight_words, int64_t 
 Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std::optional<Tensor>& bias,
               const std::optional<Tensor>& weight_prepared, const std::optional<Tensor>& scale,
               std::optional<ScalarType> out_dtype, bool strict) {
-    const Rows rows = check_rows(x, k, kCpu);
+    const Rows rows = check_rows("x", x, k, kCpu);
     const Weight weight =
-        check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(x.scalar_type()));
+        check_weight(weight_words, rows.m, k, bias, weight_prepared, scale, out_dtype.value_or(x.scalar_type()));
     const std::vector<int64_t> sizes = sizes_with_last(x, weight.n);
     if (weight.n == 0) return empty_on_cpu(sizes, weight.out_type);  // however many rows
-    alignas(64) uint32_t few[256];                                   // a row or two need no allocation
-    Scratch words;
-    uint32_t* x_words = few;
-    if (static_cast<double>(rows.m) * words_for(k) > 256) {
-        words = allocate(rows.m, words_for(k) * kWordBytes);
-        if (!words) fail_memory();
-        x_words = reinterpret_cast<uint32_t*>(words.get());
-    }
-    pack_rows(rows, strict, 0, x_words, nullptr);
-    return multiply_words(x_words, rows.m, weight, sizes);
+    return multiply_words(PackedRows(rows, strict).words(), rows.m, weight, sizes);
+}
+
+// Both factors are real: the weights are packed for this product alone.
+Tensor sign_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& scale, std::optional<ScalarType> out_dtype, bool strict,
+                   bool strict_weight) {
+    if (weight.dim() != 2) fail("weight", "expected shape (n, k), got ", weight.dim(), " dimensions");
+    const int64_t n = weight.size(0), k = weight.size(1);
+    const Rows rows = check_rows("x", x, k, kCpu), weight_rows = check_rows("weight", weight, k, kCpu);
+    const ScalarType out_type = out_dtype.value_or(x.scalar_type());
+    check_epilogue(n, bias, scale, out_type, kCpu);
+    Tensor y = empty_on_cpu(sizes_with_last(x, n), out_type);
+    if (rows.m == 0 || n == 0) return y;
+    const Kernel& kernel = active_kernel();
+    const Scratch memory = allocate(n, words_for(k) * kWordBytes), panels = allocate_panels(kernel, n, k);
+    if (!memory) fail_memory();
+    uint32_t* words = reinterpret_cast<uint32_t*>(memory.get());
+    const PackRow pack_row = kernel.pack_row[static_cast<int>(weight_rows.dtype)];
+    pack_panels(
+        Threads(), kernel, n, k,
+        [&](int64_t i) { pack_row(weight_rows.row(i), k, strict_weight, 0, words + i * words_for(k), nullptr); }, words,
+        panels.get());
+    const Weight packed{kernel, weight, panels.get(), n, k, bias, scale, out_type};
+    return multiply_panels(PackedRows(rows, strict).words(), rows.m, packed, words, panels.get(), std::move(y));
 }
 
 // Without a threshold every element is in range, and no bits are kept: in_range_words is empty.
@@ -295,9 +373,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_train(const Tensor& x, const Tensor& w
                                                 const std::optional<Tensor>& weight_prepared,
                                                 const std::optional<Tensor>& scale, std::optional<ScalarType> out_dtype,
                                                 bool strict, std::optional<double> threshold) {
-    const Rows rows = check_rows(x, k, kCpu);
+    const Rows rows = check_rows("x", x, k, kCpu);
     const Weight weight =
-        check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(x.scalar_type()));
+        check_weight(weight_words, rows.m, k, bias, weight_prepared, scale, out_dtype.value_or(x.scalar_type()));
     check_threshold(threshold);
     const std::vector<int64_t> word_sizes = sizes_with_last(x, words_for(k));
     Tensor x_words = empty_on_cpu(word_sizes, ScalarType::Int);
@@ -336,6 +414,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitorch_qlinear, CPU, library) {
     library.impl("prepare_weight", TORCH_BOX(&bitorch_qlinear::prepare_weight));
     library.impl("binary_linear", TORCH_BOX(&bitorch_qlinear::binary_linear));
     library.impl("linear", TORCH_BOX(&bitorch_qlinear::linear));
+    library.impl("sign_linear", TORCH_BOX(&bitorch_qlinear::sign_linear));
     library.impl("linear_train", TORCH_BOX(&bitorch_qlinear::linear_train));
     library.impl("multiply_signs", TORCH_BOX(&bitorch_qlinear::multiply_signs));
 }
@@ -396,6 +475,10 @@ BITORCH_QLINEAR_EXPORT bool bitorch_qlinear_layout(int64_t* out) {
     } catch (const std::exception&) {
         return false;
     }
+}
+
+BITORCH_QLINEAR_EXPORT uint64_t bitorch_qlinear_stale_forms() {
+    return bitorch_qlinear::stale_forms.load(std::memory_order_relaxed);
 }
 
 // FloatByBits::least_outputs. -1 if no kernel is active.

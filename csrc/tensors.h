@@ -93,16 +93,16 @@ inline int64_t count_rows(const Tensor& tensor) {
     return m;
 }
 
-inline Rows check_rows(const Tensor& x, int64_t k, const Device& device) {
+inline Rows check_rows(const char* argument, const Tensor& x, int64_t k, const Device& device) {
     check_values(k);
-    const DType dtype = check_float("x", scalar_type(x));
-    check_dimensions("x", x, 1, "(..., k)");
+    const DType dtype = check_float(argument, scalar_type(x));
+    check_dimensions(argument, x, 1, "(..., k)");
     if (x.size(x.dim() - 1) != k)
-        fail("x", "expected k = ", k, " values in the last dimension, got ", x.size(x.dim() - 1));
-    check_memory("x", x, device, element_size(dtype));
+        fail(argument, "expected k = ", k, " values in the last dimension, got ", x.size(x.dim() - 1));
+    check_memory(argument, x, device, element_size(dtype));
     const int64_t m = count_rows(x);
     std::optional<int64_t> stride = m == 0 || k == 0 ? k : row_stride(x);
-    Tensor rows = stride ? x : contiguous_copy("x", x);
+    Tensor rows = stride ? x : contiguous_copy(argument, x);
     const uint8_t* data = static_cast<const uint8_t*>(rows.data_ptr());
     return {std::move(rows), data, dtype, m, k, stride.value_or(k)};
 }
@@ -116,18 +116,24 @@ inline std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) 
 
 inline uint32_t* words_of(const Tensor& words) { return static_cast<uint32_t*>(words.data_ptr()); }
 
-// The right-hand side's arguments that every linear operator has.
-inline void check_weight_arguments(const Tensor& words, int64_t k, const std::optional<Tensor>& bias,
-                                   const std::optional<Tensor>& scale, ScalarType out_type, const Device& device) {
-    check_values(k);
-    check_weight_words(words, k, device);
-    check_vector("bias", bias, words.size(0), device);
-    check_vector("scale", scale, words.size(0), device);
+// What every product takes beside its factors: n values of bias and scale, and the type of the outputs.
+inline void check_epilogue(int64_t n, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
+                           ScalarType out_type, const Device& device) {
+    check_vector("bias", bias, n, device);
+    check_vector("scale", scale, n, device);
     if (out_type != ScalarType::Int) {
         check_float("out_dtype", out_type);
     } else if (bias || scale) {
         fail("out_dtype", "int32 is the product itself, and takes neither bias nor scale");
     }
+}
+
+// The right-hand side's arguments that every operator with packed weights has.
+inline void check_weight_arguments(const Tensor& words, int64_t k, const std::optional<Tensor>& bias,
+                                   const std::optional<Tensor>& scale, ScalarType out_type, const Device& device) {
+    check_values(k);
+    check_weight_words(words, k, device);
+    check_epilogue(words.size(0), bias, scale, out_type, device);
 }
 
 // The layout that a caller of prepare_weight counts on, if any.

@@ -46,6 +46,7 @@ BITORCH_QLINEAR_AVX2_BEGIN
 #include "bits.h"
 #include "byte_sums_avx2.h"
 #include "four_russians_avx2.h"
+#include "hash.h"
 #include "kernel.h"
 #include "pack_avx2.h"
 
@@ -400,6 +401,7 @@ const Kernel kAvx2Kernel = {
     .pack_row = {pack_row_by_words<double>, pack_row_by_words<float>, pack_row_by_words<Half>,
                  pack_row_by_words<BFloat16>},
     .unpack_row = unpack_row_portable,
+    .hash_words = hash_words,
     .layout = {.id = 1, .panel = kPanel, .unit = kUnit, .unit_bytes = kUnitBytes},
     .prepare = prepare,
     .row_tile = kRows,

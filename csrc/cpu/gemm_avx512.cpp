@@ -38,6 +38,7 @@
 // Our own headers too are compiled for AVX-512 here; what they define has internal linkage.
 BITORCH_QLINEAR_AVX512_BEGIN
 #include "bits.h"
+#include "hash.h"
 #include "kernel.h"
 #include "pack_avx512.h"
 
@@ -258,6 +259,7 @@ const Kernel kAvx512Kernel = {
     .pack_row = {pack_row_by_words<double>, pack_row_by_words<float>, pack_row_by_words<Half>,
                  pack_row_by_words<BFloat16>},
     .unpack_row = unpack_row_portable,
+    .hash_words = hash_words,
     .layout = {.id = 2, .panel = kPanel, .unit = kWordBits, .unit_bytes = kUnitBytes},
     .prepare = prepare,
     .row_tile = kRows,

@@ -19,6 +19,7 @@
 
 #include "bits.h"
 #include "gemm_words.h"
+#include "hash.h"
 #include "kernel.h"
 #include "pack_neon.h"
 
@@ -90,6 +91,7 @@ const Kernel kNeonKernel = {
     .pack_row = {pack_row_by_words<double>, pack_row_by_words<float>, pack_row_by_words<Half>,
                  pack_row_by_words<BFloat16>},
     .unpack_row = unpack_row_portable,
+    .hash_words = hash_words,
     .layout = {.id = 0, .panel = 1, .unit = kWordBits, .unit_bytes = 0},
     .prepare = nullptr,
     .row_tile = 64,

@@ -15,6 +15,7 @@
 BITORCH_QLINEAR_POPCNT_BEGIN
 #include "bits.h"
 #include "gemm_words.h"
+#include "hash.h"
 #include "kernel.h"
 
 namespace bitorch_qlinear {
@@ -69,6 +70,7 @@ const Kernel kPopcntKernel = {
     .pack_row = {pack_row_portable<double>, pack_row_portable<float>, pack_row_portable<Half>,
                  pack_row_portable<BFloat16>},
     .unpack_row = unpack_row_portable,
+    .hash_words = hash_words,
     .layout = {.id = 0, .panel = 1, .unit = kWordBits, .unit_bytes = 0},
     .prepare = nullptr,
     .row_tile = 64,

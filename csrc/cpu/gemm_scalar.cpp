@@ -1,6 +1,7 @@
 // The portable kernel and the slow twin of all others: XOR and popcount over the interchange form,
 // one 32-bit word at a time, as packed.h and epilogue.h define it.
 #include "bits.h"
+#include "hash.h"
 #include "kernel.h"
 
 namespace bitorch_qlinear {
@@ -31,6 +32,7 @@ const Kernel kScalarKernel = {
     .pack_row = {pack_row_portable<double>, pack_row_portable<float>, pack_row_portable<Half>,
                  pack_row_portable<BFloat16>},
     .unpack_row = unpack_row_portable,
+    .hash_words = hash_words,
     .layout = {.id = 0, .panel = 1, .unit = kWordBits, .unit_bytes = 0},
     .prepare = nullptr,
     .row_tile = 16,

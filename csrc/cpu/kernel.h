@@ -21,8 +21,8 @@ using PackRow = void (*)(const void* x, int64_t k, bool strict, double threshold
 // The inverse: k values from words_for(k) words. For float types and int8 +-1, for bool the bit itself.
 using UnpackRow = void (*)(const uint32_t* words, int64_t k, void* out, DType dtype);
 
-// The prepared form of the weights: the header (packed.h), then for each panel of outputs and each unit of
-// K `unit_bytes` bytes. unit_bytes is 0 for a kernel that reads the words themselves.
+// The prepared form of the weights: the header (packed.h), the words' fingerprint (fingerprint.h), then for each panel
+// of outputs and each unit of K `unit_bytes` bytes. unit_bytes is 0 for a kernel that reads the words themselves.
 struct Layout {
     uint32_t id;
     int64_t panel;
@@ -30,13 +30,14 @@ struct Layout {
     int64_t unit_bytes;
 };
 
+constexpr int64_t kPanelsOffset = 3 * 64;
+
 static inline int64_t prepared_bytes(const Layout& layout, int64_t n, int64_t k) {
-    return static_cast<int64_t>(sizeof(PreparedHeader)) +
-           ceil_div(n, layout.panel) * ceil_div(k, layout.unit) * layout.unit_bytes;
+    return kPanelsOffset + ceil_div(n, layout.panel) * ceil_div(k, layout.unit) * layout.unit_bytes;
 }
 
 // One product: x[m][words] (+-1) by weight[n][words], both row-major and contiguous; y as in Output.
-// `panels` is what follows the header of the prepared form.
+// `panels` is what follows the header and the fingerprint of the prepared form.
 struct Product {
     const uint32_t* x;
     const uint32_t* weight;
@@ -51,6 +52,8 @@ struct Kernel {
     bool (*runs_on)(const CpuFeatures&);
     PackRow pack_row[kFloatTypes];
     UnpackRow unpack_row;
+    // hash.h's, compiled for this instruction set.
+    uint64_t (*hash_words)(const uint32_t* words, int64_t count);
     Layout layout;
     // Writes the panels [begin, end) of the prepared form from row-major words; null if unit_bytes is 0.
     void (*prepare)(const uint32_t* words, int64_t n, int64_t k, Range panels, uint8_t* out);

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "fingerprint.h"
 #include "kernel.h"
 #include "scratch.h"
 
@@ -82,20 +83,43 @@ void for_each_tile(const Threads& threads, bool serial, const Tiles& tiles, int6
     if (out_of_memory) fail_memory();
 }
 
-// The prepared form of the weights, its header included.
+// The panels of a prepared form; none where the kernel reads the words themselves.
+template <class Threads>
+void write_panels(const Threads& threads, const Kernel& kernel, const uint32_t* words, int64_t n, int64_t k,
+                  uint8_t* panels) {
+    if (!kernel.prepare || k == 0) return;
+    const int64_t grain = std::max<int64_t>(1, kSerialValues * 8 / (kernel.layout.panel * k));
+    share(threads, ceil_div(n, kernel.layout.panel), grain,
+          [&](int64_t begin, int64_t end) { kernel.prepare(words, n, k, {begin, end}, panels); });
+}
+
+// The whole prepared form of these words.
 template <class Threads>
 void write_prepared(const Threads& threads, const Kernel& kernel, const uint32_t* words, int64_t n, int64_t k,
-                    uint8_t* out) {
+                    const Fingerprint& fingerprint, uint8_t* out) {
     PreparedHeader header{};
     std::copy(std::begin(kPreparedMagic), std::end(kPreparedMagic), header.magic);
     header.layout = kernel.layout.id;
     header.n = n;
     header.k = k;
     std::memcpy(out, &header, sizeof header);
-    if (!kernel.prepare || k == 0) return;
-    const int64_t grain = std::max<int64_t>(1, kSerialValues * 8 / (kernel.layout.panel * k));
-    share(threads, ceil_div(n, kernel.layout.panel), grain,
-          [&](int64_t begin, int64_t end) { kernel.prepare(words, n, k, {begin, end}, out + sizeof header); });
+    std::memcpy(out + sizeof header, &fingerprint, sizeof fingerprint);
+    write_panels(threads, kernel, words, n, k, out + kPanelsOffset);
+}
+
+// Words and panels of real weights in one pass over them: a panel is made while its words are still in cache.
+// pack_row(i) writes the words of row i.
+template <class Threads, class PackRow>
+void pack_panels(const Threads& threads, const Kernel& kernel, int64_t n, int64_t k, const PackRow& pack_row,
+                 const uint32_t* words, uint8_t* panels) {
+    if (k == 0) return;
+    const int64_t height = kernel.layout.panel, grain = std::max<int64_t>(1, kSerialValues / (height * k));
+    share(threads, ceil_div(n, height), grain, [&](int64_t begin, int64_t end) {
+        for (int64_t panel = begin; panel < end; ++panel) {
+            for (int64_t row = panel * height; row < std::min(n, (panel + 1) * height); ++row) pack_row(row);
+            if (kernel.prepare) kernel.prepare(words, n, k, {panel, panel + 1}, panels);
+        }
+    });
 }
 
 // As many tiles as a multiple of the threads. Every element is an integer sum, so the result does not depend on the

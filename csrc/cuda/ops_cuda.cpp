@@ -162,16 +162,16 @@ cudaError_t launch_product(const Choice& choice, const Product& product, cudaStr
     }
 }
 
-// y for the rows that make_x(record) gives in the form of the kernel that is chosen here.
-template <class MakeX>
+// y of the factors that make_x(record) and make_weight(record) give in the form of the kernel that is chosen here.
+template <class MakeX, class MakeWeight>
 Tensor multiply(int64_t m, const Weight& weight, const std::vector<int64_t>& sizes, const Launch& launch,
-                const Device& device, MakeX make_x) {
+                const Device& device, MakeX make_x, MakeWeight make_weight) {
     Tensor y = empty(sizes, weight.out_type, device);
     const Choice choice = choose_kernel(device.index, m, weight.n, weight.k);
     const KernelRecord& kernel = record(choice.kernel);
     const Factor x = make_x(kernel);
     if (m == 0 || weight.n == 0) return y;
-    const Factor w = factor_of_weight(weight, kernel, launch, device);
+    const Factor w = make_weight(kernel);
     const Vector scale(weight.scale), bias(weight.bias);
     const Product product{x.operand, w.operand,
                           m,         weight.n,
@@ -181,12 +181,21 @@ Tensor multiply(int64_t m, const Weight& weight, const std::vector<int64_t>& siz
     return y;
 }
 
+// The same with packed weights.
+template <class MakeX>
+Tensor multiply(int64_t m, const Weight& weight, const std::vector<int64_t>& sizes, const Launch& launch,
+                const Device& device, MakeX make_x) {
+    return multiply(m, weight, sizes, launch, device, make_x, [&](const KernelRecord& kernel) {
+        return factor_of_weight(weight, kernel, launch, device);
+    });
+}
+
 // ---- operators -------------------------------------------------------------------------------------------------------
 
 Tensor pack_bits(const Tensor& x, bool strict) {
     const Device device = device_of("x", x);
     check_dimensions("x", x, 1, "(..., k)");
-    const Rows rows = check_rows(x, x.size(x.dim() - 1), device);
+    const Rows rows = check_rows("x", x, x.size(x.dim() - 1), device);
     Tensor words = empty(sizes_with_last(x, words_for(rows.k)), ScalarType::Int, device);
     const Launch launch(device.index);
     check_launch("pack", pack({rows.data, rows.dtype, rows.m, rows.k, rows.stride, strict, 0, words_of(words),
@@ -243,12 +252,28 @@ Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std:
               const std::optional<Tensor>& weight_prepared, const std::optional<Tensor>& scale,
               std::optional<ScalarType> out_dtype, bool strict) {
     const Device device = device_of("x", x);
-    const Rows rows = check_rows(x, k, device);
+    const Rows rows = check_rows("x", x, k, device);
     const Weight weight =
         check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(x.scalar_type()), device);
     const Launch launch(device.index);
     return multiply(rows.m, weight, sizes_with_last(x, weight.n), launch, device,
                     [&](const KernelRecord& kernel) { return factor_of_rows(rows, strict, kernel, launch, device); });
+}
+
+Tensor sign_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& scale, std::optional<ScalarType> out_dtype, bool strict,
+                   bool strict_weight) {
+    const Device device = device_of("x", x);
+    if (weight.dim() != 2) fail("weight", "expected shape (n, k), got ", weight.dim(), " dimensions");
+    const int64_t n = weight.size(0), k = weight.size(1);
+    const Rows rows = check_rows("x", x, k, device), weight_rows = check_rows("weight", weight, k, device);
+    const Weight packed{nullptr, nullptr, n, k, bias, scale, out_dtype.value_or(x.scalar_type())};
+    check_epilogue(n, bias, scale, packed.out_type, device);
+    const Launch launch(device.index);
+    return multiply(
+        rows.m, packed, sizes_with_last(x, n), launch, device,
+        [&](const KernelRecord& kernel) { return factor_of_rows(rows, strict, kernel, launch, device); },
+        [&](const KernelRecord& kernel) { return factor_of_rows(weight_rows, strict_weight, kernel, launch, device); });
 }
 
 // The words of x are an output, in the interchange form: what a kernel wants in another is made of them.
@@ -258,7 +283,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_train(const Tensor& x, const Tensor& w
                                                 const std::optional<Tensor>& scale, std::optional<ScalarType> out_dtype,
                                                 bool strict, std::optional<double> threshold) {
     const Device device = device_of("x", x);
-    const Rows rows = check_rows(x, k, device);
+    const Rows rows = check_rows("x", x, k, device);
     const Weight weight =
         check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(x.scalar_type()), device);
     check_threshold(threshold);
@@ -295,5 +320,6 @@ STABLE_TORCH_LIBRARY_IMPL(bitorch_qlinear, CUDA, library) {
     library.impl("prepare_weight", TORCH_BOX(&bitorch_qlinear::cuda::prepare_weight));
     library.impl("binary_linear", TORCH_BOX(&bitorch_qlinear::cuda::binary_linear));
     library.impl("linear", TORCH_BOX(&bitorch_qlinear::cuda::linear));
+    library.impl("sign_linear", TORCH_BOX(&bitorch_qlinear::cuda::sign_linear));
     library.impl("linear_train", TORCH_BOX(&bitorch_qlinear::cuda::linear_train));
 }
