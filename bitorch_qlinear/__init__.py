@@ -2,20 +2,25 @@
 
 from . import functional, quantizations
 from ._version import __version__
+from .convert import LayerReport, Report, explain, pack, unpack
 from .info import info
 from .linear import QLinear
-from .packed import PackedQLinear, pack
+from .packed import PackedQLinear
 from .quantizations import Quantization, quantization_names, register_quantization
 
 __all__ = [
+    "LayerReport",
     "PackedQLinear",
     "QLinear",
     "Quantization",
+    "Report",
     "__version__",
+    "explain",
     "functional",
     "info",
     "pack",
     "quantization_names",
     "quantizations",
     "register_quantization",
+    "unpack",
 ]

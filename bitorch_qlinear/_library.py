@@ -14,10 +14,6 @@ _REMEDY = "run `make build` in a checkout, or `pip install --no-build-isolation 
 _OPERATORS = Path(__file__).with_name("_ops_cpu.so")
 _CUDA_OPERATORS = Path(__file__).with_name("_ops_cuda.so")
 
-generation = 0
-"""How often the active kernel changed: weights prepared before the last change belong to another kernel."""
-
-
 def _check_version(part: str, version: str) -> None:
     if version != __version__:
         raise ImportError(
@@ -84,6 +80,9 @@ def _load_module_info() -> dict[str, str]:
 build_info = _load_module_info()
 _library = _load_operators()
 
+stale_forms = ctypes.c_uint64.in_dll(_library, "bitorch_qlinear_stale_forms")
+"""How many prepared forms the operators found that were not made of the words that came with them."""
+
 no_cuda_reason = _reason_against_cuda(build_info, torch.version.cuda)
 """Why CUDA tensors are computed in float, or "": then there are kernels for them."""
 has_cuda = not no_cuda_reason
@@ -108,8 +107,8 @@ def active_kernel_reason() -> str:
 def force_kernel(name: str | None) -> None:
     """Make one CPU kernel the active one in the whole process; for tests and benchmarks.
 
-    Prepared weights that a caller holds are refused from then on. The layers prepare theirs anew at the next eager
-    call; beneath a compiled model, call ``PackedQLinear.repack()``.
+    Weights that were prepared for another kernel are prepared anew in each call; the layers make theirs anew at the
+    next eager call.
 
     Args:
         name: One of :func:`available_kernels`, or None for the automatic choice.
@@ -117,12 +116,10 @@ def force_kernel(name: str | None) -> None:
     Raises:
         RuntimeError: The processor cannot run it, or there is none of that name. Nothing has changed then.
     """
-    global cpu_layout, generation, _least_sign_outputs
+    global _least_sign_outputs
     error = _library.bitorch_qlinear_force_kernel((name or "").encode()).decode()
     if error:
         raise RuntimeError(error)
-    generation += 1
-    cpu_layout = prepared_layout().number
     _least_sign_outputs = _library.bitorch_qlinear_least_sign_outputs()
 
 
@@ -208,8 +205,6 @@ def force_cuda_kernel(name: str | None) -> None:
 # A wrong BITORCH_QLINEAR_CPU or BITORCH_QLINEAR_CUDA_KERNEL is an error now, not at the first product.
 if _error := _library.bitorch_qlinear_force_kernel(None).decode():
     raise RuntimeError(_error)
-cpu_layout = prepared_layout().number
-"""That number, where torch.compile can read it."""
 # A plain number, which torch.compile can read.
 _least_sign_outputs: int = _library.bitorch_qlinear_least_sign_outputs()
 if _cuda_library is not None and (_error := _cuda_library.bitorch_qlinear_cuda_force_kernel(None).decode()):

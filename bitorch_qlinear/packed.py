@@ -1,124 +1,100 @@
-"""PackedQLinear: a QLinear reduced to its bits, for inference; and pack(), which puts them into a model."""
+"""PackedQLinear: a QLinear reduced to its bits, for inference."""
 
 from __future__ import annotations
 
-import copy
-import logging
-import weakref
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from . import _library, functional
-from ._function import apply, transforms_active
-from .cache import Ready, is_captured
-from .linear import Activation, QLinear, autocast_dtype, fused_linear, has_kernels, path_name
-from .quantizations import BinaryRule, binary_rule, get_quantization, has_constant_rule
+from ._product import Rules, apply_to_nested, autocast_dtype, has_kernels, packed_linear, real_linear
+from ._torch import is_plain, is_proxy, shares_data, trace_as_leaf
+from .checkpoint import FORMAT, INPUT_RULES, REAL_INPUT, WEIGHT_RULES, problem_of_packed, words_for
+from .linear import Activation, QLinear, path_name
+from .quantizations import BinaryRule, binary_rule, get_quantization, is_identity
 
-__all__ = ["PackEntry", "PackReport", "PackedQLinear", "pack"]
+__all__ = ["PackedQLinear"]
 
-_logger = logging.getLogger(__name__)
-
-
-def _words_for(k: int) -> int:
-    return -(-k // 32)
+_SIGN = BinaryRule()
 
 
-def _pack_anywhere(weight: Tensor, strict: bool) -> Tensor:
-    """Words on the weight's device, packed on the CPU where the device has no kernels."""
-    device = weight.device if has_kernels(weight) else torch.device("cpu")
-    return functional.pack_bits(weight.detach().to(device), strict).to(weight.device)
+def input_rule_of(quantization: nn.Module) -> int:
+    """The place in `INPUT_RULES` of what a packed layer does with its input.
 
-
-def _rule_of(argument: str, quantization: str | nn.Module | None) -> BinaryRule:
-    module = get_quantization(quantization, argument)
-    rule = binary_rule(module.eval() if isinstance(quantization, str) else module)
+    Raises:
+        ValueError: It is neither sign-like nor the identity.
+    """
+    if is_identity(quantization):
+        return REAL_INPUT
+    rule = binary_rule(quantization)
     if rule is None:
-        raise ValueError(f"{argument}: expected a sign-like quantization, which packs into bits, got {module!r}")
-    return rule
+        mode = " in training mode" if quantization.training else ""
+        raise ValueError(
+            f"input_quantization: expected a sign-like quantization or identity, got {quantization!r}{mode}"
+        )
+    return int(rule.strict)
 
 
-@torch.library.custom_op("bitorch_qlinear_python::refuse_gradient", mutates_args=())
-def _refuse_gradient(grad: Tensor, shape: Sequence[int]) -> Tensor:
-    """The error of a backward. An operator, so that torch.compile puts it into the graph instead of meeting it."""
-    raise RuntimeError("PackedQLinear computes no gradients: train the QLinear and pack it afterwards.")
+def weight_rule_of(quantization: nn.Module) -> int:
+    """The place in `WEIGHT_RULES` of how a packed layer's bits come from float weights."""
+    rule = binary_rule(quantization)
+    return len(WEIGHT_RULES) - 1 if rule is None else int(rule.strict)
 
 
-@_refuse_gradient.register_fake
-def _(grad: Tensor, shape: Sequence[int]) -> Tensor:
-    return grad.new_empty(shape)
+def pack_weight(weight: Tensor, quantization: nn.Module) -> Tensor:
+    """Words of the quantized weights, on the weights' device; packed on the CPU where that has no kernels.
 
-
-class _InferenceOnly(torch.autograd.Function):
-    """Lets a forward that torch wants to differentiate pass, and says in backward why there is no gradient."""
-
-    @staticmethod
-    def forward(x: Tensor, layer: PackedQLinear) -> Tensor:
-        return layer._product(x, torch.compiler.is_compiling())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.shape = inputs[0].shape
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _refuse_gradient(grad, ctx.shape), None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, layer: PackedQLinear) -> tuple[Tensor, int]:
-        return apply(_InferenceOnlyEager, x.movedim(in_dims[0], 0), layer), 0
-
-
-class _InferenceOnlyEager(_InferenceOnly):
-    """With words for forward mode, which torch.compile would take for a promise to support it."""
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> None:
-        raise NotImplementedError("PackedQLinear has no forward-mode derivative (jvp), nor any other.")
-
-
-class _Prepared(NamedTuple):
-    """A prepared form with the state of the words that it was made from: one object, so that threads see both."""
-
-    weight: weakref.ref[Tensor]
-    version: int
-    address: int
-    generation: int
-    form: Tensor
-    ready: Ready | None
-
-    @staticmethod
-    def make(weight: Tensor, k: int) -> _Prepared:
-        # The state first: a write during the preparation makes it out of date, not wrong.
-        state = weakref.ref(weight), weight._version, weight.data_ptr(), _library.generation
-        return _Prepared(*state, functional.prepare_weight(weight, k), None)
+    Raises:
+        ValueError: The quantization gives other values than ±1.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        values, strict = weight.detach(), False
+        rule = binary_rule(quantization)
+        if rule is not None:
+            strict = rule.strict
+        else:
+            values = quantization(values)
+            if not values.is_meta and not bool((values.abs() == 1).all()):
+                mode = " in training mode" if quantization.training else ""
+                raise ValueError(
+                    f"weight_quantization: expected one whose values are +1 and -1, got {quantization!r}{mode}, which "
+                    "gives others"
+                )
+        device = values.device if has_kernels(values) else torch.device("cpu")
+        return functional.pack_bits(values.to(device), strict).to(weight.device)
 
 
 class PackedQLinear(nn.Module):
     """``y = s(x) · Wᵀ + b`` with W kept as bits: what a trained :class:`QLinear` is at inference, bit for bit.
 
-    ``state_dict`` holds ``weight`` (packed words), ``bias`` and ``k``: 1/32 of the float32 weights. In memory there is
-    as much again for the form that the kernel reads, where it wants another one. Loading checks shapes, dtypes, k and
-    the padding bits; a float ``state_dict`` (of a QLinear or ``nn.Linear``) loads by being packed.
+    ``state_dict`` holds ``weight`` (packed words), ``bias``, ``k`` and what the words mean (see
+    :mod:`bitorch_qlinear.checkpoint`): 1/32 of the float32 weights. In memory there is as much again for the form that
+    a CPU kernel reads, where it wants another one. Loading checks all of it; a float ``state_dict`` (of a QLinear or
+    ``nn.Linear``) loads by being packed.
+
+    The words may be written in any way, at any time: the operator compares them with their form in every call.
+
+    With an ``identity`` input quantization x stays real: ``y = x · Wᵀ + b``.
+
+    Gradients flow to x and to the bias, as through the QLinear with frozen weights.
 
     Attributes:
         in_features: K.
         out_features: N.
         weight: int32 words of shape ``(N, ceil(K / 32))``, see :mod:`bitorch_qlinear.functional`.
-        bias: Shape ``(N,)`` or None.
-        k: K as a 0-dim int64 tensor, for the checkpoint.
-        weight_prepared: The form that the kernel reads, or None on a device without kernels. Not in the checkpoint;
-            made anew when the words change, but inside a compiled model or a captured CUDA graph only by loading or
-            :meth:`repack`.
+        bias: Shape ``(N,)`` or None; a frozen Parameter.
+        k: K as a 0-dim int64 tensor, for the checkpoint; so are ``format``, ``input_rule`` and ``weight_rule``.
+        weight_prepared: The form of the words that the active CPU kernel reads, or None. Not in the checkpoint.
     """
 
     weight: Tensor
-    bias: Tensor | None
+    bias: nn.Parameter | None
     k: Tensor
+    format: Tensor
+    input_rule: Tensor
+    weight_rule: Tensor
     weight_prepared: Tensor | None
 
     def __init__(
@@ -126,10 +102,11 @@ class PackedQLinear(nn.Module):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
         input_quantization: str | nn.Module | None = None,
+        gradient_cancellation_threshold: float | None = None,
         weight_quantization: str | nn.Module | None = None,
     ) -> None:
         """Create a layer whose weights are all -1 and whose bias is 0, to load a checkpoint into.
@@ -138,96 +115,158 @@ class PackedQLinear(nn.Module):
             in_features: K.
             out_features: N.
             bias: Whether there is a bias.
-            device: Where the buffers are.
+            device: Where the tensors are.
             dtype: Of the bias.
-            input_quantization: A sign-like quantization: its rule decides how x becomes bits.
-            weight_quantization: Its rule decides how a float ``state_dict`` becomes bits.
+            input_quantization: A sign-like quantization, whose rule decides how x becomes bits, or identity.
+            gradient_cancellation_threshold: Inputs with a larger magnitude get no gradient; None or 0 cancels nothing.
+            weight_quantization: Decides how a float ``state_dict`` becomes bits.
 
         Raises:
-            ValueError: A quantization that is not sign-like.
+            ValueError: An input quantization that is neither sign-like nor identity.
         """
         super().__init__()
-        self._prepared: _Prepared | None = None
         self.in_features, self.out_features = in_features, out_features
-        self.strict_input = _rule_of("input_quantization", input_quantization).strict
-        self.strict_weight = _rule_of("weight_quantization", weight_quantization).strict
-        with torch.inference_mode(False):  # else the words could not tell that they changed
-            words = torch.zeros(out_features, _words_for(in_features), dtype=torch.int32, device=device)
+        quantization = get_quantization(input_quantization, "input_quantization")
+        self.weight_quantization = get_quantization(weight_quantization, "weight_quantization")
+        if isinstance(input_quantization, str):
+            quantization.eval()
+        if isinstance(weight_quantization, str):
+            self.weight_quantization.eval()
+        self.activation = Activation(quantization, gradient_cancellation_threshold)
+        self._input_rule, self._weight_rule = input_rule_of(quantization), weight_rule_of(self.weight_quantization)
+        with torch.inference_mode(False):
+            words = torch.zeros(out_features, words_for(in_features), dtype=torch.int32, device=device)
             self.register_buffer("weight", words)
-            self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
-            self.register_buffer("k", torch.tensor(in_features, device=device))
-            self.register_buffer("weight_prepared", None, persistent=False)
-        self.repack()
+            self._make_parameters(torch.zeros(out_features, device=device, dtype=dtype) if bias else None, device, dtype)
+            for name, number in self._numbers().items():
+                self.register_buffer(name, torch.tensor(number, device=device))
+        self.prepare()
+
+    def _numbers(self) -> dict[str, int]:
+        """What the checkpoint says of the words, beside them."""
+        return {
+            "k": self.in_features,
+            "format": FORMAT,
+            "input_rule": self._input_rule,
+            "weight_rule": self._weight_rule,
+        }
+
+    def _make_parameters(self, bias: Tensor | None, device: Any, dtype: torch.dtype | None) -> None:
+        """The bias; without one an empty parameter, from which others learn the layer's device and dtype."""
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        if bias is None:
+            empty = torch.empty(0, device=device, dtype=dtype)
+            self.register_parameter("empty", nn.Parameter(empty, requires_grad=False))
 
     @classmethod
-    def from_float(cls, layer: QLinear) -> PackedQLinear:
-        """Pack a QLinear whose quantizations are sign-like.
+    def from_float(cls, layer: QLinear, words: Tensor | None = None) -> PackedQLinear:
+        """Pack a QLinear whose input is sign-like or real and whose weights are quantized to ±1.
+
+        Args:
+            layer: The QLinear.
+            words: Its packed weights, where they are shared with another layer; by default they are packed.
 
         Raises:
-            ValueError: A quantization is not sign-like (progressive_sign is not in training mode).
+            ValueError: A quantization of another kind (progressive_sign is not in training mode).
         """
         weight, bias = layer.weight, layer.bias
+        n, k = weight.shape
         packed = cls(
-            layer.in_features,
-            layer.out_features,
+            k,
+            n,
             bias is not None,
             device="meta",
+            dtype=weight.dtype,
             input_quantization=layer.input_quantization,
+            gradient_cancellation_threshold=layer.gradient_cancellation_threshold,
             weight_quantization=layer.weight_quantization,
         )
+        packed.weight = pack_weight(weight, layer.weight_quantization) if words is None else words
         with torch.inference_mode(False), torch.no_grad():
-            packed.weight = _pack_anywhere(weight, packed.strict_weight)
-            packed.bias = None if bias is None else bias.detach().clone()
-            packed.k = torch.tensor(layer.in_features, device=weight.device)
-        packed.repack()
+            copied = None if bias is None else bias.detach().clone()
+            packed._make_parameters(copied, weight.device, weight.dtype)
+            packed._complete_numbers()
+        packed.prepare()
         return packed.train(layer.training)
 
     def unpack(self) -> QLinear:
-        """A QLinear with the same output, whose float weights are ±1."""
+        """A QLinear with the same output, whose float weights are ±1, in the dtype of the bias."""
         layer = QLinear(
             self.in_features,
             self.out_features,
             self.bias is not None,
             device="meta",
-            input_quantization="steheaviside" if self.strict_input else "sign",
+            input_quantization=self.activation.activation_function,
+            gradient_cancellation_threshold=self.activation.gradient_cancellation_threshold,
+            weight_quantization=self.weight_quantization if self._weight_rule < len(WEIGHT_RULES) - 1 else None,
         )
-        dtype = torch.get_default_dtype() if self.bias is None else self.bias.dtype
-        layer.weight = nn.Parameter(self._signs(dtype))
-        layer.bias = None if self.bias is None else nn.Parameter(self.bias.clone())  # type: ignore[assignment]
+        layer.weight = nn.Parameter(self._signs(next(self.parameters()).dtype))
+        layer.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())  # type: ignore[assignment]
         return layer.train(self.training)
+
+    # ---- the product ----
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output.
 
         Args:
-            x: Shape ``(..., K)``, any strides, any float type.
+            x: Shape ``(..., K)``, any strides, any float type. Of a nested or sparse tensor it is the values that count.
 
         Returns:
             Shape ``(..., N)``; in the dtype of x, or autocast's.
 
         Raises:
-            RuntimeError: In backward: this layer computes no gradients.
+            TypeError: x is no tensor.
+            RuntimeError: A wrong shape or dtype; double backward; forward-mode differentiation (NotImplementedError).
         """
-        compiling = torch.compiler.is_compiling()
-        if (x.requires_grad and torch.is_grad_enabled()) or (not compiling and transforms_active()):
-            y: Tensor = apply(_InferenceOnly if compiling else _InferenceOnlyEager, x, self)
-            return y
-        return self._product(x, compiling)
+        if not isinstance(x, Tensor):
+            return trace_as_leaf(self, x) if is_proxy(x) else F.linear(x, self.weight, self.bias)  # a TypeError
+        words: Any = self._buffers["weight"]
+        bias = self._parameters["bias"]
+        if not has_kernels(x) or not has_kernels(words):
+            return self._in_float(x, words, bias)
+        if torch.compiler.is_compiling():
+            # An exported program runs elsewhere, where another kernel may read another form.
+            form = None if torch.compiler.is_exporting() else self.weight_prepared
+            return self._product(x, words, bias, form)
+        form = self.weight_prepared
+        if form is None and words.is_cpu:
+            form = self.prepare()
+        stale = _library.stale_forms
+        before = stale.value
+        try:
+            y = self._product(x, words, bias, form if words.is_cpu else None)
+        except NotImplementedError:
+            if is_plain(x) and is_plain(words):
+                raise
+            return self._in_float(x, words, bias)
+        if stale.value != before:
+            self.weight_prepared = None  # it was not made of these words: the next call makes it anew
+        return y
 
-    def _product(self, x: Tensor, compiling: bool = False) -> Tensor:
-        buffers = self._buffers  # an nn.Module's attribute access costs half a microsecond
-        weight, bias = buffers["weight"], buffers["bias"]
-        assert weight is not None
-        if not has_kernels(x):
-            return self._float_product(x, bias)
-        prepared = self._current_prepared(weight, compiling)
-        return fused_linear(x, weight, self.in_features, bias, prepared, self.strict_input, compiling)
+    def _product(self, x: Tensor, words: Tensor, bias: Tensor | None, form: Tensor | None) -> Tensor:
+        activation: Any = self._modules["activation"]
+        threshold = activation.gradient_cancellation_threshold
+        if self._input_rule == REAL_INPUT:
+            return real_linear(x, words, self.in_features, bias, threshold)
+        rule = _SIGN
+        if self._input_rule or x.requires_grad:
+            rule = binary_rule(activation.activation_function) or _SIGN
+        return packed_linear(x, words, self.in_features, bias, form, Rules(rule, _SIGN), threshold)
 
-    def _float_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _in_float(self, x: Tensor, words: Tensor, bias: Tensor | None) -> Tensor:
         """The same values by torch's own operators, on any device: summed and rounded in the operators' T."""
+        if x.is_nested:
+            return apply_to_nested(self, x)
+        if not is_plain(x) and x.layout is not torch.strided:
+            y: Tensor = self(x.to_dense())
+            return y
+        if self._input_rule == REAL_INPUT:
+            dtype = autocast_dtype(x) or x.dtype
+            return F.linear(x, self._signs(x.dtype), None if bias is None else bias.to(x.dtype)).to(dtype)
         dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
         with torch.autocast(x.device.type, enabled=False):
-            y = F.linear(BinaryRule(self.strict_input).signs(x.detach()).to(dtype), self._signs(dtype))
+            y = F.linear(self.activation(x).to(dtype), self._signs(dtype))
             y = y if bias is None else y + bias.to(dtype)
         return y.to(autocast_dtype(x) or x.dtype)
 
@@ -241,72 +280,49 @@ class PackedQLinear(nn.Module):
 
     # ---- the prepared form ----
 
-    def _current_prepared(self, weight: Tensor, compiling: bool) -> Tensor | None:
-        if compiling:
-            # An exported program runs elsewhere: it prepares the words for the kernel that it finds there.
-            exporting = torch.compiler.is_exporting()
-            return functional.prepare_weight(weight, self.in_features) if exporting else self.weight_prepared
-        prepared = self._prepared
-        if (
-            prepared is None  # made on another device, or from inference tensors, whose changes cannot be noticed
-            or prepared.weight() is not weight
-            or prepared.address != weight.data_ptr()
-            or prepared.generation != _library.generation
-            or prepared.version != weight._version
-            or prepared.form is not self._buffers["weight_prepared"]
-        ):
-            if is_captured(weight):
-                return functional.prepare_weight(weight, self.in_features)  # in the graph, where nothing is done yet
-            return self._prepare()
-        if prepared.ready is not None:
-            prepared.ready.wait(prepared.form)
-        return prepared.form
+    def prepare(self) -> Tensor | None:
+        """Make the form of the words that the active CPU kernel reads.
 
-    def repack(self) -> None:
-        """Prepare the words anew: after writes that torch cannot notice, or beneath a compiled model."""
-        self._prepare()
+        Nobody has to call this: a form that was not made of the present words is not used, and an eager call after that
+        makes a new one. A compiled model has no such calls: where its words were written, this makes it fast again.
 
-    def _prepare(self) -> Tensor | None:
-        weight, prepared, form = self.weight, None, None
-        with torch.inference_mode(False):
-            if not has_kernels(weight):
-                pass
-            elif weight.is_meta or weight.is_inference() or type(weight) is not Tensor:
-                form = functional.prepare_weight(weight, self.in_features)
-            else:
-                prepared = _Prepared.make(weight, self.in_features)
-                if weight.is_cuda:
-                    prepared = prepared._replace(form=self._in_place(prepared.form), ready=Ready(weight.device))
-                form = prepared.form
-        self.weight_prepared, self._prepared = form, prepared
+        Returns:
+            The form, or None where the words are not on a CPU or the layer's input is real.
+        """
+        words, form = self._buffers["weight"], None
+        if self._input_rule != REAL_INPUT and type(words) is Tensor and words.is_cpu and not words.is_floating_point():
+            with torch.inference_mode(False), torch.no_grad():
+                form = functional.prepare_weight(words, self.in_features)
+        self.weight_prepared = form
         return form
 
-    def _in_place(self, form: Tensor) -> Tensor:
-        """The new form, in the memory of the present one where it fits: captured CUDA graphs read it there."""
-        present = self.weight_prepared
-        if present is None or present.shape != form.shape or present.device != form.device or present.is_inference():
-            return form
-        with torch.no_grad():
-            return present.copy_(form)
-
     def _apply(self, fn: Any, recurse: bool = True) -> PackedQLinear:
+        self.weight_prepared = None
+        empty = self._parameters.get("empty")
+        if empty is not None and empty.is_meta and not self.weight.is_meta:  # a loader assigned the other tensors
+            self._make_parameters(None, self.weight.device, empty.dtype)
+        words = self.weight
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.repack()
+        if self.weight is not words and shares_data(words, self.weight):
+            words.data = self.weight  # as torch moves parameters: words that layers share stay shared
+            self.weight = words
+        self.prepare()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the prepared form, which belongs to this process."""
-        state = self.__dict__.copy()
-        state["_buffers"] = {**self._buffers, "weight_prepared": None}
-        state["_prepared"] = None
-        return state
+        return {**self.__dict__, "weight_prepared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and prepare the words for the kernel here."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.repack()
+        self.prepare()
 
-    # ---- loading ----
+    # ---- checkpoints ----
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        destination.pop(f"{prefix}empty", None)
 
     def _load_from_state_dict(
         self,
@@ -318,158 +334,52 @@ class PackedQLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        key, k_key = f"{prefix}weight", f"{prefix}k"
-        weight = state_dict.get(key)
-        if not isinstance(weight, Tensor):
-            pass  # missing, or not a tensor: reported by torch
-        elif weight.is_floating_point():
-            if weight.shape != (self.out_features, self.in_features):
-                expected = (self.out_features, self.in_features)
-                error_msgs.append(f"{key}: expected float weights of shape {expected}, got {tuple(weight.shape)}")
-                return
-            state_dict[key] = _pack_anywhere(weight, self.strict_weight)
-            state_dict[k_key] = torch.tensor(self.in_features)
-        else:
-            problem = self._problem(key, weight) or self._problem_of_k(k_key, state_dict.get(k_key))
-            if problem:
-                error_msgs.append(problem)
-                return
-            state_dict[key] = weight.view(torch.int32).contiguous()
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        problem = problem_of_packed(
+            prefix, state_dict, self.out_features, self.in_features, self._input_rule, self._weight_rule
         )
-        self.repack()
+        if problem:
+            error_msgs.append(problem)
+            return
+        key = f"{prefix}weight"
+        weight = state_dict.get(key)
+        may_miss = {f"{prefix}{name}" for name in ("empty", "format", "input_rule", "weight_rule")}
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            try:
+                state_dict[key] = pack_weight(weight, self.weight_quantization)
+            except ValueError as error:
+                error_msgs.append(f"{key}: {error}")
+                return
+            may_miss.add(f"{prefix}k")
+        elif isinstance(weight, Tensor):
+            state_dict[key] = weight.view(torch.int32).contiguous()
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        missing_keys.extend(name for name in missing if name not in may_miss)
+        self._complete_numbers()
+        self.prepare()
 
-    def _problem(self, key: str, words: Tensor) -> str | None:
-        """What is wrong with packed words, or None."""
-        if words.dtype not in (torch.int32, torch.uint32):
-            return f"{key}: expected packed words of dtype int32 or uint32, or float weights, got {words.dtype}"
-        if words.shape != self.weight.shape:
-            return f"{key}: expected words of shape {tuple(self.weight.shape)}, got {tuple(words.shape)}"
-        used = self.in_features % 32
-        if used and words.device.type != "meta" and bool((words.view(torch.int32)[:, -1] & (-1 << used)).any()):
-            return f"{key}: expected zero bits past k = {self.in_features} in the last word of each row, got others"
-        return None
+    def _complete_numbers(self) -> None:
+        """Make what an older or a float checkpoint lacks, where the layer was built on meta and the words were assigned."""
+        for name, number in self._numbers().items():
+            if self._buffers[name].is_meta and not self.weight.is_meta:  # type: ignore[union-attr]
+                setattr(self, name, torch.tensor(number, device=self.weight.device))
 
-    def _problem_of_k(self, key: str, k: Any) -> str | None:
-        if not isinstance(k, Tensor) or k.device.type == "meta":
-            return None  # missing, or not a tensor: reported by torch
-        if k.dim() != 0 or k.dtype is not torch.int64:
-            return f"{key}: expected a 0-dim int64 tensor, got {k.dtype} with {k.dim()} dimensions"
-        if int(k) != self.in_features:
-            return f"{key}: expected k = {self.in_features}, got {int(k)}"
-        return None
+    @property
+    def path(self) -> str:
+        """What computes the layer's output, in words."""
+        if self._input_rule == REAL_INPUT:
+            return "packed weights, real input"
+        return path_name(self.weight)
 
     def extra_repr(self) -> str:
         """Sizes, sign rule, and which path computes them."""
-        rule = "v > 0" if self.strict_input else "not v < 0"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"rule={rule!r}, path={path_name(self.weight)}"
+            f"input={INPUT_RULES[self._input_rule]!r}, path={self.path}"
         )
 
-
-class PackEntry(NamedTuple):
-    """What became of one QLinear.
-
-    Attributes:
-        name: Its path in the model ("" for the model itself).
-        packed: Whether it was packed.
-        reason: Why not; "" if it was.
-        float_bytes: Bytes of its float weights.
-        packed_bytes: Bytes of the packed words, which a checkpoint holds; 0 if it was not packed.
-        resident_bytes: Bytes of words and prepared form, in memory; 0 if it was not packed.
-    """
-
-    name: str
-    packed: bool
-    reason: str
-    float_bytes: int
-    packed_bytes: int
-    resident_bytes: int
-
-
-class PackReport(list[PackEntry]):
-    """One entry for each QLinear of a model; ``str`` makes a text of it."""
-
-    def __str__(self) -> str:
-        """One line a layer and a sum."""
-        packed = [entry for entry in self if entry.packed]
-        lines = [
-            f"  {entry.name or '(model)'}: "
-            + (
-                f"packed, {entry.float_bytes} -> {entry.packed_bytes} bytes ({entry.resident_bytes} in memory)"
-                if entry.packed
-                else f"not packed: {entry.reason}"
-            )
-            for entry in self
-        ]
-        before, after = sum(e.float_bytes for e in packed), sum(e.packed_bytes for e in packed)
-        return "\n".join([f"packed {len(packed)} of {len(self)} QLinear, {before} -> {after} bytes of weights", *lines])
-
-
-def _reason_against(layer: QLinear) -> str:
-    """Why a QLinear cannot be packed, or ""."""
-    if type(layer).forward is not QLinear.forward or "forward" in layer.__dict__:
-        return f"{type(layer).__name__} has a forward of its own"
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        return "it has forward hooks"
-    if type(layer.activation) is not Activation:
-        return "its activation was replaced"
-    for name, quantization in (("input", layer.input_quantization), ("weight", layer.weight_quantization)):
-        if binary_rule(quantization) is None:
-            # Only of one that packs in eval mode, so that nobody tries it in vain with another.
-            mode = " in training mode" if quantization.training and not has_constant_rule(quantization) else ""
-            return f"its {name} quantization, {quantization!r}{mode}, is not sign-like"
-    return "" if layer._packed_rules() is not None else "its activation has hooks"
-
-
-def _bytes(*tensors: Tensor | None) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-
-@overload
-def pack(model: nn.Module, *, inplace: bool = False, report: Literal[False] = False) -> nn.Module: ...
-@overload
-def pack(model: nn.Module, *, inplace: bool = False, report: Literal[True]) -> tuple[nn.Module, PackReport]: ...
-def pack(model: nn.Module, *, inplace: bool = False, report: bool = False) -> nn.Module | tuple[nn.Module, PackReport]:
-    """Replace each packable QLinear of a model by a PackedQLinear with the same output, for inference.
-
-    Args:
-        model: Any module, also a QLinear itself.
-        inplace: Replace inside `model` and free its float weights; otherwise a copy is returned, in which the packed
-            layers' float weights are never copied.
-        report: Return a :class:`PackReport` too, of what was packed and what was not and why; otherwise it is logged,
-            as a warning where a QLinear stays as it is or there is none.
-
-    Returns:
-        The model, or the model and the report.
-
-    Raises:
-        TypeError: `model` is no nn.Module.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {model!r:.60}")
-    entries = PackReport()
-    replacements: dict[int, Any] = {}
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, QLinear)]
-    for name, layer in tqdm(layers, desc="packing", unit="layer", delay=1.0, leave=False):
-        reason, float_bytes = _reason_against(layer), _bytes(layer.weight)
-        if reason:
-            entries.append(PackEntry(name, False, reason, float_bytes, 0, 0))
-            continue
-        packed = replacements[id(layer)] = PackedQLinear.from_float(layer)
-        resident = _bytes(packed.weight, packed.weight_prepared)
-        entries.append(PackEntry(name, True, "", float_bytes, _bytes(packed.weight), resident))
-    if inplace:
-        for parent in list(model.modules()):
-            for name, child in parent._modules.items():
-                parent._modules[name] = replacements.get(id(child), child)
-        model = replacements.get(id(model), model)
-    else:
-        # deepcopy takes what its memo already holds for a copy of the layer.
-        model = copy.deepcopy(model, replacements)
-    if report:
-        return model, entries
-    _logger.log(logging.INFO if entries and all(entry.packed for entry in entries) else logging.WARNING, "%s", entries)
-    return model
+    def __repr__(self) -> str:
+        """One line: the quantizations are part of the layer, not layers below it."""
+        return f"{type(self).__name__}({self.extra_repr()})"

@@ -6,7 +6,7 @@ path here is computed from the same rule, so that each derivative is written onc
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
-from ._function import apply
+from ._torch import apply, hook_tables
 
 __all__ = [
     "ApproxSign",
@@ -479,7 +479,6 @@ _RULE_BY_CLASS: dict[tuple[str, str], Callable[[Any], BinaryRule | None]] = {
     for module in (__name__, f"bitorch.quantizations.{bitorch_module}")
 }
 _IDENTITIES = {(module, "Identity") for module in (__name__, "bitorch.quantizations.identity")}
-_CHANGING_RULES = ("SwishSign", "ProgressiveSign")
 
 
 def binary_rule(quantization: nn.Module) -> BinaryRule | None:
@@ -506,21 +505,6 @@ def is_identity(quantization: nn.Module) -> bool:
     """Whether this is exactly the quantization that leaves x as it is, of this package or of bitorch, without hooks."""
     cls = type(quantization)
     return (cls.__module__, cls.__qualname__) in _IDENTITIES and not any(hook_tables(quantization))
-
-
-def has_constant_rule(quantization: nn.Module) -> bool:
-    """Whether only hooks can change what `binary_rule` says of a module that has a rule."""
-    return type(quantization).__qualname__ not in _CHANGING_RULES
-
-
-def hook_tables(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
-    """The module's tables of hooks that a computation past its `forward` would skip: all empty in most modules."""
-    return (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
 
 
 _classes: dict[str, type[nn.Module]] = {}

@@ -20,6 +20,13 @@
 #include "epilogue.h"
 #include "tensors.h"
 
+#define BITORCH_QLINEAR_EXPORT extern "C" __attribute__((visibility("default")))
+
+// How many forms were found that were not made of the words that came with them. The layers read it before and after a
+// call: a form that is never made anew costs its preparation in every call.extern "C" {
+__attribute__((visibility("default"))) std::atomic<uint64_t> bitorch_qlinear_stale_forms{0};
+}
+
 namespace bitorch_qlinear {
 namespace {
 
@@ -119,10 +126,6 @@ class Vector {
 
 // ---- prepared weights ----------------------------------------------------------------------------
 
-// How many forms were found that were not made of the words that came with them. The layers read it, and make theirs
-// anew: a form that is never made anew costs its preparation in every call.
-std::atomic<uint64_t> stale_forms{0};
-
 // How often torch has seen the tensor written; kUnknownVersion for inference tensors, which have no such number.
 int64_t version_of(const Tensor& tensor) {
     std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
@@ -171,7 +174,7 @@ const uint8_t* check_prepared(const Tensor& prepared, const Kernel& kernel, cons
         std::memcpy(&fingerprint, form + header_bytes, sizeof fingerprint);
         if (was_made_of(fingerprint, kernel, words, data, m)) return form + kPanelsOffset;
     }
-    stale_forms.fetch_add(1, std::memory_order_relaxed);
+    bitorch_qlinear_stale_forms.fetch_add(1, std::memory_order_relaxed);
     return nullptr;
 }
 
@@ -421,8 +424,6 @@ STABLE_TORCH_LIBRARY_IMPL(bitorch_qlinear, CPU, library) {
 
 // ---- what Python asks about the kernels, as plain C -----------------------------------------------
 
-#define BITORCH_QLINEAR_EXPORT extern "C" __attribute__((visibility("default")))
-
 namespace {
 
 // A string that lives until the same thread's next call; "" after an exception, which must not leave C.
@@ -475,10 +476,6 @@ BITORCH_QLINEAR_EXPORT bool bitorch_qlinear_layout(int64_t* out) {
     } catch (const std::exception&) {
         return false;
     }
-}
-
-BITORCH_QLINEAR_EXPORT uint64_t bitorch_qlinear_stale_forms() {
-    return bitorch_qlinear::stale_forms.load(std::memory_order_relaxed);
 }
 
 // FloatByBits::least_outputs. -1 if no kernel is active.

@@ -1,0 +1,439 @@
+"""The packed product as one differentiable function: forward by XNOR-popcount, backward straight through.
+
+With ``y = s(x) · s(W)ᵀ + b`` and ``g = dL/dy`` (Hubara et al., https://arxiv.org/abs/1602.02830)::
+
+    dL/dx = input rule's gradient of g · s(W), and 0 where |x| > threshold
+    dL/dW = weight rule's gradient of gᵀ · s(x)
+    dL/db = g summed over the leading dimensions
+
+What backward needs of x is its signs, and with a threshold which elements are in range, a bit an element each: these
+are saved beside the words of W, not x. Only rules whose derivative is a function of x (approxsign, swishsign) save x as
+well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library, functional
+from ._torch import any_autocast, apply, is_dtensor, is_known, operator_entry, transforms_active
+from .quantizations import BinaryRule, cancel_gradient
+
+__all__ = [
+    "Rules",
+    "apply_to_nested",
+    "autocast_dtype",
+    "has_kernels",
+    "packed_linear",
+    "real_linear",
+    "sign_linear",
+    "tables_win",
+    "times_signs",
+    "wants_gradient",
+]
+
+# Looked up once: a name in a module of a module costs 20 ns at every call.
+_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
+
+_sign_linear = torch.ops.bitorch_qlinear.sign_linear
+_linear = torch.ops.bitorch_qlinear.linear
+_sign_linear_entry, _linear_entry = operator_entry(_sign_linear), operator_entry(_linear)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How both factors become ±1 and what gradient they hand back.
+
+    Attributes:
+        input: Rule of the input.
+        weight: Rule of the weight.
+    """
+
+    input: BinaryRule
+    weight: BinaryRule
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether the operators have kernels (or, for meta, shapes) for this tensor; others compute in float.
+
+    A DTensor's device has them, but the operators have no rules for sharding.
+    """
+    on_device = tensor.is_cpu or tensor.is_meta or (_library.has_cuda and tensor.is_cuda)
+    return on_device and (type(tensor) is Tensor or not is_dtensor(tensor))
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast wants of a linear layer's output, as of ``nn.Linear``'s; None for that of x."""
+    if any_autocast() and x.dtype is not torch.float64:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+    return None
+
+
+def apply_to_nested(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A layer's outputs for the rows of a nested tensor, as a nested tensor of the same layout."""
+    if x.layout is torch.jagged and x.values().shape[-1] == x.shape[-1]:
+        return torch.nested.nested_tensor_from_jagged(layer(x.values()), x.offsets(), x.lengths())
+    return torch.nested.as_nested_tensor([layer(part) for part in x.unbind()], layout=x.layout)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward to one of these tensors may follow."""
+    return _grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def sign_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rules: Rules, threshold: float | None) -> Tensor:
+    """``s(x) · s(weight)ᵀ + bias`` of real weights, which are packed in this call.
+
+    Args:
+        x: Shape ``(..., k)``, any strides.
+        weight: Shape ``(n, k)``, any strides.
+        bias: Shape ``(n,)`` or None.
+        rules: How signs and gradients are made.
+        threshold: The gradient of x is 0 where not ``|x| <= threshold``; None and 0 cancel nothing.
+
+    Returns:
+        Shape ``(..., n)``, in autocast's dtype or that of x; differentiable once in x, weight and bias.
+
+    Raises:
+        RuntimeError: As the operators do; and in a second backward.
+    """
+    compiling = _compiling()
+    if wants_gradient(x, weight, bias) or (not compiling and transforms_active()):
+        words = functional.pack_bits(weight.detach(), rules.weight.strict)
+        return _differentiable(x, weight, bias, words, None, weight.shape[1], rules, threshold)
+    operator = _sign_linear if compiling else _sign_linear_entry
+    out_dtype = autocast_dtype(x)
+    strict, strict_weight = rules.input.strict, rules.weight.strict
+    # Each keyword that is passed costs 0.3 us, so defaults are omitted.
+    if strict or strict_weight or out_dtype is not None:
+        return operator(x, weight, bias, out_dtype=out_dtype, strict=strict, strict_weight=strict_weight)  # type: ignore[no-any-return]
+    return operator(x, weight, bias)  # type: ignore[no-any-return]
+
+
+def packed_linear(
+    x: Tensor,
+    words: Tensor,
+    k: int,
+    bias: Tensor | None,
+    prepared: Tensor | None,
+    rules: Rules,
+    threshold: float | None,
+) -> Tensor:
+    """``s(x) · Wᵀ + bias`` of packed weights W.
+
+    Args:
+        x: Shape ``(..., k)``, any strides.
+        words: int32, shape ``(n, ceil(k / 32))``.
+        k: Number of values in a row.
+        bias: Shape ``(n,)`` or None.
+        prepared: The form of the words that the active kernel reads, or None.
+        rules: How the signs of x and its gradient are made.
+        threshold: As for :func:`sign_linear`.
+
+    Returns:
+        Shape ``(..., n)``, in autocast's dtype or that of x; differentiable once in x and bias.
+
+    Raises:
+        RuntimeError: As the operators do; and in a second backward.
+    """
+    compiling = _compiling()
+    if wants_gradient(x, bias) or (not compiling and transforms_active()):
+        return _differentiable(x, None, bias, words, prepared, k, rules, threshold)
+    operator = _linear if compiling else _linear_entry
+    out_dtype = autocast_dtype(x)
+    if rules.input.strict or out_dtype is not None:
+        return operator(  # type: ignore[no-any-return]
+            x, words, k, bias, weight_prepared=prepared, out_dtype=out_dtype, strict=rules.input.strict
+        )
+    if prepared is None:
+        return operator(x, words, k, bias)  # type: ignore[no-any-return]
+    return operator(x, words, k, bias, weight_prepared=prepared)  # type: ignore[no-any-return]
+
+
+def real_linear(x: Tensor, words: Tensor, k: int, bias: Tensor | None, threshold: float | None = None) -> Tensor:
+    """``x · Wᵀ + bias`` of real x and packed weights W.
+
+    Args:
+        x: Shape ``(..., k)``, any strides.
+        words: int32, shape ``(n, ceil(k / 32))``.
+        k: Number of values in a row.
+        bias: Shape ``(n,)`` or None.
+        threshold: The gradient of x is 0 where not ``|x| <= threshold``; None and 0 cancel nothing.
+
+    Returns:
+        Shape ``(..., n)``, in autocast's dtype or that of x; differentiable in x and bias.
+    """
+    x = cancel_gradient(x, threshold)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x = x.to(dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if not (x.is_cpu and tables_win(x, words.shape[0])):
+        return torch.nn.functional.linear(x, functional.unpack_bits(words, k, x.dtype), bias)
+    if wants_gradient(x, bias) or (not _compiling() and transforms_active()):
+        y: Tensor = apply(SignedSums, x, words, k, True)
+        return y if bias is None else y + bias
+    y = functional.multiply_signs(x, words, k, transpose=True)
+    return y if bias is None else y.add_(bias)
+
+
+class SignedSums(torch.autograd.Function):
+    """``times_signs``, differentiable any number of times: the gradient is the product with the transposed signs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(reals: Tensor, words: Tensor, k: int, transpose: bool) -> Tensor:
+        return times_signs(reals, words, k, transpose)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, words, ctx.k, ctx.transpose = inputs
+        ctx.save_for_backward(words)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (words,) = ctx.saved_tensors
+        return apply(SignedSums, grad, words, ctx.k, not ctx.transpose), None, None, None
+
+
+def _in_range_limit(rule: BinaryRule, threshold: float | None) -> float | None:
+    """Beyond which |x| the gradient of x is 0: the lower of threshold (None and 0: none) and the rule's own limit."""
+    if not threshold:
+        return rule.limit
+    return threshold if rule.limit is None else min(threshold, rule.limit)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """A gradient, whose own backward is an error in words."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, *witnesses: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError("bitorch_qlinear: a binary layer is differentiable only once: signs have no second derivative.")
+
+
+class SignProduct(torch.autograd.Function):
+    """See the module. The weight is None where only its words are there."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        words: Tensor,
+        prepared: Tensor | None,
+        k: int,
+        rules: Rules,
+        limit: float | None,
+        out_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, x_words, in_range_words = torch.ops.bitorch_qlinear.linear_train(
+            x,
+            words,
+            k,
+            bias,
+            weight_prepared=prepared,
+            out_dtype=out_dtype,
+            strict=rules.input.strict,
+            threshold=limit,
+        )
+        return y, x_words, in_range_words
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, weight, bias, words, _, ctx.k, ctx.rules, limit, _ = inputs
+        _, x_words, in_range_words = output
+        ctx.mark_non_differentiable(x_words, in_range_words)
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, weight, bias)]
+        # It is referenced only so that a second derivative can find it. Its values are not needed, so it is not saved.
+        ctx.weight = None if _compiling() else weight
+        ctx.save_for_backward(
+            x_words,
+            None if limit is None else in_range_words,
+            words,
+            None if ctx.rules.input.derivative is None else x,
+            weight if ctx.rules.weight.changes_gradient else None,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 9
+        saved = ctx.saved_tensors  # once: a checkpoint unpacks only once
+        with torch.no_grad():
+            gradients = _gradients(ctx, grad, *saved)
+        if _grad_enabled() and not _compiling():  # create_graph=True
+            *_, x, _ = saved
+            witnesses = [tensor for tensor in (grad, ctx.weight, x) if tensor is not None]
+            gradients = [None if g is None else _once_differentiable(g, witnesses) for g in gradients]
+        return *gradients, None, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
+            # A batch of x alone is more rows.
+            outputs = apply(SignProductEager, args[0].movedim(in_dims[0], 0), *args[1:])
+            return outputs, (0, 0, None if args[7] is None else 0)
+        each = [
+            apply(
+                SignProductEager,
+                *(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)),
+            )
+            for i in range(info.batch_size)
+        ]
+        return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0, 0, 0)
+
+
+class SignProductEager(SignProduct):
+    """Adds a clear error for forward mode. A separate class, because torch.compile takes the presence of jvp as support."""
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise NotImplementedError(
+            "bitorch_qlinear: a binary layer has no forward-mode derivative (jvp): signs have none; use backward."
+        )
+
+
+def _once_differentiable(gradient: Tensor, witnesses: list[Tensor]) -> Tensor:
+    """Tie the gradient to its inputs so that a second backward raises.
+
+    An x that was saved only as bits is left out: the gradient does not depend on it. `fresh` makes autograd track the
+    result when no input requires a gradient.
+    """
+    fresh = torch.zeros((), dtype=gradient.dtype, device=gradient.device, requires_grad=True)
+    marked: Tensor = apply(_OnceDifferentiable, gradient, *witnesses, fresh)
+    return marked
+
+
+def times_signs(reals: Tensor, words: Tensor, k: int, transpose: bool = False) -> Tensor:
+    """``reals @ signs``, or ``reals @ signs.T``: by tables on the CPU where that is faster, else by the BLAS.
+
+    Args:
+        reals: Shape ``(..., n)``, or ``(..., k)`` where transposed.
+        words: The packed signs, shape ``(n, ceil(k / 32))``.
+        k: Number of signs in a row.
+        transpose: Multiply by the transposed signs.
+    """
+    if reals.is_cpu and tables_win(reals, words.shape[0] if transpose else k):
+        return functional.multiply_signs(reals, words, k, transpose)
+    if transpose:
+        return reals @ functional.unpack_bits(words, k, reals.dtype).t()
+    return _times_unpacked(reals, words, k)
+
+
+# Crossover between tables and BLAS for a dtype, as multiples of least_sign_outputs(): outputs, values to sum.
+_LEAST_OF_HALF_TYPES = {torch.bfloat16: (2, 1.5), torch.float16: (1 / 16, 1 / 8)}
+
+
+def tables_win(reals: Tensor, outputs: int) -> bool:
+    """Whether tables, which are made anew for each row of outputs, are faster than the BLAS.
+
+    Sizes that a traced program leaves open count as large: the choice must not depend on them.
+
+    Measured on Zen 4, one thread, 1 to 4096 rows (bfloat16 16384). From 128 outputs and 64 values to sum on 1.1 to 2
+    times as fast, below them up to 3 times slower. bfloat16's BLAS has instructions of its own (AVX512_BF16): from 256
+    and 192 on 0.99 to 3 times, with 160 values down to 0.92. float16's has none: from 8 and 16 on 1.5 times and more.
+    """
+    least = _library.least_sign_outputs()
+    least_outputs, least_values = _LEAST_OF_HALF_TYPES.get(reals.dtype, (1, 0.5))
+    return not is_known(outputs < least_outputs * least) and not is_known(reals.shape[-1] < least_values * least)
+
+
+def _times_unpacked(reals: Tensor, words: Tensor, k: int) -> Tensor:
+    """``reals @ signs``, with the signs unpacked a block of columns at a time on the CPU.
+
+    A block (4 MiB of float32) stays in cache and in the allocator's hands; all of a large weight would be mapped and
+    zeroed by the system at every call, which takes longer than a small batch's product. CUDA's allocator does neither.
+    """
+    if _compiling() or not reals.is_cpu:
+        return reals @ functional.unpack_bits(words, k, reals.dtype)
+    columns = max(1, (1 << 20) // max(1, words.shape[0]) // 32)  # words a block
+    if columns >= words.shape[1]:
+        return reals @ functional.unpack_bits(words, k, reals.dtype)
+    blocks, left = [], k
+    for part in words.split(columns, dim=1):
+        values = min(32 * columns, left)
+        blocks.append(reals @ functional.unpack_bits(part.contiguous(), values, reals.dtype))
+        left -= values
+    return torch.cat(blocks, dim=-1)
+
+
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def _keep(values: Tensor, words: Tensor, k: int) -> Tensor:
+    """Zero every value whose bit is 0, even NaN and infinity; in place on CUDA."""
+    if _compiling() or transforms_active():
+        # Inside vmap the bits may have a dimension that the values lack, so this is not in place.
+        return values.masked_fill(functional.unpack_bits(~words, k, torch.bool), 0)
+    if not values.is_cpu:
+        return values.masked_fill_(functional.unpack_bits(~words, k, torch.bool), 0)
+    # torch.where on the CPU takes a branch an element, of which random bits mispredict half: 8 times slower (Zen 4).
+    # As int8, bit 0 is -1 and bit 1 is +1; halved, and rounded down, -1 and 0: masks.
+    integers = _INTEGERS[values.element_size()]
+    masks = functional.unpack_bits(~words, k, torch.int8) >> 1
+    return (values.view(integers) & masks.to(integers)).view(values.dtype)
+
+
+def _gradients(
+    ctx: Any,
+    grad: Tensor,
+    x_words: Tensor,
+    in_range_words: Tensor | None,
+    words: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+) -> list[Tensor | None]:
+    """Those of x, weight and bias, in their dtypes, from what was saved; None where not needed."""
+    x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])  # -1 cannot be found where n is 0
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = times_signs(grad, words, ctx.k).to(x_dtype)
+        if x is not None:
+            grad_x = grad_x * ctx.rules.input.derivative(x)
+        if in_range_words is not None:
+            grad_x = _keep(grad_x, in_range_words, ctx.k)
+    if ctx.needs_input_grad[1]:
+        row_words = x_words.reshape(rows.shape[0], x_words.shape[-1])
+        grad_weight = times_signs(rows.t(), row_words, ctx.k).to(weight_dtype)
+        if weight is not None:
+            grad_weight = ctx.rules.weight.gradient(grad_weight, weight)
+    if ctx.needs_input_grad[2]:
+        grad_bias = rows.sum(0).to(bias_dtype)
+    return [grad_x, grad_weight, grad_bias]
+
+
+def _differentiable(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    words: Tensor,
+    prepared: Tensor | None,
+    k: int,
+    rules: Rules,
+    threshold: float | None,
+) -> Tensor:
+    limit = _in_range_limit(rules.input, threshold)
+    function = SignProduct if _compiling() else SignProductEager
+    y: Tensor = apply(function, x, weight, bias, words, prepared, k, rules, limit, autocast_dtype(x))[0]
+    return y

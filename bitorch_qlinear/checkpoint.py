@@ -1,0 +1,130 @@
+"""What the state dict of a packed layer must be, and what is said of one that is not.
+
+A packed layer's entries are
+
+    weight       the words: int32 (or uint32), shape (n, ceil(k / 32)), bits past k zero
+    bias         n floats, if the layer has a bias
+    k            K, int64
+    format       the number of this list, int64
+    input_rule   how the input becomes bits, int64: its place in `INPUT_RULES`
+    weight_rule  how float weights became bits, int64: its place in `WEIGHT_RULES`
+
+All are tensors, so that torch.save, safetensors and distributed checkpoints carry them. Checkpoints that were written
+before there was a format lack the last three, and load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "FORMAT",
+    "INPUT_RULES",
+    "NUMBERS",
+    "REAL_INPUT",
+    "WEIGHT_RULES",
+    "problem_of_packed",
+    "problem_of_words_in_float",
+    "words_for",
+]
+
+FORMAT = 1
+"""The newest format that this version knows, and the one that it writes."""
+INPUT_RULES = ("+1 where not x < 0, else -1", "+1 where x > 0, else -1", "real values as they are")
+REAL_INPUT = 2
+WEIGHT_RULES = ("+1 where not w < 0, else -1", "+1 where w > 0, else -1", "the signs of quantized weights")
+NUMBERS = ("k", "format", "input_rule", "weight_rule")
+"""The entries that are one number each."""
+
+
+def words_for(k: int) -> int:
+    """Number of words that k values take."""
+    return -(-k // 32)
+
+
+def problem_of_words_in_float(prefix: str, state_dict: Mapping[str, Any]) -> str | None:
+    """What to say where a float layer is to load a packed layer's entries, or None."""
+    weight = state_dict.get(f"{prefix}weight")
+    if not isinstance(weight, Tensor) or weight.is_floating_point() or f"{prefix}k" not in state_dict:
+        return None
+    return (
+        f"{prefix}weight: expected float weights, got the words of a packed layer: load them into a PackedQLinear, or "
+        "into bitorch_qlinear.pack(model), and go back by bitorch_qlinear.unpack(model)"
+    )
+
+
+def problem_of_packed(
+    prefix: str, state_dict: Mapping[str, Any], n: int, k: int, input_rule: int, weight_rule: int
+) -> str | None:
+    """What is wrong with a packed layer's entries, or None.
+
+    Args:
+        prefix: Of the entries' names.
+        state_dict: The checkpoint. What it lacks is torch's to report.
+        n: Number of outputs of the layer that loads it.
+        k: Number of its inputs.
+        input_rule: How its input becomes bits.
+        weight_rule: How float weights become its bits.
+    """
+    expected = {"k": k, "format": FORMAT, "input_rule": input_rule, "weight_rule": weight_rule}
+    numbers = {name: state_dict[f"{prefix}{name}"] for name in NUMBERS if f"{prefix}{name}" in state_dict}
+    problems = [_problem_of_number(f"{prefix}{name}", number, expected[name]) for name, number in numbers.items()]
+    for name in ("weight", "bias"):
+        tensor = state_dict.get(f"{prefix}{name}")
+        if isinstance(tensor, Tensor):
+            of = _problem_of_words if name == "weight" else _problem_of_bias
+            problems.insert(0, of(f"{prefix}{name}", tensor, n, k))
+    return next(filter(None, problems), None)
+
+
+def _problem_of_layout(key: str, tensor: Tensor) -> str | None:
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        return f"{key}: expected a dense tensor, got layout {tensor.layout}"
+    return None
+
+
+def _problem_of_words(key: str, words: Tensor, n: int, k: int) -> str | None:
+    if problem := _problem_of_layout(key, words):
+        return problem
+    if words.is_floating_point():
+        if words.shape != (n, k):
+            return f"{key}: expected float weights of shape {(n, k)}, got {tuple(words.shape)}"
+        return None
+    if words.dtype not in (torch.int32, torch.uint32):
+        return f"{key}: expected packed words of dtype int32 or uint32, or float weights, got {words.dtype}"
+    if words.shape != (n, words_for(k)):
+        return f"{key}: expected words of shape {(n, words_for(k))}, got {tuple(words.shape)}"
+    used = k % 32
+    if used and not words.is_meta and bool((words.view(torch.int32)[:, -1] & (-1 << used)).any()):
+        return f"{key}: expected zero bits past k = {k} in the last word of each row, got others"
+    return None
+
+
+def _problem_of_bias(key: str, bias: Tensor, n: int, k: int) -> str | None:
+    if problem := _problem_of_layout(key, bias):
+        return problem
+    if bias.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        return f"{key}: expected float64, float32, float16 or bfloat16, got {bias.dtype}"
+    if bias.shape != (n,):
+        return f"{key}: expected shape {(n,)}, got {tuple(bias.shape)}"
+    return None
+
+
+def _problem_of_number(key: str, number: Any, expected: int) -> str | None:
+    if not isinstance(number, Tensor) or number.is_meta:
+        return None
+    if number.dim() != 0 or number.dtype is not torch.int64:
+        return f"{key}: expected a 0-dim int64 tensor, got {number.dtype} with {number.dim()} dimensions"
+    got, name = int(number), key.rpartition(".")[2]
+    if name == "format":
+        if not 1 <= got <= FORMAT:
+            return f"{key}: expected a checkpoint of format 1 to {FORMAT}, got {got}: a newer bitorch_qlinear wrote it"
+    elif got != expected:
+        rules = {"input_rule": INPUT_RULES, "weight_rule": WEIGHT_RULES}.get(name)
+        said = [rules[i] if rules and 0 <= i < len(rules) else str(i) for i in (expected, got)]
+        return f"{key}: expected {said[0]}, got {said[1]}: the checkpoint was made for another quantization"
+    return None

@@ -1,0 +1,121 @@
+"""pack() and unpack(): the binary layers of a model as bits, and back."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..linear import QLinear
+from ..packed import PackedQLinear, weight_rule_of
+from ..checkpoint import WEIGHT_RULES
+from .report import binary_layers, explain, reason_against
+
+__all__ = ["pack", "unpack"]
+
+_logger = logging.getLogger(__name__)
+
+
+def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Replace each packable QLinear of a model by a PackedQLinear with the same output, for inference.
+
+    :func:`bitorch_qlinear.explain` says, before or after, what is packed and why something is not; what stays as it is
+    is also logged as a warning. Weights that layers share are packed once, and stay shared.
+
+    Args:
+        model: Any module, also a QLinear itself.
+        inplace: Replace inside `model` and free its float weights; otherwise a copy is returned, in which the packed
+            layers' float weights are never copied.
+
+    Returns:
+        The model, or its copy.
+
+    Raises:
+        TypeError: `model` is no nn.Module, is wrapped for distributed training, or cannot be copied.
+    """
+    _check_model(model)
+    replacements: dict[int, nn.Module] = {}
+    shared: dict[Any, Tensor] = {}
+    reasons: dict[str, str] = {}
+    for path, parent, layer in binary_layers(model):
+        if not isinstance(layer, QLinear):
+            continue
+        reason = reason_against(layer, parent, path.rpartition(".")[2])
+        if reason:
+            reasons[path] = reason
+            continue
+        rule = weight_rule_of(layer.weight_quantization)
+        key = id(layer.weight), rule if rule < len(WEIGHT_RULES) - 1 else id(layer.weight_quantization)
+        packed = PackedQLinear.from_float(layer, shared.get(key))
+        shared[key] = packed.weight
+        replacements[id(layer)] = packed
+    result = _replace(model, replacements, inplace, reasons)
+    for path, _, layer in binary_layers(result):
+        if isinstance(layer, QLinear):
+            reasons.setdefault(path, "the module that holds it does not let it be replaced")
+    packed_layers = sum(isinstance(layer, PackedQLinear) for layer in result.modules())
+    lines = [f"  {path or '(model)'} stays as it is: {reason}" for path, reason in reasons.items()]
+    level = logging.INFO if packed_layers and not reasons else logging.WARNING
+    _logger.log(level, "%s", "\n".join([f"packed {packed_layers} of {packed_layers + len(reasons)} QLinear", *lines]))
+    return result
+
+
+def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Replace each PackedQLinear of a model by a QLinear with the same output, whose weights are ±1.
+
+    Args:
+        model: Any module, also a PackedQLinear itself.
+        inplace: Replace inside `model`; otherwise a copy is returned.
+
+    Returns:
+        The model, or its copy.
+
+    Raises:
+        TypeError: `model` is no nn.Module, is wrapped for distributed training, or cannot be copied.
+    """
+    _check_model(model)
+    replacements: dict[int, nn.Module] = {}
+    shared: dict[int, nn.Parameter] = {}
+    for _, _, layer in binary_layers(model):
+        if isinstance(layer, PackedQLinear):
+            unpacked = replacements[id(layer)] = layer.unpack()
+            unpacked.weight = shared.setdefault(id(layer.weight), unpacked.weight)
+    return _replace(model, replacements, inplace, {})
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {model!r:.60}")
+    name = type(model).__name__
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError(f"model: expected the model itself, got it wrapped in {name}: pack model.module")
+    if name == "FullyShardedDataParallel":
+        raise TypeError(
+            f"model: expected the model itself, got it wrapped in {name}: load its full state dict into a model that is "
+            "not sharded, and pack that"
+        )
+
+
+def _replace(
+    model: nn.Module, replacements: dict[int, nn.Module], inplace: bool, reasons: dict[str, str]
+) -> nn.Module:
+    """The model, or a copy of it, with other modules in the places of those with these ids."""
+    if not inplace:
+        try:
+            # deepcopy takes what its memo already holds for a copy of the layer.
+            copied: nn.Module = copy.deepcopy(model, dict(replacements))
+        except Exception as error:
+            left = "".join(f"; {path or 'the model'} would stay as it is: {reason}" for path, reason in reasons.items())
+            raise TypeError(
+                f"model: cannot be copied ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}): "
+                f"inplace=True works on the model itself{left}"
+            ) from error
+        return copied
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in replacements:
+                parent.register_module(name, replacements[id(child)])
+    return replacements.get(id(model), model)
+

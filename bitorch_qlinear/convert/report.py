@@ -1,0 +1,181 @@
+"""What computes each binary layer of a model, what packing would change, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .._torch import is_dtensor
+from ..linear import Activation, QLinear, has_hooks
+from ..packed import PackedQLinear, input_rule_of, pack_weight, weight_rule_of
+from ..quantizations import binary_rule
+
+__all__ = ["LayerReport", "Report", "binary_layers", "explain", "reason_against"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One binary layer.
+
+    Attributes:
+        name: Its path in the model ("" for the model itself).
+        kind: "QLinear" or "PackedQLinear".
+        path: What computes its product.
+        packable: Whether :func:`bitorch_qlinear.pack` replaces it.
+        reason: Why it is not replaced; "" if it is, or if it is packed already.
+        float_bytes: Bytes of its float weights; of a packed layer, of the float32 weights that it stands for.
+        packed_bytes: Bytes of the packed words, which a checkpoint holds; 0 if it cannot be packed.
+        resident_bytes: Bytes that the weights hold in memory now.
+    """
+
+    name: str
+    kind: str
+    path: str
+    packable: bool
+    reason: str
+    float_bytes: int
+    packed_bytes: int
+    resident_bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """All binary layers of a model; ``str`` is a table.
+
+    Attributes:
+        layers: One entry a layer, in the order of ``model.named_modules()``.
+    """
+
+    layers: tuple[LayerReport, ...]
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        """The layers."""
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        """Number of layers."""
+        return len(self.layers)
+
+    def __str__(self) -> str:
+        """One line a layer, and a sum."""
+        if not self.layers:
+            return "no QLinear or PackedQLinear in this model"
+        header = ("layer", "kind", "computed by", "float", "packed", "in memory", "pack()")
+        rows = [
+            (
+                layer.name or "(model)",
+                layer.kind,
+                layer.path,
+                _size(layer.float_bytes),
+                _size(layer.packed_bytes) if layer.packed_bytes else "-",
+                _size(layer.resident_bytes),
+                "packs it" if layer.packable else layer.reason or "is packed",
+            )
+            for layer in self.layers
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+        packed = sum(layer.kind == "PackedQLinear" for layer in self.layers)
+        left = sum(layer.packable for layer in self.layers)
+        resident = sum(layer.resident_bytes for layer in self.layers)
+        total = f"{len(self.layers)} binary layers: {packed} packed, {left} that pack() would pack; {_size(resident)} of weights"
+        return "\n".join([*lines, total])
+
+
+def _size(count: int) -> str:
+    """Bytes in words, in units of 1000."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000  # type: ignore[assignment]
+    return f"{count:.3g} GB"
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+_GATHER = (
+    "gather the weights (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True), load "
+    "them into a model that is not sharded, and pack that"
+)
+
+
+def reason_against(layer: QLinear, parent: nn.Module | None = None, name: str = "") -> str:
+    """Why a QLinear cannot be packed, or "".
+
+    Args:
+        layer: The layer.
+        parent: A module that holds it.
+        name: Its name there.
+    """
+    if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
+        return "nn.MultiheadAttention reads out_proj.weight itself and never calls the layer"
+    if is_dtensor(layer.weight):
+        return f"its weight is sharded: {_GATHER}"
+    forward = type(layer).forward
+    if (forward is not QLinear.forward and not _is_fsdp(layer)) or "forward" in layer.__dict__:
+        return f"{type(layer).__name__} has a forward of its own"
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return "it has forward hooks"
+    if type(layer.activation) is not Activation:
+        return f"its activation is a {type(layer.activation).__name__}, which may compute something else"
+    for what, module in (
+        ("activation", layer.activation),
+        ("input quantization", layer.input_quantization),
+        ("weight quantization", layer.weight_quantization),
+    ):
+        if has_hooks(module):
+            return f"its {what} has hooks"
+    try:
+        input_rule_of(layer.input_quantization)
+        if binary_rule(layer.weight_quantization) is None:
+            pack_weight(layer.weight, layer.weight_quantization)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _is_fsdp(layer: nn.Module) -> bool:
+    """Whether FSDP2 gave the layer a class of its own, which has the layer's forward."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(layer).__mro__)
+
+
+def binary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, nn.Module]]:
+    """The path, a parent and the layer, of each QLinear and PackedQLinear of a model."""
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        if isinstance(module, (QLinear, PackedQLinear)):
+            yield path, modules.get(path.rpartition(".")[0]) if path else None, module
+
+
+def explain(model: nn.Module) -> Report:
+    """Say of each binary layer which path computes it, whether ``pack`` would pack it or why not, and its bytes.
+
+    Args:
+        model: Any module, packed or not.
+
+    Raises:
+        TypeError: `model` is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {model!r:.60}")
+    return Report(tuple(_explain_layer(*found) for found in binary_layers(model)))
+
+
+def _explain_layer(path: str, parent: nn.Module | None, layer: nn.Module) -> LayerReport:
+    if isinstance(layer, PackedQLinear):
+        words = layer.weight
+        float_bytes = 4 * layer.in_features * layer.out_features
+        resident = _bytes(words, layer.weight_prepared)
+        return LayerReport(path, "PackedQLinear", layer.path, False, "", float_bytes, _bytes(words), resident)
+    assert isinstance(layer, QLinear)
+    reason = reason_against(layer, parent, path.rpartition(".")[2])
+    float_bytes = _bytes(layer.weight)
+    packed = 0 if reason else 4 * layer.weight.shape[0] * -(-layer.weight.shape[1] // 32)
+    computed = layer.path
+    if "never calls" in reason:
+        computed = "float (its parent reads the weight)"
+    return LayerReport(path, type(layer).__name__, computed, not reason, reason, float_bytes, packed, float_bytes)
