@@ -1,6 +1,6 @@
 """bitorch_qlinear: a binarized linear layer for PyTorch that computes with bits."""
 
-from . import functional, quantizations
+from . import functional, kernels, quantizations
 from ._version import __version__
 from .info import info
 from .linear import QLinear
@@ -14,6 +14,7 @@ __all__ = [
     "__version__",
     "functional",
     "info",
+    "kernels",
     "pack",
     "quantization_names",
     "quantizations",
