@@ -46,8 +46,8 @@ CASES = (
     Case(1, 67, 129, torch.bfloat16),
     Case(3, 130, 31, torch.float64),
     Case(5, 64, 1009, torch.float32),
-    Case(17, 257, 256, torch.float16),
-    Case(33, 131, 300, torch.float32),
+    Case(17, 257, 288, torch.float16),
+    Case(33, 131, 320, torch.float32),
     Case(66, 513, 801, torch.bfloat16),
     Case(2, 17, 65_521, torch.float32),
 )
