@@ -19,7 +19,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from bitorch_qlinear import _library
+from bitorch_qlinear import kernels
 
 from . import plots
 from .measuring import (
@@ -187,19 +187,20 @@ def main(argv: list[str] | None = None) -> None:
         "--peers", choices=NAMES[1:], nargs="+", default=NAMES[1:], metavar="NAME", help=f"beside {LINEAR} (all)"
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"turns of each contestant ({ROUNDS})")
-    parser.add_argument("--kernel", choices=_library.available_kernels(), help="instead of the best one")
+    parser.add_argument("--kernel", choices=kernels.available(), help="instead of the best one")
     parser.add_argument("--no-crossover", action="store_true", help="do not search for the smallest sizes that win")
     parser.add_argument("--sizes", action="store_true", help="time the cubes from 256³ to 4096³ in the same turns too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write cpu_ratio.png, and cpu_time.png of --sizes")
     options = parser.parse_args(argv)
-    prepare(options.threads[0], options.kernel)
+    prepare(options.threads[0])
     if options.quick or options.only:
         shapes = [shape for shape in load_shapes(options.quick) if options.only in (None, shape.name)]
-    where = setting()
-    figures = measure(shapes, options.dtype, options.threads, options.rounds, [LINEAR, *options.peers])
-    figures["sizes"] = measure_sizes(options.rounds) if options.sizes else []
-    figures["crossover"] = {} if options.no_crossover else crossovers()
+    with kernels.forced(options.kernel):
+        where = setting()
+        figures = measure(shapes, options.dtype, options.threads, options.rounds, [LINEAR, *options.peers])
+        figures["sizes"] = measure_sizes(options.rounds) if options.sizes else []
+        figures["crossover"] = {} if options.no_crossover else crossovers()
     figures["setting"] = where
     print(report(figures))
     if options.json:

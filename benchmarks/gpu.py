@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from bitorch_qlinear import QLinear, _library
 from bitorch_qlinear import functional as F
 from bitorch_qlinear.demo import environment
+from bitorch_qlinear.kernels import forced
 
 from .sanitize import find_tool
 
@@ -153,19 +154,6 @@ class Contestant(NamedTuple):
     bytes: int
     weight_bytes: int
     kernel: str | None = None
-
-
-@contextlib.contextmanager
-def forced(kernel: str | None) -> Iterator[None]:
-    """One kernel for all products that are called or captured inside; None for the automatic choice."""
-    if kernel is None:
-        yield
-        return
-    _library.force_cuda_kernel(kernel)
-    try:
-        yield
-    finally:
-        _library.force_cuda_kernel(None)
 
 
 def random_rows(rows: int, k: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:

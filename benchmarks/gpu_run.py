@@ -47,7 +47,8 @@ def parts(results: Path) -> list[Part]:
     """The whole run, the most wanted first: what remains is for the sanitizers."""
     python = sys.executable
     describe = (
-        "import json, torch, bitorch_qlinear as b; print(json.dumps(b.info(), indent=1)); "
+        "import dataclasses, json, torch, bitorch_qlinear as b; "
+        "print(json.dumps(dataclasses.asdict(b.info()), indent=1)); "
         "print(torch.__config__.show()); print(torch.cuda.get_device_properties(0))"
     )
     environment = f"{python} -c '{describe}'; nvidia-smi; nvcc --version; uname -sr; {python} --version"

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch.utils.benchmark import Timer, set_torch_threads
 
-from bitorch_qlinear import _library
 from bitorch_qlinear.demo import environment
 
 HERE = Path(__file__).parent
@@ -151,11 +150,10 @@ def describe(where: Mapping[str, str | int]) -> str:
     )
 
 
-def prepare(threads: int, kernel: str | None = None) -> None:
-    """Pin the threads, the seed, and the kernel if one is named."""
+def prepare(threads: int) -> None:
+    """Pin the threads and the seed. (A kernel is chosen by ``bitorch_qlinear.kernels.forced``.)"""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    _library.force_kernel(kernel)
 
 
 def write_json(path: Path, figures: Mapping[str, Any]) -> None:

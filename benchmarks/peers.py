@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitorch_qlinear import QLinear, _library
+from bitorch_qlinear import QLinear, kernels
 from bitorch_qlinear import functional as F
 
 from .measuring import Call, Shape
@@ -65,7 +65,7 @@ def bnn_product(shape: Shape) -> Call:
     if not packed.native_kernel_available():
         raise ImportError("its compiled kernel does not load")
     packed.set_num_threads(torch.get_num_threads())
-    packed.set_kernel("avx2" if _library.active_kernel() == "avx2" else None)
+    packed.set_kernel("avx2" if kernels.active() == "avx2" else None)
     x, weight = (packed.pack_binary_pm1(torch.randn(rows, shape.k).sign().numpy())[0] for rows in (shape.m, shape.n))
     return lambda: packed.binary_gemm_native_prepacked(x, weight, shape.k)
 

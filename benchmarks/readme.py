@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bitorch_qlinear import _library, demo
+from bitorch_qlinear import demo, kernels
 
 from . import cpu, memory, targets, train
 from .measuring import RESULTS, ROUNDS, describe, load_shapes, median, named, prepare, ratio, setting, write_json
@@ -52,12 +52,12 @@ def measure_avx2(where: Figures) -> None:
     """The targets with the AVX2 kernel where there is a better one; an earlier file goes where there is none."""
     path = RESULTS / "targets_avx2.json"
     path.unlink(missing_ok=True)
-    if "avx2" not in _library.available_kernels()[1:]:
+    if "avx2" not in kernels.available()[1:]:
         return
-    prepare(1, "avx2")
-    figures = targets.measure(targets.needed(ROUNDS), ROUNDS)
-    write_json(path, {"targets": figures, "setting": where | {"kernel": "avx2"}})
     prepare(1)
+    with kernels.forced("avx2"):
+        figures = targets.measure(targets.needed(ROUNDS), ROUNDS)
+    write_json(path, {"targets": figures, "setting": where | {"kernel": "avx2"}})
     print(targets.table(figures), flush=True)
 
 

@@ -23,6 +23,7 @@ import torch
 
 from bitorch_qlinear import _library
 from bitorch_qlinear import functional as F
+from bitorch_qlinear.kernels import forced
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
@@ -73,10 +74,10 @@ def inside() -> None:
     kernels = _library.available_cuda_kernels(torch.cuda.get_device_capability(device))
     shapes = selection(torch.cuda.get_device_properties(device).multi_processor_count)
     for kernel in kernels:
-        _library.force_cuda_kernel(kernel)
-        for shape in shapes:
-            if shape[0] <= 16 or not kernel.startswith("skinny"):  # which takes no more rows
-                check_product(*shape, device)
+        with forced(kernel):
+            for shape in shapes:
+                if shape[0] <= 16 or not kernel.startswith("skinny"):  # which takes no more rows
+                    check_product(*shape, device)
         print(f"{RIGHT}{kernel}", flush=True)
     torch.cuda.synchronize()
     print(ALL_RIGHT)

@@ -22,7 +22,7 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
-from bitorch_qlinear import QLinear, _library
+from bitorch_qlinear import QLinear, kernels
 from bitorch_qlinear import functional as F
 
 from . import cpu, train
@@ -271,12 +271,13 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m benchmarks targets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"turns of each contestant ({ROUNDS})")
-    parser.add_argument("--kernel", choices=_library.available_kernels(), help="instead of the best one")
+    parser.add_argument("--kernel", choices=kernels.available(), help="instead of the best one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args(argv)
-    prepare(1, options.kernel)
-    where = setting()
-    figures: dict[str, Any] = {"targets": measure(needed(options.rounds), options.rounds), "setting": where}
+    prepare(1)
+    with kernels.forced(options.kernel):
+        where = setting()
+        figures: dict[str, Any] = {"targets": measure(needed(options.rounds), options.rounds), "setting": where}
     print(table(figures["targets"]))
     print(describe(figures["setting"]))
     if options.json:

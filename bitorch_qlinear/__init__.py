@@ -1,14 +1,15 @@
 """bitorch_qlinear: a binarized linear layer for PyTorch that computes with bits."""
 
-from . import functional, quantizations
+from . import functional, kernels, quantizations
+from ._info import Info, info
 from ._version import __version__
 from .convert import LayerReport, Report, explain, pack, unpack
-from .info import info
 from .linear import QLinear
 from .packed import PackedQLinear
 from .quantizations import Quantization, quantization_names, register_quantization
 
 __all__ = [
+    "Info",
     "LayerReport",
     "PackedQLinear",
     "QLinear",
@@ -18,6 +19,7 @@ __all__ = [
     "explain",
     "functional",
     "info",
+    "kernels",
     "pack",
     "quantization_names",
     "quantizations",

@@ -158,6 +158,10 @@ def prepared_layout() -> PreparedLayout:
     return PreparedLayout(*layout)
 
 
+CUDA_KERNELS = ("popc", "skinny", "skinny_mma_sm80", "mma_sm75", "mma_sm80", "mma_int8_sm80")
+"""Names of all CUDA kernels (csrc/cuda/heuristics.h): a build without CUDA operators knows them by this list alone."""
+
+
 def available_cuda_kernels(capability: tuple[int, int]) -> list[str]:
     """Names of the CUDA kernels that a compute capability can run; none where there are no CUDA operators."""
     if _cuda_library is None:
@@ -202,7 +206,7 @@ def force_cuda_kernel(name: str | None) -> None:
         raise RuntimeError(error)
 
 
-# A wrong BITORCH_QLINEAR_CPU or BITORCH_QLINEAR_CUDA_KERNEL is an error now, not at the first product.
+# A wrong BITORCH_QLINEAR_CPU_KERNEL or BITORCH_QLINEAR_CUDA_KERNEL is an error now, not at the first product.
 if _error := _library.bitorch_qlinear_force_kernel(None).decode():
     raise RuntimeError(_error)
 # A plain number, which torch.compile can read.

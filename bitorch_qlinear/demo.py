@@ -22,7 +22,7 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from . import _C, __version__
-from .info import info
+from ._info import info
 from .linear import QLinear, has_kernels
 from .packed import PackReport, pack
 
@@ -310,7 +310,7 @@ def kernel_name(device: torch.device) -> str:
     """What computes the packed products there."""
     if not has_kernels(torch.empty(0, device=device)):
         return "none, computed in float"
-    return str(info()["cuda_kernel" if device.type == "cuda" else "kernel"])
+    return info().cuda_kernel if device.type == "cuda" else info().kernel
 
 
 def environment(device: torch.device) -> dict[str, str | int]:

@@ -23,7 +23,8 @@
 #define BITORCH_QLINEAR_EXPORT extern "C" __attribute__((visibility("default")))
 
 // How many forms were found that were not made of the words that came with them. The layers read it before and after a
-// call: a form that is never made anew costs its preparation in every call.extern "C" {
+// call: a form that is never made anew costs its preparation in every call.
+extern "C" {
 __attribute__((visibility("default"))) std::atomic<uint64_t> bitorch_qlinear_stale_forms{0};
 }
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import without_hypothesis
 
-from bitorch_qlinear import _library
+from bitorch_qlinear import kernels
 
 if importlib.util.find_spec("hypothesis") is None:
     without_hypothesis.install()
@@ -37,16 +37,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=_library.available_kernels())
+@pytest.fixture(params=kernels.available())
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each CPU kernel of this processor in turn: forced, and proven to be the active one."""
-    _library.force_kernel(request.param)
-    try:
-        assert _library.active_kernel() == request.param
+    with kernels.forced(request.param):
+        assert kernels.active() == request.param
         yield request.param
-        assert _library.active_kernel() == request.param, "the test itself changed the kernel"
-    finally:
-        _library.force_kernel(None)
+        assert kernels.active() == request.param, "the test itself changed the kernel"
 
 
 @pytest.fixture
@@ -54,11 +51,8 @@ def on_scalar(kernel: str) -> Callable[..., Any]:
     """Calls a function with the scalar twin active, and the kernel under test again afterwards."""
 
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        _library.force_kernel("scalar")
-        try:
+        with kernels.forced("scalar"):
             return function(*args, **kwargs)
-        finally:
-            _library.force_kernel(kernel)
 
     return call
 

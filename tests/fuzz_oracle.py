@@ -21,7 +21,7 @@ from reference import (
 )
 from torch import Tensor
 
-from bitorch_qlinear import _library
+from bitorch_qlinear import _library, kernels
 
 MOST_VALUES = 2**31 - 1
 MOST_BYTES = 2**28  # of all results of a case: what follows from a seed must run anywhere
@@ -155,9 +155,9 @@ def check_sign_product(case: Case, y: Tensor) -> None:
     """Bit for bit the scalar twin's from plain memory, and, where floats hold it, close to the exact product."""
     v = case.values
     reals, words = plain(v["reals"]), plain(v["sign_words"])
-    _library.force_kernel("scalar")
-    assert_equal(y, torch.ops.bitorch_qlinear.multiply_signs(reals, words, v["k"], bool(v["transpose"])), "y")
-    _library.force_kernel(case.kernel)
+    with kernels.forced("scalar"):
+        twin = torch.ops.bitorch_qlinear.multiply_signs(reals, words, v["k"], bool(v["transpose"]))
+    assert_equal(y, twin, "y")
     matrix = unpack_signs(words, v["k"])
     matrix = matrix.T if v["transpose"] else matrix
     rows = reals.double().reshape(reals.shape[:-1].numel(), reals.shape[-1])

@@ -1,6 +1,8 @@
 """What was built: shared objects, the way to them, the version handshake, the choice of a kernel, the CUDA decision."""
 
+import dataclasses
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -22,7 +24,8 @@ OPERATOR_LIBRARIES = sorted(PACKAGE.glob("_ops_*.so"))
 
 def run_python(code, cwd=ROOT, **environment):
     """A fresh process; what it printed, or what it died of."""
-    variables = {name: value for name, value in os.environ.items() if name not in ("BITORCH_QLINEAR_CPU", "PYTHONPATH")}
+    removed = ("BITORCH_QLINEAR_CPU_KERNEL", "PYTHONPATH")
+    variables = {name: value for name, value in os.environ.items() if name not in removed}
     return subprocess.run(
         [sys.executable, "-c", code], env=variables | environment, cwd=cwd, capture_output=True, text=True, timeout=120
     )
@@ -76,7 +79,7 @@ def test_operators_need_only_torch():
 
 def test_info():
     info = bitorch_qlinear.info()
-    assert list(info) == [
+    assert [field.name for field in dataclasses.fields(info)] == [
         "version",
         "compiler",
         "torch_built",
@@ -89,14 +92,26 @@ def test_info():
         "kernel",
         "kernel_reason",
     ]
-    assert info["version"] == bitorch_qlinear.__version__ == _C.build_info()["version"]
-    assert info["torch_running"] == torch.__version__
-    assert info["torch_built"] == _C.build_info()["torch"]
-    assert re.match(r"(gcc|clang) \d", info["compiler"])
-    assert info["cpu_capability"] == _C.cpu_capability() in ("AVX512", "AVX2", "NEON", "DEFAULT")
-    assert ("avx2" in info["kernels"]) == (info["cpu_capability"] in ("AVX512", "AVX2"))
-    assert ("avx512" in info["kernels"]) == (info["cpu_capability"] == "AVX512")
-    assert info["kernels"][-1] == "scalar" and info["kernel"] in info["kernels"] and info["kernel_reason"]
+    assert info.version == bitorch_qlinear.__version__ == _C.build_info()["version"]
+    assert info.torch_running == torch.__version__
+    assert info.torch_built == _C.build_info()["torch"]
+    assert re.match(r"(gcc|clang) \d", info.compiler)
+    assert info.cpu_capability == _C.cpu_capability() in ("AVX512", "AVX2", "NEON", "DEFAULT")
+    assert ("avx2" in info.kernels) == (info.cpu_capability in ("AVX512", "AVX2"))
+    assert ("avx512" in info.kernels) == (info.cpu_capability == "AVX512")
+    assert info.kernels[-1] == "scalar" and info.kernel in info.kernels and info.kernel_reason
+    assert json.loads(json.dumps(dataclasses.asdict(info)))["kernels"] == list(info.kernels)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        info.kernel = "scalar"
+
+
+def test_info_prints_as_an_aligned_list():
+    info = bitorch_qlinear.info()
+    lines = str(info).splitlines()
+    values = {"version": info.version, "cpu capability": info.cpu_capability, "kernels": ", ".join(info.kernels)}
+    for label, value in values.items():
+        assert f"{label:<16}{value}" in lines
+    assert all(line[14:16] == "  " and line[16] != " " and len(line) <= 100 for line in lines)
 
 
 # ---- the choice of a kernel ------------------------------------------------------------------------
@@ -106,14 +121,14 @@ import torch, bitorch_qlinear
 from bitorch_qlinear import _library, functional
 words = functional.pack_bits(torch.ones(3, 70))
 layout = int.from_bytes(bytes(functional.prepare_weight(words, 70)[8:12].tolist()), "little")
-print(bitorch_qlinear.info()["kernel"], _library.prepared_layout()[0], layout, bitorch_qlinear.info()["kernel_reason"])
+print(bitorch_qlinear.info().kernel, _library.prepared_layout()[0], layout, bitorch_qlinear.info().kernel_reason)
 """
 
 
 @pytest.mark.parametrize("name", [*_library.available_kernels(), ""])
 def test_kernel_by_environment(name):
     expected = name or _library.available_kernels()[0]
-    result = run_python(WHICH, BITORCH_QLINEAR_CPU=name)
+    result = run_python(WHICH, BITORCH_QLINEAR_CPU_KERNEL=name)
     assert result.returncode == 0, result.stderr
     kernel, panel, layout, reason = last_line(result).split(" ", 3)
     # Proven by the form that it gives to weights, not by its word alone.
@@ -125,13 +140,24 @@ def test_kernel_by_environment(name):
 
 @pytest.mark.parametrize("name", ["avx1024", "AVX2", "scalar "])
 def test_unknown_kernel_is_an_error_at_import(name):
-    result = run_python("import bitorch_qlinear", BITORCH_QLINEAR_CPU=name)
+    result = run_python("import bitorch_qlinear", BITORCH_QLINEAR_CPU_KERNEL=name)
     kernels = ", ".join(_library.available_kernels())
     assert result.returncode != 0
     assert last_line(result) == (
-        f"RuntimeError: BITORCH_QLINEAR_CPU: expected one of the kernels that this processor can run ({kernels}), "
-        f'got "{name}"'
+        f"RuntimeError: BITORCH_QLINEAR_CPU_KERNEL: expected one of the kernels that this processor can run "
+        f'({kernels}), got "{name}"'
     )
+
+
+def test_the_former_name_of_the_variable_is_an_error_at_import():
+    """Ignored, it would silently measure or test another kernel than the one that was asked for."""
+    result = run_python("import bitorch_qlinear", BITORCH_QLINEAR_CPU="scalar")
+    assert result.returncode != 0
+    assert last_line(result) == (
+        "RuntimeError: BITORCH_QLINEAR_CPU is called BITORCH_QLINEAR_CPU_KERNEL now: unset it, and set "
+        "BITORCH_QLINEAR_CPU_KERNEL=scalar if you want that kernel"
+    )
+    assert run_python("import bitorch_qlinear", BITORCH_QLINEAR_CPU="").returncode == 0
 
 
 # ---- a build that does not belong to the code ------------------------------------------------------
@@ -254,7 +280,7 @@ def test_no_exception_leaves_a_plain_c_function():
         "lib.bitorch_qlinear_layout.restype = ctypes.c_bool; assert not lib.bitorch_qlinear_layout(out)\n"
     )
     code = "import torch\n" + code  # for the libraries that the operators need
-    environment = {**os.environ, "BITORCH_QLINEAR_CPU": "nope"}
+    environment = {**os.environ, "BITORCH_QLINEAR_CPU_KERNEL": "nope"}
     subprocess.run([sys.executable, "-c", code, str(_library._OPERATORS)], env=environment, check=True)
 
 

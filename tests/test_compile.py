@@ -260,5 +260,5 @@ with torch.no_grad():
 def test_graphs_cached_on_disk_belong_to_one_kernel(tmp_path):
     """Inductor finds what a process with another kernel, and so another prepared form, left there."""
     for kernel in reversed(_library.available_kernels()):
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "BITORCH_QLINEAR_CPU": kernel}
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "BITORCH_QLINEAR_CPU_KERNEL": kernel}
         subprocess.run([sys.executable, "-c", COMPILED], env=environment, check=True, timeout=300)

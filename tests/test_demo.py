@@ -50,7 +50,7 @@ def test_tables_name_all_models(run: Run) -> None:
         "[kB]",
         "[µs]",
         "batch 256",
-        f"kernel: {info()['kernel']}",
+        f"kernel: {info().kernel}",
         f"threads: {torch.get_num_threads()}",
         demo.processor_name(),
     ):
@@ -67,8 +67,8 @@ def test_json_holds_what_was_measured_and_where(run: Run) -> None:
     }
     assert len(results["training"]["loss"]) == len(results["training"]["test_accuracy"]) == EPOCHS
     environment = results["environment"]
-    assert environment["kernel"] == info()["kernel"]
-    assert environment["cpu_capability"] == info()["cpu_capability"]
+    assert environment["kernel"] == info().kernel
+    assert environment["cpu_capability"] == info().cpu_capability
     assert environment["torch"] == torch.__version__
     assert environment["threads"] == torch.get_num_threads()
     assert environment["processor"] and environment["date"]

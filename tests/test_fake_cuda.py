@@ -14,7 +14,7 @@ from gpu.tiles import DEPTHS, TILES, shapes_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bitorch_qlinear
-from bitorch_qlinear import PackedQLinear, QLinear, _library, autograd, functional, pack
+from bitorch_qlinear import PackedQLinear, QLinear, _library, autograd, functional, kernels, pack
 
 OPERATORS = ["pack_bits", "unpack_bits", "prepare_weight", "binary_linear", "linear", "linear_train"]
 K, N = 70, 10
@@ -41,11 +41,11 @@ def test_registration(name):
 def test_info():
     info = bitorch_qlinear.info()
     if _library.has_cuda:
-        assert info["cuda"] == _library.build_info["cuda_targets"] != ""
+        assert info.cuda == _library.build_info["cuda_targets"] != ""
     else:
-        assert info["cuda"] == _library.no_cuda_reason != ""
-    assert len(info["cuda_devices"]) == (torch.cuda.device_count() if _library.has_cuda else 0)
-    assert info["cuda_kernel"]
+        assert info.cuda == _library.no_cuda_reason != ""
+    assert len(info.cuda_devices) == (torch.cuda.device_count() if _library.has_cuda else 0)
+    assert info.cuda_kernel
 
 
 @needs_cuda_build
@@ -53,13 +53,16 @@ def test_info_says_what_a_device_would_choose(monkeypatch):
     made_up = SimpleNamespace(name="Made up", major=8, minor=6, multi_processor_count=82)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: made_up)
-    said, _ = bitorch_qlinear.info()["cuda_devices"]
+    info = bitorch_qlinear.info()
+    said, _ = info.cuda_devices
+    assert len(re.findall("Made up, compute capability 8.6: popc", str(info))) == 2
+    assert max(map(len, str(info).splitlines())) <= 100
     assert said.startswith("Made up, compute capability 8.6: popc, skinny, ")
     for choice in ("1 × 4096 → 4096: skinny: up to 4", "16 × 4096 → 4096: skinny_mma_sm80: tensor"):
         assert f"; {choice}" in said
     assert re.search(r"; 4096 × 4096 → 4096: mma_sm80 with tiles of \d+ x \d+: ", said)
     made_up.major, made_up.minor = 7, 0
-    assert bitorch_qlinear.info()["cuda_devices"][0].endswith("7.0: no kernel, 7.5 or later is needed")
+    assert bitorch_qlinear.info().cuda_devices[0].endswith("7.0: no kernel, 7.5 or later is needed")
 
 
 @pytest.mark.parametrize("k", [1, 70, 128, 256])
@@ -176,6 +179,9 @@ def test_layer_without_kernels(fake):
     assert calls.names == [] and (y.shape, y.device.type) == ((4, N), "cuda")
     with pytest.raises(RuntimeError, match=f"no CUDA kernels here: {_library.no_cuda_reason}"):
         _library.force_cuda_kernel("popc")
+    message = rf"got 'popc', a CUDA kernel; there are no CUDA operators here: {re.escape(_library.no_cuda_reason)}$"
+    with pytest.raises(ValueError, match=message), kernels.forced("popc"):
+        pass
 
 
 # ---- the library, asked without a device -----------------------------------------------------------
@@ -185,7 +191,7 @@ DEVICES = {(8, 0): 108, (8, 6): 82, (8, 9): 128, (9, 0): 132}  # multiprocessors
 
 def import_with(kernel):
     """In a process of its own, where BITORCH_QLINEAR_CUDA_KERNEL is set."""
-    code = "import bitorch_qlinear; print(bitorch_qlinear.info()['cuda_kernel'])"
+    code = "import bitorch_qlinear; print(bitorch_qlinear.info().cuda_kernel)"
     environment = {**os.environ, "BITORCH_QLINEAR_CUDA_KERNEL": kernel}
     root = Path(bitorch_qlinear.__file__).parents[1]
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
@@ -197,6 +203,20 @@ def test_kernel_by_environment(kernel):
     result = import_with(kernel)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == (kernel or "chosen by each product's sizes")
+
+
+@needs_cuda_build
+def test_a_forced_kernel_is_the_former_one_afterwards():
+    before = _library.forced_cuda_kernel(), kernels.active()
+    with kernels.forced("skinny"):
+        with kernels.forced("scalar"), pytest.raises(ZeroDivisionError), kernels.forced("mma_sm80"):
+            assert (bitorch_qlinear.info().cuda_kernel, kernels.active()) == ("mma_sm80", "scalar")
+            raise ZeroDivisionError
+        assert (_library.forced_cuda_kernel(), kernels.active()) == ("skinny", before[1])
+        with pytest.raises(ValueError, match=r"CUDA kernel \(popc, .*, got 'popcorn'$"), kernels.forced("popcorn"):
+            pass
+        assert _library.forced_cuda_kernel() == "skinny"
+    assert (_library.forced_cuda_kernel(), kernels.active()) == before
 
 
 @needs_cuda_build
@@ -244,11 +264,8 @@ def test_every_tile_has_edges_to_be_tested(capability, tile):
     def choice(m, n, k):
         return _library.cuda_choice(capability, DEVICES[capability], m, n, k)
 
-    _library.force_cuda_kernel("mma_sm80")
-    try:
+    with kernels.forced("mma_sm80"):
         shapes = shapes_of(tile, choice, DEVICES[capability], DEPTHS)
-    finally:
-        _library.force_cuda_kernel(None)
     rows, columns = TILES[tile]
     assert {k for *_, k in shapes} == set(DEPTHS)
     for k in DEPTHS:

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from ptx import machine
 
+from bitorch_qlinear import _library
+
 CSRC = Path(__file__).parent.parent / "csrc"
 CUDA = CSRC / "cuda"
 KERNELS = ["popc", "skinny", "skinny_mma_sm80", "mma_sm75", "mma_sm80", "mma_int8_sm80"]
@@ -345,6 +347,7 @@ def test_every_kernel_has_a_file_and_a_launcher():
     assert all(stem in launchers for stem, launchers in defined.items())
     launchers = sorted(name for names in defined.values() for name in names)
     assert launchers == sorted(f"gemm_{name}" for name in KERNELS)
+    assert list(_library.CUDA_KERNELS) == KERNELS
     declared = re.findall(r"^cudaError_t (gemm_\w+)\(", (CUDA / "kernels.h").read_text(), re.M)
     assert sorted(declared) == launchers
 

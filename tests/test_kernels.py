@@ -3,8 +3,13 @@
 import functools
 import itertools
 import math
+import os
+import re
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import shapes
@@ -26,10 +31,10 @@ from reference import (
     unpack_signs,
 )
 
-from bitorch_qlinear import _library
+from bitorch_qlinear import _library, kernels
 from bitorch_qlinear import functional as F
 
-KERNELS = _library.available_kernels()
+KERNELS = kernels.available()
 
 
 def next_prime(n: int) -> int:
@@ -319,3 +324,67 @@ def test_real_weights(kernel):
         for strict_w in (False, True):
             y = F.linear(x, F.pack_bits(w, strict_w), 100, bias, strict=strict_x)
             assert_equal(y, linear_reference(x, w, bias, strict_x=strict_x, strict_w=strict_w))
+
+
+# ---- the choice ----------------------------------------------------------------------------------
+
+
+def test_kernels_are_those_of_the_library():
+    assert kernels.available() == _library.available_kernels() and kernels.available()[-1] == "scalar"
+    assert kernels.active() == _library.active_kernel() == kernels.available()[0]
+
+
+@pytest.mark.parametrize("inner", [*KERNELS, None])
+def test_forced_restores_what_was_there_before(kernel, inner):
+    """The former choice, which is not the automatic one here."""
+    with kernels.forced(inner):
+        assert kernels.active() == (inner or kernel)
+        with pytest.raises(ZeroDivisionError), kernels.forced("scalar"):
+            assert kernels.active() == "scalar"
+            raise ZeroDivisionError
+        assert kernels.active() == (inner or kernel)
+    assert kernels.active() == kernel
+
+
+def test_forced_restores_the_kernel_of_the_environment():
+    code = (
+        "from bitorch_qlinear import kernels\n"
+        "with kernels.forced(kernels.available()[0]): print(kernels.active())\n"
+        "print(kernels.active())\n"
+    )
+    environment = {**os.environ, "BITORCH_QLINEAR_CPU_KERNEL": "scalar"}
+    root = Path(kernels.__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
+    assert result.stdout.split() == [KERNELS[0], "scalar"], result.stderr
+
+
+@pytest.mark.parametrize("name", ["avx1024", "SCALAR", "scalar ", "", 7])
+def test_an_unknown_kernel_is_refused_and_changes_nothing(kernel, name):
+    entered = False
+    choices = re.escape(f"expected a CPU kernel that this processor can run ({', '.join(KERNELS)})")
+    with pytest.raises(ValueError, match=rf"^name: {choices}.* got {re.escape(repr(name))}$"), kernels.forced(name):
+        entered = True
+    assert not entered and kernels.active() == kernel
+
+
+@pytest.mark.parametrize("name", _library.CUDA_KERNELS)
+def test_a_cuda_kernel_is_refused_where_there_are_no_cuda_operators(monkeypatch, name):
+    monkeypatch.setattr(_library, "has_cuda", False)
+    monkeypatch.setattr(_library, "no_cuda_reason", "this torch was made of wood")
+    message = rf"got '{name}', a CUDA kernel; there are no CUDA operators here: this torch was made of wood$"
+    with pytest.raises(ValueError, match=message), kernels.forced(name):
+        pass
+
+
+def test_forced_passes_cuda_kernels_to_the_cuda_library(monkeypatch):
+    """Beside the CPU's choice, which it leaves alone; without a GPU or a build with CUDA."""
+    state = ["mma_sm75"]
+    monkeypatch.setattr(_library, "has_cuda", True)
+    monkeypatch.setattr(_library, "forced_cuda_kernel", lambda: state[-1])
+    monkeypatch.setattr(_library, "force_cuda_kernel", lambda name: state.append(name))
+    before = kernels.active()
+    with kernels.forced("popc"), kernels.forced("scalar"), pytest.raises(ZeroDivisionError), kernels.forced("skinny"):
+        assert (state[-1], kernels.active()) == ("skinny", "scalar")
+        raise ZeroDivisionError
+    assert state == ["mma_sm75", "popc", "skinny", "popc", "mma_sm75"]
+    assert kernels.active() == before

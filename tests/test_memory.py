@@ -36,7 +36,7 @@ from bitorch_qlinear import functional as F
 @pytest.mark.parametrize("side", ["end", "begin"])
 @pytest.mark.parametrize("kernel", _library.available_kernels())
 def test_guard_pages(kernel, side):
-    environment = {**os.environ, "BITORCH_QLINEAR_CPU": kernel, "MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "165"}
+    environment = {**os.environ, "BITORCH_QLINEAR_CPU_KERNEL": kernel, "MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "165"}
     environment["OMP_NUM_THREADS"] = "1"
     environment["LD_PRELOAD"] = "libc_malloc_debug.so.0"  # ignored with a warning where there is none
     command = [sys.executable, __file__, kernel, side]

@@ -19,7 +19,8 @@ const Kernel* const kKernels[] = {
     &kScalarKernel,
 };
 
-constexpr char kVariable[] = "BITORCH_QLINEAR_CPU";
+constexpr char kVariable[] = "BITORCH_QLINEAR_CPU_KERNEL";
+constexpr char kFormerVariable[] = "BITORCH_QLINEAR_CPU";
 
 const Kernel* best_kernel() {
     for (const Kernel* kernel : kKernels) {
@@ -39,10 +40,20 @@ const Kernel* find_kernel(const std::string& name) {
 // Empty: the automatic choice.
 const Kernel* choose(const std::string& name) { return name.empty() ? best_kernel() : find_kernel(name); }
 
+// The value of an environment variable; "" if it is not set.
+std::string environment(const char* variable) {
+    const char* value = std::getenv(variable);
+    return value ? value : "";
+}
+
 std::atomic<const Kernel*>& chosen() {
     static std::atomic<const Kernel*> kernel{[] {
-        const char* name = std::getenv(kVariable);
-        return choose(name ? name : "");
+        // Ignoring the former name would silently run another kernel than the one that was asked for.
+        if (const std::string name = environment(kFormerVariable); !name.empty()) {
+            throw std::runtime_error(std::string(kFormerVariable) + " is called " + kVariable +
+                                     " now: unset it, and set " + kVariable + "=" + name + " if you want that kernel");
+        }
+        return choose(environment(kVariable));
     }()};
     return kernel;
 }

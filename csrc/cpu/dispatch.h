@@ -7,8 +7,8 @@
 
 namespace bitorch_qlinear {
 
-// The kernel that runs, chosen at first use. Throws std::runtime_error where
-// BITORCH_QLINEAR_CPU names one that is unknown or that this processor cannot run.
+// The kernel that runs, chosen at first use. Throws std::runtime_error if BITORCH_QLINEAR_CPU_KERNEL names one that is
+// unknown or that this processor cannot run, or if its former name BITORCH_QLINEAR_CPU is set.
 const Kernel& active_kernel();
 
 // Why it is this one, in words.

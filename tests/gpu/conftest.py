@@ -6,21 +6,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from bitorch_qlinear import _library
+from bitorch_qlinear import _library, kernels
 
 
 @pytest.fixture(autouse=True)
 def _scalar_twin() -> Iterator[None]:
     """What the CPU computes in these tests comes from the scalar kernel: the twin of all others."""
-    _library.force_kernel("scalar")
-    yield
-    _library.force_kernel(None)
+    with kernels.forced("scalar"):
+        yield
 
 
 @pytest.fixture
 def cuda_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """The CUDA kernel of this name, forced."""
-    from .device import forced  # skips where there is no GPU
-
-    with forced(request.param):
+    with kernels.forced(request.param):
+        assert _library.forced_cuda_kernel() == request.param
         yield request.param

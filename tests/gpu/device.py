@@ -38,17 +38,6 @@ every_kernel = pytest.mark.parametrize("cuda_kernel", KERNELS, indirect=True)
 several_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
 
 
-@contextmanager
-def forced(kernel: str | None) -> Iterator[None]:
-    """One CUDA kernel computes all products that it can."""
-    _library.force_cuda_kernel(kernel)
-    try:
-        assert _library.forced_cuda_kernel() == (kernel or "")
-        yield
-    finally:
-        _library.force_cuda_kernel(None)
-
-
 def choice(m: int, n: int, k: int) -> str:
     """What computes such a product here, in the library's words: kernel, tile, reason."""
     return _library.cuda_choice(CAPABILITY, MULTIPROCESSORS, m, n, k)

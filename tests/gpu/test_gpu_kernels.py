@@ -27,6 +27,7 @@ from test_operators import (
 
 from bitorch_qlinear import _library
 from bitorch_qlinear import functional as F
+from bitorch_qlinear.kernels import available, forced
 
 from .device import (
     CUDA,
@@ -36,7 +37,6 @@ from .device import (
     captured,
     choice,
     every_kernel,
-    forced,
     misaligned,
     moved,
     moved_all,
@@ -205,8 +205,7 @@ def test_kernels_agree_on_large_products(m, n, k):
 @pytest.mark.parametrize("tile", TILES)
 def test_every_edge_of_every_tile(tile, k):
     """Only wide products get wide tiles: these the CPU's fastest kernel computes, whose own twin is the scalar one."""
-    _library.force_kernel(None)
-    with forced("mma_sm80"):
+    with forced(available()[0]), forced("mma_sm80"):
         shapes = shapes_of(tile, choice, MULTIPROCESSORS, [k])
         beside = {m - TILES[tile][0] for m, _, _ in shapes}
         assert beside >= {-1, 0, 1}, "this device has another best tile for all candidates of an edge"
@@ -223,11 +222,13 @@ def test_every_edge_of_every_tile(tile, k):
 
 def test_a_forced_kernel_is_the_one_that_runs():
     shapes = {name: (8, 300, 512) if name.startswith("skinny") else (300, 300, 512) for name in KERNELS}
+    before = _library.forced_cuda_kernel()
     for kernel, shape in shapes.items():
         with forced(kernel):
             assert re.match(rf"{kernel}\b", choice(*shape))
-    with pytest.raises(RuntimeError, match="popc"):
-        _library.force_cuda_kernel("popcorn")
+    assert _library.forced_cuda_kernel() == before
+    with pytest.raises(ValueError, match="popc"), forced("popcorn"):
+        pass
 
 
 # ---- packing ---------------------------------------------------------------------------------------
@@ -468,6 +469,7 @@ TRAP = """
 import torch
 from bitorch_qlinear import _library
 from bitorch_qlinear import functional as F
+from bitorch_qlinear.kernels import available, forced
 words = F.pack_bits(torch.randn(5, 40, device="cuda"))
 other = F.prepare_weight(F.pack_bits(torch.randn(5, 41, device="cuda")), 41)  # as many bytes
 _library.force_cuda_kernel({kernel!r})

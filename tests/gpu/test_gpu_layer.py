@@ -448,7 +448,7 @@ def test_pack_and_unpack():
 
 
 def test_info_names_the_device():
-    devices = info()["cuda_devices"]
+    devices = info().cuda_devices
     assert len(devices) == torch.cuda.device_count()
     assert torch.cuda.get_device_name(CUDA) in devices[0]
     assert all(kernel in devices[0] for kernel in KERNELS)

@@ -1,0 +1,207 @@
+"""Prints what is installed and checks every kernel that can run here: ``python -m bitorch_qlinear``.
+
+Each CPU kernel, and each CUDA kernel of each device, computes a handful of odd shapes in all dtypes: packing, products
+and real values × signs. Its results must be those of the scalar kernel bit for bit, and the scalar kernel's those of
+plain torch. The exit code is 0 if they are, and 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _library, functional, kernels
+from ._info import info
+
+SCALAR = "scalar"
+
+
+class Case(NamedTuple):
+    """The sizes of a product of a handful, and the dtype of its input.
+
+    Attributes:
+        rows: Rows of x.
+        outputs: Rows of the weight.
+        k: Values in a row of either.
+        dtype: Of x and of the result.
+    """
+
+    rows: int
+    outputs: int
+    k: int
+    dtype: torch.dtype
+
+
+# Kernels compute one row, a few and many in different ways, use tables from 58 rows and 512 outputs on and sums of 16
+# bits up to 65,520 values, and their loops end at different multiples of k.
+CASES = (
+    Case(1, 1, 1, torch.float32),
+    Case(1, 67, 129, torch.bfloat16),
+    Case(3, 130, 31, torch.float64),
+    Case(5, 64, 1009, torch.float32),
+    Case(17, 257, 288, torch.float16),
+    Case(33, 131, 320, torch.float32),
+    Case(66, 513, 801, torch.bfloat16),
+    Case(2, 17, 65_521, torch.float32),
+)
+
+Results = dict[str, Tensor]
+
+
+class Inputs(NamedTuple):
+    """Random operands of a case, with values that are easily got wrong among them.
+
+    Attributes:
+        x: Shape ``(rows, k)``, its rows apart in memory; with ±0, infinities and NaN.
+        weight: Shape ``(outputs, k)``.
+        bias: Shape ``(outputs,)``.
+        scale: Shape ``(outputs,)``.
+        reals: Shape ``(rows, outputs)``, finite.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor
+    reals: Tensor
+
+
+@functools.cache
+def inputs(case: Case) -> Inputs:
+    """The same operands for the same case, made once."""
+    generator = torch.Generator().manual_seed(case.rows + case.outputs + case.k)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x = normal(case.rows, case.k + 3).to(case.dtype)[:, 1 : 1 + case.k]
+    special = torch.tensor([-0.0, math.nan, 0.0, -math.inf, math.inf, 1.0, -1.0], dtype=case.dtype)
+    x[-1, -len(special) :] = special[: case.k]
+    weight, bias, scale = normal(case.outputs, case.k), normal(case.outputs), normal(case.outputs)
+    return Inputs(x, weight, bias, scale, normal(case.rows, case.outputs).to(case.dtype))
+
+
+def compute(case: Case, device: torch.device) -> Results:
+    """What the operators make of a case on a device, with the kernel that is active there; brought to the CPU."""
+    x, weight, bias, scale, reals = (operand.to(device) for operand in inputs(case))
+    words = functional.pack_bits(weight)
+    prepared = functional.prepare_weight(words, case.k)
+    y, x_words, in_range_words = functional.linear_train(
+        x, words, case.k, bias, weight_prepared=prepared, scale=scale, threshold=1.0
+    )
+    results = {
+        "pack_bits": x_words,
+        "pack_bits, strict": functional.pack_bits(x, strict=True),
+        "in-range bits": in_range_words,
+        "unpack_bits": functional.unpack_bits(x_words, case.k, torch.int8),
+        "binary_linear": functional.binary_linear(x_words, words, case.k, out_dtype=torch.int32),
+        "linear": y,
+    }
+    if device.type == "cpu":
+        few = slice(0, 11)  # rows, for the scalar kernel needs a tenth of a second for all those of the largest case
+        finite = x[few].nan_to_num(0, 1, -1)
+        results["multiply_signs"] = functional.multiply_signs(reals[few], words, case.k)
+        results["multiply_signs, transposed"] = functional.multiply_signs(finite, words, case.k, True)
+    return {name: result.cpu() for name, result in results.items()}
+
+
+def compute_by_torch(case: Case) -> Results:
+    """The results that torch computes exactly in its own ways, whatever the scalar kernel does."""
+    x, weight, *_ = inputs(case)
+    x_signs, weight_signs = (torch.where(values < 0, -1.0, 1.0) for values in (x, weight))
+    return {
+        "unpack_bits": x_signs.to(torch.int8),
+        # Sums of at most 2²⁴ times ±1 are exact in float32, in any order.
+        "binary_linear": (x_signs @ weight_signs.T).to(torch.int32),
+    }
+
+
+def difference(actual: Results, expected: Results) -> str | None:
+    """The first expected result that is not there bit for bit, in words; None if all are."""
+    for name, want in expected.items():
+        got = actual[name]
+        if (got.shape, got.dtype) != (want.shape, want.dtype):
+            return f"{name}: expected {want.dtype} of shape {tuple(want.shape)}, got {got.dtype} {tuple(got.shape)}"
+        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[want.element_size()]
+        wrong = (got.contiguous().view(bits) != want.contiguous().view(bits)).nonzero()
+        if len(wrong):
+            at = tuple(wrong[0].tolist())
+            return f"{name}: expected {want[at].item()!r} at {at}, got {got[at].item()!r}"
+    return None
+
+
+def check(kernel: str, device: torch.device, expected: Sequence[Results]) -> str | None:
+    """Compare one kernel's results of all cases with the expected ones.
+
+    Args:
+        kernel: The name of a CPU or CUDA kernel.
+        device: Where it computes.
+        expected: The results of each of ``CASES``.
+
+    Returns:
+        None, or the first mismatch or error in words.
+    """
+    for case, want in zip(CASES, expected, strict=True):
+        with kernels.forced(kernel):
+            try:
+                wrong = difference(compute(case, device), want)
+            except RuntimeError as error:  # of a device, say; the other kernels are checked all the same
+                wrong = str(error).partition("\n")[0]
+        if wrong:
+            return f"{case.rows} × {case.k} → {case.outputs}, {str(case.dtype).removeprefix('torch.')}: {wrong}"
+    return None
+
+
+def self_test() -> bool:
+    """Check all kernels of this machine and print a line for each; whether all are right."""
+    cpu = torch.device("cpu")
+    with kernels.forced(SCALAR):
+        expected = [compute(case, cpu) for case in CASES]
+    wrong = {SCALAR: check(SCALAR, cpu, [compute_by_torch(case) for case in CASES])}
+    for name in kernels.available():
+        if name != SCALAR:
+            wrong[name] = check(name, cpu, expected)
+    for device in _cuda_devices():
+        # The CPU has one more operator than CUDA.
+        on_cuda = [{name: want for name, want in results.items() if "multiply" not in name} for results in expected]
+        for name in _library.available_cuda_kernels(torch.cuda.get_device_capability(device)):
+            wrong[f"{device} {name}"] = check(name, device, on_cuda)
+    width = max(map(len, wrong)) + 2
+    for name, text in wrong.items():
+        print(f"{name:<{width}}{text or 'ok'}")
+    return not any(wrong.values())
+
+
+def _cuda_devices() -> list[torch.device]:
+    if not _library.has_cuda:
+        return []
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print :func:`bitorch_qlinear.info` and check the kernels.
+
+    Args:
+        arguments: Those of the command line, by default the process's; none are taken but ``--help``.
+
+    Returns:
+        The exit code: 0, or 1 if a kernel is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m bitorch_qlinear", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args(arguments)
+    print(info())
+    print(f"\nself-test of each kernel against {SCALAR}, and of {SCALAR} against torch:")
+    return 0 if self_test() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
