@@ -47,6 +47,9 @@ def _load_operators() -> ctypes.CDLL:
     library = _load(_OPERATORS, "bitorch_qlinear", ("kernels", "kernel", "kernel_reason", "force_kernel"))
     library.bitorch_qlinear_force_kernel.argtypes = [ctypes.c_char_p]
     library.bitorch_qlinear_least_sign_outputs.restype = ctypes.c_int64
+    library.bitorch_qlinear_prepared_bytes.restype = ctypes.c_int64
+    library.bitorch_qlinear_prepared_bytes.argtypes = [ctypes.c_bool, ctypes.c_int64, ctypes.c_int64]
+    library.bitorch_qlinear_cuda_layout.restype = ctypes.c_int64
     return library
 
 
@@ -83,6 +86,9 @@ def _load_module_info() -> dict[str, str]:
 
 build_info = _load_module_info()
 _library = _load_operators()
+
+operators = torch.ops.bitorch_qlinear
+"""The operators; whoever takes them from here has them loaded, whatever was imported first."""
 
 no_cuda_reason = _reason_against_cuda(build_info, torch.version.cuda)
 """Why CUDA tensors are computed in float, or "": then there are kernels for them."""
@@ -150,7 +156,7 @@ class PreparedLayout(NamedTuple):
     number: int
 
 
-CUDA_LAYOUT = 64
+CUDA_LAYOUT: int = _library.bitorch_qlinear_cuda_layout()
 """The number of CUDA's prepared form, one for all kernels (csrc/cuda/prepared.cuh)."""
 
 
@@ -159,6 +165,11 @@ def prepared_layout() -> PreparedLayout:
     layout = (ctypes.c_int64 * 4)()
     _library.bitorch_qlinear_layout(layout)
     return PreparedLayout(*layout)
+
+
+def prepared_bytes(device_type: str, n: int, k: int) -> int:
+    """Bytes of the prepared form of n rows of k values: CUDA's on "cuda", the active CPU kernel's elsewhere."""
+    return int(_library.bitorch_qlinear_prepared_bytes(device_type == "cuda", n, k))
 
 
 def available_cuda_kernels(capability: tuple[int, int]) -> list[str]:
