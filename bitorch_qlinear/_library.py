@@ -43,6 +43,9 @@ def _load_operators() -> ctypes.CDLL:
     library = _load(_OPERATORS, "bitorch_qlinear", ("kernels", "kernel", "kernel_reason", "force_kernel"))
     library.bitorch_qlinear_force_kernel.argtypes = [ctypes.c_char_p]
     library.bitorch_qlinear_least_sign_outputs.restype = ctypes.c_int64
+    library.bitorch_qlinear_prepared_bytes.restype = ctypes.c_int64
+    library.bitorch_qlinear_prepared_bytes.argtypes = [ctypes.c_bool, ctypes.c_int64, ctypes.c_int64]
+    library.bitorch_qlinear_cuda_layout.restype = ctypes.c_int64
     return library
 
 
@@ -82,6 +85,9 @@ _library = _load_operators()
 
 stale_forms = ctypes.c_uint64.in_dll(_library, "bitorch_qlinear_stale_forms")
 """How many prepared forms the operators found that were not made of the words that came with them."""
+
+operators = torch.ops.bitorch_qlinear
+"""The operators; whoever takes them from here has them loaded, whatever was imported first."""
 
 no_cuda_reason = _reason_against_cuda(build_info, torch.version.cuda)
 """Why CUDA tensors are computed in float, or "": then there are kernels for them."""
@@ -147,7 +153,7 @@ class PreparedLayout(NamedTuple):
     number: int
 
 
-CUDA_LAYOUT = 64
+CUDA_LAYOUT: int = _library.bitorch_qlinear_cuda_layout()
 """The number of CUDA's prepared form, one for all kernels (csrc/cuda/prepared.cuh)."""
 
 
@@ -160,6 +166,10 @@ def prepared_layout() -> PreparedLayout:
 
 CUDA_KERNELS = ("popc", "skinny", "skinny_mma_sm80", "mma_sm75", "mma_sm80", "mma_int8_sm80")
 """Names of all CUDA kernels (csrc/cuda/heuristics.h): a build without CUDA operators knows them by this list alone."""
+
+def prepared_bytes(device_type: str, n: int, k: int) -> int:
+    """Bytes of the prepared form of n rows of k values: CUDA's on "cuda", the active CPU kernel's elsewhere."""
+    return int(_library.bitorch_qlinear_prepared_bytes(device_type == "cuda", n, k))
 
 
 def available_cuda_kernels(capability: tuple[int, int]) -> list[str]:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from . import _fake as _fake  # registers the results' shapes, for torch.compile and torch.export
+from . import _flops as _flops  # registers the operations, for torch.utils.flop_counter
+from . import _library
 from . import _vmap as _vmap  # registers the batching rules, for torch.func.vmap
 
 __all__ = [
@@ -29,7 +31,7 @@ __all__ = [
     "unpack_bits",
 ]
 
-_ops = torch.ops.bitorch_qlinear
+_ops = _library.operators
 
 
 def pack_bits(x: Tensor, strict: bool = False) -> Tensor:

@@ -74,6 +74,11 @@ inline DType check_float(const char* argument, ScalarType type) {
     return *dtype;
 }
 
+// torch passes None through, as an undefined tensor, even where one of several tensors is required.
+inline void check_given(const char* argument, const Tensor& tensor) {
+    if (!tensor.defined()) fail(argument, "expected a tensor, got None");
+}
+
 // Where an operator computes. The CPU has no index: -1.
 struct Device {
     int32_t type;
@@ -113,6 +118,7 @@ inline void check_dimensions(const char* argument, const Tensor& tensor, int64_t
 
 // Packed words [..., words_for(k)].
 inline void check_words(const char* argument, const Tensor& words, int64_t k, const Device& device) {
+    check_given(argument, words);
     const ScalarType type = scalar_type(words);
     if (type != ScalarType::Int && type != ScalarType::UInt32) {
         fail(argument, "expected packed words of dtype int32 or uint32, got ", dtype_name(type));
@@ -126,9 +132,15 @@ inline void check_words(const char* argument, const Tensor& words, int64_t k, co
     check_memory(argument, words, device, kWordBytes);
 }
 
+// A matrix of them, [n, words_for(k)].
+inline void check_word_rows(const char* argument, const Tensor& words, int64_t k, const Device& device) {
+    check_given(argument, words);
+    if (words.dim() != 2) fail(argument, "expected shape (n, ceil(k / 32)), got ", words.dim(), " dimensions");
+    check_words(argument, words, k, device);
+}
+
 inline void check_weight_words(const Tensor& words, int64_t k, const Device& device) {
-    if (words.dim() != 2) fail("weight_words", "expected shape (n, ceil(k / 32)), got ", words.dim(), " dimensions");
-    check_words("weight_words", words, k, device);
+    check_word_rows("weight_words", words, k, device);
 }
 
 // bias and scale: n floats.

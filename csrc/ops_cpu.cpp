@@ -17,6 +17,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/share.h"
+#include "cuda/prepared_size.h"
 #include "epilogue.h"
 #include "tensors.h"
 
@@ -259,6 +260,7 @@ class PackedRows {
 // ---- real values by signs ------------------------------------------------------------------------
 
 void check_reals(const Tensor& reals, int64_t count) {
+    check_given("reals", reals);
     const DType dtype = check_float("reals", scalar_type(reals));
     check_dimensions("reals", reals, 1, "(..., n)");
     const int64_t got = reals.size(reals.dim() - 1);
@@ -351,7 +353,7 @@ Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std:
 Tensor sign_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                    const std::optional<Tensor>& scale, std::optional<ScalarType> out_dtype, bool strict,
                    bool strict_weight) {
-    if (weight.dim() != 2) fail("weight", "expected shape (n, k), got ", weight.dim(), " dimensions");
+    check_weight_matrix(weight);
     const int64_t n = weight.size(0), k = weight.size(1);
     const Rows rows = check_rows("x", x, k, kCpu), weight_rows = check_rows("weight", weight, k, kCpu);
     const ScalarType out_type = out_dtype.value_or(x.scalar_type());
@@ -392,10 +394,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_train(const Tensor& x, const Tensor& w
 
 Tensor multiply_signs(const Tensor& reals, const Tensor& sign_words, int64_t k, bool transpose) {
     check_values(k);
-    if (sign_words.dim() != 2) {
-        fail("sign_words", "expected shape (n, ceil(k / 32)), got ", sign_words.dim(), " dimensions");
-    }
-    check_words("sign_words", sign_words, k, kCpu);
+    check_word_rows("sign_words", sign_words, k, kCpu);
     const int64_t summed = transpose ? k : sign_words.size(0), outputs = transpose ? sign_words.size(0) : k;
     check_reals(reals, summed);
     Tensor y = empty_on_cpu(sizes_with_last(reals, outputs), reals.scalar_type());
@@ -478,6 +477,20 @@ BITORCH_QLINEAR_EXPORT bool bitorch_qlinear_layout(int64_t* out) {
         return false;
     }
 }
+
+// Bytes of the prepared form, on CUDA or on the CPU, whose kernel decides. Both answers come from here, because tensors
+// without memory can be on a CUDA device where no CUDA operators are loaded. -1 if no kernel is active.
+BITORCH_QLINEAR_EXPORT int64_t bitorch_qlinear_prepared_bytes(bool on_cuda, int64_t n, int64_t k) {
+    if (on_cuda) return bitorch_qlinear::cuda::prepared_bytes(n, k);
+    try {
+        return bitorch_qlinear::prepared_bytes(bitorch_qlinear::active_kernel().layout, n, k);
+    } catch (const std::exception&) {
+        return -1;
+    }
+}
+
+// The number of the prepared form on CUDA.
+BITORCH_QLINEAR_EXPORT int64_t bitorch_qlinear_cuda_layout() { return bitorch_qlinear::cuda::kPreparedLayout; }
 
 // FloatByBits::least_outputs. -1 if no kernel is active.
 BITORCH_QLINEAR_EXPORT int64_t bitorch_qlinear_least_sign_outputs() {

@@ -95,6 +95,7 @@ inline int64_t count_rows(const Tensor& tensor) {
 
 inline Rows check_rows(const char* argument, const Tensor& x, int64_t k, const Device& device) {
     check_values(k);
+    check_given(argument, x);
     const DType dtype = check_float(argument, scalar_type(x));
     check_dimensions(argument, x, 1, "(..., k)");
     if (x.size(x.dim() - 1) != k)
@@ -115,6 +116,12 @@ inline std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) 
 }
 
 inline uint32_t* words_of(const Tensor& words) { return static_cast<uint32_t*>(words.data_ptr()); }
+
+// Weights as they came, real: a matrix, whose rows check_rows looks at.
+inline void check_weight_matrix(const Tensor& weight) {
+    check_given("weight", weight);
+    if (weight.dim() != 2) fail("weight", "expected shape (n, k), got ", weight.dim(), " dimensions");
+}
 
 // What every product takes beside its factors: n values of bias and scale, and the type of the outputs.
 inline void check_epilogue(int64_t n, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,

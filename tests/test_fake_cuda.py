@@ -94,8 +94,8 @@ def test_arguments_on_two_devices(fake):
         "weight_words": {"x": on_cuda(2, K), "weight_words": torch.empty(N, 3, dtype=torch.int32)},
         "bias": {"x": on_cuda(2, K), "weight_words": words, "bias": torch.empty(N)},
     }.items():
-        named = "weight_words" if name == "x" else name  # the first argument decides
-        with pytest.raises(RuntimeError, match=f"{named}: expected a tensor on the same device"):
+        device = "CUDA device that other arguments are on" if name == "x" else "same device as the first argument"
+        with pytest.raises(RuntimeError, match=f"bitorch_qlinear: {name}: expected a tensor on the {device}$"):
             functional.linear(k=K, **arguments)
 
 

@@ -3,6 +3,10 @@
 import itertools
 import math
 import re
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +26,11 @@ from reference import (
     unpack_signs,
 )
 from shapes import PANEL, around
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
+import bitorch_qlinear
 from bitorch_qlinear import _library
 from bitorch_qlinear import functional as F
 
@@ -149,6 +156,38 @@ def test_vmap(leading):
     prepared = torch.func.vmap(lambda v: F.prepare_weight(v, 40))(weights)
     expected = [F.prepare_weight(v, 40) for v in weights]
     assert len(prepared) == len(weights) and all(map(torch.equal, prepared, expected))
+
+
+IN_A_FRESH_PROCESS = """
+import importlib, sys, types
+package, first = sys.argv[1:]
+if first != "bitorch_qlinear":
+    stub = types.ModuleType("bitorch_qlinear")  # in the place of __init__.py, whose order of imports must not matter
+    stub.__path__ = [package]
+    sys.modules["bitorch_qlinear"] = stub
+importlib.import_module(first)
+import torch
+vmap, ops = torch.func.vmap, torch.ops.bitorch_qlinear
+x = torch.randn(3, 4, 40)
+words = ops.pack_bits(x)
+reals = torch.randn(3, 2, 40)
+each = lambda function, *tensors: torch.stack([function(*t) for t in zip(*tensors)])
+for function, *tensors in (
+    (ops.pack_bits, x),
+    (lambda w: ops.unpack_bits(w, 40, torch.float32), words),
+    (lambda w: ops.prepare_weight(w, 40), words),
+    (lambda r, w: ops.multiply_signs(r, w, 40, True), reals, words),
+):
+    assert torch.equal(vmap(function)(*tensors), each(function, *tensors))
+"""
+
+
+@pytest.mark.parametrize("first", ["bitorch_qlinear", "bitorch_qlinear._vmap"])
+def test_vmap_does_not_depend_on_the_order_of_imports(first):
+    package = str(Path(bitorch_qlinear.__file__).parent)
+    command = [sys.executable, "-W", "error", "-c", IN_A_FRESH_PROCESS, package, first]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(package).parent)
+    assert result.returncode == 0, result.stderr
 
 
 # ---- samples of every operator ---------------------------------------------------------------------
@@ -307,6 +346,19 @@ FLOAT_ROWS = MEMORY | {
     "complex": lambda x: x.to(torch.complex64),
     "float8": lambda x: x.to(torch.float8_e4m3fn),
 }
+PREPARED_CONTENTS = {
+    "a byte less": lambda p: p[:-1],
+    "a byte more": lambda p: torch.cat([p, p[:1]]),
+    "zeros": torch.zeros_like,
+    "first byte of the magic": with_bytes(0, b"B"),
+    "last byte of the magic": with_bytes(7, b"Q"),
+    "layout": with_bytes(8, b"\x09"),
+    "layout's last byte": with_bytes(11, b"\x80"),
+    "n one more": with_bytes(16, b"\x06"),
+    "n huge": with_bytes(23, b"\x7f"),
+    "k one more": with_bytes(24, b"\x29"),
+    "k negative": with_bytes(31, b"\xff"),
+}
 MATRIX_WORDS = WORDS | {"one dimension": lambda w: w[0], "three dimensions": lambda w: w[None]}
 BROKEN = {
     "x": FLOAT_ROWS,
@@ -321,7 +373,7 @@ BROKEN = {
     "dtype": {str(d)[6:]: lambda _, d=d: d for d in (torch.int64, torch.uint8, torch.complex64, torch.uint32)},
     "out_dtype": {str(d)[6:]: lambda _, d=d: d for d in (torch.int64, torch.bool, torch.complex64, torch.int8)}
     | {"int32 with bias and scale": lambda _: torch.int32},
-    "layout": {str(number): lambda _, number=number: number for number in (-1, 9, 64, 2**32, 2**63 - 1)},
+    "layout": {str(number): lambda _, number=number: number for number in (-1, 9, 65, 2**32, 2**63 - 1)},
     "threshold": {str(t): lambda _, t=t: t for t in (-1.0, -math.inf, math.nan, -5e-324)},
     "weight_prepared": MEMORY
     | {
@@ -331,19 +383,10 @@ BROKEN = {
         "float32": lambda p: p.float(),
         "strided": strided,
         "empty": lambda p: p[:0],
+        "three bytes": lambda p: p[:3],
         "half a header": lambda p: p[:32],
-        "a byte less": lambda p: p[:-1],
-        "a byte more": lambda p: torch.cat([p, p[:1]]),
-        "zeros": torch.zeros_like,
-        "first byte of the magic": with_bytes(0, b"B"),
-        "last byte of the magic": with_bytes(7, b"Q"),
-        "layout": with_bytes(8, b"\x09"),
-        "layout's last byte": with_bytes(11, b"\x80"),
-        "n one more": with_bytes(16, b"\x06"),
-        "n huge": with_bytes(23, b"\x7f"),
-        "k one more": with_bytes(24, b"\x29"),
-        "k negative": with_bytes(31, b"\xff"),
-    },
+    }
+    | PREPARED_CONTENTS,
 }
 SINGLE = ("pack_bits", "unpack_bits", "prepare_weight")
 CPU_ONLY = ("multiply_signs",)
@@ -362,10 +405,8 @@ def breakages():
                 yield pytest.param(name, argument.name, what, id=f"{name}-{argument.name}-{what}")
 
 
-def of_shape_or_dtype(_, argument, what):
-    """Whether tracing can see what is wrong."""
-    values = ("k", "threshold", "dtype", "layout", "weight_prepared")
-    return argument not in values and what not in (*MEMORY, "strided", "transposed")
+INVISIBLE = (*MEMORY, *PREPARED_CONTENTS)
+"""What is wrong with memory, or with what stands in it: tensors without memory do not show it. All else they show."""
 
 
 def assert_refused(name, values, *expected_names):
@@ -392,14 +433,63 @@ def test_wrong_arguments_are_refused(kernel, name, argument, what):
     assert_refused(name, values, *names)
 
 
-@pytest.mark.parametrize(("name", "argument", "what"), [p for p in breakages() if of_shape_or_dtype(*p.values)])
-def test_fake_tensors_are_refused_alike(name, argument, what):
-    """So that a wrong shape or dtype is found while tracing; values and memory are looked at when it runs."""
+def without_memory(way):
+    """(mode, function): a mode to be in, and what makes a tensor of the same form there."""
+    mode = FakeTensorMode()
+    if way == "fake cpu":
+        return mode, mode.from_tensor
+    device = way.removeprefix("fake ")
+
+    def made(tensor):
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+    return nullcontext() if way == "meta" else mode, made
+
+
+def refusal(name, values):
+    args, kwargs = call_arguments(name, values)
+    with pytest.raises(RuntimeError) as caught:
+        operator(name)(*args, **kwargs)
+    return str(caught.value)
+
+
+def needs_cpu(name, way):
+    return way == "fake cuda" and name in CPU_ONLY
+
+
+WITHOUT_MEMORY = ["meta", "fake cpu", "fake cuda"]
+
+
+@pytest.mark.parametrize("way", WITHOUT_MEMORY)
+@pytest.mark.parametrize(("name", "argument", "what"), [p for p in breakages() if p.values[2] not in INVISIBLE])
+def test_tensors_without_memory_are_refused_alike(name, argument, what, way):
+    """So that what is wrong is found, and named, while a model is traced."""
     values = arguments()
     values[argument] = BROKEN[argument][what](values[argument])
-    with FakeTensorMode() as mode:
-        values = {n: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for n, v in values.items()}
-        assert_refused(name, values, argument)
+    expected = refusal(name, values)
+    if needs_cpu(name, way):
+        expected = "bitorch_qlinear: reals: expected a tensor on the CPU, where alone multiply_signs computes"
+    if argument == "layout" and way == "fake cuda":
+        expected = expected.replace(f"expected {_library.cpu_layout},", f"expected {_library.CUDA_LAYOUT},")
+    elif way == "fake cuda":
+        values["layout"] = _library.CUDA_LAYOUT
+    mode, made = without_memory(way)
+    with mode:
+        values = {n: made(v) if isinstance(v, torch.Tensor) else v for n, v in values.items()}
+        assert refusal(name, values) == expected
+
+
+@pytest.mark.parametrize("way", ["cpu", *WITHOUT_MEMORY])
+def test_layout_of_another_device_is_refused(way):
+    there, elsewhere = _library.cpu_layout, _library.CUDA_LAYOUT
+    if way == "fake cuda":
+        there, elsewhere = elsewhere, there
+    mode, made = without_memory(way) if way != "cpu" else (nullcontext(), lambda tensor: tensor)
+    words = arguments()["weight_words"]
+    with mode:
+        F.prepare_weight(made(words), 40, layout=there)
+        with pytest.raises(RuntimeError, match=f"layout: expected {there}, .*, got {elsewhere}$"):
+            F.prepare_weight(made(words), 40, layout=elsewhere)
 
 
 @pytest.mark.parametrize("name", sorted(set(OPERATORS) - set(SINGLE)))
@@ -413,12 +503,18 @@ def test_tensors_on_different_devices_are_refused(name, argument):
 
 
 @pytest.mark.parametrize("name", sorted(set(OPERATORS) - set(SINGLE)))
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_none_for_a_tensor_is_refused(name, device):
-    values = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in arguments().items()}
-    for argument in operator(name)._schema.arguments:
-        if str(argument.type) == "Tensor":
-            assert_refused(name, values | {argument.name: None}, argument.name)
+@pytest.mark.parametrize("way", ["cpu", *WITHOUT_MEMORY])
+def test_none_for_a_tensor_is_refused(name, way):
+    if needs_cpu(name, way):
+        pytest.skip("computes on the CPU only")
+    mode, made = without_memory(way) if way != "cpu" else (nullcontext(), lambda tensor: tensor)
+    values = arguments()
+    with mode:
+        values = {n: made(v) if isinstance(v, torch.Tensor) else v for n, v in values.items()}
+        for argument in operator(name)._schema.arguments:
+            if str(argument.type) == "Tensor":
+                said = refusal(name, values | {argument.name: None})
+                assert said == f"bitorch_qlinear: {argument.name}: expected a tensor, got None"
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -511,3 +607,116 @@ def test_huge_sizes_without_elements(kernel):
     assert F.linear_train(rows, no_words, 0, threshold=1.0)[1].shape == (2**50, 0)
     prepared = F.prepare_weight(HUGE_WORDS, 0)
     assert F.binary_linear(HUGE_WORDS[:0], HUGE_WORDS, 0, weight_prepared=prepared).shape == (0, 2**62)
+
+
+# ---- symbolic sizes --------------------------------------------------------------------------------
+
+
+def of_words(k=70, n=9):
+    """Calls of every operator on packed rows of a batch: each begins and ends with a tensor."""
+    words, bias = pack_signs(torch.randn(n, k)), torch.randn(n)
+    prepared = F.prepare_weight(words, k)
+    return {
+        "unpack_bits": lambda x_words: F.unpack_bits(x_words, k),
+        "binary_linear": lambda x_words: F.binary_linear(x_words, words, k, bias, weight_prepared=prepared),
+        "pack_bits": lambda x_words: F.pack_bits(F.unpack_bits(x_words, k)),
+        "linear": lambda x_words: F.linear(F.unpack_bits(x_words, k), words, k, bias, scale=bias),
+        "linear_train": lambda x_words: F.linear_train(F.unpack_bits(x_words, k), words, k, threshold=0.5)[0],
+        "multiply_signs": lambda x_words: F.multiply_signs(F.unpack_bits(x_words, k), words, k, True),
+        "prepare_weight": lambda x_words: F.prepare_weight(x_words, k) + 0,
+    }
+
+
+class Module(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x_words):
+        return self.function(x_words)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_one_graph_serves_every_batch(name):
+    torch._dynamo.reset()
+    function, counter = of_words()[name], CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (2, 3, 17, 129):
+        x_words = pack_signs(torch.randn(rows, 70))
+        assert_equal(compiled(x_words), function(x_words))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_exported_programs_serve_every_batch(name):
+    module = Module(of_words()[name])
+    shapes = ({0: torch.export.Dim("batch", min=0)},)
+    program = torch.export.export(module, (pack_signs(torch.randn(4, 70)),), dynamic_shapes=shapes)
+    for rows in (0, 1, 2, 129):
+        x_words = pack_signs(torch.randn(rows, 70))
+        assert_equal(program.module()(x_words), module(x_words))
+
+
+def test_strided_words_of_a_dynamic_batch_are_refused_while_tracing():
+    torch._dynamo.reset()
+    compiled = torch.compile(of_words()["binary_linear"], fullgraph=True, dynamic=True, backend="aot_eager")
+    wrong = strided(pack_signs(torch.randn(5, 70)))
+    with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="x_words: expected contiguous words"):
+        compiled(wrong)
+
+
+# ---- operations ------------------------------------------------------------------------------------
+
+
+def flops(function, *tensors):
+    with FlopCounterMode(display=False) as counter:
+        function(*tensors)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("leading", [(3,), (2, 3), (), (0,)], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_operations_are_counted_as_of_the_float_layer(leading, with_bias):
+    n, k = 9, 70
+    x, weight, bias = torch.randn(*leading, k), torch.randn(n, k), torch.randn(n) if with_bias else None
+    words, x_words = pack_signs(weight), pack_signs(x)
+    prepared = F.prepare_weight(words, k)
+    expected = flops(torch.nn.functional.linear, x, weight, bias)
+    assert expected == 2 * math.prod(leading) * n * k
+    assert flops(lambda: F.linear(x, words, k, bias, weight_prepared=prepared)) == expected
+    assert flops(lambda: F.linear_train(x, words, k, bias, threshold=1.0)) == expected
+    assert flops(lambda: F.binary_linear(x_words, words, k, bias)) == expected
+    assert flops(lambda: F.multiply_signs(x, words, k, True)) == expected
+    assert flops(lambda: F.multiply_signs(x[..., :n].contiguous(), words, k)) == expected
+    assert flops(F.pack_bits, x) == flops(F.unpack_bits, words, k) == flops(F.prepare_weight, words, k) == 0
+
+
+COUNTED = """
+import sys
+{first}
+{second}
+import torch
+if "{second}".endswith("qlinear"):
+    assert "torch.utils.flop_counter" in sys.modules
+else:
+    assert not any(name in sys.modules for name in ("triton", "torch.utils.module_tracker"))
+from torch.utils.flop_counter import FlopCounterMode
+from bitorch_qlinear import functional as F
+with FlopCounterMode(display=False) as counter:
+    F.linear(torch.randn(3, 40), F.pack_bits(torch.randn(5, 40)), 40)
+assert counter.get_total_flops() == 2 * 3 * 40 * 5
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("import bitorch_qlinear", ""),
+        ("import torch.utils.flop_counter", "import bitorch_qlinear"),
+    ],
+)
+def test_the_counter_may_be_imported_before_or_after_us(first, second):
+    code = COUNTED.format(first=first, second=second)
+    root = Path(bitorch_qlinear.__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert result.returncode == 0, result.stderr

@@ -15,12 +15,9 @@
 #include "../dtype.h"
 #include "../packed.h"
 #include "heuristics.h"
+#include "prepared_size.h"
 
 namespace bitorch_qlinear::cuda {
-
-constexpr int64_t kAlignedWords = 4;
-
-static inline int64_t aligned_words_for(int64_t k) { return ceil_div(words_for(k), kAlignedWords) * kAlignedWords; }
 
 // Rows of x to packed words; the twin that says what it computes is pack_row_portable (cpu/bits.h).
 struct Pack {

@@ -25,6 +25,7 @@ using bitorch_qlinear::Device;  // of torch; that of heuristics.h says what a de
 Device device_of(const char* argument, const Tensor& tensor) {
     Device device{aoti_torch_device_type_cuda(), -1};
     int32_t type = 0;
+    check_given(argument, tensor);
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
     if (type != device.type) fail(argument, "expected a tensor on the CUDA device that other arguments are on");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
@@ -103,6 +104,10 @@ const uint8_t* check_prepared_sizes(const Tensor& prepared, int64_t n, int64_t k
              dtype_name(scalar_type(prepared)), " with ", prepared.dim(), " dimensions");
     }
     check_memory(kName, prepared, device, 1);
+    const int64_t header_bytes = sizeof(PreparedHeader);
+    if (prepared.numel() < header_bytes) {
+        fail(kName, "expected at least ", header_bytes, " bytes, got ", prepared.numel());
+    }
     if (prepared.numel() != prepared_bytes(n, k)) {
         fail(kName, "expected the ", prepared_bytes(n, k), " bytes of weights prepared on this device for n = ", n,
              " and k = ", k, ", got ", prepared.numel());
@@ -264,7 +269,7 @@ Tensor sign_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
                    const std::optional<Tensor>& scale, std::optional<ScalarType> out_dtype, bool strict,
                    bool strict_weight) {
     const Device device = device_of("x", x);
-    if (weight.dim() != 2) fail("weight", "expected shape (n, k), got ", weight.dim(), " dimensions");
+    check_weight_matrix(weight);
     const int64_t n = weight.size(0), k = weight.size(1);
     const Rows rows = check_rows("x", x, k, device), weight_rows = check_rows("weight", weight, k, device);
     const Weight packed{nullptr, nullptr, n, k, bias, scale, out_dtype.value_or(x.scalar_type())};

@@ -6,20 +6,9 @@
 #pragma once
 
 #include "kernels.h"
+#include "prepared_size.h"
 
 namespace bitorch_qlinear::cuda {
-
-// Among the layouts of cpu/kernel.h's records, which count from 0.
-constexpr uint32_t kPreparedLayout = 64;
-
-static inline int64_t prepared_popcount_bytes(int64_t n) { return ceil_div(n, 4) * 16; }
-
-static inline bool prepared_holds_words(int64_t k) { return k % (kAlignedWords * kWordBits) != 0; }
-
-static inline int64_t prepared_bytes(int64_t n, int64_t k) {
-    return static_cast<int64_t>(sizeof(PreparedHeader)) + prepared_popcount_bytes(n) +
-           (prepared_holds_words(k) ? n * aligned_words_for(k) * kWordBytes : 0);
-}
 
 // The header's first 8 bytes as one number: an array of constants is no constant in device code.
 static constexpr uint64_t magic_number() {

@@ -1,0 +1,54 @@
+"""The products' operations for torch.utils.flop_counter: as many as it counts of the float layers they replace."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from . import _library
+
+_COUNTER = "torch.utils.flop_counter"
+
+
+def _product(rows: Sequence[int], words: Sequence[int], k: int, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """2 m n k of a product of m rows and (n, ...) words, as torch counts addmm; torch hands shapes in for tensors."""
+    return 2 * math.prod(rows[:-1]) * words[0] * k
+
+
+def _register(counter: ModuleType) -> None:
+    names = ("binary_linear", "linear", "linear_train", "multiply_signs")
+    counter.register_flop_formula([getattr(_library.operators, name) for name in names])(_product)
+
+
+class _AtImport:
+    """Registers when the counter is imported: it imports triton where that is installed, which we must not do.
+
+    triton takes 0.25 s, a fifth of `import torch` (torch 2.11 for CUDA).
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """None of any module but the counter, and of that what the other finders say."""
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register(module)
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if _COUNTER in sys.modules:
+    _register(sys.modules[_COUNTER])
+else:
+    sys.meta_path.insert(0, _AtImport())
