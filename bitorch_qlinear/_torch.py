@@ -87,8 +87,8 @@ def is_plain(tensor: Tensor) -> bool:
 
 def is_known(condition: bool | torch.SymBool) -> bool:
     """Whether a condition on sizes holds for all sizes that a traced program is made for. Adds no guard."""
-    if isinstance(condition, bool):
-        return condition
+    if not torch.compiler.is_compiling():
+        return bool(condition)
     try:
         from torch.fx.experimental.symbolic_shapes import statically_known_true
     except ImportError:

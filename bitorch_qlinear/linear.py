@@ -194,11 +194,16 @@ class QLinear(nn.Linear):
             weight_quantization: As for the constructor.
 
         Raises:
-            TypeError: `linear` is no nn.Linear.
+            TypeError: `linear` is no nn.Linear, or is binary already.
             ValueError: Its weight or bias is no parameter of its own, but computed of others.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+        if isinstance(linear, QLinear) or hasattr(linear, "weight_quantization"):
+            raise TypeError(
+                f"linear: expected a layer of real weights, got {type(linear).__name__}, which is binary already: build a "
+                "QLinear with its quantizations and threshold, and load its state_dict"
+            )
         for name in ("weight", "bias"):
             if name not in linear._parameters:
                 raise ValueError(f"linear: expected a {name} that is a parameter; {_how_to_free(linear, name)}")
@@ -267,7 +272,7 @@ class QLinear(nn.Linear):
         return None if input_rule is None or weight_rule is None else Rules(input_rule, weight_rule)
 
     def _consider_warning(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        if not wants_gradient(x, weight, bias) and x.dim() > 0 and x.shape[-1]:
+        if is_plain(x) and x.dim() > 0 and x.shape[-1] and not wants_gradient(x, weight, bias):
             _warn_of_packing(x.numel() // x.shape[-1], weight)
 
     # ---- what is not the packed product ----

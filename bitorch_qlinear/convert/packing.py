@@ -33,7 +33,8 @@ def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         The model, or its copy.
 
     Raises:
-        TypeError: `model` is no nn.Module, is wrapped for distributed training, or cannot be copied.
+        TypeError: `model` is no nn.Module.
+        RuntimeError: It is wrapped for distributed training, or cannot be copied.
     """
     _check_model(model)
     replacements: dict[int, nn.Module] = {}
@@ -73,7 +74,8 @@ def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         The model, or its copy.
 
     Raises:
-        TypeError: `model` is no nn.Module, is wrapped for distributed training, or cannot be copied.
+        TypeError: `model` is no nn.Module.
+        RuntimeError: It is wrapped for distributed training, or cannot be copied.
     """
     _check_model(model)
     replacements: dict[int, nn.Module] = {}
@@ -90,9 +92,9 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"model: expected an nn.Module, got {model!r:.60}")
     name = type(model).__name__
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise TypeError(f"model: expected the model itself, got it wrapped in {name}: pack model.module")
+        raise RuntimeError(f"model: expected the model itself, got it wrapped in {name}: pack model.module")
     if name == "FullyShardedDataParallel":
-        raise TypeError(
+        raise RuntimeError(
             f"model: expected the model itself, got it wrapped in {name}: load its full state dict into a model that is "
             "not sharded, and pack that"
         )
@@ -108,7 +110,7 @@ def _replace(
             copied: nn.Module = copy.deepcopy(model, dict(replacements))
         except Exception as error:
             left = "".join(f"; {path or 'the model'} would stay as it is: {reason}" for path, reason in reasons.items())
-            raise TypeError(
+            raise RuntimeError(
                 f"model: cannot be copied ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}): "
                 f"inplace=True works on the model itself{left}"
             ) from error
