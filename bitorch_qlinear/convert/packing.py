@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checkpoint import WEIGHT_RULES
 from ..linear import QLinear
 from ..packed import PackedQLinear, weight_rule_of
-from ..checkpoint import WEIGHT_RULES
-from .report import binary_layers, explain, reason_against
+from .report import binary_layers, reason_against
 
 __all__ = ["pack", "unpack"]
 
@@ -100,9 +100,7 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _replace(
-    model: nn.Module, replacements: dict[int, nn.Module], inplace: bool, reasons: dict[str, str]
-) -> nn.Module:
+def _replace(model: nn.Module, replacements: dict[int, nn.Module], inplace: bool, reasons: dict[str, str]) -> nn.Module:
     """The model, or a copy of it, with other modules in the places of those with these ids."""
     if not inplace:
         try:
@@ -120,4 +118,3 @@ def _replace(
             if id(child) in replacements:
                 parent.register_module(name, replacements[id(child)])
     return replacements.get(id(model), model)
-
