@@ -107,10 +107,12 @@ inline Rows check_rows(const Tensor& x, int64_t k, const Device& device) {
     return {std::move(rows), data, dtype, m, k, stride.value_or(k)};
 }
 
+// The sizes of a tensor with at least one dimension, with another last one.
 inline std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) {
-    const auto sizes = tensor.sizes();
-    std::vector<int64_t> result(sizes.begin(), sizes.end());
-    result.back() = last;
+    std::vector<int64_t> result;
+    result.reserve(static_cast<size_t>(tensor.dim()));
+    for (int64_t d = 0; d + 1 < tensor.dim(); ++d) result.push_back(tensor.size(d));
+    result.push_back(last);
     return result;
 }
 
