@@ -16,6 +16,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/share.h"
 #include "epilogue.h"
+#include "sources.h"
 #include "tensors.h"
 
 namespace bitorch_qlinear {
@@ -361,6 +362,8 @@ const char* hold(Function function) {
 }  // namespace
 
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_version() { return BITORCH_QLINEAR_VERSION; }
+
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_sources() { return bitorch_qlinear::sources_digest(); }
 
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_kernels() { return hold(bitorch_qlinear::available_kernels); }
 
