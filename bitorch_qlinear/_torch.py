@@ -69,7 +69,11 @@ def has_hooks(module: nn.Module, allowed: Callable[..., Any] | None = None) -> b
         forward = module._forward_hooks
     except AttributeError:
         return True
-    return bool(forward) and any(hook is not allowed for hook in forward.values())
+    if forward:
+        for hook in forward.values():
+            if hook is not allowed:
+                return True
+    return False
 
 
 def is_dtensor(tensor: object) -> bool:

@@ -36,10 +36,10 @@ _MANY_WEIGHTS = 1 << 17
 _warned_of_packing = False
 
 
-def _warn_of_packing(rows: int, weight: Tensor) -> None:
+def _warn_of_packing(rows: int) -> None:
     """Say once a process that a model whose weights no longer change is faster when it is packed."""
     global _warned_of_packing
-    if _warned_of_packing or rows > _FEW_ROWS or weight.numel() < _MANY_WEIGHTS:
+    if _warned_of_packing or rows > _FEW_ROWS:
         return
     _warned_of_packing = True
     warnings.warn(
@@ -255,7 +255,7 @@ class QLinear(nn.Linear):
         rules = self._rules()
         if rules is None or not has_kernels(x) or not has_kernels(weight):
             return self._in_float(x, weight, bias, rules)
-        if not (self.training or _warned_of_packing or torch.compiler.is_compiling()):
+        if not _warned_of_packing and not self.training and weight.numel() >= _MANY_WEIGHTS:
             self._consider_warning(x, weight, bias)
         try:
             if not is_differentiated(x, weight, bias):
@@ -279,8 +279,10 @@ class QLinear(nn.Linear):
         return None if input_rule is None or weight_rule is None else (input_rule, weight_rule)
 
     def _consider_warning(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        if is_plain(x) and x.dim() > 0 and x.shape[-1] and not wants_gradient(x, weight, bias):
-            _warn_of_packing(x.numel() // x.shape[-1], weight)
+        if torch.compiler.is_compiling() or not is_plain(x):
+            return
+        if x.dim() > 0 and x.shape[-1] and not wants_gradient(x, weight, bias):
+            _warn_of_packing(x.numel() // x.shape[-1])
 
     # ---- what is not the packed product ----
 

@@ -25,6 +25,9 @@ from .quantizations import BinaryRule, binary_rule, get_quantization, is_identit
 
 __all__ = ["PackedQLinear"]
 
+# Looked up once: a name in a module of a module costs 20 ns at every call.
+_compiling = torch.compiler.is_compiling
+
 _SIGN = BinaryRule()
 
 
@@ -230,11 +233,11 @@ class PackedQLinear(nn.Module):
             RuntimeError: A wrong shape or dtype; double backward; forward-mode differentiation (NotImplementedError).
         """
         form = self.weight_prepared
-        if form is None or type(x) is not Tensor or not x.is_cpu or torch.compiler.is_compiling():
+        if form is None or type(x) is not Tensor or not x.is_cpu or _compiling():
             return self._without_form(x)
         stale = _library.stale_forms
         before = stale.value
-        y = self._product(x, form)
+        y = self._compute(x, form)
         if stale.value != before:
             self.weight_prepared = None  # it was not made of these words: the next call makes it anew
         return y
@@ -244,16 +247,16 @@ class PackedQLinear(nn.Module):
         if not isinstance(x, Tensor):
             return trace_as_leaf(self, x) if is_proxy(x) else F.linear(x, self.weight, self.bias)  # a TypeError
         words = self.weight
-        if torch.compiler.is_compiling():
+        if _compiling():
             # An exported program runs elsewhere, where another kernel may read another form.
             usable = words.is_cpu and x.is_cpu and not torch.compiler.is_exporting()
-            return self._product(x, self.weight_prepared if usable else None)
-        return self._product(x, self.prepare() if words.is_cpu and x.is_cpu else None)
+            return self._compute(x, self.weight_prepared if usable else None)
+        return self._compute(x, self.prepare() if words.is_cpu and x.is_cpu else None)
 
-    def _product(self, x: Tensor, form: Tensor | None) -> Tensor:
+    def _compute(self, x: Tensor, form: Tensor | None) -> Tensor:
         words: Any = self._buffers["weight"]
         bias = self._parameters["bias"]
-        if not has_kernels(x) or not has_kernels(words):
+        if form is None and not (has_kernels(x) and has_kernels(words)):
             return self._in_float(x, words, bias)
         try:
             if self._input_rule == REAL_INPUT:
@@ -266,7 +269,7 @@ class PackedQLinear(nn.Module):
             threshold = activation.gradient_cancellation_threshold
             return differentiable(x, None, bias, words, form, self.in_features, rules, threshold)
         except NotImplementedError:
-            if torch.compiler.is_compiling() or (is_plain(x) and is_plain(words)):
+            if _compiling() or (is_plain(x) and is_plain(words)):
                 raise
             return self._in_float(x, words, bias)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from torch import Tensor, nn
 
@@ -15,9 +15,14 @@ from .report import binary_layers, reason_against
 
 __all__ = ["pack", "unpack"]
 
+_Model = TypeVar("_Model", bound=nn.Module)
 _logger = logging.getLogger(__name__)
 
 
+@overload
+def pack(model: QLinear, *, inplace: bool = False) -> nn.Module: ...
+@overload
+def pack(model: _Model, *, inplace: bool = False) -> _Model: ...
 def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Replace each packable QLinear of a model by a PackedQLinear with the same output, for inference.
 
@@ -63,6 +68,10 @@ def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     return result
 
 
+@overload
+def unpack(model: PackedQLinear, *, inplace: bool = False) -> nn.Module: ...
+@overload
+def unpack(model: _Model, *, inplace: bool = False) -> _Model: ...
 def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Replace each PackedQLinear of a model by a QLinear with the same output, whose weights are ±1.
 
