@@ -22,7 +22,7 @@ from ._product import (
     tables_win,
     wants_gradient,
 )
-from ._torch import called_by, has_hooks, is_dtensor, is_plain, is_proxy, trace_as_leaf
+from ._torch import called_from, has_hooks, is_dtensor, is_plain, is_proxy, trace_as_leaf
 from .checkpoint import problem_of_words_in_float
 from .quantizations import BinaryRule, binary_rule, cancel_gradient, get_quantization, is_identity
 
@@ -335,15 +335,27 @@ class QLinear(nn.Linear):
         """What ``copy.deepcopy`` and pickle ask for.
 
         Raises:
-            TypeError: The copy is one that ``fuse_linear_bn_eval`` makes: of the weights that it scales, the signs alone
-                would count.
+            TypeError: The copy is for ``fuse_linear_bn_eval``, which scales weights of which the signs alone would count.
         """
-        if called_by(torch.nn.utils.fusion.fuse_linear_bn_eval):
+        if called_from("torch.nn.utils.fusion"):
             raise TypeError(
                 "linear: fuse_linear_bn_eval cannot take a QLinear, because of scaled weights the signs alone count: "
                 "keep the batch norm."
             )
         return super().__reduce_ex__(protocol)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Set a parameter.
+
+        Raises:
+            TypeError: It is one that torch's tensor-parallel styles made.
+        """
+        if param is not None and is_dtensor(param) and called_from("torch.distributed.tensor.parallel"):
+            raise TypeError(
+                "module: torch's tensor-parallel styles cannot take a QLinear, whose product has no rules for sharded "
+                "weights: leave it out of the plan."
+            )
+        super().register_parameter(name, param)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         problem = problem_of_words_in_float(prefix, state_dict)
