@@ -64,7 +64,7 @@ struct FloatByBits {
     int64_t (*workspace_bytes)(const SignProduct&, int64_t columns);
     // Computes y[rows][columns], of at most row_tile rows; workspace is aligned to 64 bytes and private to the call.
     void (*multiply)(const SignProduct&, const uint32_t* codes, Range rows, Range columns, uint8_t* workspace);
-    // Up to this many rows multiply_few is faster, which makes codes as it goes; at most row_tile, 0 where there is none.
+    // Up to this many rows, at most row_tile, multiply_few is faster, which makes codes as it goes; 0 where it is null.
     int64_t (*most_few_rows)(DType);
     int64_t (*few_workspace_bytes)(const SignProduct&, int64_t rows, int64_t columns);
     // Computes y[rows][columns]; the columns begin at a multiple of 32. workspace as above.
@@ -75,13 +75,31 @@ extern const FloatByBits kScalarFloatByBits;
 #if defined(__x86_64__)
 extern const FloatByBits kAvx2FloatByBits;
 extern const FloatByBits kAvx512FloatByBits;
+
+// Adds a pass's entries, a cache line each, to the sums of `count` outputs; writes them where it is the first.
+using AddPass = void (*)(const uint8_t* tables, const uint32_t* codes, int64_t count, bool first, void* sums);
+
+// AVX2's multiply with another loop within.
+void multiply_by_tables(const SignProduct&, const uint32_t* codes, Range rows, Range columns, AddPass,
+                        uint8_t* workspace);
 #endif
 
 // Anonymous on purpose: a file compiled for another instruction set must keep its own copy.
 namespace {
 
-// Two loops in one: of a word of columns after the other where rows hold K, and of a row after the other where they hold
-// columns, so that memory is read in order.
+constexpr int64_t kEntryBytes = 64;
+constexpr int64_t kTableBytes = kEntryBytes << kGroupBits;
+
+// Bits [6 Group, 6 Group + 6) of a code as a table's byte offset: a rotation and a mask.
+template <int Group>
+inline uint64_t entry_offset(uint32_t code) {
+    constexpr int kRight = (kGroupBits * Group + 26) % 32;  // to bits 6..11
+    const uint32_t rotated = kRight ? code >> kRight | code << (32 - kRight) % 32 : code;
+    return rotated & (kTableBytes - kEntryBytes);
+}
+
+// Where the words' rows hold K, a block of columns gets all of its codes before the next; where they hold columns, all
+// blocks get the codes of 16 passes. Either way the words are read along their rows.
 inline void make_codes_by_blocks(BlockCodes make_block_codes, const SignProduct& product, Range columns,
                                  uint32_t* codes) {
     const int64_t passes = count_passes(product), step = product.transposed ? passes : kCodePasses;

@@ -1,5 +1,5 @@
-// Real values by signs by the method of four Russians (AVX2). Its slow twin is float_by_bits_scalar.cpp, and
-// float_by_bits.h says in which order both add.
+// Real values by signs by the method of four Russians, and few rows by float_by_bits_few.h (AVX2). Its slow twin is
+// float_by_bits_scalar.cpp, and float_by_bits.h says in which order both add.
 //
 // An ENTRY is one cache line, the same sum for 16 rows of x (8 of float64). For each group of 6 values of K a table
 // holds all 64 signed sums, 4 KiB; the five tables of a pass, 20 KiB, stay in L1. An output's code has 30 bits, 6 for
@@ -13,7 +13,7 @@
 // What binds beside the loads is the number of operations: gcc's own addressing (lea, mov + shr) took 8.2 cycles,
 // offsets by rotation and operands with a displacement take 7.5. Measured and rejected, cycles for the same 30 bits:
 // offsets read as 16 bits 8.8; 5 bits x 6 tables 10; 7 + 7 + 6 + 6 + 6 bits (28 KiB) 8.6 where their sums stay in L1,
-// 9.2 else; AVX-512 with one load a line 7.9 (a Zen 4 splits it).
+// 9.2 else; AVX-512 with one load a line 7.9 (a Zen 4 splits it; float_by_bits_avx512.cpp has it for others).
 //
 // llvm-mca (znver3, which counts the load of the code too) has 7.1 cycles for the loop, its 28 operations 4.7.
 //
@@ -34,8 +34,6 @@ BITORCH_QLINEAR_AVX2_BEGIN
 namespace bitorch_qlinear {
 namespace {
 
-constexpr int64_t kEntryBytes = 64;
-constexpr int64_t kTableBytes = kEntryBytes << kGroupBits;
 constexpr int64_t kPanelValues = 32;  // of a pass: 30, in whole blocks of 8 or 4
 
 // Vectors of float and of double, under the same names.
@@ -188,14 +186,6 @@ void make_tables(const Sum* panel, Sum* tables) {
     }
 }
 
-// Bits [6 Group, 6 Group + 6) of a code as a table's byte offset: a rotation and a mask.
-template <int Group>
-inline uint64_t entry_offset(uint32_t code) {
-    constexpr int kRight = (kGroupBits * Group + 26) % 32;  // to bits 6..11
-    const uint32_t rotated = kRight ? code >> kRight | code << (32 - kRight) % 32 : code;
-    return rotated & (kTableBytes - kEntryBytes);
-}
-
 template <class Sum, int Half>
 inline typename Lanes<Sum>::Vector sum_entries(const uint8_t* tables, const uint64_t* offsets) {
     using L = Lanes<Sum>;
@@ -208,9 +198,8 @@ inline typename Lanes<Sum>::Vector sum_entries(const uint8_t* tables, const uint
 }
 
 template <class Sum, bool First>
-__attribute__((noinline)) void add_pass(const Sum* tables, const uint32_t* codes, int64_t count, Sum* sums) {
+void add_pass(const uint8_t* bytes, const uint32_t* codes, int64_t count, Sum* sums) {
     using L = Lanes<Sum>;
-    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(tables);
     asm volatile("" : : : "memory");  // the tables are written before the lookups, which gcc does not see, begin
     for (int64_t i = 0; i < count; ++i, sums += 2 * L::kCount) {
         const uint32_t code = codes[i];
@@ -221,6 +210,12 @@ __attribute__((noinline)) void add_pass(const Sum* tables, const uint32_t* codes
         const typename L::Vector high = sum_entries<Sum, 32>(bytes, offsets);
         L::store(sums + L::kCount, First ? high : L::add(L::load(sums + L::kCount), high));
     }
+}
+
+template <class Sum>
+void add_pass(const uint8_t* tables, const uint32_t* codes, int64_t count, bool first, void* sums) {
+    first ? add_pass<Sum, true>(tables, codes, count, static_cast<Sum*>(sums))
+          : add_pass<Sum, false>(tables, codes, count, static_cast<Sum*>(sums));
 }
 
 // ---- a tile ---------------------------------------------------------------------------------------
@@ -292,7 +287,8 @@ void write_rows(const SignProduct& product, Range rows, Range columns, const Sum
 }
 
 template <class T>
-void multiply(const SignProduct& product, const uint32_t* codes, Range rows, Range columns, uint8_t* memory) {
+void multiply(const SignProduct& product, const uint32_t* codes, Range rows, Range columns, AddPass add_pass,
+              uint8_t* memory) {
     using Sum = decltype(widen(T{}));
     const int64_t passes = count_passes(product);
     const Workspace<Sum> work(memory, size(columns), passes);
@@ -302,8 +298,8 @@ void multiply(const SignProduct& product, const uint32_t* codes, Range rows, Ran
         load_panel<T>(product, rows, pass * kPassValues, work.panel);
         make_tables(work.panel, work.tables);
         const uint32_t* pass_codes = codes + pass * product.n + columns.begin;
-        pass % kPassesPerSpan ? add_pass<Sum, false>(work.tables, pass_codes, size(columns), work.sums)
-                              : add_pass<Sum, true>(work.tables, pass_codes, size(columns), work.sums);
+        add_pass(reinterpret_cast<const uint8_t*>(work.tables), pass_codes, size(columns), pass % kPassesPerSpan == 0,
+                 work.sums);
         if ((pass + 1) % kPassesPerSpan == 0 || pass + 1 == passes) {
             add_span(work.sums, values, pass < kPassesPerSpan, work.totals);
         }
@@ -312,12 +308,8 @@ void multiply(const SignProduct& product, const uint32_t* codes, Range rows, Ran
 }
 
 void multiply_any(const SignProduct& product, const uint32_t* codes, Range rows, Range columns, uint8_t* workspace) {
-    switch (product.dtype) {
-        case DType::float64: return multiply<double>(product, codes, rows, columns, workspace);
-        case DType::float32: return multiply<float>(product, codes, rows, columns, workspace);
-        case DType::float16: return multiply<Half>(product, codes, rows, columns, workspace);
-        default: return multiply<BFloat16>(product, codes, rows, columns, workspace);
-    }
+    multiply_by_tables(product, codes, rows, columns,
+                       product.dtype == DType::float64 ? add_pass<double> : add_pass<float>, workspace);
 }
 
 int64_t workspace_bytes(const SignProduct& product, int64_t columns) {
@@ -350,8 +342,8 @@ inline void transpose_bits(uint32_t* words) {
     }
 }
 
-// Codes of rows that hold K, which are words' bits from 30 pass on: 15 words of 8 rows, transposed, become 16 passes, whose
-// bits lie ever two further: in word p - 1 the highest 2 p of pass p, in word p its lowest 30 - 2 p.
+// Codes where the words' rows hold K. 15 words of 8 rows, transposed, become the codes of 16 passes, 30 bits each: pass p
+// begins with the highest 2 p bits of word p - 1, and the lowest 30 - 2 p of word p follow.
 void make_codes_of_rows(const SignProduct& product, Range passes, int64_t column, uint32_t* codes) {
     constexpr int64_t kWords = kCodePasses * kPassValues / kWordBits;
     const int64_t width = words_for(product.k);
@@ -451,7 +443,7 @@ struct FloatLookup {
     }
 };
 
-// Eight doubles are looked up as their low and their high words, whose tables are apart: the two unpacked are the sums of
+// Doubles are looked up as their low and their high words, whose tables are apart. The two are unpacked to the sums of
 // outputs 0, 1, 4, 5 and 2, 3, 6, 7.
 struct DoubleLookup {
     struct Pair {
@@ -506,6 +498,7 @@ struct DoubleLookup {
     }
 };
 
+// Where float_by_bits_few.h meets the time of a whole tile of tables.
 int64_t most_few_rows(DType dtype) { return dtype == DType::float64 ? 2 : 6; }
 
 void multiply_few_rows(const SignProduct& product, Range rows, Range columns, uint8_t* workspace) {
@@ -513,6 +506,17 @@ void multiply_few_rows(const SignProduct& product, Range rows, Range columns, ui
 }
 
 }  // namespace
+
+void multiply_by_tables(const SignProduct& product, const uint32_t* codes, Range rows, Range columns, AddPass add_pass,
+                        uint8_t* workspace) {
+    switch (product.dtype) {
+        case DType::float64: return multiply<double>(product, codes, rows, columns, add_pass, workspace);
+        case DType::float32: return multiply<float>(product, codes, rows, columns, add_pass, workspace);
+        case DType::float16: return multiply<Half>(product, codes, rows, columns, add_pass, workspace);
+        default: return multiply<BFloat16>(product, codes, rows, columns, add_pass, workspace);
+    }
+}
+
 }  // namespace bitorch_qlinear
 BITORCH_QLINEAR_TARGET_END
 

@@ -1,4 +1,4 @@
-// Real values by signs for FEW ROWS of x, by tables of half sums; the algorithm of every instruction set that has it.
+// Real values by signs for few rows of x, by tables of half sums: the algorithm, for any instruction set that permutes.
 //
 // The tables of float_by_bits_avx2.cpp serve a cache line of rows, and few rows leave most of it empty. Here a vector
 // holds the sums of one row for several outputs. A half sum has three signs, so its eight values are a vector, and one
@@ -7,7 +7,7 @@
 //     t = permute(table of (x0, x1, x2), codes) + permute(table of (x3, x4, x5), codes >> 3)          codes >>= 6
 //
 // which with t's own addition is six operations for 6 values, of which the two shifts serve all the rows. Spans are the
-// outer loop: their 64 passes are 1920 bits, whole words of a row, their tables stay in L1 (20 KiB of float32 a row), and
+// outer loop: their 64 passes are 1920 bits, whole words of a row, their tables stay in L1 (20 KiB a row of float32) and
 // their sums in registers. Codes are made for 32 outputs and one span, 8 KiB, and are never all in memory.
 //
 // What an instruction set says about itself is a struct `Lookup`:
