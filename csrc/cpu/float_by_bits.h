@@ -58,8 +58,7 @@ using BlockCodes = void (*)(const SignProduct&, Range passes, int64_t column, ui
 struct FloatByBits {
     // From this many outputs on, and half as many values of K, it is faster than unpacking the signs and the BLAS.
     int64_t least_outputs;
-    BlockCodes make_block_codes;
-    // codes[pass][n], as above, of all passes and these columns, which begin at a multiple of 32.
+    // codes[pass][n], as BlockCodes has them, of all passes and these columns, which begin at a multiple of 32.
     void (*make_codes)(const SignProduct&, Range columns, uint32_t* codes);
     int64_t (*workspace_bytes)(const SignProduct&, int64_t columns);
     // Computes y[rows][columns], of at most row_tile rows; workspace is aligned to 64 bytes and private to the call.

@@ -524,7 +524,6 @@ namespace bitorch_qlinear {
 
 const FloatByBits kAvx2FloatByBits = {
     .least_outputs = 128,
-    .make_block_codes = make_block_codes,
     .make_codes = make_codes,
     .workspace_bytes = workspace_bytes,
     .multiply = multiply_any,

@@ -114,9 +114,28 @@ void make_codes_of_rows(const SignProduct& product, Range passes, int64_t column
     clear_past_k(product, passes, codes - kCodeColumns);
 }
 
+// Codes where the words' rows hold columns: a row's word is the mask of the codes that get its bit.
+void make_codes_of_columns(const SignProduct& product, Range passes, int64_t column, uint32_t* codes) {
+    const int64_t width = words_for(product.n), left = product.n - column;
+    const uint32_t valid = left < kWordBits ? (uint32_t{1} << left) - 1 : ~uint32_t{0};
+    for (int64_t pass = passes.begin; pass < passes.end; ++pass, codes += kCodeColumns) {
+        const uint32_t* words = product.words + pass * kPassValues * width + column / kWordBits;
+        const int64_t values = product.k - pass * kPassValues, count = values < kPassValues ? values : kPassValues;
+        __m512i low = _mm512_setzero_si512(), high = low, bit = _mm512_set1_epi32(1);
+        for (int64_t i = 0; i < count; ++i) {
+            const uint32_t word = words[i * width] & valid;
+            low = _mm512_mask_or_epi32(low, static_cast<__mmask16>(word), low, bit);
+            high = _mm512_mask_or_epi32(high, static_cast<__mmask16>(word >> 16), high, bit);
+            bit = _mm512_add_epi32(bit, bit);
+        }
+        _mm512_store_si512(codes, low);
+        _mm512_store_si512(codes + 16, high);
+    }
+}
+
 void make_block_codes(const SignProduct& product, Range passes, int64_t column, uint32_t* codes) {
     product.transposed ? make_codes_of_rows(product, passes, column, codes)
-                       : kAvx2FloatByBits.make_block_codes(product, passes, column, codes);
+                       : make_codes_of_columns(product, passes, column, codes);
 }
 
 void make_codes(const SignProduct& product, Range columns, uint32_t* codes) {
@@ -251,7 +270,6 @@ namespace bitorch_qlinear {
 
 const FloatByBits kAvx512FloatByBits = {
     .least_outputs = 128,
-    .make_block_codes = make_block_codes,
     .make_codes = make_codes,
     .workspace_bytes = workspace_bytes,
     .multiply = multiply,

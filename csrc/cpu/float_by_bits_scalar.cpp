@@ -94,7 +94,6 @@ void multiply_any(const SignProduct& product, const uint32_t* codes, Range rows,
 
 const FloatByBits kScalarFloatByBits = {
     .least_outputs = INT64_MAX,  // never faster than the BLAS
-    .make_block_codes = make_block_codes,
     .make_codes = make_codes,
     .workspace_bytes = [](const SignProduct&, int64_t) -> int64_t { return 0; },
     .multiply = multiply_any,
