@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..checkpoint import WEIGHT_RULES
 from ..linear import QLinear
 from ..packed import PackedQLinear, weight_rule_of
-from .report import binary_layers, reason_against
+from .report import GATHER, binary_layers, is_fsdp, reason_against
 
 __all__ = ["pack", "unpack"]
 
