@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 __all__ = [
+    "HAS_AMX",
     "any_autocast",
     "apply",
     "called_from",
@@ -32,6 +33,18 @@ __all__ = [
 
 # Whether autocast is on for any device. Without it the caller asks about its own device.
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
+def _has_amx() -> bool:
+    try:
+        return bool(torch.cpu._is_amx_tile_supported())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+HAS_AMX: bool = _has_amx()
+"""Whether the processor has Intel's tiles, by which its BLAS multiplies bfloat16."""
+
 _functorch_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
