@@ -286,7 +286,7 @@ class SignProduct(torch.autograd.Function):
 
 
 class SignProductEager(SignProduct):
-    """Adds a clear error for forward mode. A separate class, because torch.compile takes the presence of jvp as support."""
+    """Adds a clear error for forward mode, in a class of its own: torch.compile takes the presence of jvp as support."""
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -207,8 +206,8 @@ class QLinear(nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
         if isinstance(linear, QLinear) or hasattr(linear, "weight_quantization"):
             raise TypeError(
-                f"linear: expected a layer of real weights, got {type(linear).__name__}, which is binary already: build a "
-                "QLinear with its quantizations and threshold, and load its state_dict"
+                f"linear: expected a layer of real weights, got {type(linear).__name__}, which is binary already: "
+                "build a QLinear with its quantizations and threshold, and load its state_dict"
             )
         for name in ("weight", "bias"):
             if name not in linear._parameters:
@@ -273,7 +272,7 @@ class QLinear(nn.Linear):
 
     def _rules(self) -> tuple[BinaryRule, BinaryRule] | None:
         """The rules of input and weight, or None where the packed path does not compute them."""
-        modules: Mapping[str, Any] = self._modules
+        modules: dict[str, Any] = self._modules
         activation = modules["activation"]
         if type(activation) is not Activation or has_hooks(activation, do_nothing):
             return None
@@ -336,7 +335,7 @@ class QLinear(nn.Linear):
         """What ``copy.deepcopy`` and pickle ask for.
 
         Raises:
-            TypeError: The copy is for ``fuse_linear_bn_eval``, which scales weights of which the signs alone would count.
+            TypeError: The copy is for ``fuse_linear_bn_eval``, which scales weights whose signs alone would count.
         """
         if called_from("torch.nn.utils.fusion"):
             raise TypeError(
