@@ -6,7 +6,7 @@ No other file of the package has any; ``tests/test_private_names.py`` looks.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ __all__ = [
     "any_autocast",
     "apply",
     "called_by",
-    "hook_tables",
+    "has_hooks",
     "is_dtensor",
     "is_known",
     "is_plain",
@@ -56,17 +56,24 @@ def operator_entry(operator: Any) -> Callable[..., Any]:
     return entry
 
 
-_NO_HOOKS: Mapping[int, Any] = {}
+def has_hooks(module: nn.Module, allowed: Callable[..., Any] | None = None) -> bool:
+    """Whether the module has hooks, which a computation past its `forward` would skip.
 
-
-def hook_tables(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
-    """The module's tables of hooks: forward, forward-pre, backward, backward-pre. All are empty in most modules."""
-    return (
-        getattr(module, "_forward_hooks", _NO_HOOKS),
-        getattr(module, "_forward_pre_hooks", _NO_HOOKS),
-        getattr(module, "_backward_hooks", _NO_HOOKS),
-        getattr(module, "_backward_pre_hooks", _NO_HOOKS),
-    )
+    Args:
+        module: The module.
+        allowed: A forward hook that does not count.
+    """
+    try:
+        if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return True
+        forward = module._forward_hooks
+    except AttributeError:
+        return True
+    if forward:
+        for hook in forward.values():
+            if hook is not allowed:
+                return True
+    return False
 
 
 def is_dtensor(tensor: object) -> bool:

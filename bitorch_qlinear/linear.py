@@ -12,10 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _library, functional
-from ._product import Rules, apply_to_nested, has_kernels, real_linear, sign_linear, tables_win, wants_gradient
-from ._torch import called_by, hook_tables, is_dtensor, is_plain, is_proxy, trace_as_leaf, transforms_active
+from ._product import (
+    apply_to_nested,
+    differentiable,
+    has_kernels,
+    is_differentiated,
+    real_linear,
+    sign_linear,
+    tables_win,
+    wants_gradient,
+)
+from ._torch import called_by, has_hooks, is_dtensor, is_plain, is_proxy, trace_as_leaf
 from .checkpoint import problem_of_words_in_float
-from .quantizations import binary_rule, cancel_gradient, get_quantization, is_identity
+from .quantizations import BinaryRule, binary_rule, cancel_gradient, get_quantization, is_identity
 
 __all__ = ["QLinear"]
 
@@ -27,10 +36,10 @@ _MANY_WEIGHTS = 1 << 17
 _warned_of_packing = False
 
 
-def _warn_of_packing(rows: int, weight: Tensor) -> None:
+def _warn_of_packing(rows: int) -> None:
     """Say once a process that a model whose weights no longer change is faster when it is packed."""
     global _warned_of_packing
-    if _warned_of_packing or rows > _FEW_ROWS or weight.numel() < _MANY_WEIGHTS:
+    if _warned_of_packing or rows > _FEW_ROWS:
         return
     _warned_of_packing = True
     warnings.warn(
@@ -71,19 +80,13 @@ def _how_to_free(linear: nn.Linear, name: str) -> str:
     return f"got {type(getattr(linear, name, None)).__name__}"
 
 
-def _do_nothing(module: nn.Module, args: Any, output: Any) -> None:
+def do_nothing(module: nn.Module, args: Any, output: Any) -> None:
     """A hook on the activation.
 
     ``nn.TransformerEncoderLayer`` has a fast path for inference that reads its linear layers' weights itself, and never
     calls the layers. It leaves that path where any module inside has a forward hook. The activation itself is called in
     the float path alone, so that the hook costs a packed call nothing.
     """
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether the module has hooks, which a computation past its `forward` would skip."""
-    forward, *others = hook_tables(module)
-    return any(others) or any(hook is not _do_nothing for hook in forward.values())
 
 
 class Activation(nn.Module):
@@ -107,7 +110,7 @@ class Activation(nn.Module):
         super().__init__()
         self.activation_function = activation_function
         self.gradient_cancellation_threshold = _check_threshold(threshold)
-        self.register_forward_hook(_do_nothing)
+        self.register_forward_hook(do_nothing)
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize x in float."""
@@ -252,32 +255,38 @@ class QLinear(nn.Linear):
         rules = self._rules()
         if rules is None or not has_kernels(x) or not has_kernels(weight):
             return self._in_float(x, weight, bias, rules)
-        if not self.training and not _warned_of_packing and not torch.compiler.is_compiling():
+        if not _warned_of_packing and not self.training and weight.numel() >= _MANY_WEIGHTS:
             self._consider_warning(x, weight, bias)
         try:
-            return sign_linear(x, weight, bias, rules, self.activation.gradient_cancellation_threshold)
+            if not is_differentiated(x, weight, bias):
+                return sign_linear(x, weight, bias, rules[0].strict, rules[1].strict)
+            words = functional.pack_bits(weight.detach(), rules[1].strict)
+            threshold = self.activation.gradient_cancellation_threshold
+            return differentiable(x, weight, bias, words, None, weight.shape[1], rules, threshold)
         except NotImplementedError:
             if torch.compiler.is_compiling() or (is_plain(x) and is_plain(weight)):
                 raise
             return self._in_float(x, weight, bias, rules)
 
-    def _rules(self) -> Rules | None:
+    def _rules(self) -> tuple[BinaryRule, BinaryRule] | None:
         """The rules of input and weight, or None where the packed path does not compute them."""
         modules: Mapping[str, Any] = self._modules
-        activation, weight_quantization = modules["activation"], modules["weight_quantization"]
-        if type(activation) is not Activation or has_hooks(activation):
+        activation = modules["activation"]
+        if type(activation) is not Activation or has_hooks(activation, do_nothing):
             return None
         input_rule = binary_rule(activation._modules["activation_function"])
-        weight_rule = binary_rule(weight_quantization)
-        return None if input_rule is None or weight_rule is None else Rules(input_rule, weight_rule)
+        weight_rule = binary_rule(modules["weight_quantization"])
+        return None if input_rule is None or weight_rule is None else (input_rule, weight_rule)
 
     def _consider_warning(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        if is_plain(x) and x.dim() > 0 and x.shape[-1] and not wants_gradient(x, weight, bias):
-            _warn_of_packing(x.numel() // x.shape[-1], weight)
+        if torch.compiler.is_compiling() or not is_plain(x):
+            return
+        if x.dim() > 0 and x.shape[-1] and not wants_gradient(x, weight, bias):
+            _warn_of_packing(x.numel() // x.shape[-1])
 
     # ---- what is not the packed product ----
 
-    def _in_float(self, x: Tensor, weight: Tensor, bias: Tensor | None, rules: Rules | None) -> Tensor:
+    def _in_float(self, x: Tensor, weight: Tensor, bias: Tensor | None, rules: object) -> Tensor:
         """The same values by torch's own operators, for tensors and quantizations without kernels."""
         if x.is_nested:
             return apply_to_nested(self, x)
@@ -307,12 +316,11 @@ class QLinear(nn.Linear):
             and x.shape[-1] == weight.shape[1]
             and tables_win(x, weight.shape[0])
             and type(activation) is Activation
-            and not has_hooks(activation)
+            and not has_hooks(activation, do_nothing)
             and is_identity(activation.activation_function)
             and binary_rule(self.weight_quantization) is not None
             and all(t.dtype is x.dtype and t.is_cpu and is_plain(t) for t in (x, weight, bias) if t is not None)
-            and not wants_gradient(x, weight, bias)
-            and not transforms_active()
+            and not is_differentiated(x, weight, bias)
         )
 
     def _multiply_signs(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

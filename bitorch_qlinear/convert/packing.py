@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from torch import Tensor, nn
 
+from ..checkpoint import WEIGHT_RULES
 from ..linear import QLinear
 from ..packed import PackedQLinear, weight_rule_of
-from ..checkpoint import WEIGHT_RULES
-from .report import binary_layers, explain, reason_against
+from .report import binary_layers, reason_against
 
 __all__ = ["pack", "unpack"]
 
+_Model = TypeVar("_Model", bound=nn.Module)
 _logger = logging.getLogger(__name__)
 
 
+@overload
+def pack(model: QLinear, *, inplace: bool = False) -> nn.Module: ...
+@overload
+def pack(model: _Model, *, inplace: bool = False) -> _Model: ...
 def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Replace each packable QLinear of a model by a PackedQLinear with the same output, for inference.
 
@@ -63,6 +68,10 @@ def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     return result
 
 
+@overload
+def unpack(model: PackedQLinear, *, inplace: bool = False) -> nn.Module: ...
+@overload
+def unpack(model: _Model, *, inplace: bool = False) -> _Model: ...
 def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Replace each PackedQLinear of a model by a QLinear with the same output, whose weights are ±1.
 
@@ -100,9 +109,7 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _replace(
-    model: nn.Module, replacements: dict[int, nn.Module], inplace: bool, reasons: dict[str, str]
-) -> nn.Module:
+def _replace(model: nn.Module, replacements: dict[int, nn.Module], inplace: bool, reasons: dict[str, str]) -> nn.Module:
     """The model, or a copy of it, with other modules in the places of those with these ids."""
     if not inplace:
         try:
@@ -120,4 +127,3 @@ def _replace(
             if id(child) in replacements:
                 parent.register_module(name, replacements[id(child)])
     return replacements.get(id(model), model)
-

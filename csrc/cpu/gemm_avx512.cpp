@@ -260,7 +260,7 @@ const Kernel kAvx512Kernel = {
                  pack_row_by_words<BFloat16>},
     .unpack_row = unpack_row_portable,
     .hash_words = hash_words,
-    .layout = {.id = 2, .panel = kPanel, .unit = kWordBits, .unit_bytes = kUnitBytes},
+    .layout = {.id = 4, .panel = kPanel, .unit = kWordBits, .unit_bytes = kUnitBytes},
     .prepare = prepare,
     .row_tile = kRows,
     .column_tile = kPanel,
