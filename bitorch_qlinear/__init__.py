@@ -1,5 +1,6 @@
 """bitorch_qlinear: a binarized linear layer for PyTorch that computes with bits."""
 
+from . import _safe_globals as _safe_globals  # registers the layers, for torch.load(weights_only=True)
 from . import functional, kernels, quantizations
 from ._info import Info, info
 from ._version import __version__
