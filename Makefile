@@ -105,10 +105,13 @@ simde:  ## test the AVX-512 kernel through SIMDe, on any x86-64 with AVX2; wants
 	@$(DIE); echo '#include <simde/x86/avx512.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1 || \
 		die "there is no SIMDe: install it (Debian, Ubuntu: apt install libsimde-dev)."
 	@mkdir -p build
-	$(CXX) $(NATIVE_FLAGS) -w -DBITORCH_QLINEAR_SIMDE -Itests/native/simde -c -o build/gemm_avx512-simde.o csrc/cpu/gemm_avx512.cpp
+	for name in gemm float_by_bits; do \
+		$(CXX) $(NATIVE_FLAGS) -w -DBITORCH_QLINEAR_SIMDE -Itests/native/simde -c -o build/$${name}_avx512-simde.o \
+			csrc/cpu/$${name}_avx512.cpp || exit 1; \
+	done
 	$(CXX) $(NATIVE_FLAGS) -DBITORCH_QLINEAR_SIMDE -c -o build/kernels-simde.o tests/native/kernels.cpp
-	$(CXX) $(NATIVE_FLAGS) -o build/kernels-simde build/kernels-simde.o build/gemm_avx512-simde.o \
-		$(filter-out %/kernels.cpp %/gemm_avx512.cpp,$(NATIVE_SOURCES))
+	$(CXX) $(NATIVE_FLAGS) -o build/kernels-simde build/kernels-simde.o build/*_avx512-simde.o \
+		$(filter-out %/kernels.cpp %_avx512.cpp,$(NATIVE_SOURCES))
 	build/kernels-simde
 
 # bnn-lab's own needs include another torch.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import _library, functional
-from ._torch import any_autocast, apply, is_dtensor, is_known, operator_entry, transforms_active
+from ._torch import HAS_AMX, any_autocast, apply, is_dtensor, is_known, operator_entry, transforms_active
 from .quantizations import BinaryRule, cancel_gradient
 
 __all__ = [
@@ -44,7 +44,11 @@ _grad_enabled = torch.is_grad_enabled
 
 _sign_linear = torch.ops.bitorch_qlinear.sign_linear
 _linear = torch.ops.bitorch_qlinear.linear
+_multiply_signs = torch.ops.bitorch_qlinear.multiply_signs
 _sign_linear_entry, _linear_entry = operator_entry(_sign_linear), operator_entry(_linear)
+_multiply_signs_entry = operator_entry(_multiply_signs)
+
+_NEVER = 1 << 62  # what least_sign_outputs() says, or more, of a kernel that is never faster than the BLAS
 
 
 def has_kernels(tensor: Tensor) -> bool:
@@ -145,17 +149,20 @@ def real_linear(x: Tensor, words: Tensor, k: int, bias: Tensor | None, threshold
     Returns:
         Shape ``(..., n)``, in autocast's dtype or that of x; differentiable in x and bias.
     """
-    x = cancel_gradient(x, threshold)
+    if threshold:
+        x = cancel_gradient(x, threshold)
     dtype = autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)
-    bias = None if bias is None else bias.to(x.dtype)
+    if bias is not None and bias.dtype is not x.dtype:
+        bias = bias.to(x.dtype)
     if not (x.is_cpu and tables_win(x, words.shape[0])):
         return torch.nn.functional.linear(x, functional.unpack_bits(words, k, x.dtype), bias)
     if is_differentiated(x, bias):
         y: Tensor = apply(SignedSums, x, words, k, True)
         return y if bias is None else y + bias
-    y = functional.multiply_signs(x, words, k, transpose=True)
+    multiply = _multiply_signs if _compiling() else _multiply_signs_entry
+    y = multiply(x, words, k, True)
     return y if bias is None else y.add_(bias)
 
 
@@ -315,20 +322,29 @@ def times_signs(reals: Tensor, words: Tensor, k: int, transpose: bool = False) -
     return _times_unpacked(reals, words, k)
 
 
-# Crossover between tables and BLAS for a dtype, as multiples of least_sign_outputs(): outputs, values to sum.
+# Up to so many rows tables win whatever the other sizes are: the BLAS would read signs that are unpacked for few sums.
+_FEW_ROWS = {torch.float16: 64}
+# Crossover between tables and BLAS for more rows, as multiples of least_sign_outputs(): outputs, values to sum.
 _LEAST_OF_HALF_TYPES = {torch.bfloat16: (2, 1.5), torch.float16: (1 / 16, 1 / 8)}
 
 
 def tables_win(reals: Tensor, outputs: int) -> bool:
-    """Whether tables, which are made anew for each row of outputs, are faster than the BLAS.
+    """Whether sums by tables, which are made anew for each row, are faster than unpacking the signs and the BLAS.
 
     Sizes that a traced program leaves open count as large: the choice must not depend on them.
 
-    Measured on Zen 4, one thread, 1 to 4096 rows (bfloat16 16384). From 128 outputs and 64 values to sum on 1.1 to 2
-    times as fast, below them up to 3 times slower. bfloat16's BLAS has instructions of its own (AVX512_BF16): from 256
-    and 192 on 0.99 to 3 times, with 160 values down to 0.92. float16's has none: from 8 and 16 on 1.5 times and more.
+    Measured with one thread. Up to 32 rows (float16 64) tables were faster for all sizes of 64 to 4096 (Intel Xeon with
+    AVX-512). With more, on Zen 4: from 128 outputs and 64 values to sum on 1.1 to 2 times as fast, below them up to 3
+    times slower; bfloat16's BLAS has instructions of its own (AVX512_BF16): from 256 and 192 on 0.99 to 3 times, but
+    with AMX the BLAS is 2 to 4 times as fast; float16's has none: from 8 and 16 on 1.5 times and more.
     """
     least = _library.least_sign_outputs()
+    if least >= _NEVER:
+        return False
+    if is_known(reals.numel() <= _FEW_ROWS.get(reals.dtype, 32) * reals.shape[-1]):
+        return True
+    if reals.dtype is torch.bfloat16 and HAS_AMX:
+        return False
     least_outputs, least_values = _LEAST_OF_HALF_TYPES.get(reals.dtype, (1, 0.5))
     return not is_known(outputs < least_outputs * least) and not is_known(reals.shape[-1] < least_values * least)
 

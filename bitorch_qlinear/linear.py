@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _library, functional
+from . import _library, functional, quantizations
 from ._product import (
     apply_to_nested,
     differentiable,
@@ -22,11 +22,14 @@ from ._product import (
     tables_win,
     wants_gradient,
 )
-from ._torch import called_by, has_hooks, is_dtensor, is_plain, is_proxy, trace_as_leaf
+from ._torch import called_from, has_hooks, is_dtensor, is_plain, is_proxy, trace_as_leaf
 from .checkpoint import problem_of_words_in_float
 from .quantizations import BinaryRule, binary_rule, cancel_gradient, get_quantization, is_identity
 
 __all__ = ["QLinear"]
+
+# Looked up once: a name in a module of a module costs 20 ns at every call.
+_compiling = torch.compiler.is_compiling
 
 # In a call with at most so many rows and at least so many weights, packing the weights takes most of the time: with
 # more rows the product does, with fewer weights the call itself.
@@ -255,7 +258,7 @@ class QLinear(nn.Linear):
         rules = self._rules()
         if rules is None or not has_kernels(x) or not has_kernels(weight):
             return self._in_float(x, weight, bias, rules)
-        if not _warned_of_packing and not self.training and weight.numel() >= _MANY_WEIGHTS:
+        if not (self.training or _compiling() or _warned_of_packing) and weight.numel() >= _MANY_WEIGHTS:
             self._consider_warning(x, weight, bias)
         try:
             if not is_differentiated(x, weight, bias):
@@ -264,7 +267,7 @@ class QLinear(nn.Linear):
             threshold = self.activation.gradient_cancellation_threshold
             return differentiable(x, weight, bias, words, None, weight.shape[1], rules, threshold)
         except NotImplementedError:
-            if torch.compiler.is_compiling() or (is_plain(x) and is_plain(weight)):
+            if _compiling() or (is_plain(x) and is_plain(weight)):
                 raise
             return self._in_float(x, weight, bias, rules)
 
@@ -279,9 +282,7 @@ class QLinear(nn.Linear):
         return None if input_rule is None or weight_rule is None else (input_rule, weight_rule)
 
     def _consider_warning(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        if torch.compiler.is_compiling() or not is_plain(x):
-            return
-        if x.dim() > 0 and x.shape[-1] and not wants_gradient(x, weight, bias):
+        if is_plain(x) and x.dim() > 0 and x.shape[-1] and not wants_gradient(x, weight, bias):
             _warn_of_packing(x.numel() // x.shape[-1])
 
     # ---- what is not the packed product ----
@@ -310,7 +311,7 @@ class QLinear(nn.Linear):
         activation = self.activation
         return (
             not self.training
-            and not torch.compiler.is_compiling()
+            and not _compiling()
             and x.is_cpu
             and x.dim() > 0
             and x.shape[-1] == weight.shape[1]
@@ -335,15 +336,27 @@ class QLinear(nn.Linear):
         """What ``copy.deepcopy`` and pickle ask for.
 
         Raises:
-            TypeError: The copy is one that ``fuse_linear_bn_eval`` makes: of the weights that it scales, the signs alone
-                would count.
+            TypeError: The copy is for ``fuse_linear_bn_eval``, which scales weights of which the signs alone would count.
         """
-        if called_by(torch.nn.utils.fusion.fuse_linear_bn_eval):
+        if called_from("torch.nn.utils.fusion"):
             raise TypeError(
                 "linear: fuse_linear_bn_eval cannot take a QLinear, because of scaled weights the signs alone count: "
                 "keep the batch norm."
             )
         return super().__reduce_ex__(protocol)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Set a parameter.
+
+        Raises:
+            TypeError: It is one that torch's tensor-parallel styles made.
+        """
+        if param is not None and is_dtensor(param) and called_from("torch.distributed.tensor.parallel"):
+            raise TypeError(
+                "module: torch's tensor-parallel styles cannot take a QLinear, whose product has no rules for sharded "
+                "weights: leave it out of the plan."
+            )
+        super().register_parameter(name, param)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         problem = problem_of_words_in_float(prefix, state_dict)
@@ -373,3 +386,14 @@ class QLinear(nn.Linear):
         if real and not self.training and binary_rule(self.weight_quantization) and self.weight.is_cpu:
             return "packed weights, real input (in inference, where that is faster; else float)"
         return "float"
+
+
+def safe_globals() -> list[Any]:
+    """What ``torch.load(weights_only=True)`` may build of a pickled layer: the layer, its activation, quantizations."""
+    classes = [getattr(quantizations, name) for name in quantizations.__all__]
+    return [
+        QLinear,
+        Activation,
+        do_nothing,
+        *(each for each in classes if isinstance(each, type) and issubclass(each, nn.Module)),
+    ]

@@ -198,7 +198,6 @@ class PackedQLinear(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             copied = None if bias is None else bias.detach().clone()
             packed._make_parameters(copied, weight.device, weight.dtype)
-            packed._complete_numbers()
         packed.prepare()
         return packed.train(layer.training)
 
@@ -239,31 +238,33 @@ class PackedQLinear(nn.Module):
         before = stale.value
         y = self._compute(x, form)
         if stale.value != before:
-            self.weight_prepared = None  # it was not made of these words: the next call makes it anew
+            self.prepare()  # the form was not made of these words: the next call has one that is
         return y
 
     def _without_form(self, x: Tensor) -> Tensor:
         """The output where the layer has no form yet, where x is not an ordinary tensor on the CPU, or while compiling."""
         if not isinstance(x, Tensor):
             return trace_as_leaf(self, x) if is_proxy(x) else F.linear(x, self.weight, self.bias)  # a TypeError
-        words = self.weight
+        words: Any = self._buffers["weight"]
         if _compiling():
             # An exported program runs elsewhere, where another kernel may read another form.
             usable = words.is_cpu and x.is_cpu and not torch.compiler.is_exporting()
             return self._compute(x, self.weight_prepared if usable else None)
-        return self._compute(x, self.prepare() if words.is_cpu and x.is_cpu else None)
+        wants_form = self._input_rule != REAL_INPUT and words.is_cpu and x.is_cpu
+        return self._compute(x, self.prepare() if wants_form else None)
 
     def _compute(self, x: Tensor, form: Tensor | None) -> Tensor:
+        # nn.Module.__getattr__ costs 0.5 us.
         words: Any = self._buffers["weight"]
         bias = self._parameters["bias"]
+        activation: Any = self._modules["activation"]
         if form is None and not (has_kernels(x) and has_kernels(words)):
             return self._in_float(x, words, bias)
         try:
             if self._input_rule == REAL_INPUT:
-                return real_linear(x, words, self.in_features, bias, self.activation.gradient_cancellation_threshold)
+                return real_linear(x, words, self.in_features, bias, activation.gradient_cancellation_threshold)
             if not is_differentiated(x, bias):
                 return packed_linear(x, words, self.in_features, bias, form, self._input_rule == STRICT_INPUT)
-            activation = self.activation
             # progressive_sign has no rule while it trains, but here it is a sign for ever.
             rules = binary_rule(activation.activation_function) or _SIGN, _SIGN
             threshold = activation.gradient_cancellation_threshold
@@ -272,6 +273,13 @@ class PackedQLinear(nn.Module):
             if _compiling() or (is_plain(x) and is_plain(words)):
                 raise
             return self._in_float(x, words, bias)
+        except RuntimeError as error:
+            if x.dtype is not torch.int32:
+                raise
+            raise TypeError(
+                "x: expected float values, got int32, the dtype of the layer's packed weights: a module that casts its "
+                "values to weight.dtype, as T5 does, needs a QLinear there."
+            ) from error
 
     def _in_float(self, x: Tensor, words: Tensor, bias: Tensor | None) -> Tensor:
         """The same values by torch's own operators, on any device: summed and rounded in the operators' T."""
@@ -308,6 +316,7 @@ class PackedQLinear(nn.Module):
         Returns:
             The form, or None where the words are not on a CPU or the layer's input is real.
         """
+        self._complete()
         words, form = self._buffers["weight"], None
         if self._input_rule != REAL_INPUT and type(words) is Tensor and words.is_cpu and not words.is_floating_point():
             with torch.inference_mode(False), torch.no_grad():
@@ -317,9 +326,7 @@ class PackedQLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedQLinear:
         self.weight_prepared = None
-        empty = self._parameters.get("empty")
-        if empty is not None and empty.is_meta and not self.weight.is_meta:  # a loader assigned the other tensors
-            self._make_parameters(None, self.weight.device, empty.dtype)
+        self._complete()  # what is on meta cannot be moved
         words = self.weight
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight is not words and shares_data(words, self.weight):
@@ -374,14 +381,19 @@ class PackedQLinear(nn.Module):
         missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys.extend(name for name in missing if name not in may_miss)
-        self._complete_numbers()
         self.prepare()
 
-    def _complete_numbers(self) -> None:
-        """Make what an older or a float checkpoint lacks, where the layer was built on meta and the words were assigned."""
+    def _complete(self) -> None:
+        """Replace what is still on meta after a loader assigned the words: entries that its checkpoint lacks."""
+        device = self.weight.device
+        if device.type == "meta":
+            return
         for name, number in self._numbers().items():
-            if self._buffers[name].is_meta and not self.weight.is_meta:  # type: ignore[union-attr]
-                setattr(self, name, torch.tensor(number, device=self.weight.device))
+            if getattr(self, name).is_meta:
+                setattr(self, name, torch.tensor(number, device=device))
+        empty = self._parameters.get("empty")
+        if empty is not None and empty.is_meta:
+            self._make_parameters(None, device, empty.dtype)
 
     @property
     def path(self) -> str:

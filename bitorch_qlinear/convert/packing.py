@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..checkpoint import WEIGHT_RULES
 from ..linear import QLinear
 from ..packed import PackedQLinear, weight_rule_of
-from .report import binary_layers, reason_against
+from .report import GATHER, binary_layers, is_fsdp, reason_against
 
 __all__ = ["pack", "unpack"]
 
@@ -101,12 +101,9 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"model: expected an nn.Module, got {model!r:.60}")
     name = type(model).__name__
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise RuntimeError(f"model: expected the model itself, got it wrapped in {name}: pack model.module")
-    if name == "FullyShardedDataParallel":
-        raise RuntimeError(
-            f"model: expected the model itself, got it wrapped in {name}: load its full state dict into a model that is "
-            "not sharded, and pack that"
-        )
+        raise RuntimeError(f"model: expected the model itself, got it wrapped in {name}: pass model.module")
+    if name == "FullyShardedDataParallel" or any(map(is_fsdp, model.modules())):
+        raise RuntimeError(f"model: expected whole weights, got a model that FSDP shards: {GATHER}")
 
 
 def _replace(model: nn.Module, replacements: dict[int, nn.Module], inplace: bool, reasons: dict[str, str]) -> nn.Module:
@@ -117,9 +114,9 @@ def _replace(model: nn.Module, replacements: dict[int, nn.Module], inplace: bool
             copied: nn.Module = copy.deepcopy(model, dict(replacements))
         except Exception as error:
             left = "".join(f"; {path or 'the model'} would stay as it is: {reason}" for path, reason in reasons.items())
+            said = (str(error).splitlines() or [""])[0]
             raise RuntimeError(
-                f"model: cannot be copied ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}): "
-                f"inplace=True works on the model itself{left}"
+                f"model: cannot be copied ({type(error).__name__}: {said}): inplace=True works on the model itself{left}"
             ) from error
         return copied
     for parent in list(model.modules()):

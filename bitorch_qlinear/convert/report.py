@@ -100,7 +100,7 @@ def _bytes(*tensors: Tensor | None) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-_GATHER = (
+GATHER = (
     "gather the weights (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True), load "
     "them into a model that is not sharded, and pack that"
 )
@@ -117,9 +117,9 @@ def reason_against(layer: QLinear, parent: nn.Module | None = None, name: str = 
     if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
         return "nn.MultiheadAttention reads out_proj.weight itself and never calls the layer"
     if is_dtensor(layer.weight):
-        return f"its weight is sharded: {_GATHER}"
+        return f"its weight is sharded: {GATHER}"
     forward = type(layer).forward
-    if (forward is not QLinear.forward and not _is_fsdp(layer)) or "forward" in layer.__dict__:
+    if (forward is not QLinear.forward and not is_fsdp(layer)) or "forward" in layer.__dict__:
         return f"{type(layer).__name__} has a forward of its own"
     if has_hooks(layer):
         return "it has hooks"
@@ -141,9 +141,9 @@ def reason_against(layer: QLinear, parent: nn.Module | None = None, name: str = 
     return ""
 
 
-def _is_fsdp(layer: nn.Module) -> bool:
-    """Whether FSDP2 gave the layer a class of its own, which has the layer's forward."""
-    return any(cls.__name__ == "FSDPModule" for cls in type(layer).__mro__)
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP2 shards the module: it then has a class of its own, whose forward is the same."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, nn.Module]]:
