@@ -249,7 +249,7 @@ class QLinear(nn.Linear):
                 (NotImplementedError).
         """
         if not isinstance(x, Tensor):
-            return trace_as_leaf(self, x) if is_proxy(x) else F.linear(x, self.weight, self.bias)  # a TypeError
+            return self._of_no_tensor(x)  # type: ignore[unreachable]
         # nn.Module.__getattr__ costs 0.5 us; parametrized tensors are not in the dictionary.
         parameters: dict[str, Any] = self._parameters
         weight: Any = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
@@ -270,13 +270,18 @@ class QLinear(nn.Linear):
                 raise
             return self._in_float(x, weight, bias, rules)
 
+    def _of_no_tensor(self, x: Any) -> Any:
+        """What torch.fx gets in a tensor's place; for all else the TypeError that ``nn.Linear`` raises."""
+        return trace_as_leaf(self, x) if is_proxy(x) else F.linear(x, self.weight, self.bias)
+
     def _rules(self) -> tuple[BinaryRule, BinaryRule] | None:
         """The rules of input and weight, or None where the packed path does not compute them."""
         modules: dict[str, Any] = self._modules
         activation = modules["activation"]
         if type(activation) is not Activation or has_hooks(activation, do_nothing):
             return None
-        input_rule = binary_rule(activation._modules["activation_function"])
+        parts: dict[str, Any] = activation._modules
+        input_rule = binary_rule(parts["activation_function"])
         weight_rule = binary_rule(modules["weight_quantization"])
         return None if input_rule is None or weight_rule is None else (input_rule, weight_rule)
 

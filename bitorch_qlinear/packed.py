@@ -257,7 +257,7 @@ class PackedQLinear(nn.Module):
     def _without_form(self, x: Tensor) -> Tensor:
         """The output where the layer has no form yet, where x is no ordinary tensor on the CPU, or while compiling."""
         if not isinstance(x, Tensor):
-            return trace_as_leaf(self, x) if is_proxy(x) else F.linear(x, self.weight, self.bias)  # a TypeError
+            return self._of_no_tensor(x)  # type: ignore[unreachable]
         words: Any = self._buffers["weight"]
         if _compiling():
             # An exported program runs elsewhere, where another kernel may read another form.
@@ -265,6 +265,10 @@ class PackedQLinear(nn.Module):
             return self._compute(x, self.weight_prepared if usable else None)
         wants_form = self._input_rule != REAL_INPUT and words.is_cpu and x.is_cpu
         return self._compute(x, self.prepare() if wants_form else None)
+
+    def _of_no_tensor(self, x: Any) -> Any:
+        """What torch.fx gets in a tensor's place; for all else the TypeError that ``nn.Linear`` raises."""
+        return trace_as_leaf(self, x) if is_proxy(x) else F.linear(x, self.weight, self.bias)
 
     def _compute(self, x: Tensor, form: Tensor | None) -> Tensor:
         # nn.Module.__getattr__ costs 0.5 us.
@@ -359,7 +363,7 @@ class PackedQLinear(nn.Module):
     # ---- checkpoints ----
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(f"{prefix}empty", None)
 
     def _load_from_state_dict(
