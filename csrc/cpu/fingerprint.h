@@ -10,7 +10,7 @@
 //     else a share of them that grows with the rows of x, and so with the work that the product is anyway
 //
 // So a change is overlooked only if torch does not count it (a write through `.data`, NumPy, DLPack or a collective),
-// if the weights are many and the rows few, and if it leaves the share as it is. Measured where kCheckedRows is.
+// if the weights are many and the rows few, and if it leaves the share as it is.
 #pragma once
 
 #include <cstdint>
