@@ -138,13 +138,14 @@ def _check_word_rows(argument: str, words: Tensor, k: int, first: Tensor) -> Non
     _check_words(argument, words, k, first)
 
 
-def _check_rows(x: Tensor, k: int) -> None:
+def _check_rows(argument: str, x: Tensor, k: int, first: Tensor) -> None:
     _check_values(k)
-    _check_given("x", x)
-    _check_float("x", x.dtype)
-    _check_dimensions("x", x, "(..., k)")
+    _check_given(argument, x)
+    _check_float(argument, x.dtype)
+    _check_dimensions(argument, x, "(..., k)")
     got = x.shape[-1]
-    _check_equal("x", got, k, lambda: f"expected k = {k} values in the last dimension, got {got}")
+    _check_equal(argument, got, k, lambda: f"expected k = {k} values in the last dimension, got {got}")
+    _check_device(argument, x, first)
 
 
 def _check_vector(argument: str, vector: Tensor | None, n: int, first: Tensor) -> None:
@@ -159,6 +160,15 @@ def _check_vector(argument: str, vector: Tensor | None, n: int, first: Tensor) -
         _fail(argument, message())
     _check_equal(argument, vector.shape[0], n, message)
     _check_device(argument, vector, first)
+
+
+def _check_epilogue(n: int, bias: Tensor | None, scale: Tensor | None, out_dtype: torch.dtype, first: Tensor) -> None:
+    _check_vector("bias", bias, n, first)
+    _check_vector("scale", scale, n, first)
+    if out_dtype is not torch.int32:
+        _check_float("out_dtype", out_dtype)
+    elif bias is not None or scale is not None:
+        _fail("out_dtype", "int32 is the product itself, and takes neither bias nor scale")
 
 
 def _check_prepared(prepared: Tensor | None, first: Tensor) -> None:
@@ -187,12 +197,7 @@ def _check_weight(
 ) -> None:
     """Of the operators that multiply by packed weights, all that they have in common."""
     _check_word_rows("weight_words", words, k, first)
-    _check_vector("bias", bias, words.shape[0], first)
-    _check_vector("scale", scale, words.shape[0], first)
-    if out_dtype is not torch.int32:
-        _check_float("out_dtype", out_dtype)
-    elif bias is not None or scale is not None:
-        _fail("out_dtype", "int32 is the product itself, and takes neither bias nor scale")
+    _check_epilogue(words.shape[0], bias, scale, out_dtype, first)
     _check_prepared(prepared, first)
 
 
@@ -206,7 +211,7 @@ def _with_last(shape: Sequence[int], last: int) -> tuple[int, ...]:
 @torch.library.register_fake("bitorch_qlinear::pack_bits")
 def _(x: Tensor, strict: bool = False) -> Tensor:
     _check_dimensions("x", x, "(..., k)")
-    _check_rows(x, x.shape[-1])
+    _check_rows("x", x, x.shape[-1], x)
     return x.new_empty(_with_last(x.shape, _words_for(x.shape[-1])), dtype=torch.int32)
 
 
@@ -273,10 +278,33 @@ def _linear(
     strict: bool = False,
 ) -> Tensor:
     _check_first("x", x, weight_words, bias, weight_prepared, scale)
-    _check_rows(x, k)
+    _check_rows("x", x, k, x)
     out_dtype = out_dtype or x.dtype
     _check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype, x)
     return x.new_empty(_with_last(x.shape, weight_words.shape[0]), dtype=out_dtype)
+
+
+@torch.library.register_fake("bitorch_qlinear::sign_linear")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    strict: bool = False,
+    strict_weight: bool = False,
+) -> Tensor:
+    _check_first("x", x, weight, bias, scale)
+    _check_given("weight", weight)
+    if weight.dim() != 2:
+        _fail("weight", f"expected shape (n, k), got {weight.dim()} dimensions")
+    n, k = weight.shape
+    _check_rows("x", x, k, x)
+    _check_rows("weight", weight, k, x)
+    out_dtype = out_dtype or x.dtype
+    _check_epilogue(n, bias, scale, out_dtype, x)
+    return x.new_empty(_with_last(x.shape, n), dtype=out_dtype)
 
 
 @torch.library.register_fake("bitorch_qlinear::linear_train")
