@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _library
+from ._torch import is_known
 
 _FLOATS = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _WORDS = {torch.int32: "int32", torch.uint32: "uint32"}
@@ -39,15 +40,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return _NAMES.get(dtype, "a dtype of another kind")
 
 
-def _is_known(condition: bool | torch.SymBool) -> bool:
-    """Whether it is true whatever the symbols stand for. It adds no guard."""
-    if isinstance(condition, bool):
-        return condition
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # it takes a while to import
-
-    return statically_known_true(condition)
-
-
 def _check_equal(argument: str, got: int, expected: int, message: Callable[[], str]) -> None:
     """Symbols that are not equal yet become so: the graph then belongs to sizes of which it is true."""
     equal: bool | torch.SymBool = got == expected
@@ -60,13 +52,13 @@ def _check_equal(argument: str, got: int, expected: int, message: Callable[[], s
 
 def _is_strided(tensor: Tensor) -> bool:
     """Whether it is known not to be contiguous."""
-    if not all(_is_known(size > 0) for size in tensor.shape):
+    if not all(is_known(size > 0) for size in tensor.shape):
         return False  # without elements it is contiguous
     expected = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-        if _is_known(size == 1):
+        if is_known(size == 1):
             continue
-        if _is_known(size != 1) and _is_known(stride != expected):
+        if is_known(size != 1) and is_known(stride != expected):
             return True
         expected = expected * size
     return False
@@ -103,7 +95,7 @@ def _check_device(argument: str, tensor: Tensor, first: Tensor) -> None:
 
 
 def _check_values(k: int) -> None:
-    if _is_known(k < 0) or _is_known(k > _MAX_VALUES):
+    if is_known(k < 0) or is_known(k > _MAX_VALUES):
         _fail("k", f"expected 0 to {_MAX_VALUES}, got {k}")
 
 
@@ -182,7 +174,7 @@ def _check_prepared(prepared: Tensor | None, first: Tensor) -> None:
             f"{_dtype_name(prepared.dtype)} with {prepared.dim()} dimensions",
         )
     _check_device("weight_prepared", prepared, first)
-    if _is_known(prepared.shape[0] < _HEADER_BYTES):
+    if is_known(prepared.shape[0] < _HEADER_BYTES):
         _fail("weight_prepared", f"expected at least {_HEADER_BYTES} bytes, got {prepared.shape[0]}")
 
 
@@ -240,7 +232,7 @@ def _(weight_words: Tensor, k: int, *, layout: int | None = None) -> Tensor:
     _check_values(k)
     _check_word_rows("weight_words", weight_words, k, weight_words)
     device_type = weight_words.device.type
-    present = _library.CUDA_LAYOUT if device_type == "cuda" else _library.cpu_layout
+    present = _library.CUDA_LAYOUT if device_type == "cuda" else _library.prepared_layout().number
     if layout is not None and layout != present:
         _fail("layout", f"expected {present}, that of the kernel that runs here, or None, got {layout}")
     return weight_words.new_empty((_prepared_bytes(device_type, weight_words.shape[0], k),), dtype=torch.uint8)
