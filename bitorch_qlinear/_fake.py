@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _library
+from ._torch import is_known
 
 _FLOATS = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _WORDS = {torch.int32: "int32", torch.uint32: "uint32"}
@@ -39,15 +40,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return _NAMES.get(dtype, "a dtype of another kind")
 
 
-def _is_known(condition: bool | torch.SymBool) -> bool:
-    """Whether it is true whatever the symbols stand for. It adds no guard."""
-    if isinstance(condition, bool):
-        return condition
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # it takes a while to import
-
-    return statically_known_true(condition)
-
-
 def _check_equal(argument: str, got: int, expected: int, message: Callable[[], str]) -> None:
     """Symbols that are not equal yet become so: the graph then belongs to sizes of which it is true."""
     equal: bool | torch.SymBool = got == expected
@@ -60,13 +52,13 @@ def _check_equal(argument: str, got: int, expected: int, message: Callable[[], s
 
 def _is_strided(tensor: Tensor) -> bool:
     """Whether it is known not to be contiguous."""
-    if not all(_is_known(size > 0) for size in tensor.shape):
+    if not all(is_known(size > 0) for size in tensor.shape):
         return False  # without elements it is contiguous
     expected = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-        if _is_known(size == 1):
+        if is_known(size == 1):
             continue
-        if _is_known(size != 1) and _is_known(stride != expected):
+        if is_known(size != 1) and is_known(stride != expected):
             return True
         expected = expected * size
     return False
@@ -103,7 +95,7 @@ def _check_device(argument: str, tensor: Tensor, first: Tensor) -> None:
 
 
 def _check_values(k: int) -> None:
-    if _is_known(k < 0) or _is_known(k > _MAX_VALUES):
+    if is_known(k < 0) or is_known(k > _MAX_VALUES):
         _fail("k", f"expected 0 to {_MAX_VALUES}, got {k}")
 
 
@@ -138,13 +130,14 @@ def _check_word_rows(argument: str, words: Tensor, k: int, first: Tensor) -> Non
     _check_words(argument, words, k, first)
 
 
-def _check_rows(x: Tensor, k: int) -> None:
+def _check_rows(argument: str, x: Tensor, k: int, first: Tensor) -> None:
     _check_values(k)
-    _check_given("x", x)
-    _check_float("x", x.dtype)
-    _check_dimensions("x", x, "(..., k)")
+    _check_given(argument, x)
+    _check_float(argument, x.dtype)
+    _check_dimensions(argument, x, "(..., k)")
     got = x.shape[-1]
-    _check_equal("x", got, k, lambda: f"expected k = {k} values in the last dimension, got {got}")
+    _check_equal(argument, got, k, lambda: f"expected k = {k} values in the last dimension, got {got}")
+    _check_device(argument, x, first)
 
 
 def _check_vector(argument: str, vector: Tensor | None, n: int, first: Tensor) -> None:
@@ -161,6 +154,15 @@ def _check_vector(argument: str, vector: Tensor | None, n: int, first: Tensor) -
     _check_device(argument, vector, first)
 
 
+def _check_epilogue(n: int, bias: Tensor | None, scale: Tensor | None, out_dtype: torch.dtype, first: Tensor) -> None:
+    _check_vector("bias", bias, n, first)
+    _check_vector("scale", scale, n, first)
+    if out_dtype is not torch.int32:
+        _check_float("out_dtype", out_dtype)
+    elif bias is not None or scale is not None:
+        _fail("out_dtype", "int32 is the product itself, and takes neither bias nor scale")
+
+
 def _check_prepared(prepared: Tensor | None, first: Tensor) -> None:
     """A form for another kernel is prepared anew by the operator, so that its size says little."""
     if prepared is None:
@@ -172,7 +174,7 @@ def _check_prepared(prepared: Tensor | None, first: Tensor) -> None:
             f"{_dtype_name(prepared.dtype)} with {prepared.dim()} dimensions",
         )
     _check_device("weight_prepared", prepared, first)
-    if _is_known(prepared.shape[0] < _HEADER_BYTES):
+    if is_known(prepared.shape[0] < _HEADER_BYTES):
         _fail("weight_prepared", f"expected at least {_HEADER_BYTES} bytes, got {prepared.shape[0]}")
 
 
@@ -187,12 +189,7 @@ def _check_weight(
 ) -> None:
     """Of the operators that multiply by packed weights, all that they have in common."""
     _check_word_rows("weight_words", words, k, first)
-    _check_vector("bias", bias, words.shape[0], first)
-    _check_vector("scale", scale, words.shape[0], first)
-    if out_dtype is not torch.int32:
-        _check_float("out_dtype", out_dtype)
-    elif bias is not None or scale is not None:
-        _fail("out_dtype", "int32 is the product itself, and takes neither bias nor scale")
+    _check_epilogue(words.shape[0], bias, scale, out_dtype, first)
     _check_prepared(prepared, first)
 
 
@@ -206,7 +203,7 @@ def _with_last(shape: Sequence[int], last: int) -> tuple[int, ...]:
 @torch.library.register_fake("bitorch_qlinear::pack_bits")
 def _(x: Tensor, strict: bool = False) -> Tensor:
     _check_dimensions("x", x, "(..., k)")
-    _check_rows(x, x.shape[-1])
+    _check_rows("x", x, x.shape[-1], x)
     return x.new_empty(_with_last(x.shape, _words_for(x.shape[-1])), dtype=torch.int32)
 
 
@@ -235,7 +232,7 @@ def _(weight_words: Tensor, k: int, *, layout: int | None = None) -> Tensor:
     _check_values(k)
     _check_word_rows("weight_words", weight_words, k, weight_words)
     device_type = weight_words.device.type
-    present = _library.CUDA_LAYOUT if device_type == "cuda" else _library.cpu_layout
+    present = _library.CUDA_LAYOUT if device_type == "cuda" else _library.prepared_layout().number
     if layout is not None and layout != present:
         _fail("layout", f"expected {present}, that of the kernel that runs here, or None, got {layout}")
     return weight_words.new_empty((_prepared_bytes(device_type, weight_words.shape[0], k),), dtype=torch.uint8)
@@ -273,10 +270,33 @@ def _linear(
     strict: bool = False,
 ) -> Tensor:
     _check_first("x", x, weight_words, bias, weight_prepared, scale)
-    _check_rows(x, k)
+    _check_rows("x", x, k, x)
     out_dtype = out_dtype or x.dtype
     _check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype, x)
     return x.new_empty(_with_last(x.shape, weight_words.shape[0]), dtype=out_dtype)
+
+
+@torch.library.register_fake("bitorch_qlinear::sign_linear")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    strict: bool = False,
+    strict_weight: bool = False,
+) -> Tensor:
+    _check_first("x", x, weight, bias, scale)
+    _check_given("weight", weight)
+    if weight.dim() != 2:
+        _fail("weight", f"expected shape (n, k), got {weight.dim()} dimensions")
+    n, k = weight.shape
+    _check_rows("x", x, k, x)
+    _check_rows("weight", weight, k, x)
+    out_dtype = out_dtype or x.dtype
+    _check_epilogue(n, bias, scale, out_dtype, x)
+    return x.new_empty(_with_last(x.shape, n), dtype=out_dtype)
 
 
 @torch.library.register_fake("bitorch_qlinear::linear_train")

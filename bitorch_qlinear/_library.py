@@ -14,6 +14,7 @@ _REMEDY = "run `make build` in a checkout, or `pip install --no-build-isolation 
 _OPERATORS = Path(__file__).with_name("_ops_cpu.so")
 _CUDA_OPERATORS = Path(__file__).with_name("_ops_cuda.so")
 
+
 def _check_version(part: str, version: str) -> None:
     if version != __version__:
         raise ImportError(
@@ -166,6 +167,7 @@ def prepared_layout() -> PreparedLayout:
 
 CUDA_KERNELS = ("popc", "skinny", "skinny_mma_sm80", "mma_sm75", "mma_sm80", "mma_int8_sm80")
 """Names of all CUDA kernels (csrc/cuda/heuristics.h): a build without CUDA operators knows them by this list alone."""
+
 
 def prepared_bytes(device_type: str, n: int, k: int) -> int:
     """Bytes of the prepared form of n rows of k values: CUDA's on "cuda", the active CPU kernel's elsewhere."""

@@ -28,6 +28,7 @@ __all__ = [
     "multiply_signs",
     "pack_bits",
     "prepare_weight",
+    "sign_linear",
     "unpack_bits",
 ]
 
@@ -66,8 +67,9 @@ def unpack_bits(words: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Te
 def prepare_weight(weight_words: Tensor, k: int, *, layout: int | None = None) -> Tensor:
     """Lay packed weights out as the active kernel of their device wants to read them.
 
-    The result belongs to this process: it is neither portable nor part of any checkpoint. Its first 64 bytes say which
-    kernel, n and k it was made for, and the operators refuse it elsewhere.
+    The result belongs to this process: it is neither portable nor part of any checkpoint. It says which kernel, n, k
+    and words it was made for; where an operator's are others, a CPU operator prepares its weights anew, and one of CUDA
+    refuses the form.
 
     Args:
         weight_words: Shape ``(n, ceil(k / 32))``.
@@ -102,7 +104,8 @@ def binary_linear(
         weight_words: Shape ``(n, ceil(k / 32))``.
         k: Number of values in a row, at most 2³¹ - 1.
         bias: Shape ``(n,)``, any float type.
-        weight_prepared: :func:`prepare_weight` of the weights; without it they are prepared in every call.
+        weight_prepared: :func:`prepare_weight` of the weights; without it they are prepared in every call, and also
+            where it was made for another kernel or of other words.
         scale: A factor per output, shape ``(n,)``, any float type (XNOR-Net's α, https://arxiv.org/abs/1603.05279).
         out_dtype: A float type; or int32, without bias and scale, for the integer itself.
 
@@ -143,6 +146,36 @@ def linear(
     """
     y: Tensor = _ops.linear(
         x, weight_words, k, bias, weight_prepared=weight_prepared, scale=scale, out_dtype=out_dtype, strict=strict
+    )
+    return y
+
+
+def sign_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    strict: bool = False,
+    strict_weight: bool = False,
+) -> Tensor:
+    """:func:`linear` of float weights, which are packed on the way too, for this product alone.
+
+    Args:
+        x: As in :func:`linear`.
+        weight: Shape ``(n, k)``, any strides, any float type.
+        bias: As in :func:`binary_linear`.
+        scale: As in :func:`binary_linear`.
+        out_dtype: As in :func:`linear`.
+        strict: The sign rule for x.
+        strict_weight: The sign rule for the weights.
+
+    Returns:
+        Shape ``(..., n)``.
+    """
+    y: Tensor = _ops.sign_linear(
+        x, weight, bias, scale=scale, out_dtype=out_dtype, strict=strict, strict_weight=strict_weight
     )
     return y
 

@@ -15,12 +15,15 @@ from test_operators import (
     BROKEN,
     CPU_ONLY,
     LINEAR,
+    NO_HEADER,
     OPERATORS,
+    PREPARED,
     TENSORS,
     arguments,
     assert_refused,
     breakages,
     call_arguments,
+    named_for,
     operator,
     problems,
 )
@@ -417,9 +420,6 @@ def test_another_device_than_the_current_one(cuda_kernel):
 
 # ---- errors ----------------------------------------------------------------------------------------
 
-# The host cannot look into a prepared form without waiting for the device: the kernel does, and ends the process.
-IN_THE_HEADER = ("zeros", "magic", "layout", "n one more", "n huge", "k one more", "k negative")
-
 
 def gpu_arguments():
     """Those of the CPU's tests, with what is the device's own."""
@@ -429,17 +429,15 @@ def gpu_arguments():
 
 
 def seen_by_the_host(name, argument, what):
-    if name in CPU_ONLY or (argument, what) == ("layout", str(_library.CUDA_LAYOUT)):
-        return False
-    return argument != "weight_prepared" or not any(part in what for part in IN_THE_HEADER)
+    """It cannot look into a prepared form without waiting for the device: the kernel does, and ends the process."""
+    return name not in CPU_ONLY and what not in NO_HEADER
 
 
 @pytest.mark.parametrize(("name", "argument", "what"), [p for p in breakages() if seen_by_the_host(*p.values)])
 def test_wrong_arguments_are_refused(name, argument, what):
     values = gpu_arguments()
     values[argument] = BROKEN[argument][what](values[argument])
-    names = ("k", "x", "words", "x_words", "weight_words") if argument == "k" else (argument,)
-    assert_refused(name, values, *names)
+    assert_refused(name, values, *named_for(name, argument))
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -460,7 +458,7 @@ def test_weights_prepared_by_the_cpu_or_for_another_size_are_refused():
         "a larger n": F.prepare_weight(moved(random_words(9, 40, generator(0))), 40),
         "a larger k": F.prepare_weight(moved(random_words(5, 129, generator(0))), 129),
     }
-    for name in LINEAR:
+    for name in PREPARED:
         for prepared in others.values():
             assert_refused(name, values | {"weight_prepared": prepared}, "weight_prepared")
 
