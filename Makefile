@@ -5,6 +5,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 SYSTEM_TORCH ?=
+ifdef BITORCH_QLINEAR_CUDA
+$(error BITORCH_QLINEAR_CUDA is now named BITORCH_QLINEAR_BUILD_CUDA: set that one instead)
+endif
 ARGS ?=
 RESULTS ?= benchmarks/results/gpu
 
@@ -30,7 +33,7 @@ help:  ## list the targets
 	@echo '  TORCH=torch==2.13.0        the torch to install'
 	@echo '  TORCH_INDEX=URL            where from, such as https://download.pytorch.org/whl/cpu'
 	@echo '  SYSTEM_TORCH=1             use the torch and packages that PYTHON has; needs no network'
-	@echo '  BITORCH_QLINEAR_CUDA=0|1   without or with CUDA operators; unset, the build decides and says why'
+	@echo '  BITORCH_QLINEAR_BUILD_CUDA=0|1  without or with CUDA operators; unset, the build decides, says why'
 	@echo '  ARGS="-k pack"             arguments for pytest or the demo'
 	@echo '  RESULTS=FOLDER             where make gpu writes ($(RESULTS))'
 
@@ -102,10 +105,13 @@ simde:  ## test the AVX-512 kernel through SIMDe, on any x86-64 with AVX2; wants
 	@$(DIE); echo '#include <simde/x86/avx512.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1 || \
 		die "there is no SIMDe: install it (Debian, Ubuntu: apt install libsimde-dev)."
 	@mkdir -p build
-	$(CXX) $(NATIVE_FLAGS) -w -DBITORCH_QLINEAR_SIMDE -Itests/native/simde -c -o build/gemm_avx512-simde.o csrc/cpu/gemm_avx512.cpp
+	for name in gemm float_by_bits; do \
+		$(CXX) $(NATIVE_FLAGS) -w -DBITORCH_QLINEAR_SIMDE -Itests/native/simde -c -o build/$${name}_avx512-simde.o \
+			csrc/cpu/$${name}_avx512.cpp || exit 1; \
+	done
 	$(CXX) $(NATIVE_FLAGS) -DBITORCH_QLINEAR_SIMDE -c -o build/kernels-simde.o tests/native/kernels.cpp
-	$(CXX) $(NATIVE_FLAGS) -o build/kernels-simde build/kernels-simde.o build/gemm_avx512-simde.o \
-		$(filter-out %/kernels.cpp %/gemm_avx512.cpp,$(NATIVE_SOURCES))
+	$(CXX) $(NATIVE_FLAGS) -o build/kernels-simde build/kernels-simde.o build/*_avx512-simde.o \
+		$(filter-out %/kernels.cpp %_avx512.cpp,$(NATIVE_SOURCES))
 	build/kernels-simde
 
 # bnn-lab's own needs include another torch.
@@ -129,7 +135,7 @@ format: build  ## rewrite the code in the style that lint checks
 
 build: $(OPS) $(VENV)/installed  ## set up .venv and compile the extension
 
-# Built for the GPUs that are here alone: a seventh of the time. The record in .venv says so, and the next make builds
+# Built for the GPUs that are here alone: a seventh of the time. The record of the build says so, and the next make builds
 # for all again. Without a GPU the build is the usual one, so that what compiles is known. The 8 minutes begin before
 # anything is set up.
 gpu: START := $(shell date +%s)
@@ -139,7 +145,7 @@ gpu: $(VENV)/tools  ## build for the GPU here, test it and time it, in less than
 		why=$$($(PY) -c 'from bitorch_qlinear import _library; print(_library.no_cuda_reason)') || exit 1; \
 		test -z "$$why" || die "nothing was run: there are no CUDA operators, because $$why."; \
 		die "nothing was run: everything is built, and torch finds no NVIDIA GPU here."; }; \
-	$(MAKE) build BITORCH_QLINEAR_CUDA=1 TORCH_CUDA_ARCH_LIST="$$targets" BUILD_CONFIG="for $$targets" || exit 1; \
+	$(MAKE) build BITORCH_QLINEAR_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST="$$targets" || exit 1; \
 	echo "make: set up and built for compute capability $$targets in $$(($$(date +%s) - $(START))) s"; \
 	$(PY) -m benchmarks.gpu_run --results '$(RESULTS)' --start $(START)
 
@@ -155,16 +161,22 @@ clean:  ## remove what was built (not .venv)
 	rm -rf build dist *.egg-info bitorch_qlinear/*.so .coverage htmlcov .hypothesis .*_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
-# Make compares times, not values: where a record in .venv says another configuration than today's, what it stands for
-# is out of date whatever its time. Python is named by its base, so that an activated .venv is the same one.
+# Make compares times, not values: if a record says another configuration than today's, what it stands for is out of date
+# whatever its time. The environment's record lies in it; that of the libraries lies beside them, because environments
+# share a checkout (setup.py writes it at each build into the package, whoever calls it). A checksum of the sources is in
+# it, for a copy that keeps times may bring others that are older. Python is named by its base, so that an activated .venv
+# is the same one.
 NAME_PYTHON := import sys, importlib.metadata as m; print(sys.base_prefix, *sys.version_info[:3]
 NAME_PYTHON += $(if $(SYSTEM),$(comma) "system torch"$(comma) m.version("torch")))
 VENV_CONFIG := $(strip $(shell $(PYTHON) -c '$(NAME_PYTHON)' 2>/dev/null) $(if $(SYSTEM),,$(TORCH) $(TORCH_INDEX)))
-BUILD_CONFIG := CUDA=$(BITORCH_QLINEAR_CUDA) CXX=$(if $(filter default,$(origin CXX)),,$(CXX))
+BUILD_CONFIG := CUDA=$(BITORCH_QLINEAR_BUILD_CUDA) CXX=$(if $(filter default,$(origin CXX)),,$(CXX)) \
+	$(if $(TORCH_CUDA_ARCH_LIST),for $(TORCH_CUDA_ARCH_LIST))
+CHECKSUM := $(shell find setup.py csrc -type f | LC_ALL=C sort | xargs cat | cksum)
+export BITORCH_QLINEAR_BUILT_BY := $(strip $(VENV) $(VENV_CONFIG) $(BUILD_CONFIG) $(CHECKSUM))
 ifneq ($(VENV_CONFIG),$(strip $(shell cat $(VENV)/config 2>/dev/null)))
 .PHONY: $(VENV)/config
 endif
-ifneq ($(BUILD_CONFIG),$(shell cat $(VENV)/build-config 2>/dev/null))
+ifneq ($(BITORCH_QLINEAR_BUILT_BY),$(strip $(shell cat build/built-by 2>/dev/null)))
 .PHONY: $(OPS)
 endif
 
@@ -215,10 +227,10 @@ endif
 # setup.py itself rather than pip, which hides the compiler's output and the line about CUDA. csrc's folders are among
 # the prerequisites: their time changes where a file comes or goes. The result is dated by the build's start, so that an
 # edit made meanwhile is not lost.
-$(OPS): $(VENV)/tools setup.py pyproject.toml bitorch_qlinear/_version.py $(shell find csrc)
+$(OPS): $(VENV)/tools setup.py pyproject.toml bitorch_qlinear/_version.py bitorch_qlinear/_sources.py $(shell find csrc)
 	@touch $(VENV)/build-start
 	$(PY) setup.py -q build_ext --inplace
-	@touch -r $(VENV)/build-start $@ && echo '$(BUILD_CONFIG)' > $(VENV)/build-config
+	@touch -r $(VENV)/build-start $@
 
 $(VENV)/installed: $(VENV)/tools setup.py pyproject.toml bitorch_qlinear/_version.py | $(OPS)
 ifdef SYSTEM

@@ -9,6 +9,10 @@ bitorch_qlinear._C        small pybind11 module that says what was built. No tor
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib
+import json
 import os
 import platform
 import re
@@ -21,12 +25,18 @@ from glob import glob
 from pathlib import Path
 from unittest import mock
 
+import setuptools
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 VERSION = runpy.run_path(str(ROOT / "bitorch_qlinear" / "_version.py"))["__version__"]
+SOURCES = runpy.run_path(str(ROOT / "bitorch_qlinear" / "_sources.py"))["digest"](ROOT)
+# What is generated: the digest for csrc/sources.cpp, and for the Makefile what built the libraries in the package.
+GENERATED = str(ROOT / "build" / "generated")
+BUILT_BY = ROOT / "build" / "built-by"
 INSTALL = "pip install --no-build-isolation ."
 MIN_TORCH = (2, 10)
+SETUPTOOLS = "setuptools>=70.1"
 
 
 def fail(sentence: str) -> None:
@@ -42,7 +52,7 @@ except ModuleNotFoundError as error:
     # pip's build isolation hides an installed torch, and as a build requirement pip would fetch a second one of several
     # gigabytes and compile against that: hence --no-build-isolation, and torch is not in pyproject's build-system.
     fail(
-        f"torch is not there to compile against: install it first (pip install torch setuptools ninja pybind11), "
+        f"torch is not there to compile against: install it first (pip install torch '{SETUPTOOLS}' ninja pybind11), "
         f"then run '{INSTALL}' (without build isolation, which hides an installed torch)."
     )
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
@@ -59,7 +69,7 @@ def decide_cuda(switch: str | None, torch_cuda: str | None, nvcc: str | None) ->
     Never by torch.cuda.is_available(): a builder without a GPU would then make a CPU wheel in silence.
 
     Args:
-        switch: The environment's BITORCH_QLINEAR_CUDA: "0", "1", or None or "" for no choice.
+        switch: The environment's BITORCH_QLINEAR_BUILD_CUDA: "0", "1", or None or "" for no choice.
         torch_cuda: torch.version.cuda, None in a CPU build of torch.
         nvcc: The version of CUDA's compiler, None where it is not there.
 
@@ -70,9 +80,9 @@ def decide_cuda(switch: str | None, torch_cuda: str | None, nvcc: str | None) ->
         ValueError: The switch has another value, or asks for CUDA where something is missing.
     """
     if switch not in (None, "", "0", "1"):
-        raise ValueError(f"BITORCH_QLINEAR_CUDA must be 0 or 1, not {switch!r}.")
+        raise ValueError(f"BITORCH_QLINEAR_BUILD_CUDA must be 0 or 1, not {switch!r}.")
     if switch == "0":
-        return False, "BITORCH_QLINEAR_CUDA=0"
+        return False, "BITORCH_QLINEAR_BUILD_CUDA=0"
     lacks = []
     if torch_cuda is None:
         lacks.append("this torch is built without CUDA")
@@ -82,10 +92,10 @@ def decide_cuda(switch: str | None, torch_cuda: str | None, nvcc: str | None) ->
         lacks.append(f"this torch is built for CUDA {torch_cuda} and nvcc is of CUDA {nvcc}")
     missing = ", ".join(lacks)
     if switch == "1" and missing:
-        raise ValueError(f"BITORCH_QLINEAR_CUDA=1 asks for the CUDA operators, but: {missing}.")
+        raise ValueError(f"BITORCH_QLINEAR_BUILD_CUDA=1 asks for the CUDA operators, but: {missing}.")
     if missing:
         return False, missing
-    return True, "BITORCH_QLINEAR_CUDA=1" if switch == "1" else f"nvcc {nvcc} and torch for CUDA {torch_cuda}"
+    return True, "BITORCH_QLINEAR_BUILD_CUDA=1" if switch == "1" else f"nvcc {nvcc} and torch for CUDA {torch_cuda}"
 
 
 def find_cuda_home() -> str | None:
@@ -113,7 +123,7 @@ def nvcc_version(cuda_home: str | None) -> str | None:
 CUDA_HOME = find_cuda_home()
 try:
     BUILD_CUDA, CUDA_REASON = decide_cuda(
-        switch=os.environ.get("BITORCH_QLINEAR_CUDA"), torch_cuda=torch.version.cuda, nvcc=nvcc_version(CUDA_HOME)
+        switch=os.environ.get("BITORCH_QLINEAR_BUILD_CUDA"), torch_cuda=torch.version.cuda, nvcc=nvcc_version(CUDA_HOME)
     )
 except ValueError as error:
     fail(str(error))
@@ -170,7 +180,7 @@ def operator_library(name: str, sources: list[str], libraries: list[str], cuda: 
         f"bitorch_qlinear.{name}",
         sources,
         depends=[*HEADERS, "setup.py"],
-        include_dirs=["csrc"],
+        include_dirs=["csrc", GENERATED],
         library_dirs=library_paths(device),
         # The stable ABI's C functions are all in libtorch_cpu and libtorch_cuda; c10 and torch_python would tie us to
         # one torch.
@@ -190,14 +200,14 @@ def operator_library(name: str, sources: list[str], libraries: list[str], cuda: 
 EXTENSIONS = [
     operator_library(
         "_ops_cpu",
-        ["csrc/ops.cpp", "csrc/ops_cpu.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+        ["csrc/ops.cpp", "csrc/ops_cpu.cpp", "csrc/sources.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
         ["torch", "torch_cpu"],
     ),
     Extension(
         "bitorch_qlinear._C",
-        ["csrc/module.cpp", "csrc/cpu/cpu_features.cpp"],
+        ["csrc/module.cpp", "csrc/sources.cpp", "csrc/cpu/cpu_features.cpp"],
         depends=[*HEADERS, "setup.py"],
-        include_dirs=["csrc", pybind11.get_include()],
+        include_dirs=["csrc", GENERATED, pybind11.get_include()],
         define_macros=[
             VERSION_MACRO,
             ("BITORCH_QLINEAR_TORCH_VERSION", f'"{torch.__version__}"'),
@@ -213,11 +223,28 @@ if BUILD_CUDA:
     EXTENSIONS.append(
         operator_library(
             "_ops_cuda",
-            sorted([*glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")]),
+            ["csrc/sources.cpp", *sorted([*glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")])],
             ["torch", "torch_cpu", "torch_cuda", "cudart"],
             cuda=True,
         )
     )
+
+
+def touch_changed_sources(record: Path) -> None:
+    """Give sources that changed without becoming newer the present time, for ninja compares times only.
+
+    A copy that keeps times leaves such. Their objects would stay, and be linked with the new sources' digest.
+
+    Args:
+        record: What the sources were at the last build with the same objects; replaced by what they are.
+    """
+    known = json.loads(record.read_text()) if record.exists() else {}
+    found = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in glob("csrc/**/*.*", recursive=True)}
+    for path, digest in found.items():
+        if known.get(path, digest) != digest and os.path.getmtime(path) <= os.path.getmtime(record):
+            os.utime(path)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(found, indent=1))
 
 
 class BuildExt(BuildExtension):
@@ -230,7 +257,16 @@ class BuildExt(BuildExtension):
         self.build_temp = os.path.join("build", f"objects-{tag}")
 
     def build_extensions(self) -> None:
-        """Say what was decided about CUDA, where a build sees it once."""
+        """Compile, after a word about what was decided about CUDA, where a build shows it once."""
+        # Asked here, not above: an sdist is made of the same files whatever the environment says.
+        if os.environ.get("BITORCH_QLINEAR_CUDA"):
+            fail("BITORCH_QLINEAR_CUDA is now named BITORCH_QLINEAR_BUILD_CUDA: set that one instead.")
+        touch_changed_sources(Path(self.build_temp) / "sources.json")
+        header, text = Path(GENERATED) / "sources_digest.h", f'#define BITORCH_QLINEAR_SOURCES "{SOURCES}"\n'
+        if not header.exists() or header.read_text() != text:  # otherwise it keeps its time: nothing is compiled again
+            header.parent.mkdir(parents=True, exist_ok=True)
+            header.write_text(text)
+            self.force = True  # always so with ninja, which then decides itself what to compile
         print(f"bitorch_qlinear: CUDA operators {'on' if BUILD_CUDA else 'off'} ({CUDA_REASON})", flush=True)
         super().build_extensions()
 
@@ -241,11 +277,31 @@ class BuildExt(BuildExtension):
         super().build_extension(ext)
         self.build_temp = shared
 
+    def copy_extensions_to_source(self) -> None:
+        """Note who replaces the libraries in the package, for make in another environment of this checkout."""
+        BUILT_BY.write_text("")  # a copy that breaks off is nobody's build
+        super().copy_extensions_to_source()
+        BUILT_BY.write_text(os.environ.get("BITORCH_QLINEAR_BUILT_BY", "") + "\n")
+
     def get_ext_filename(self, fullname: str) -> str:
         """_ops_cpu.so, without the tag of a Python version that it does not depend on."""
         if fullname.rpartition(".")[2].startswith("_ops_"):
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
+
+
+def check_setuptools() -> None:
+    """End the build with a sentence where setuptools cannot make the wheel that pip asks it for."""
+    if not {"dist_info", "bdist_wheel", "editable_wheel"}.intersection(sys.argv):
+        return
+    for module in ("setuptools.command.bdist_wheel", "wheel.bdist_wheel"):  # the second served before setuptools 70.1
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+            return
+    fail(
+        f"this setuptools ({setuptools.__version__}) cannot make wheels: run \"pip install '{SETUPTOOLS}'\", "
+        f"then '{INSTALL}'."
+    )
 
 
 def choose_compiler() -> None:
@@ -267,6 +323,7 @@ def put_ninja_on_path() -> None:
 
 
 if __name__ == "__main__":
+    check_setuptools()
     choose_compiler()
     put_ninja_on_path()
     # The license stands here, not in pyproject.toml, whose form for it changed with setuptools 77: both sides work so.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import _sources
 from ._version import __version__
 
 _REMEDY = "run `make build` in a checkout, or `pip install --no-build-isolation --force-reinstall --no-deps .`"
@@ -15,10 +16,27 @@ _OPERATORS = Path(__file__).with_name("_ops_cpu.so")
 _CUDA_OPERATORS = Path(__file__).with_name("_ops_cuda.so")
 
 
-def _check_version(part: str, version: str) -> None:
+def _check_build(part: str, version: str, sources: str | None, expected: str | None, expected_of: str) -> None:
+    """Check that a compiled part belongs to this Python code.
+
+    Args:
+        part: What the part is called.
+        version: The version that it was built for.
+        sources: The digest of the sources that it was built from, or None if it is too old to have one.
+        expected: The digest that it should have.
+        expected_of: Whose digest that is.
+
+    Raises:
+        ImportError: It does not: ``git pull`` without ``make``, for example.
+    """
     if version != __version__:
         raise ImportError(
             f"bitorch_qlinear {__version__} found its {part} built for version {version}: a stale build; {_REMEDY}."
+        )
+    if sources is None or sources != expected:
+        raise ImportError(
+            f"bitorch_qlinear {__version__} found its {part} built from other sources than {expected_of}: "
+            f"a stale build; {_REMEDY}."
         )
 
 
@@ -34,9 +52,20 @@ def _load(path: Path, prefix: str, functions: tuple[str, ...]) -> ctypes.CDLL:
             f"bitorch_qlinear's operators cannot be loaded by torch {torch.__version__} (2.10 or later is needed): "
             f"{error}; {_REMEDY}."
         ) from error
-    for name in ("version", *functions):
+    # Checked before any other function is looked up, because an old library may lack it.
+    version = getattr(library, f"{prefix}_version")
+    sources = getattr(library, f"{prefix}_sources", None)  # absent from libraries before 0.1.0
+    for function in filter(None, (version, sources)):
+        function.restype = ctypes.c_char_p
+    _check_build(
+        part="operators",
+        version=version().decode(),
+        sources=sources().decode() if sources else None,
+        expected=build_info["sources"],
+        expected_of="its module _C",
+    )
+    for name in functions:
         getattr(library, f"{prefix}_{name}").restype = ctypes.c_char_p
-    _check_version("operators", getattr(library, f"{prefix}_version")().decode())
     return library
 
 
@@ -77,7 +106,10 @@ def _load_module_info() -> dict[str, str]:
     except ImportError as error:
         raise ImportError(f"bitorch_qlinear._C is not built for this Python ({error}): {_REMEDY}.") from error
     build: dict[str, str] = _C.build_info()
-    _check_version("module _C", build["version"])
+    built_from = build.get("sources")
+    # None for an installed package, which has no sources beside it: then the parts are compared with each other only.
+    in_checkout = _sources.digest(Path(__file__).parents[1])
+    _check_build("module _C", build["version"], built_from, in_checkout or built_from, "those in csrc")
     return build
 
 

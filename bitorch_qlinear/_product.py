@@ -15,21 +15,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _library, functional
-from ._torch import any_autocast, apply, is_dtensor, is_known, operator_entry, transforms_active
+from ._torch import HAS_AMX, any_autocast, apply, is_dtensor, is_known, operator_entry, transforms_active
 from .quantizations import BinaryRule, cancel_gradient
 
 __all__ = [
-    "Rules",
     "apply_to_nested",
     "autocast_dtype",
+    "differentiable",
     "has_kernels",
+    "is_differentiated",
     "packed_linear",
     "real_linear",
     "sign_linear",
@@ -44,20 +44,11 @@ _grad_enabled = torch.is_grad_enabled
 
 _sign_linear = torch.ops.bitorch_qlinear.sign_linear
 _linear = torch.ops.bitorch_qlinear.linear
+_multiply_signs = torch.ops.bitorch_qlinear.multiply_signs
 _sign_linear_entry, _linear_entry = operator_entry(_sign_linear), operator_entry(_linear)
+_multiply_signs_entry = operator_entry(_multiply_signs)
 
-
-@dataclass(frozen=True)
-class Rules:
-    """How both factors become ±1 and what gradient they hand back.
-
-    Attributes:
-        input: Rule of the input.
-        weight: Rule of the weight.
-    """
-
-    input: BinaryRule
-    weight: BinaryRule
+_NEVER = 1 << 62  # what least_sign_outputs() says, or more, of a kernel that is never faster than the BLAS
 
 
 def has_kernels(tensor: Tensor) -> bool:
@@ -87,32 +78,33 @@ def apply_to_nested(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether a backward to one of these tensors may follow."""
-    return _grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if _grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
-def sign_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rules: Rules, threshold: float | None) -> Tensor:
-    """``s(x) · s(weight)ᵀ + bias`` of real weights, which are packed in this call.
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a product of these tensors must be an autograd Function: for backward, torch.func or forward mode."""
+    return wants_gradient(*tensors) or (not _compiling() and transforms_active())
+
+
+def sign_linear(x: Tensor, weight: Tensor, bias: Tensor | None, strict: bool, strict_weight: bool) -> Tensor:
+    """``s(x) · s(weight)ᵀ + bias`` of real weights, which are packed in this call; for inference.
 
     Args:
         x: Shape ``(..., k)``, any strides.
         weight: Shape ``(n, k)``, any strides.
         bias: Shape ``(n,)`` or None.
-        rules: How signs and gradients are made.
-        threshold: The gradient of x is 0 where not ``|x| <= threshold``; None and 0 cancel nothing.
+        strict: +1 is where x > 0; else where not x < 0.
+        strict_weight: The same of the weight.
 
     Returns:
-        Shape ``(..., n)``, in autocast's dtype or that of x; differentiable once in x, weight and bias.
-
-    Raises:
-        RuntimeError: As the operators do; and in a second backward.
+        Shape ``(..., n)``, in autocast's dtype or that of x.
     """
-    compiling = _compiling()
-    if wants_gradient(x, weight, bias) or (not compiling and transforms_active()):
-        words = functional.pack_bits(weight.detach(), rules.weight.strict)
-        return _differentiable(x, weight, bias, words, None, weight.shape[1], rules, threshold)
-    operator = _sign_linear if compiling else _sign_linear_entry
+    operator = _sign_linear if _compiling() else _sign_linear_entry
     out_dtype = autocast_dtype(x)
-    strict, strict_weight = rules.input.strict, rules.weight.strict
     # Each keyword that is passed costs 0.3 us, so defaults are omitted.
     if strict or strict_weight or out_dtype is not None:
         return operator(x, weight, bias, out_dtype=out_dtype, strict=strict, strict_weight=strict_weight)  # type: ignore[no-any-return]
@@ -120,15 +112,9 @@ def sign_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rules: Rules, th
 
 
 def packed_linear(
-    x: Tensor,
-    words: Tensor,
-    k: int,
-    bias: Tensor | None,
-    prepared: Tensor | None,
-    rules: Rules,
-    threshold: float | None,
+    x: Tensor, words: Tensor, k: int, bias: Tensor | None, prepared: Tensor | None, strict: bool
 ) -> Tensor:
-    """``s(x) · Wᵀ + bias`` of packed weights W.
+    """``s(x) · Wᵀ + bias`` of packed weights W; for inference.
 
     Args:
         x: Shape ``(..., k)``, any strides.
@@ -136,24 +122,15 @@ def packed_linear(
         k: Number of values in a row.
         bias: Shape ``(n,)`` or None.
         prepared: The form of the words that the active kernel reads, or None.
-        rules: How the signs of x and its gradient are made.
-        threshold: As for :func:`sign_linear`.
+        strict: +1 is where x > 0; else where not x < 0.
 
     Returns:
-        Shape ``(..., n)``, in autocast's dtype or that of x; differentiable once in x and bias.
-
-    Raises:
-        RuntimeError: As the operators do; and in a second backward.
+        Shape ``(..., n)``, in autocast's dtype or that of x.
     """
-    compiling = _compiling()
-    if wants_gradient(x, bias) or (not compiling and transforms_active()):
-        return _differentiable(x, None, bias, words, prepared, k, rules, threshold)
-    operator = _linear if compiling else _linear_entry
+    operator = _linear if _compiling() else _linear_entry
     out_dtype = autocast_dtype(x)
-    if rules.input.strict or out_dtype is not None:
-        return operator(  # type: ignore[no-any-return]
-            x, words, k, bias, weight_prepared=prepared, out_dtype=out_dtype, strict=rules.input.strict
-        )
+    if strict or out_dtype is not None:
+        return operator(x, words, k, bias, weight_prepared=prepared, out_dtype=out_dtype, strict=strict)  # type: ignore[no-any-return]
     if prepared is None:
         return operator(x, words, k, bias)  # type: ignore[no-any-return]
     return operator(x, words, k, bias, weight_prepared=prepared)  # type: ignore[no-any-return]
@@ -172,17 +149,20 @@ def real_linear(x: Tensor, words: Tensor, k: int, bias: Tensor | None, threshold
     Returns:
         Shape ``(..., n)``, in autocast's dtype or that of x; differentiable in x and bias.
     """
-    x = cancel_gradient(x, threshold)
+    if threshold:
+        x = cancel_gradient(x, threshold)
     dtype = autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)
-    bias = None if bias is None else bias.to(x.dtype)
+    if bias is not None and bias.dtype is not x.dtype:
+        bias = bias.to(x.dtype)
     if not (x.is_cpu and tables_win(x, words.shape[0])):
         return torch.nn.functional.linear(x, functional.unpack_bits(words, k, x.dtype), bias)
-    if wants_gradient(x, bias) or (not _compiling() and transforms_active()):
+    if is_differentiated(x, bias):
         y: Tensor = apply(SignedSums, x, words, k, True)
         return y if bias is None else y + bias
-    y = functional.multiply_signs(x, words, k, transpose=True)
+    multiply = _multiply_signs if _compiling() else _multiply_signs_entry
+    y = multiply(x, words, k, True)
     return y if bias is None else y.add_(bias)
 
 
@@ -227,7 +207,9 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
-        raise RuntimeError("bitorch_qlinear: a binary layer is differentiable only once: signs have no second derivative.")
+        raise RuntimeError(
+            "bitorch_qlinear: a binary layer is differentiable only once: signs have no second derivative."
+        )
 
 
 class SignProduct(torch.autograd.Function):
@@ -241,7 +223,7 @@ class SignProduct(torch.autograd.Function):
         words: Tensor,
         prepared: Tensor | None,
         k: int,
-        rules: Rules,
+        rules: tuple[BinaryRule, BinaryRule],
         limit: float | None,
         out_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,14 +234,14 @@ class SignProduct(torch.autograd.Function):
             bias,
             weight_prepared=prepared,
             out_dtype=out_dtype,
-            strict=rules.input.strict,
+            strict=rules[0].strict,
             threshold=limit,
         )
         return y, x_words, in_range_words
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, weight, bias, words, _, ctx.k, ctx.rules, limit, _ = inputs
+        x, weight, bias, words, _, ctx.k, (ctx.input_rule, ctx.weight_rule), limit, _ = inputs
         _, x_words, in_range_words = output
         ctx.mark_non_differentiable(x_words, in_range_words)
         ctx.set_materialize_grads(False)
@@ -270,8 +252,8 @@ class SignProduct(torch.autograd.Function):
             x_words,
             None if limit is None else in_range_words,
             words,
-            None if ctx.rules.input.derivative is None else x,
-            weight if ctx.rules.weight.changes_gradient else None,
+            None if ctx.input_rule.derivative is None else x,
+            weight if ctx.weight_rule.changes_gradient else None,
         )
 
     @staticmethod
@@ -340,20 +322,29 @@ def times_signs(reals: Tensor, words: Tensor, k: int, transpose: bool = False) -
     return _times_unpacked(reals, words, k)
 
 
-# Crossover between tables and BLAS for a dtype, as multiples of least_sign_outputs(): outputs, values to sum.
+# Up to so many rows tables win whatever the other sizes are: the BLAS would read signs that are unpacked for few sums.
+_FEW_ROWS = {torch.float16: 64}
+# Crossover between tables and BLAS for more rows, as multiples of least_sign_outputs(): outputs, values to sum.
 _LEAST_OF_HALF_TYPES = {torch.bfloat16: (2, 1.5), torch.float16: (1 / 16, 1 / 8)}
 
 
 def tables_win(reals: Tensor, outputs: int) -> bool:
-    """Whether tables, which are made anew for each row of outputs, are faster than the BLAS.
+    """Whether sums by tables, which are made anew for each row, are faster than unpacking the signs and the BLAS.
 
     Sizes that a traced program leaves open count as large: the choice must not depend on them.
 
-    Measured on Zen 4, one thread, 1 to 4096 rows (bfloat16 16384). From 128 outputs and 64 values to sum on 1.1 to 2
-    times as fast, below them up to 3 times slower. bfloat16's BLAS has instructions of its own (AVX512_BF16): from 256
-    and 192 on 0.99 to 3 times, with 160 values down to 0.92. float16's has none: from 8 and 16 on 1.5 times and more.
+    Measured with one thread. Up to 32 rows (float16 64) tables were faster for all sizes of 64 to 4096 (Intel Xeon with
+    AVX-512). With more, on Zen 4: from 128 outputs and 64 values to sum on 1.1 to 2 times as fast, below them up to 3
+    times slower; bfloat16's BLAS has instructions of its own (AVX512_BF16): from 256 and 192 on 0.99 to 3 times, but
+    with AMX the BLAS is 2 to 4 times as fast; float16's has none: from 8 and 16 on 1.5 times and more.
     """
     least = _library.least_sign_outputs()
+    if least >= _NEVER:
+        return False
+    if is_known(reals.numel() <= _FEW_ROWS.get(reals.dtype, 32) * reals.shape[-1]):
+        return True
+    if reals.dtype is torch.bfloat16 and HAS_AMX:
+        return False
     least_outputs, least_values = _LEAST_OF_HALF_TYPES.get(reals.dtype, (1, 0.5))
     return not is_known(outputs < least_outputs * least) and not is_known(reals.shape[-1] < least_values * least)
 
@@ -410,30 +401,48 @@ def _gradients(
     if ctx.needs_input_grad[0]:
         grad_x = times_signs(grad, words, ctx.k).to(x_dtype)
         if x is not None:
-            grad_x = grad_x * ctx.rules.input.derivative(x)
+            grad_x = grad_x * ctx.input_rule.derivative(x)
         if in_range_words is not None:
             grad_x = _keep(grad_x, in_range_words, ctx.k)
     if ctx.needs_input_grad[1]:
         row_words = x_words.reshape(rows.shape[0], x_words.shape[-1])
         grad_weight = times_signs(rows.t(), row_words, ctx.k).to(weight_dtype)
         if weight is not None:
-            grad_weight = ctx.rules.weight.gradient(grad_weight, weight)
+            grad_weight = ctx.weight_rule.gradient(grad_weight, weight)
     if ctx.needs_input_grad[2]:
         grad_bias = rows.sum(0).to(bias_dtype)
     return [grad_x, grad_weight, grad_bias]
 
 
-def _differentiable(
+def differentiable(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     words: Tensor,
     prepared: Tensor | None,
     k: int,
-    rules: Rules,
+    rules: tuple[BinaryRule, BinaryRule],
     threshold: float | None,
 ) -> Tensor:
-    limit = _in_range_limit(rules.input, threshold)
+    """``s(x) · s(weight)ᵀ + bias``, differentiable once in x, weight and bias.
+
+    Args:
+        x: Shape ``(..., k)``, any strides.
+        weight: Shape ``(n, k)``, or None where only its words are there.
+        bias: Shape ``(n,)`` or None.
+        words: The packed signs of the weight.
+        prepared: Their prepared form, or None.
+        k: Number of values in a row.
+        rules: How signs and gradients are made, of x and of the weight.
+        threshold: The gradient of x is 0 where not ``|x| <= threshold``; None and 0 cancel nothing.
+
+    Returns:
+        Shape ``(..., n)``, in autocast's dtype or that of x.
+
+    Raises:
+        RuntimeError: As the operators do; and in a second backward.
+    """
+    limit = _in_range_limit(rules[0], threshold)
     function = SignProduct if _compiling() else SignProductEager
     y: Tensor = apply(function, x, weight, bias, words, prepared, k, rules, limit, autocast_dtype(x))[0]
     return y

@@ -6,7 +6,8 @@ No other file of the package has any; ``tests/test_private_names.py`` looks.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 __all__ = [
+    "HAS_AMX",
     "any_autocast",
     "apply",
-    "called_by",
-    "hook_tables",
+    "called_from",
+    "has_hooks",
     "is_dtensor",
     "is_known",
     "is_plain",
@@ -31,6 +33,18 @@ __all__ = [
 
 # Whether autocast is on for any device. Without it the caller asks about its own device.
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
+def _has_amx() -> bool:
+    try:
+        return bool(torch.cpu._is_amx_tile_supported())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+HAS_AMX: bool = _has_amx()
+"""Whether the processor has Intel's tiles, by which its BLAS multiplies bfloat16."""
+
 _functorch_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
@@ -56,17 +70,24 @@ def operator_entry(operator: Any) -> Callable[..., Any]:
     return entry
 
 
-_NO_HOOKS: Mapping[int, Any] = {}
+def has_hooks(module: nn.Module, allowed: Callable[..., Any] | None = None) -> bool:
+    """Whether the module has hooks, which a computation past its `forward` would skip.
 
-
-def hook_tables(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
-    """The module's tables of hooks: forward, forward-pre, backward, backward-pre. All are empty in most modules."""
-    return (
-        getattr(module, "_forward_hooks", _NO_HOOKS),
-        getattr(module, "_forward_pre_hooks", _NO_HOOKS),
-        getattr(module, "_backward_hooks", _NO_HOOKS),
-        getattr(module, "_backward_pre_hooks", _NO_HOOKS),
-    )
+    Args:
+        module: The module.
+        allowed: A forward hook that does not count.
+    """
+    try:
+        if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return True
+        forward = module._forward_hooks
+    except AttributeError:
+        return True
+    if forward:
+        for hook in forward.values():
+            if hook is not allowed:
+                return True
+    return False
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -113,14 +134,13 @@ def trace_as_leaf(module: nn.Module, x: Any) -> Any:
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
 
 
-def called_by(function: Any, depth: int = 5) -> bool:
-    """Whether a Python function is among the nearest callers of the caller."""
-    code = getattr(function, "__code__", None)
-    frame = sys._getframe(1)
+def called_from(module: str, depth: int = 6) -> bool:
+    """Whether a function of this module of torch's is among the nearest callers of the caller."""
+    frame: FrameType | None = sys._getframe(1)
     for _ in range(depth):
         if frame is None:
             return False
-        if frame.f_code is code:
+        if str(frame.f_globals.get("__name__")).startswith(module):
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False

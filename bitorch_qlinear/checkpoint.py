@@ -26,6 +26,7 @@ __all__ = [
     "INPUT_RULES",
     "NUMBERS",
     "REAL_INPUT",
+    "STRICT_INPUT",
     "WEIGHT_RULES",
     "problem_of_packed",
     "problem_of_words_in_float",
@@ -35,7 +36,7 @@ __all__ = [
 FORMAT = 1
 """The newest format that this version knows, and the one that it writes."""
 INPUT_RULES = ("+1 where not x < 0, else -1", "+1 where x > 0, else -1", "real values as they are")
-REAL_INPUT = 2
+STRICT_INPUT, REAL_INPUT = 1, 2
 WEIGHT_RULES = ("+1 where not w < 0, else -1", "+1 where w > 0, else -1", "the signs of quantized weights")
 NUMBERS = ("k", "format", "input_rule", "weight_rule")
 """The entries that are one number each."""

@@ -11,13 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _library, functional
-from ._product import Rules, apply_to_nested, has_kernels, real_linear, sign_linear, tables_win, wants_gradient
-from ._torch import called_by, hook_tables, is_dtensor, is_plain, is_proxy, trace_as_leaf, transforms_active
+from . import _library, functional, quantizations
+from ._product import (
+    apply_to_nested,
+    differentiable,
+    has_kernels,
+    is_differentiated,
+    real_linear,
+    sign_linear,
+    tables_win,
+    wants_gradient,
+)
+from ._torch import called_from, has_hooks, is_dtensor, is_plain, is_proxy, trace_as_leaf
 from .checkpoint import problem_of_words_in_float
-from .quantizations import binary_rule, cancel_gradient, get_quantization, is_identity
+from .quantizations import BinaryRule, binary_rule, cancel_gradient, get_quantization, is_identity
 
 __all__ = ["QLinear"]
+
+# Looked up once: a name in a module of a module costs 20 ns at every call.
+_compiling = torch.compiler.is_compiling
 
 # In a call with at most so many rows and at least so many weights, packing the weights takes most of the time: with
 # more rows the product does, with fewer weights the call itself.
@@ -27,10 +39,10 @@ _MANY_WEIGHTS = 1 << 17
 _warned_of_packing = False
 
 
-def _warn_of_packing(rows: int, weight: Tensor) -> None:
+def _warn_of_packing(rows: int) -> None:
     """Say once a process that a model whose weights no longer change is faster when it is packed."""
     global _warned_of_packing
-    if _warned_of_packing or rows > _FEW_ROWS or weight.numel() < _MANY_WEIGHTS:
+    if _warned_of_packing or rows > _FEW_ROWS:
         return
     _warned_of_packing = True
     warnings.warn(
@@ -71,19 +83,13 @@ def _how_to_free(linear: nn.Linear, name: str) -> str:
     return f"got {type(getattr(linear, name, None)).__name__}"
 
 
-def _do_nothing(module: nn.Module, args: Any, output: Any) -> None:
+def do_nothing(module: nn.Module, args: Any, output: Any) -> None:
     """A hook on the activation.
 
     ``nn.TransformerEncoderLayer`` has a fast path for inference that reads its linear layers' weights itself, and never
     calls the layers. It leaves that path where any module inside has a forward hook. The activation itself is called in
     the float path alone, so that the hook costs a packed call nothing.
     """
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether the module has hooks, which a computation past its `forward` would skip."""
-    forward, *others = hook_tables(module)
-    return any(others) or any(hook is not _do_nothing for hook in forward.values())
 
 
 class Activation(nn.Module):
@@ -107,7 +113,7 @@ class Activation(nn.Module):
         super().__init__()
         self.activation_function = activation_function
         self.gradient_cancellation_threshold = _check_threshold(threshold)
-        self.register_forward_hook(_do_nothing)
+        self.register_forward_hook(do_nothing)
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize x in float."""
@@ -252,32 +258,36 @@ class QLinear(nn.Linear):
         rules = self._rules()
         if rules is None or not has_kernels(x) or not has_kernels(weight):
             return self._in_float(x, weight, bias, rules)
-        if not self.training and not _warned_of_packing and not torch.compiler.is_compiling():
+        if not (self.training or _compiling() or _warned_of_packing) and weight.numel() >= _MANY_WEIGHTS:
             self._consider_warning(x, weight, bias)
         try:
-            return sign_linear(x, weight, bias, rules, self.activation.gradient_cancellation_threshold)
+            if not is_differentiated(x, weight, bias):
+                return sign_linear(x, weight, bias, rules[0].strict, rules[1].strict)
+            words = functional.pack_bits(weight.detach(), rules[1].strict)
+            threshold = self.activation.gradient_cancellation_threshold
+            return differentiable(x, weight, bias, words, None, weight.shape[1], rules, threshold)
         except NotImplementedError:
-            if torch.compiler.is_compiling() or (is_plain(x) and is_plain(weight)):
+            if _compiling() or (is_plain(x) and is_plain(weight)):
                 raise
             return self._in_float(x, weight, bias, rules)
 
-    def _rules(self) -> Rules | None:
+    def _rules(self) -> tuple[BinaryRule, BinaryRule] | None:
         """The rules of input and weight, or None where the packed path does not compute them."""
         modules: Mapping[str, Any] = self._modules
-        activation, weight_quantization = modules["activation"], modules["weight_quantization"]
-        if type(activation) is not Activation or has_hooks(activation):
+        activation = modules["activation"]
+        if type(activation) is not Activation or has_hooks(activation, do_nothing):
             return None
         input_rule = binary_rule(activation._modules["activation_function"])
-        weight_rule = binary_rule(weight_quantization)
-        return None if input_rule is None or weight_rule is None else Rules(input_rule, weight_rule)
+        weight_rule = binary_rule(modules["weight_quantization"])
+        return None if input_rule is None or weight_rule is None else (input_rule, weight_rule)
 
     def _consider_warning(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         if is_plain(x) and x.dim() > 0 and x.shape[-1] and not wants_gradient(x, weight, bias):
-            _warn_of_packing(x.numel() // x.shape[-1], weight)
+            _warn_of_packing(x.numel() // x.shape[-1])
 
     # ---- what is not the packed product ----
 
-    def _in_float(self, x: Tensor, weight: Tensor, bias: Tensor | None, rules: Rules | None) -> Tensor:
+    def _in_float(self, x: Tensor, weight: Tensor, bias: Tensor | None, rules: object) -> Tensor:
         """The same values by torch's own operators, for tensors and quantizations without kernels."""
         if x.is_nested:
             return apply_to_nested(self, x)
@@ -301,18 +311,17 @@ class QLinear(nn.Linear):
         activation = self.activation
         return (
             not self.training
-            and not torch.compiler.is_compiling()
+            and not _compiling()
             and x.is_cpu
             and x.dim() > 0
             and x.shape[-1] == weight.shape[1]
             and tables_win(x, weight.shape[0])
             and type(activation) is Activation
-            and not has_hooks(activation)
+            and not has_hooks(activation, do_nothing)
             and is_identity(activation.activation_function)
             and binary_rule(self.weight_quantization) is not None
             and all(t.dtype is x.dtype and t.is_cpu and is_plain(t) for t in (x, weight, bias) if t is not None)
-            and not wants_gradient(x, weight, bias)
-            and not transforms_active()
+            and not is_differentiated(x, weight, bias)
         )
 
     def _multiply_signs(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -327,15 +336,27 @@ class QLinear(nn.Linear):
         """What ``copy.deepcopy`` and pickle ask for.
 
         Raises:
-            TypeError: The copy is one that ``fuse_linear_bn_eval`` makes: of the weights that it scales, the signs alone
-                would count.
+            TypeError: The copy is for ``fuse_linear_bn_eval``, which scales weights of which the signs alone would count.
         """
-        if called_by(torch.nn.utils.fusion.fuse_linear_bn_eval):
+        if called_from("torch.nn.utils.fusion"):
             raise TypeError(
                 "linear: fuse_linear_bn_eval cannot take a QLinear, because of scaled weights the signs alone count: "
                 "keep the batch norm."
             )
         return super().__reduce_ex__(protocol)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Set a parameter.
+
+        Raises:
+            TypeError: It is one that torch's tensor-parallel styles made.
+        """
+        if param is not None and is_dtensor(param) and called_from("torch.distributed.tensor.parallel"):
+            raise TypeError(
+                "module: torch's tensor-parallel styles cannot take a QLinear, whose product has no rules for sharded "
+                "weights: leave it out of the plan."
+            )
+        super().register_parameter(name, param)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         problem = problem_of_words_in_float(prefix, state_dict)
@@ -365,3 +386,14 @@ class QLinear(nn.Linear):
         if real and not self.training and binary_rule(self.weight_quantization) and self.weight.is_cpu:
             return "packed weights, real input (in inference, where that is faster; else float)"
         return "float"
+
+
+def safe_globals() -> list[Any]:
+    """What ``torch.load(weights_only=True)`` may build of a pickled layer: the layer, its activation, quantizations."""
+    classes = [getattr(quantizations, name) for name in quantizations.__all__]
+    return [
+        QLinear,
+        Activation,
+        do_nothing,
+        *(each for each in classes if isinstance(each, type) and issubclass(each, nn.Module)),
+    ]

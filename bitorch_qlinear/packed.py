@@ -9,13 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _library, functional
-from ._product import Rules, apply_to_nested, autocast_dtype, has_kernels, packed_linear, real_linear
+from ._product import (
+    apply_to_nested,
+    autocast_dtype,
+    differentiable,
+    has_kernels,
+    is_differentiated,
+    packed_linear,
+    real_linear,
+)
 from ._torch import is_plain, is_proxy, shares_data, trace_as_leaf
-from .checkpoint import FORMAT, INPUT_RULES, REAL_INPUT, WEIGHT_RULES, problem_of_packed, words_for
+from .checkpoint import FORMAT, INPUT_RULES, REAL_INPUT, STRICT_INPUT, WEIGHT_RULES, problem_of_packed, words_for
 from .linear import Activation, QLinear, path_name
 from .quantizations import BinaryRule, binary_rule, get_quantization, is_identity
 
 __all__ = ["PackedQLinear"]
+
+# Looked up once: a name in a module of a module costs 20 ns at every call.
+_compiling = torch.compiler.is_compiling
 
 _SIGN = BinaryRule()
 
@@ -137,7 +148,9 @@ class PackedQLinear(nn.Module):
         with torch.inference_mode(False):
             words = torch.zeros(out_features, words_for(in_features), dtype=torch.int32, device=device)
             self.register_buffer("weight", words)
-            self._make_parameters(torch.zeros(out_features, device=device, dtype=dtype) if bias else None, device, dtype)
+            self._make_parameters(
+                torch.zeros(out_features, device=device, dtype=dtype) if bias else None, device, dtype
+            )
             for name, number in self._numbers().items():
                 self.register_buffer(name, torch.tensor(number, device=device))
         self.prepare()
@@ -185,7 +198,6 @@ class PackedQLinear(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             copied = None if bias is None else bias.detach().clone()
             packed._make_parameters(copied, weight.device, weight.dtype)
-            packed._complete_numbers()
         packed.prepare()
         return packed.train(layer.training)
 
@@ -219,40 +231,55 @@ class PackedQLinear(nn.Module):
             TypeError: x is no tensor.
             RuntimeError: A wrong shape or dtype; double backward; forward-mode differentiation (NotImplementedError).
         """
+        form = self.weight_prepared
+        if form is None or type(x) is not Tensor or not x.is_cpu or _compiling():
+            return self._without_form(x)
+        stale = _library.stale_forms
+        before = stale.value
+        y = self._compute(x, form)
+        if stale.value != before:
+            self.prepare()  # the form was not made of these words: the next call has one that is
+        return y
+
+    def _without_form(self, x: Tensor) -> Tensor:
+        """The output where the layer has no form yet, where x is not an ordinary tensor on the CPU, or while compiling."""
         if not isinstance(x, Tensor):
             return trace_as_leaf(self, x) if is_proxy(x) else F.linear(x, self.weight, self.bias)  # a TypeError
         words: Any = self._buffers["weight"]
-        bias = self._parameters["bias"]
-        if not has_kernels(x) or not has_kernels(words):
-            return self._in_float(x, words, bias)
-        if torch.compiler.is_compiling():
+        if _compiling():
             # An exported program runs elsewhere, where another kernel may read another form.
-            form = None if torch.compiler.is_exporting() else self.weight_prepared
-            return self._product(x, words, bias, form)
-        form = self.weight_prepared
-        if form is None and words.is_cpu:
-            form = self.prepare()
-        stale = _library.stale_forms
-        before = stale.value
+            usable = words.is_cpu and x.is_cpu and not torch.compiler.is_exporting()
+            return self._compute(x, self.weight_prepared if usable else None)
+        wants_form = self._input_rule != REAL_INPUT and words.is_cpu and x.is_cpu
+        return self._compute(x, self.prepare() if wants_form else None)
+
+    def _compute(self, x: Tensor, form: Tensor | None) -> Tensor:
+        # nn.Module.__getattr__ costs 0.5 us.
+        words: Any = self._buffers["weight"]
+        bias = self._parameters["bias"]
+        activation: Any = self._modules["activation"]
+        if form is None and not (has_kernels(x) and has_kernels(words)):
+            return self._in_float(x, words, bias)
         try:
-            y = self._product(x, words, bias, form if words.is_cpu else None)
+            if self._input_rule == REAL_INPUT:
+                return real_linear(x, words, self.in_features, bias, activation.gradient_cancellation_threshold)
+            if not is_differentiated(x, bias):
+                return packed_linear(x, words, self.in_features, bias, form, self._input_rule == STRICT_INPUT)
+            # progressive_sign has no rule while it trains, but here it is a sign for ever.
+            rules = binary_rule(activation.activation_function) or _SIGN, _SIGN
+            threshold = activation.gradient_cancellation_threshold
+            return differentiable(x, None, bias, words, form, self.in_features, rules, threshold)
         except NotImplementedError:
-            if is_plain(x) and is_plain(words):
+            if _compiling() or (is_plain(x) and is_plain(words)):
                 raise
             return self._in_float(x, words, bias)
-        if stale.value != before:
-            self.weight_prepared = None  # it was not made of these words: the next call makes it anew
-        return y
-
-    def _product(self, x: Tensor, words: Tensor, bias: Tensor | None, form: Tensor | None) -> Tensor:
-        activation: Any = self._modules["activation"]
-        threshold = activation.gradient_cancellation_threshold
-        if self._input_rule == REAL_INPUT:
-            return real_linear(x, words, self.in_features, bias, threshold)
-        rule = _SIGN
-        if self._input_rule or x.requires_grad:
-            rule = binary_rule(activation.activation_function) or _SIGN
-        return packed_linear(x, words, self.in_features, bias, form, Rules(rule, _SIGN), threshold)
+        except RuntimeError as error:
+            if x.dtype is not torch.int32:
+                raise
+            raise TypeError(
+                "x: expected float values, got int32, the dtype of the layer's packed weights: a module that casts its "
+                "values to weight.dtype, as T5 does, needs a QLinear there."
+            ) from error
 
     def _in_float(self, x: Tensor, words: Tensor, bias: Tensor | None) -> Tensor:
         """The same values by torch's own operators, on any device: summed and rounded in the operators' T."""
@@ -289,6 +316,7 @@ class PackedQLinear(nn.Module):
         Returns:
             The form, or None where the words are not on a CPU or the layer's input is real.
         """
+        self._complete()
         words, form = self._buffers["weight"], None
         if self._input_rule != REAL_INPUT and type(words) is Tensor and words.is_cpu and not words.is_floating_point():
             with torch.inference_mode(False), torch.no_grad():
@@ -298,9 +326,7 @@ class PackedQLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedQLinear:
         self.weight_prepared = None
-        empty = self._parameters.get("empty")
-        if empty is not None and empty.is_meta and not self.weight.is_meta:  # a loader assigned the other tensors
-            self._make_parameters(None, self.weight.device, empty.dtype)
+        self._complete()  # what is on meta cannot be moved
         words = self.weight
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight is not words and shares_data(words, self.weight):
@@ -353,18 +379,21 @@ class PackedQLinear(nn.Module):
         elif isinstance(weight, Tensor):
             state_dict[key] = weight.view(torch.int32).contiguous()
         missing: list[str] = []
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys.extend(name for name in missing if name not in may_miss)
-        self._complete_numbers()
         self.prepare()
 
-    def _complete_numbers(self) -> None:
-        """Make what an older or a float checkpoint lacks, where the layer was built on meta and the words were assigned."""
+    def _complete(self) -> None:
+        """Replace what is still on meta after a loader assigned the words: entries that its checkpoint lacks."""
+        device = self.weight.device
+        if device.type == "meta":
+            return
         for name, number in self._numbers().items():
-            if self._buffers[name].is_meta and not self.weight.is_meta:  # type: ignore[union-attr]
-                setattr(self, name, torch.tensor(number, device=self.weight.device))
+            if getattr(self, name).is_meta:
+                setattr(self, name, torch.tensor(number, device=device))
+        empty = self._parameters.get("empty")
+        if empty is not None and empty.is_meta:
+            self._make_parameters(None, device, empty.dtype)
 
     @property
     def path(self) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
-from ._torch import apply, hook_tables
+from ._torch import apply, has_hooks
 
 __all__ = [
     "ApproxSign",
@@ -465,18 +465,20 @@ def _finite(name: str, value: float) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # Recognition and names
 
-# By class and module name, so that bitorch's own objects are known without importing bitorch. A subclass has another
-# name and may compute something else: it is not found.
-_RULE_BY_CLASS: dict[tuple[str, str], Callable[[Any], BinaryRule | None]] = {
-    (module, cls.__qualname__): cls.rule
-    for cls, bitorch_module in (
+# bitorch's own objects are known by their module's and their class's name, without importing bitorch. A subclass may
+# compute something else: it is not found.
+_RULE_BY_NAME: dict[tuple[str, str], Callable[[Any], BinaryRule | None]] = {
+    (f"bitorch.quantizations.{module}", cls.__qualname__): cls.rule
+    for cls, module in (
         (Sign, "sign"),
         (ApproxSign, "approx_sign"),
         (SwishSign, "swish_sign"),
         (SteHeaviside, "ste_heaviside"),
         (ProgressiveSign, "progressive_sign"),
     )
-    for module in (__name__, f"bitorch.quantizations.{bitorch_module}")
+}
+_RULE_BY_CLASS: dict[type[nn.Module], Callable[[Any], BinaryRule | None]] = {
+    cls: cls.rule for cls in (Sign, ApproxSign, SwishSign, SteHeaviside, ProgressiveSign)
 }
 _IDENTITIES = {(module, "Identity") for module in (__name__, "bitorch.quantizations.identity")}
 
@@ -484,7 +486,7 @@ _IDENTITIES = {(module, "Identity") for module in (__name__, "bitorch.quantizati
 def binary_rule(quantization: nn.Module) -> BinaryRule | None:
     """The rule by which the packed path can compute this quantization, or None where it cannot.
 
-    Called on every forward of a layer, so kept to one dictionary lookup.
+    It is called on every forward of a layer, and so kept to one dictionary lookup.
 
     Args:
         quantization: any module.
@@ -495,16 +497,14 @@ def binary_rule(quantization: nn.Module) -> BinaryRule | None:
         subclasses included.
     """
     cls = type(quantization)
-    rule = _RULE_BY_CLASS.get((cls.__module__, cls.__qualname__))
-    if rule is None or any(hook_tables(quantization)):
-        return None
-    return rule(quantization)
+    rule = _RULE_BY_CLASS.get(cls) or _RULE_BY_NAME.get((cls.__module__, cls.__qualname__))
+    return None if rule is None or has_hooks(quantization) else rule(quantization)
 
 
 def is_identity(quantization: nn.Module) -> bool:
     """Whether this is exactly the quantization that leaves x as it is, of this package or of bitorch, without hooks."""
     cls = type(quantization)
-    return (cls.__module__, cls.__qualname__) in _IDENTITIES and not any(hook_tables(quantization))
+    return (cls.__module__, cls.__qualname__) in _IDENTITIES and not has_hooks(quantization)
 
 
 _classes: dict[str, type[nn.Module]] = {}

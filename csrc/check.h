@@ -5,9 +5,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
+#include <string>
+#include <type_traits>
 
 #include "dtype.h"
 #include "packed.h"
@@ -17,12 +19,22 @@ namespace bitorch_qlinear {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Without streams: their locale crashes where a compiler links its own libstdc++ statically beside torch's.
+inline std::string in_words(const char* part) { return part; }
+inline std::string in_words(const std::string& part) { return part; }
+template <class Number>
+std::string in_words(Number number) {
+    if constexpr (std::is_integral_v<Number>) return std::to_string(number);
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%g", static_cast<double>(number));
+    return digits;
+}
+
 template <class... Parts>
 [[noreturn]] void fail(const char* argument, const Parts&... parts) {
-    std::ostringstream message;
-    message << "bitorch_qlinear: " << argument << ": ";
-    (message << ... << parts);
-    throw std::runtime_error(message.str());
+    std::string message = std::string("bitorch_qlinear: ") + argument + ": ";
+    ((message += in_words(parts)), ...);
+    throw std::runtime_error(message);
 }
 
 // Undefined where the stable ABI has no word for the dtype: its own error would name a file instead of the argument.

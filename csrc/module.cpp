@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cpu/cpu_features.h"
+#include "sources.h"
 
 namespace {
 
@@ -12,6 +13,7 @@ namespace py = pybind11;
 py::dict build_info() {
     py::dict info;
     info["version"] = BITORCH_QLINEAR_VERSION;
+    info["sources"] = bitorch_qlinear::sources_digest();
     info["torch"] = BITORCH_QLINEAR_TORCH_VERSION;
     info["cuda_targets"] = BITORCH_QLINEAR_CUDA_TARGETS;
     info["cuda_reason"] = BITORCH_QLINEAR_CUDA_REASON;
@@ -28,7 +30,8 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Build and processor information of bitorch_qlinear.";
-    module.def("build_info", &build_info, "Version, compiler, torch built against, CUDA targets.");
+    module.def("build_info", &build_info,
+               "Version, digest of the sources, compiler, torch built against, CUDA targets.");
     module.def("cpu_capability", &bitorch_qlinear::cpu_capability,
                "What processor and operating system offer: AVX512, AVX2, NEON or DEFAULT.");
 }

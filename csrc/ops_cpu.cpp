@@ -19,6 +19,7 @@
 #include "cpu/share.h"
 #include "cuda/prepared_size.h"
 #include "epilogue.h"
+#include "sources.h"
 #include "tensors.h"
 
 #define BITORCH_QLINEAR_EXPORT extern "C" __attribute__((visibility("default")))
@@ -441,6 +442,8 @@ const char* hold(Function function) {
 }  // namespace
 
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_version() { return BITORCH_QLINEAR_VERSION; }
+
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_sources() { return bitorch_qlinear::sources_digest(); }
 
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_kernels() { return hold(bitorch_qlinear::available_kernels); }
 

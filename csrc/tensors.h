@@ -29,9 +29,9 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const De
     if (overflows || aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
                                               device.type, std::max(device.index, 0), &handle)) {
-        std::ostringstream shape;
-        for (const int64_t size : sizes) shape << size << ", ";
-        fail("result", "cannot allocate shape (", shape.str(), ") of ", dtype_name(type));
+        std::string shape;
+        for (const int64_t size : sizes) shape += std::to_string(size) + ", ";
+        fail("result", "cannot allocate shape (", shape, ") of ", dtype_name(type));
     }
     return Tensor(handle);
 }
@@ -108,10 +108,12 @@ inline Rows check_rows(const char* argument, const Tensor& x, int64_t k, const D
     return {std::move(rows), data, dtype, m, k, stride.value_or(k)};
 }
 
+// The sizes of a tensor with at least one dimension, with another last one.
 inline std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) {
-    const auto sizes = tensor.sizes();
-    std::vector<int64_t> result(sizes.begin(), sizes.end());
-    result.back() = last;
+    std::vector<int64_t> result;
+    result.reserve(static_cast<size_t>(tensor.dim()));
+    for (int64_t d = 0; d + 1 < tensor.dim(); ++d) result.push_back(tensor.size(d));
+    result.push_back(last);
     return result;
 }
 

@@ -1,4 +1,4 @@
-"""What was built: shared objects, the way to them, the version handshake, the choice of a kernel, the CUDA decision."""
+"""What was built, and how: shared objects, stale builds, the choice of a kernel, setup.py, sdist, make's records."""
 
 import dataclasses
 import importlib.util
@@ -9,16 +9,18 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 
 import bitorch_qlinear
-from bitorch_qlinear import _C, _library
+from bitorch_qlinear import _C, _library, _sources
 
 PACKAGE = Path(bitorch_qlinear.__file__).parent
 ROOT = PACKAGE.parent
+CHECKOUT = Path(__file__).parents[1]
 OPERATOR_LIBRARIES = sorted(PACKAGE.glob("_ops_*.so"))
 
 
@@ -168,9 +170,10 @@ version = types.ModuleType("bitorch_qlinear._version")
 version.__version__ = "99.0"
 sys.modules["bitorch_qlinear._version"] = version
 """
-STALE_OPERATORS_ONLY = """
+STALE_OPERATORS_ONLY = f"""
+SOURCES = {_library.build_info["sources"]!r}
 module = types.ModuleType("bitorch_qlinear._C")
-module.build_info = lambda: {"version": "99.0"}
+module.build_info = lambda: {{"version": "99.0", "sources": SOURCES}}
 sys.modules["bitorch_qlinear._C"] = module
 """
 
@@ -204,7 +207,255 @@ def test_missing_and_damaged_builds(tmp_path, part, damage, message):
     assert "make build" in last_line(result)
 
 
+def copy_of_the_package(folder, with_sources):
+    shutil.copytree(PACKAGE, folder / "bitorch_qlinear", ignore=shutil.ignore_patterns("__pycache__"))
+    if with_sources:
+        shutil.copytree(CHECKOUT / "csrc", folder / "csrc")
+        shutil.copy(CHECKOUT / "setup.py", folder)
+    return folder / "bitorch_qlinear"
+
+
+OTHER_SOURCES = (
+    f"ImportError: bitorch_qlinear {bitorch_qlinear.__version__} found its {{}} built from other sources than "
+)
+
+
+@pytest.mark.parametrize("changed", ["csrc/cpu/bits.h", "csrc/cuda/pack.cu", "csrc/new.cpp", "setup.py", None])
+def test_stale_build_of_the_same_version(tmp_path, changed):
+    copy_of_the_package(tmp_path, with_sources=True)
+    if changed:
+        with (tmp_path / changed).open("a") as file:
+            file.write("\n")
+    result = run_python("import bitorch_qlinear; print('imported')", cwd=tmp_path)
+    if changed:
+        assert last_line(result).startswith(OTHER_SOURCES.format("module _C") + "those in csrc: a stale build; ")
+        assert "make build" in last_line(result) and result.returncode != 0
+    else:
+        assert last_line(result) == "imported"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (_library.build_info["sources"].encode(), b"0" * 64),
+        (b"\0bitorch_qlinear_sources\0", b"\0bitorch_qlinear_no_such\0"),  # as in libraries that had no digest
+    ],
+    ids=["another", "none"],
+)
+@pytest.mark.parametrize("with_sources", [False, True])
+def test_operators_from_other_sources_than_the_module(tmp_path, with_sources, old, new):
+    library = copy_of_the_package(tmp_path, with_sources) / "_ops_cpu.so"
+    content = library.read_bytes()
+    assert old in content and len(old) == len(new)
+    library.write_bytes(content.replace(old, new))
+    result = run_python("import bitorch_qlinear", cwd=tmp_path)
+    assert result.returncode != 0
+    assert last_line(result).startswith(OTHER_SOURCES.format("operators") + "its module _C: a stale build; ")
+    assert "make build" in last_line(result)
+
+
+def test_module_that_had_no_digest(tmp_path):
+    result = run_python(
+        "import sys, types\n"
+        "module = types.ModuleType('bitorch_qlinear._C')\n"
+        f"module.build_info = lambda: {{'version': {bitorch_qlinear.__version__!r}}}\n"
+        "sys.modules['bitorch_qlinear._C'] = module\n"
+        "import bitorch_qlinear"
+    )
+    assert last_line(result).startswith(OTHER_SOURCES.format("module _C")) and "make build" in last_line(result)
+
+
+def test_digest_is_of_names_and_contents(tmp_path):
+    def digest(**files):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name, content in {"setup.py": "", "csrc/ops_cpu.cpp": "", **files}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(content)
+        return _sources.digest(folder)
+
+    different = [
+        digest(),
+        digest(**{"setup.py": "x"}),
+        digest(**{"csrc/ops_cpu.cpp": "x"}),
+        digest(**{"csrc/a.h": "ab", "csrc/b.h": "c"}),
+        digest(**{"csrc/a.h": "a", "csrc/b.h": "bc"}),
+        digest(**{"csrc/b.h": "a", "csrc/a.h": "bc"}),
+        digest(**{"csrc/a.h": "a", "csrc/cpu/b.h": "bc"}),
+        digest(**{"csrc/a.h": "abc"}),
+    ]
+    assert len({*different}) == len(different) and None not in different
+    assert digest(**{"csrc/.#ops.cpp": "x", "csrc/DESIGN.md": "x", "README.md": "x"}) == different[0]
+
+
+def test_no_digest_beside_an_installed_package(tmp_path):
+    assert _sources.digest(tmp_path) is None
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "foreign.cpp").touch()
+    assert _sources.digest(tmp_path) is None
+    (tmp_path / "csrc" / "ops_cpu.cpp").touch()
+    assert _sources.digest(tmp_path) is None  # there is no setup.py
+
+
 # ---- setup.py ----------------------------------------------------------------------------------------
+
+
+def run_setup(folder, *arguments, **environment):
+    """setup.py in a folder; its exit status and what it printed."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("BITORCH_QLINEAR_")}
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", *arguments],
+        cwd=folder,
+        env={**variables, "BITORCH_QLINEAR_BUILD_CUDA": "0", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_sdist_holds_every_file_whatever_torch_makes_it(tmp_path):
+    pytest.importorskip("pybind11")
+    if not (CHECKOUT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("there is no git checkout to compare with")
+    listed = subprocess.run(["git", "ls-files"], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    tracked = {name for name in listed.stdout.splitlines() if (CHECKOUT / name).exists()}
+    assert {"csrc/cuda/pack.cu", "tests/reference.py", "Makefile"} <= tracked
+    for name in tracked:
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(CHECKOUT / name, tmp_path / "copy" / name)
+    result = run_setup(tmp_path / "copy", "sdist", "-d", str(tmp_path / "out"))
+    assert result.returncode == 0, result.stdout
+    (archive,) = (tmp_path / "out").iterdir()
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    assert tracked - names == {".gitignore"}
+
+
+@pytest.fixture
+def hollow(tmp_path):
+    """A checkout whose C++ files are empty, except the one with the digest: it is compiled in seconds."""
+    pytest.importorskip("pybind11")
+    copy_of_the_package(tmp_path, with_sources=True)
+    for path in (*tmp_path.glob("csrc/**/*.cpp"), *tmp_path.glob("bitorch_qlinear/*.so")):
+        if path.suffix == ".so":
+            path.unlink()
+        elif path.name != "sources.cpp":
+            path.write_text("")
+    return tmp_path
+
+
+def test_build_has_a_digest_and_a_record(hollow):
+    result = run_setup(hollow, "build_ext", "--inplace", BITORCH_QLINEAR_BUILT_BY="this environment")
+    assert result.returncode == 0, result.stdout
+    assert (hollow / "build" / "built-by").read_text() == "this environment\n"
+    libraries = [*hollow.glob("bitorch_qlinear/*.so")]
+    assert len(libraries) == 2
+    assert all(_sources.digest(hollow).encode() in library.read_bytes() for library in libraries)
+
+    # Another content with an older time, as a copy may bring it, is compiled; and nobody says who builds.
+    changed = hollow / "csrc" / "cpu" / "cpu_features.cpp"
+    changed.write_text('extern "C" __attribute__((visibility("default"))) const char* text() { return "new content"; }')
+    os.utime(changed, (1e9, 1e9))
+    result = run_setup(hollow, "build_ext", "--inplace")
+    assert result.returncode == 0, result.stdout
+    assert (hollow / "build" / "built-by").read_text() == "\n"
+    for library in libraries:
+        assert _sources.digest(hollow).encode() in library.read_bytes()
+        assert b"new content" in library.read_bytes()
+
+
+def test_the_old_name_of_the_cuda_switch_stops_a_build(hollow):
+    result = run_setup(hollow, "build_ext", "--inplace", BITORCH_QLINEAR_CUDA="0")
+    assert result.returncode != 0 and not [*hollow.glob("bitorch_qlinear/*.so")]
+    assert result.stdout.splitlines()[-1] == (
+        "bitorch_qlinear: BITORCH_QLINEAR_CUDA is now named BITORCH_QLINEAR_BUILD_CUDA: set that one instead."
+    )
+
+
+def test_the_old_name_of_the_cuda_switch_stops_make():
+    result = run_make("-n", "build", "BITORCH_QLINEAR_CUDA=0")
+    assert result.returncode != 0
+    assert "BITORCH_QLINEAR_CUDA is now named BITORCH_QLINEAR_BUILD_CUDA: set that one instead" in result.stderr
+
+
+def test_setuptools_that_makes_no_wheels_is_named():
+    code = (
+        "import runpy, sys\n"
+        "sys.modules['setuptools.command.bdist_wheel'] = sys.modules['wheel'] = None\n"
+        "sys.argv = ['setup.py', 'dist_info']\n"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    result = run_python(code, cwd=CHECKOUT, BITORCH_QLINEAR_BUILD_CUDA="0")
+    assert result.returncode != 0
+    assert re.search(r"this setuptools \(\S+\) cannot make wheels: run \"pip install 'setuptools>=", last_line(result))
+
+
+def test_readme_installs_what_the_build_requires():
+    (requires,) = re.findall(r"^requires = (\[.*\])$", (CHECKOUT / "pyproject.toml").read_text(), re.MULTILINE)
+    (line,) = re.findall(r"^pip install torch .*$", (CHECKOUT / "README.md").read_text(), re.MULTILINE)
+    assert {*json.loads(requires)} <= {word.strip('"') for word in line.split()}
+
+
+# ---- make's records ----------------------------------------------------------------------------------
+
+
+def run_make(*arguments, folder=None):
+    """Make with nothing chosen but what the arguments choose, whatever the tests' own make was told."""
+    chosen = ("BITORCH_QLINEAR_", "CXX", "MAKE", "MFLAGS", "SYSTEM_TORCH", "TORCH", "VENV")
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(chosen)}
+    command = ["make", f"PYTHON={sys.executable}", *arguments]
+    return subprocess.run(command, cwd=folder or CHECKOUT, env=variables, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A checkout with two environments in which make was run, the second time in .venv-b; nothing is really there."""
+    for name in ("Makefile", "setup.py", "pyproject.toml"):
+        shutil.copy(CHECKOUT / name, tmp_path)
+    for folder in ("csrc", "bitorch_qlinear", "build", ".venv-a", ".venv-b"):
+        (tmp_path / folder).mkdir()
+    for name in ("csrc/ops.cpp", "bitorch_qlinear/_version.py", "bitorch_qlinear/_sources.py"):
+        (tmp_path / name).write_text("x")
+    for path in (tmp_path, *tmp_path.rglob("*")):
+        os.utime(path, (1e9, 1e9))
+    for venv in (".venv-a", ".venv-b"):
+        (tmp_path / venv / "config").write_text(value_in_make("VENV_CONFIG", tmp_path, venv))
+        for name in ("tools", "installed"):
+            (tmp_path / venv / name).touch()
+    (tmp_path / "bitorch_qlinear" / "_ops_cpu.so").touch()
+    (tmp_path / "build" / "built-by").write_text(value_in_make("BITORCH_QLINEAR_BUILT_BY", tmp_path, ".venv-b"))
+    return tmp_path
+
+
+def value_in_make(variable, folder, venv):
+    shown = run_make("-s", "--eval", f"show: ; @echo '$({variable})'", "show", f"VENV={venv}", folder=folder)
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout
+
+
+def is_up_to_date(folder, venv, *choices):
+    result = run_make("-q", "build", f"VENV={venv}", *choices, folder=folder)
+    assert result.returncode in (0, 1), result.stderr
+    return result.returncode == 0
+
+
+def test_environments_of_one_checkout_notice_each_others_builds(made):
+    assert is_up_to_date(made, ".venv-b")
+    assert not is_up_to_date(made, ".venv-a")
+    assert not is_up_to_date(made, ".venv-b", "CXX=another")
+    assert not is_up_to_date(made, ".venv-b", "BITORCH_QLINEAR_BUILD_CUDA=0")
+    assert not is_up_to_date(made, ".venv-b", "TORCH_CUDA_ARCH_LIST=9.0a")
+
+
+def test_build_without_make_is_noticed(made):
+    (made / "build" / "built-by").write_text("\n")
+    assert not is_up_to_date(made, ".venv-b")
+
+
+def test_other_sources_are_noticed_whatever_their_time(made):
+    (made / "csrc" / "ops.cpp").write_text("y")
+    os.utime(made / "csrc" / "ops.cpp", (1e9, 1e9))
+    assert not is_up_to_date(made, ".venv-b")
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +467,7 @@ def decide_cuda():
     os.chdir(ROOT)  # it names its sources relative to itself
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.delenv("BITORCH_QLINEAR_CUDA", raising=False)
+            patch.delenv("BITORCH_QLINEAR_BUILD_CUDA", raising=False)
             spec.loader.exec_module(module)
     finally:
         os.chdir(before)
@@ -226,9 +477,9 @@ def decide_cuda():
 @pytest.mark.parametrize(
     ("switch", "torch_cuda", "nvcc", "expected", "reason"),
     [
-        ("0", "13.0", "13.0", False, "BITORCH_QLINEAR_CUDA=0"),
-        ("0", None, None, False, "BITORCH_QLINEAR_CUDA=0"),
-        ("1", "13.0", "13.0", True, "BITORCH_QLINEAR_CUDA=1"),
+        ("0", "13.0", "13.0", False, "BITORCH_QLINEAR_BUILD_CUDA=0"),
+        ("0", None, None, False, "BITORCH_QLINEAR_BUILD_CUDA=0"),
+        ("1", "13.0", "13.0", True, "BITORCH_QLINEAR_BUILD_CUDA=1"),
         (None, "13.0", "13.2", True, "nvcc 13.2 and torch for CUDA 13.0"),
         ("", "12.6", "12.8", True, "12.6"),
         (None, None, "13.0", False, "without CUDA"),

@@ -321,6 +321,14 @@ def running(pid):
         return False
 
 
+def test_every_part_is_run_where_there_is_time(tmp_path, capfd):
+    """Also one whose own time is as short as what is kept for a last word."""
+    every = [part._replace(command=["true"]) for part in gpu_run.parts(tmp_path)]
+    assert gpu_run.run_all(every, tmp_path, time.time() + gpu_run.SECONDS)
+    assert {path.name for path in tmp_path.iterdir()} == {part.file for part in every}
+    assert all(line.endswith("done") for line in capfd.readouterr().out.splitlines()[-len(every) :])
+
+
 def test_the_parts_fit_into_the_time(tmp_path):
     every = gpu_run.parts(tmp_path)
     *others, last = every

@@ -13,8 +13,11 @@ from torch.func import vmap
 from bitorch_qlinear import QLinear, _library
 from bitorch_qlinear import functional as F
 
-# csrc/cpu/float_by_bits.h: values a group and a pass, passes a span; rows of a tile; csrc/ops_cpu.cpp: columns of one.
-GROUP, PASS, PASSES_PER_SPAN, ROW_TILE, MOST_COLUMNS = 6, 30, 64, 16, 4096
+# csrc/cpu/float_by_bits.h: values a group and a pass, passes a span, passes and columns whose codes are made together;
+# rows of a tile; csrc/cpu/share.h: columns of one.
+GROUP, PASS, PASSES_PER_SPAN, CODE_PASSES, CODE_COLUMNS, ROW_TILE, MOST_COLUMNS = 6, 30, 64, 16, 32, 16, 4096
+# Beyond the rows that any kernel computes one after the other.
+FEW_ROWS = range(1, 12)
 SPAN = PASS * PASSES_PER_SPAN
 
 # Kernels that multiply reals by signs faster than a BLAS does.
@@ -52,6 +55,8 @@ def sizes():
     ks = [0, *around(1, 3, GROUP, 8, PASS, 32, 2 * PASS, 64)]
     shapes = {(3, 33, k) for k in ks} | {(ROW_TILE, 9, k) for k in ks}
     shapes |= {(m, n, 37) for m in around(1, 4, 8, ROW_TILE, 2 * ROW_TILE) for n in around(1, 8, 32, 64)}
+    shapes |= {(m, n, 67) for m in FEW_ROWS for n in around(16, CODE_COLUMNS)}
+    shapes |= {(m, 35, k) for m in (1, 2, 5) for k in around(PASS, 32, 256, CODE_PASSES * PASS, 512, SPAN, SPAN + 32)}
     return sorted(shapes | {(2, 3, k) for k in [*around(SPAN, 2 * SPAN), 3 * SPAN + PASS + 1]})
 
 
@@ -143,6 +148,8 @@ def test_what_is_not_finite(kernel, dtype, transpose):
     y = F.multiply_signs(reals, words, row, transpose)
     assert torch.equal(y.nan_to_num(7.5, 1e4, -1e4), expected.nan_to_num(7.5, 1e4, -1e4))
     assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
+    few = [F.multiply_signs(part, words, row, transpose) for part in reals.split(3)]
+    assert_equal(torch.cat(few), y)
 
 
 @dtypes
@@ -152,6 +159,21 @@ def test_any_bits(kernel, on_scalar, dtype):
     reals, words = random_values((200, 65), dtype, generator), random_words(65, 40, generator)
     y = F.multiply_signs(reals, words, 40)
     assert_equal(y, on_scalar(F.multiply_signs, reals, words, 40))
+    for rows in (1, 2, 3, 7):
+        few = [F.multiply_signs(part, words, 40) for part in reals.split(rows)]
+        assert_equal(torch.cat(few), y, f"{rows} rows at a time")
+
+
+@dtypes
+def test_zeros_of_either_sign(kernel, on_scalar, dtype):
+    """Sums of zeros alone: the sign of each says in which order and with what they were added."""
+    generator = torch.Generator().manual_seed(11)
+    for m, k in itertools.product((1, 2, 5, ROW_TILE), (1, 2, PASS - 1, PASS, 2 * PASS + 4)):
+        reals, words, _ = factors(m, 40, k, dtype, True, generator, torch.rand)
+        reals = torch.where(reals < 0.2, -0.0, 0.0).to(dtype)
+        y, expected = F.multiply_signs(reals, words, k, True), on_scalar(F.multiply_signs, reals, words, k, True)
+        assert_equal(y, expected, f"{m} {k}")
+        assert torch.equal(y.signbit(), expected.signbit()), f"{m} {k}"
 
 
 @transposes

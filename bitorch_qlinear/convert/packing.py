@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from torch import Tensor, nn
 
+from ..checkpoint import WEIGHT_RULES
 from ..linear import QLinear
 from ..packed import PackedQLinear, weight_rule_of
-from ..checkpoint import WEIGHT_RULES
-from .report import binary_layers, explain, reason_against
+from .report import GATHER, binary_layers, is_fsdp, reason_against
 
 __all__ = ["pack", "unpack"]
 
+_Model = TypeVar("_Model", bound=nn.Module)
 _logger = logging.getLogger(__name__)
 
 
+@overload
+def pack(model: QLinear, *, inplace: bool = False) -> nn.Module: ...
+@overload
+def pack(model: _Model, *, inplace: bool = False) -> _Model: ...
 def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Replace each packable QLinear of a model by a PackedQLinear with the same output, for inference.
 
@@ -63,6 +68,10 @@ def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     return result
 
 
+@overload
+def unpack(model: PackedQLinear, *, inplace: bool = False) -> nn.Module: ...
+@overload
+def unpack(model: _Model, *, inplace: bool = False) -> _Model: ...
 def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Replace each PackedQLinear of a model by a QLinear with the same output, whose weights are ±1.
 
@@ -92,17 +101,12 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"model: expected an nn.Module, got {model!r:.60}")
     name = type(model).__name__
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise RuntimeError(f"model: expected the model itself, got it wrapped in {name}: pack model.module")
-    if name == "FullyShardedDataParallel":
-        raise RuntimeError(
-            f"model: expected the model itself, got it wrapped in {name}: load its full state dict into a model that is "
-            "not sharded, and pack that"
-        )
+        raise RuntimeError(f"model: expected the model itself, got it wrapped in {name}: pass model.module")
+    if name == "FullyShardedDataParallel" or any(map(is_fsdp, model.modules())):
+        raise RuntimeError(f"model: expected whole weights, got a model that FSDP shards: {GATHER}")
 
 
-def _replace(
-    model: nn.Module, replacements: dict[int, nn.Module], inplace: bool, reasons: dict[str, str]
-) -> nn.Module:
+def _replace(model: nn.Module, replacements: dict[int, nn.Module], inplace: bool, reasons: dict[str, str]) -> nn.Module:
     """The model, or a copy of it, with other modules in the places of those with these ids."""
     if not inplace:
         try:
@@ -110,9 +114,9 @@ def _replace(
             copied: nn.Module = copy.deepcopy(model, dict(replacements))
         except Exception as error:
             left = "".join(f"; {path or 'the model'} would stay as it is: {reason}" for path, reason in reasons.items())
+            said = (str(error).splitlines() or [""])[0]
             raise RuntimeError(
-                f"model: cannot be copied ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}): "
-                f"inplace=True works on the model itself{left}"
+                f"model: cannot be copied ({type(error).__name__}: {said}): inplace=True works on the model itself{left}"
             ) from error
         return copied
     for parent in list(model.modules()):
@@ -120,4 +124,3 @@ def _replace(
             if id(child) in replacements:
                 parent.register_module(name, replacements[id(child)])
     return replacements.get(id(model), model)
-

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .._torch import is_dtensor
-from ..linear import Activation, QLinear, has_hooks
-from ..packed import PackedQLinear, input_rule_of, pack_weight, weight_rule_of
+from .._torch import has_hooks, is_dtensor
+from ..linear import Activation, QLinear, do_nothing
+from ..packed import PackedQLinear, input_rule_of, pack_weight
 from ..quantizations import binary_rule
 
 __all__ = ["LayerReport", "Report", "binary_layers", "explain", "reason_against"]
@@ -76,7 +76,10 @@ class Report:
             for layer in self.layers
         ]
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (header, *rows)
+        ]
         packed = sum(layer.kind == "PackedQLinear" for layer in self.layers)
         left = sum(layer.packable for layer in self.layers)
         resident = sum(layer.resident_bytes for layer in self.layers)
@@ -97,7 +100,7 @@ def _bytes(*tensors: Tensor | None) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-_GATHER = (
+GATHER = (
     "gather the weights (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True), load "
     "them into a model that is not sharded, and pack that"
 )
@@ -114,12 +117,12 @@ def reason_against(layer: QLinear, parent: nn.Module | None = None, name: str = 
     if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
         return "nn.MultiheadAttention reads out_proj.weight itself and never calls the layer"
     if is_dtensor(layer.weight):
-        return f"its weight is sharded: {_GATHER}"
+        return f"its weight is sharded: {GATHER}"
     forward = type(layer).forward
-    if (forward is not QLinear.forward and not _is_fsdp(layer)) or "forward" in layer.__dict__:
+    if (forward is not QLinear.forward and not is_fsdp(layer)) or "forward" in layer.__dict__:
         return f"{type(layer).__name__} has a forward of its own"
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        return "it has forward hooks"
+    if has_hooks(layer):
+        return "it has hooks"
     if type(layer.activation) is not Activation:
         return f"its activation is a {type(layer.activation).__name__}, which may compute something else"
     for what, module in (
@@ -127,7 +130,7 @@ def reason_against(layer: QLinear, parent: nn.Module | None = None, name: str = 
         ("input quantization", layer.input_quantization),
         ("weight quantization", layer.weight_quantization),
     ):
-        if has_hooks(module):
+        if has_hooks(module, do_nothing):
             return f"its {what} has hooks"
     try:
         input_rule_of(layer.input_quantization)
@@ -138,9 +141,9 @@ def reason_against(layer: QLinear, parent: nn.Module | None = None, name: str = 
     return ""
 
 
-def _is_fsdp(layer: nn.Module) -> bool:
-    """Whether FSDP2 gave the layer a class of its own, which has the layer's forward."""
-    return any(cls.__name__ == "FSDPModule" for cls in type(layer).__mro__)
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP2 shards the module: it then has a class of its own, whose forward is the same."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, nn.Module]]:

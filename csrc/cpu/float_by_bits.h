@@ -31,6 +31,9 @@ constexpr int kGroupBits = 6;
 constexpr int kGroups = 5;
 constexpr int64_t kPassValues = kGroupBits * kGroups;
 constexpr int64_t kPassesPerSpan = 64;
+// Codes are made for blocks of so many columns; 16 passes are 480 bits, whole words of K.
+constexpr int64_t kCodeColumns = kWordBits;
+constexpr int64_t kCodePasses = 16;
 // Rows that are computed together: as many as fill a cache line.
 static constexpr int64_t row_tile(DType dtype) { return dtype == DType::float64 ? 8 : 16; }
 
@@ -48,41 +51,69 @@ struct SignProduct {
 
 static inline int64_t count_passes(const SignProduct& product) { return ceil_div(product.k, kPassValues); }
 
+// The codes of 32 columns: codes[pass - passes.begin][i], bit j the sign of s[30 pass + j][column + i], 0 past k and n.
+// `column` is a multiple of 32, passes.begin of 16.
+using BlockCodes = void (*)(const SignProduct&, Range passes, int64_t column, uint32_t* codes);
+
 struct FloatByBits {
     // From this many outputs on, and half as many values of K, it is faster than unpacking the signs and the BLAS.
     int64_t least_outputs;
-    // codes[pass][n]: bit i is the sign of s[30 pass + i][n], 0 past k.
-    void (*make_codes)(const SignProduct&, Range passes, uint32_t* codes);
+    // codes[pass][n], as BlockCodes has them, of all passes and these columns, which begin at a multiple of 32.
+    void (*make_codes)(const SignProduct&, Range columns, uint32_t* codes);
     int64_t (*workspace_bytes)(const SignProduct&, int64_t columns);
     // Computes y[rows][columns], of at most row_tile rows; workspace is aligned to 64 bytes and private to the call.
     void (*multiply)(const SignProduct&, const uint32_t* codes, Range rows, Range columns, uint8_t* workspace);
+    // Up to this many rows, at most row_tile, multiply_few is faster, which makes codes as it goes; 0 where it is null.
+    int64_t (*most_few_rows)(DType);
+    int64_t (*few_workspace_bytes)(const SignProduct&, int64_t rows, int64_t columns);
+    // Computes y[rows][columns]; the columns begin at a multiple of 32. workspace as above.
+    void (*multiply_few)(const SignProduct&, Range rows, Range columns, uint8_t* workspace);
 };
 
 extern const FloatByBits kScalarFloatByBits;
 #if defined(__x86_64__)
 extern const FloatByBits kAvx2FloatByBits;
+extern const FloatByBits kAvx512FloatByBits;
+
+// Adds a pass's entries, a cache line each, to the sums of `count` outputs; writes them where it is the first.
+using AddPass = void (*)(const uint8_t* tables, const uint32_t* codes, int64_t count, bool first, void* sums);
+
+// AVX2's multiply with another loop within.
+void multiply_by_tables(const SignProduct&, const uint32_t* codes, Range rows, Range columns, AddPass,
+                        uint8_t* workspace);
 #endif
 
 // Anonymous on purpose: a file compiled for another instruction set must keep its own copy.
 namespace {
 
-// The bits [begin, begin + 30) of a row of k bits, 0 past k.
-inline uint32_t bits_at(const uint32_t* row, int64_t begin, int64_t k) {
-    const int64_t word = begin / kWordBits, shift = begin % kWordBits, left = k - begin;
-    uint64_t bits = row[word];
-    if (shift > kWordBits - kPassValues && word + 1 < words_for(k)) bits |= uint64_t{row[word + 1]} << kWordBits;
-    const int64_t valid = left < kPassValues ? left : kPassValues;
-    return static_cast<uint32_t>(bits >> shift) & ((uint32_t{1} << valid) - 1);
+constexpr int64_t kEntryBytes = 64;
+constexpr int64_t kTableBytes = kEntryBytes << kGroupBits;
+
+// Bits [6 Group, 6 Group + 6) of a code as a table's byte offset: a rotation and a mask.
+template <int Group>
+inline uint64_t entry_offset(uint32_t code) {
+    constexpr int kRight = (kGroupBits * Group + 26) % 32;  // to bits 6..11
+    const uint32_t rotated = kRight ? code >> kRight | code << (32 - kRight) % 32 : code;
+    return rotated & (kTableBytes - kEntryBytes);
 }
 
-inline void make_codes_transposed(const SignProduct& product, Range passes, uint32_t* codes) {
-    constexpr int64_t kLine = 16;  // codes a cache line: rows are read, and lines written, in whole
-    for (int64_t begin = 0; begin < product.n; begin += kLine) {
-        const int64_t end = product.n - begin < kLine ? product.n : begin + kLine;
-        for (int64_t pass = passes.begin; pass < passes.end; ++pass) {
-            for (int64_t i = begin; i < end; ++i) {
-                const uint32_t* row = product.words + i * words_for(product.k);
-                codes[pass * product.n + i] = bits_at(row, pass * kPassValues, product.k);
+// Where the words' rows hold K, a block of columns gets all of its codes before the next; where they hold columns, all
+// blocks get the codes of 16 passes. Either way the words are read along their rows.
+inline void make_codes_by_blocks(BlockCodes make_block_codes, const SignProduct& product, Range columns,
+                                 uint32_t* codes) {
+    const int64_t passes = count_passes(product), step = product.transposed ? passes : kCodePasses;
+    for (int64_t begin = 0; begin < passes; begin += step) {
+        for (int64_t column = columns.begin; column < columns.end; column += kCodeColumns) {
+            const int64_t left = columns.end - column, count = left < kCodeColumns ? left : kCodeColumns;
+            const int64_t end = passes - begin < step ? passes : begin + step;
+            for (int64_t pass = begin; pass < end; pass += kPassesPerSpan) {
+                const Range span{pass, end - pass < kPassesPerSpan ? end : pass + kPassesPerSpan};
+                alignas(64) uint32_t block[kPassesPerSpan * kCodeColumns];
+                make_block_codes(product, span, column, block);
+                for (int64_t i = 0; i < size(span); ++i) {
+                    memcpy(codes + (pass + i) * product.n + column, block + i * kCodeColumns,
+                           static_cast<size_t>(count * kWordBytes));
+                }
             }
         }
     }

@@ -1,5 +1,5 @@
-// Real values by signs by the method of four Russians (AVX2). Its slow twin is float_by_bits_scalar.cpp, and
-// float_by_bits.h says in which order both add.
+// Real values by signs by the method of four Russians, and few rows by float_by_bits_few.h (AVX2). Its slow twin is
+// float_by_bits_scalar.cpp, and float_by_bits.h says in which order both add.
 //
 // An ENTRY is one cache line, the same sum for 16 rows of x (8 of float64). For each group of 6 values of K a table
 // holds all 64 signed sums, 4 KiB; the five tables of a pass, 20 KiB, stay in L1. An output's code has 30 bits, 6 for
@@ -13,7 +13,7 @@
 // What binds beside the loads is the number of operations: gcc's own addressing (lea, mov + shr) took 8.2 cycles,
 // offsets by rotation and operands with a displacement take 7.5. Measured and rejected, cycles for the same 30 bits:
 // offsets read as 16 bits 8.8; 5 bits x 6 tables 10; 7 + 7 + 6 + 6 + 6 bits (28 KiB) 8.6 where their sums stay in L1,
-// 9.2 else; AVX-512 with one load a line 7.9 (a Zen 4 splits it).
+// 9.2 else; AVX-512 with one load a line 7.9 (a Zen 4 splits it; float_by_bits_avx512.cpp has it for others).
 //
 // llvm-mca (znver3, which counts the load of the code too) has 7.1 cycles for the loop, its 28 operations 4.7.
 //
@@ -29,13 +29,11 @@
 
 // Our own headers too are compiled for AVX2 here; what they define has internal linkage.
 BITORCH_QLINEAR_AVX2_BEGIN
-#include "float_by_bits.h"
+#include "float_by_bits_few.h"
 
 namespace bitorch_qlinear {
 namespace {
 
-constexpr int64_t kEntryBytes = 64;
-constexpr int64_t kTableBytes = kEntryBytes << kGroupBits;
 constexpr int64_t kPanelValues = 32;  // of a pass: 30, in whole blocks of 8 or 4
 
 // Vectors of float and of double, under the same names.
@@ -115,31 +113,6 @@ struct Lanes<double> {
     }
 };
 
-// A vector's worth of values of x or y.
-inline __m256 load_wide(const float* x) { return _mm256_loadu_ps(x); }
-inline __m256d load_wide(const double* x) { return _mm256_loadu_pd(x); }
-inline __m256 load_wide(const Half* x) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))); }
-inline __m256 load_wide(const BFloat16* x) {
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-inline void store_narrow(float* y, __m256 v) { _mm256_storeu_ps(y, v); }
-inline void store_narrow(double* y, __m256d v) { _mm256_storeu_pd(y, v); }
-inline void store_narrow(Half* y, __m256 v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-}
-// As narrow(): to nearest, ties to even, every NaN 0x7FC0.
-inline void store_narrow(BFloat16* y, __m256 v) {
-    const __m256i bits = _mm256_castps_si256(v);
-    const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded =
-        _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7FFF))), 16);
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i halves = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
-    const __m128i low = _mm256_castsi256_si128(halves), high = _mm256_extracti128_si256(halves, 1);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm_packus_epi32(low, high));
-}
-
 // ---- a pass ---------------------------------------------------------------------------------------
 
 template <class T, class Sum>
@@ -213,14 +186,6 @@ void make_tables(const Sum* panel, Sum* tables) {
     }
 }
 
-// Bits [6 Group, 6 Group + 6) of a code as a table's byte offset: a rotation and a mask.
-template <int Group>
-inline uint64_t entry_offset(uint32_t code) {
-    constexpr int kRight = (kGroupBits * Group + 26) % 32;  // to bits 6..11
-    const uint32_t rotated = kRight ? code >> kRight | code << (32 - kRight) % 32 : code;
-    return rotated & (kTableBytes - kEntryBytes);
-}
-
 template <class Sum, int Half>
 inline typename Lanes<Sum>::Vector sum_entries(const uint8_t* tables, const uint64_t* offsets) {
     using L = Lanes<Sum>;
@@ -233,9 +198,8 @@ inline typename Lanes<Sum>::Vector sum_entries(const uint8_t* tables, const uint
 }
 
 template <class Sum, bool First>
-__attribute__((noinline)) void add_pass(const Sum* tables, const uint32_t* codes, int64_t count, Sum* sums) {
+void add_pass(const uint8_t* bytes, const uint32_t* codes, int64_t count, Sum* sums) {
     using L = Lanes<Sum>;
-    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(tables);
     asm volatile("" : : : "memory");  // the tables are written before the lookups, which gcc does not see, begin
     for (int64_t i = 0; i < count; ++i, sums += 2 * L::kCount) {
         const uint32_t code = codes[i];
@@ -246,6 +210,12 @@ __attribute__((noinline)) void add_pass(const Sum* tables, const uint32_t* codes
         const typename L::Vector high = sum_entries<Sum, 32>(bytes, offsets);
         L::store(sums + L::kCount, First ? high : L::add(L::load(sums + L::kCount), high));
     }
+}
+
+template <class Sum>
+void add_pass(const uint8_t* tables, const uint32_t* codes, int64_t count, bool first, void* sums) {
+    first ? add_pass<Sum, true>(tables, codes, count, static_cast<Sum*>(sums))
+          : add_pass<Sum, false>(tables, codes, count, static_cast<Sum*>(sums));
 }
 
 // ---- a tile ---------------------------------------------------------------------------------------
@@ -317,7 +287,8 @@ void write_rows(const SignProduct& product, Range rows, Range columns, const Sum
 }
 
 template <class T>
-void multiply(const SignProduct& product, const uint32_t* codes, Range rows, Range columns, uint8_t* memory) {
+void multiply(const SignProduct& product, const uint32_t* codes, Range rows, Range columns, AddPass add_pass,
+              uint8_t* memory) {
     using Sum = decltype(widen(T{}));
     const int64_t passes = count_passes(product);
     const Workspace<Sum> work(memory, size(columns), passes);
@@ -327,8 +298,8 @@ void multiply(const SignProduct& product, const uint32_t* codes, Range rows, Ran
         load_panel<T>(product, rows, pass * kPassValues, work.panel);
         make_tables(work.panel, work.tables);
         const uint32_t* pass_codes = codes + pass * product.n + columns.begin;
-        pass % kPassesPerSpan ? add_pass<Sum, false>(work.tables, pass_codes, size(columns), work.sums)
-                              : add_pass<Sum, true>(work.tables, pass_codes, size(columns), work.sums);
+        add_pass(reinterpret_cast<const uint8_t*>(work.tables), pass_codes, size(columns), pass % kPassesPerSpan == 0,
+                 work.sums);
         if ((pass + 1) % kPassesPerSpan == 0 || pass + 1 == passes) {
             add_span(work.sums, values, pass < kPassesPerSpan, work.totals);
         }
@@ -337,12 +308,8 @@ void multiply(const SignProduct& product, const uint32_t* codes, Range rows, Ran
 }
 
 void multiply_any(const SignProduct& product, const uint32_t* codes, Range rows, Range columns, uint8_t* workspace) {
-    switch (product.dtype) {
-        case DType::float64: return multiply<double>(product, codes, rows, columns, workspace);
-        case DType::float32: return multiply<float>(product, codes, rows, columns, workspace);
-        case DType::float16: return multiply<Half>(product, codes, rows, columns, workspace);
-        default: return multiply<BFloat16>(product, codes, rows, columns, workspace);
-    }
+    multiply_by_tables(product, codes, rows, columns,
+                       product.dtype == DType::float64 ? add_pass<double> : add_pass<float>, workspace);
 }
 
 int64_t workspace_bytes(const SignProduct& product, int64_t columns) {
@@ -375,24 +342,181 @@ inline void transpose_bits(uint32_t* words) {
     }
 }
 
-void make_codes(const SignProduct& product, Range passes, uint32_t* codes) {
-    if (product.transposed) return make_codes_transposed(product, passes, codes);
-    const int64_t width = words_for(product.n);
-    for (int64_t pass = passes.begin; pass < passes.end; ++pass) {
-        const int64_t begin = pass * kPassValues, left = product.k - begin;
-        const int64_t count = left < kPassValues ? left : kPassValues;
-        for (int64_t word = 0; word < width; ++word) {
-            alignas(32) uint32_t block[32] = {};
-            for (int64_t i = 0; i < count; ++i) block[i] = product.words[(begin + i) * width + word];
-            transpose_bits(block);
-            const int64_t column = word * kWordBits;
-            const int64_t columns = product.n - column < kWordBits ? product.n - column : kWordBits;
-            std::memcpy(codes + pass * product.n + column, block, static_cast<size_t>(columns * kWordBytes));
+// Codes where the words' rows hold K. 15 words of 8 rows, transposed, become the codes of 16 passes, 30 bits each: pass p
+// begins with the highest 2 p bits of word p - 1, and the lowest 30 - 2 p of word p follow.
+void make_codes_of_rows(const SignProduct& product, Range passes, int64_t column, uint32_t* codes) {
+    constexpr int64_t kWords = kCodePasses * kPassValues / kWordBits;
+    const int64_t width = words_for(product.k);
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i valid = _mm256_set1_epi32((1 << kPassValues) - 1);
+    for (int64_t pass = passes.begin; pass < passes.end; pass += kCodePasses) {
+        const int64_t word = pass * kPassValues / kWordBits, left = width - word < kWords ? width - word : kWords;
+        const int64_t count = passes.end - pass < kCodePasses ? passes.end - pass : kCodePasses;
+        const __m256i last = _mm256_set1_epi32(static_cast<int>(left));
+        for (int64_t i = 0; i < kCodeColumns; i += 8) {
+            // Words -1 to 15.
+            alignas(32) uint32_t words[17][8];
+            _mm256_store_si256(reinterpret_cast<__m256i*>(words[0]), _mm256_setzero_si256());
+            BITORCH_QLINEAR_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                const __m256i mask = _mm256_cmpgt_epi32(last, _mm256_add_epi32(lane, _mm256_set1_epi32(8 * half)));
+                __m256 rows[8];
+                BITORCH_QLINEAR_UNROLL
+                for (int r = 0; r < 8; ++r) {
+                    const uint32_t* row = product.words + (column + i + r) * width + word + 8 * half;
+                    rows[r] = column + i + r < product.n && 8 * half < left
+                                  ? _mm256_castsi256_ps(_mm256_maskload_epi32(reinterpret_cast<const int*>(row), mask))
+                                  : _mm256_setzero_ps();
+                }
+                Lanes<float>::transpose(rows);
+                BITORCH_QLINEAR_UNROLL
+                for (int r = 0; r < 8; ++r) {
+                    _mm256_store_ps(reinterpret_cast<float*>(words[1 + 8 * half + r]), rows[r]);
+                }
+            }
+            __m256i up = _mm256_setzero_si256(), down = _mm256_set1_epi32(kWordBits);
+            for (int64_t p = 0; p < count; ++p) {
+                const __m256i below = _mm256_load_si256(reinterpret_cast<const __m256i*>(words[p]));
+                const __m256i above = _mm256_load_si256(reinterpret_cast<const __m256i*>(words[p + 1]));
+                const __m256i bits = _mm256_or_si256(_mm256_srlv_epi32(below, down), _mm256_sllv_epi32(above, up));
+                _mm256_store_si256(reinterpret_cast<__m256i*>(codes + p * kCodeColumns + i),
+                                   _mm256_and_si256(bits, valid));
+                up = _mm256_add_epi32(up, _mm256_set1_epi32(2));
+                down = _mm256_sub_epi32(down, _mm256_set1_epi32(2));
+            }
         }
+        codes += count * kCodeColumns;
+    }
+    clear_past_k(product, passes, codes - kCodeColumns);
+}
+
+void make_codes_of_columns(const SignProduct& product, Range passes, int64_t column, uint32_t* codes) {
+    const int64_t width = words_for(product.n), left = product.n - column;
+    for (int64_t pass = passes.begin; pass < passes.end; ++pass, codes += kCodeColumns) {
+        const uint32_t* words = product.words + pass * kPassValues * width + column / kWordBits;
+        const int64_t values = product.k - pass * kPassValues;
+        BITORCH_QLINEAR_UNROLL
+        for (int64_t i = 0; i < kCodeColumns; ++i) codes[i] = i < kPassValues && i < values ? words[i * width] : 0;
+        transpose_bits(codes);
+        for (int64_t i = left; i < kCodeColumns; ++i) codes[i] = 0;
     }
 }
 
+void make_block_codes(const SignProduct& product, Range passes, int64_t column, uint32_t* codes) {
+    product.transposed ? make_codes_of_rows(product, passes, column, codes)
+                       : make_codes_of_columns(product, passes, column, codes);
+}
+
+void make_codes(const SignProduct& product, Range columns, uint32_t* codes) {
+    make_codes_by_blocks(make_block_codes, product, columns, codes);
+}
+
+// ---- few rows -------------------------------------------------------------------------------------
+
+struct FloatLookup {
+    using Sum = float;
+    using Vector = __m256;
+    using Codes = __m256i;
+    using Table = __m256;
+    static constexpr int kCount = 8, kTile = 2;
+    static Vector zero() { return _mm256_set1_ps(-0.0f); }
+    static Codes load(const uint32_t* codes) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(codes)); }
+    static Codes shift(Codes codes) { return _mm256_srli_epi32(codes, 3); }
+    static Table load_table(const float* sums) { return _mm256_load_ps(sums); }
+    static Vector look_up(Codes codes, Table table) { return _mm256_permutevar8x32_ps(table, codes); }
+    static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+    static Vector load_sums(const float* sums) { return _mm256_load_ps(sums); }
+    static void store_sums(float* sums, Vector v) { _mm256_store_ps(sums, v); }
+    static void make_tables(const float* values, float* tables) {
+        BITORCH_QLINEAR_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            // The sign of value b in the sum i is bit b of i.
+            const float n = -0.0f, p = 0.0f;
+            const __m256 a =
+                _mm256_xor_ps(_mm256_broadcast_ss(values + 3 * half), _mm256_setr_ps(n, p, n, p, n, p, n, p));
+            const __m256 b =
+                _mm256_xor_ps(_mm256_broadcast_ss(values + 3 * half + 1), _mm256_setr_ps(n, n, p, p, n, n, p, p));
+            const __m256 c =
+                _mm256_xor_ps(_mm256_broadcast_ss(values + 3 * half + 2), _mm256_setr_ps(n, n, n, n, p, p, p, p));
+            _mm256_store_ps(tables + 8 * half, _mm256_add_ps(_mm256_add_ps(a, b), c));
+        }
+    }
+};
+
+// Doubles are looked up as their low and their high words, whose tables are apart. The two are unpacked to the sums of
+// outputs 0, 1, 4, 5 and 2, 3, 6, 7.
+struct DoubleLookup {
+    struct Pair {
+        __m256d first, second;
+    };
+    struct Words {
+        __m256 low, high;
+    };
+    using Sum = double;
+    using Vector = Pair;
+    using Codes = __m256i;
+    using Table = Words;
+    static constexpr int kCount = 8, kTile = 2;
+    static Vector zero() { return {_mm256_set1_pd(-0.0), _mm256_set1_pd(-0.0)}; }
+    static Codes load(const uint32_t* codes) { return FloatLookup::load(codes); }
+    static Codes shift(Codes codes) { return FloatLookup::shift(codes); }
+    static Table load_table(const double* sums) {
+        const float* words = reinterpret_cast<const float*>(sums);
+        return {_mm256_load_ps(words), _mm256_load_ps(words + 8)};
+    }
+    static Vector look_up(Codes codes, Table table) {
+        const __m256 low = FloatLookup::look_up(codes, table.low), high = FloatLookup::look_up(codes, table.high);
+        return {_mm256_castps_pd(_mm256_unpacklo_ps(low, high)), _mm256_castps_pd(_mm256_unpackhi_ps(low, high))};
+    }
+    static Vector add(Vector a, Vector b) {
+        return {_mm256_add_pd(a.first, b.first), _mm256_add_pd(a.second, b.second)};
+    }
+    static Vector load_sums(const double* sums) {
+        const __m256d a = _mm256_load_pd(sums), b = _mm256_load_pd(sums + 4);
+        return {_mm256_permute2f128_pd(a, b, 0x20), _mm256_permute2f128_pd(a, b, 0x31)};
+    }
+    static void store_sums(double* sums, Vector v) {
+        _mm256_store_pd(sums, _mm256_permute2f128_pd(v.first, v.second, 0x20));
+        _mm256_store_pd(sums + 4, _mm256_permute2f128_pd(v.first, v.second, 0x31));
+    }
+    static void make_tables(const double* values, double* tables) {
+        BITORCH_QLINEAR_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const double n = -0.0, p = 0.0;
+            const __m256d third = _mm256_broadcast_sd(values + 3 * half + 2);
+            const __m256d a = _mm256_xor_pd(_mm256_broadcast_sd(values + 3 * half), _mm256_setr_pd(n, p, n, p));
+            const __m256d b = _mm256_xor_pd(_mm256_broadcast_sd(values + 3 * half + 1), _mm256_setr_pd(n, n, p, p));
+            const __m256d pairs = _mm256_add_pd(a, b);
+            // Words of the sums 0, 1, 4, 5 and 2, 3, 6, 7, put in order as doubles are.
+            const __m256 low = _mm256_castpd_ps(_mm256_add_pd(pairs, _mm256_xor_pd(third, _mm256_set1_pd(n))));
+            const __m256 high = _mm256_castpd_ps(_mm256_add_pd(pairs, third));
+            const __m256d lows = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0x88));
+            const __m256d highs = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0xDD));
+            _mm256_store_pd(tables + 8 * half, _mm256_permute4x64_pd(lows, 0xD8));
+            _mm256_store_pd(tables + 8 * half + 4, _mm256_permute4x64_pd(highs, 0xD8));
+        }
+    }
+};
+
+// Where float_by_bits_few.h meets the time of a whole tile of tables.
+int64_t most_few_rows(DType dtype) { return dtype == DType::float64 ? 2 : 6; }
+
+void multiply_few_rows(const SignProduct& product, Range rows, Range columns, uint8_t* workspace) {
+    multiply_few_any<FloatLookup, DoubleLookup>(product, make_block_codes, rows, columns, workspace);
+}
+
 }  // namespace
+
+void multiply_by_tables(const SignProduct& product, const uint32_t* codes, Range rows, Range columns, AddPass add_pass,
+                        uint8_t* workspace) {
+    switch (product.dtype) {
+        case DType::float64: return multiply<double>(product, codes, rows, columns, add_pass, workspace);
+        case DType::float32: return multiply<float>(product, codes, rows, columns, add_pass, workspace);
+        case DType::float16: return multiply<Half>(product, codes, rows, columns, add_pass, workspace);
+        default: return multiply<BFloat16>(product, codes, rows, columns, add_pass, workspace);
+    }
+}
+
 }  // namespace bitorch_qlinear
 BITORCH_QLINEAR_TARGET_END
 
@@ -403,6 +527,9 @@ const FloatByBits kAvx2FloatByBits = {
     .make_codes = make_codes,
     .workspace_bytes = workspace_bytes,
     .multiply = multiply_any,
+    .most_few_rows = most_few_rows,
+    .few_workspace_bytes = few_workspace_bytes,
+    .multiply_few = multiply_few_rows,
 };
 
 }  // namespace bitorch_qlinear

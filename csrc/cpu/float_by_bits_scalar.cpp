@@ -5,20 +5,36 @@
 namespace bitorch_qlinear {
 namespace {
 
-void make_codes(const SignProduct& product, Range passes, uint32_t* codes) {
-    if (product.transposed) return make_codes_transposed(product, passes, codes);
-    for (int64_t pass = passes.begin; pass < passes.end; ++pass) {
+// The bits [begin, begin + 30) of a row of k bits, 0 past k.
+inline uint32_t bits_at(const uint32_t* row, int64_t begin, int64_t k) {
+    const int64_t word = begin / kWordBits, shift = begin % kWordBits, left = k - begin;
+    uint64_t bits = row[word];
+    if (shift > kWordBits - kPassValues && word + 1 < words_for(k)) bits |= uint64_t{row[word + 1]} << kWordBits;
+    const int64_t valid = left < kPassValues ? left : kPassValues;
+    return static_cast<uint32_t>(bits >> shift) & ((uint32_t{1} << valid) - 1);
+}
+
+void make_block_codes(const SignProduct& product, Range passes, int64_t column, uint32_t* codes) {
+    for (int64_t pass = passes.begin; pass < passes.end; ++pass, codes += kCodeColumns) {
         const int64_t begin = pass * kPassValues;
         const int64_t end = product.k - begin < kPassValues ? product.k : begin + kPassValues;
-        for (int64_t column = 0; column < product.n; ++column) {
-            uint32_t code = 0;
+        for (int64_t i = 0; i < kCodeColumns; ++i) {
+            codes[i] = 0;
+            if (column + i >= product.n) continue;
+            if (product.transposed) {
+                codes[i] = bits_at(product.words + (column + i) * words_for(product.k), begin, product.k);
+                continue;
+            }
             for (int64_t k = begin; k < end; ++k) {
                 const uint32_t word = product.words[k * words_for(product.n) + column / kWordBits];
-                code |= (word >> column % kWordBits & 1) << (k - begin);
+                codes[i] |= (word >> i & 1) << (k - begin);
             }
-            codes[pass * product.n + column] = code;
         }
     }
+}
+
+void make_codes(const SignProduct& product, Range columns, uint32_t* codes) {
+    make_codes_by_blocks(make_block_codes, product, columns, codes);
 }
 
 template <class Sum>
@@ -81,6 +97,9 @@ const FloatByBits kScalarFloatByBits = {
     .make_codes = make_codes,
     .workspace_bytes = [](const SignProduct&, int64_t) -> int64_t { return 0; },
     .multiply = multiply_any,
+    .most_few_rows = [](DType) -> int64_t { return 0; },
+    .few_workspace_bytes = nullptr,
+    .multiply_few = nullptr,
 };
 
 }  // namespace bitorch_qlinear

@@ -402,7 +402,7 @@ const Kernel kAvx2Kernel = {
                  pack_row_by_words<BFloat16>},
     .unpack_row = unpack_row_portable,
     .hash_words = hash_words,
-    .layout = {.id = 1, .panel = kPanel, .unit = kUnit, .unit_bytes = kUnitBytes},
+    .layout = {.id = 3, .panel = kPanel, .unit = kUnit, .unit_bytes = kUnitBytes},
     .prepare = prepare,
     .row_tile = kRows,
     .column_tile = kColumns,

@@ -142,27 +142,43 @@ void multiply(const Threads& threads, const Kernel& kernel, const Product& produ
 // The sums of a tile, 64 bytes a column, stay in L2; fewer columns make the tables more often.
 constexpr int64_t kMostColumns = 4096, kFewestColumns = 512;
 
-// Tiles of row_tile rows by equal shares of the columns: one share, unless there are fewer rows than threads.
+// Tiles of row_tile rows by equal shares of the columns: one share, unless there are fewer rows than threads. Few rows,
+// and few that are left over, are another function's.
 template <class Threads>
 void multiply_reals(const Threads& threads, const FloatByBits& kernel, const SignProduct& product) {
     const bool serial = static_cast<double>(product.m) * product.n * product.k < kSerialSignProducts;
     const int64_t workers = serial ? 1 : threads.count(), rows = row_tile(product.dtype);
-    const int64_t passes = count_passes(product), row_tiles = ceil_div(product.m, rows);
-    const int64_t wanted = std::min(workers / std::gcd(row_tiles, workers), ceil_div(product.n, kFewestColumns));
-    const int64_t shares =
-        std::max({int64_t{1}, ceil_div(product.n, kMostColumns), row_tiles < 4 * workers ? wanted : 1});
-    const int64_t columns = ceil_div(ceil_div(product.n, shares), kWordBits) * kWordBits;
-
-    const Scratch memory = allocate(passes * product.n, kWordBytes);
-    if (!memory) fail_memory();
-    uint32_t* codes = reinterpret_cast<uint32_t*>(memory.get());
-    share(threads, passes, workers == 1 ? passes : 1,
-          [&](int64_t begin, int64_t end) { kernel.make_codes(product, {begin, end}, codes); });
-    for_each_tile(threads, workers == 1, {product.m, product.n, rows, columns},
-                  kernel.workspace_bytes(product, std::min(columns, product.n)),
-                  [&](Range tile_rows, Range tile_columns, uint8_t* workspace) {
-                      kernel.multiply(product, codes, tile_rows, tile_columns, workspace);
-                  });
+    const int64_t rest = product.m % rows, few = rest <= kernel.most_few_rows(product.dtype) ? rest : 0;
+    const auto tiles_of = [&](int64_t m) {
+        const int64_t row_tiles = ceil_div(m, rows);
+        const int64_t wanted = std::min(workers / std::gcd(row_tiles, workers), ceil_div(product.n, kFewestColumns));
+        const int64_t shares =
+            std::max({int64_t{1}, ceil_div(product.n, kMostColumns), row_tiles < 4 * workers ? wanted : 1});
+        return Tiles{m, product.n, rows, ceil_div(ceil_div(product.n, shares), kCodeColumns) * kCodeColumns};
+    };
+    const int64_t many = product.m - few;
+    if (many > 0) {
+        const Scratch memory = allocate(count_passes(product) * product.n, kWordBytes);
+        if (!memory) fail_memory();
+        uint32_t* codes = reinterpret_cast<uint32_t*>(memory.get());
+        const int64_t blocks = ceil_div(product.n, kCodeColumns);
+        share(threads, blocks, workers == 1 ? blocks : 1, [&](int64_t begin, int64_t end) {
+            kernel.make_codes(product, {begin * kCodeColumns, std::min(end * kCodeColumns, product.n)}, codes);
+        });
+        const Tiles tiles = tiles_of(many);
+        for_each_tile(threads, workers == 1, tiles, kernel.workspace_bytes(product, std::min(tiles.columns, product.n)),
+                      [&](Range tile_rows, Range tile_columns, uint8_t* workspace) {
+                          kernel.multiply(product, codes, tile_rows, tile_columns, workspace);
+                      });
+    }
+    if (few > 0) {
+        const Tiles tiles = tiles_of(few);
+        for_each_tile(threads, workers == 1, tiles,
+                      kernel.few_workspace_bytes(product, few, std::min(tiles.columns, product.n)),
+                      [&](Range, Range tile_columns, uint8_t* workspace) {
+                          kernel.multiply_few(product, {many, product.m}, tile_columns, workspace);
+                      });
+    }
 }
 
 }  // namespace bitorch_qlinear

@@ -9,6 +9,8 @@
 #include <variant>
 #include <vector>
 
+#include "../sources.h"
+
 namespace bitorch_qlinear::cuda {
 namespace {
 
@@ -92,6 +94,8 @@ const char* hold(Function function) {
 }  // namespace
 
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_version() { return BITORCH_QLINEAR_VERSION; }
+
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_sources() { return bitorch_qlinear::sources_digest(); }
 
 // Names of the kernels that a compute capability (86 for 8.6) can run.
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_kernels(int capability) {

@@ -277,9 +277,9 @@ void check_unpacking(const Kernel& kernel) {
 // ---- real values by signs ------------------------------------------------------------------------
 
 void multiply_reals(const FloatByBits& kernel, const SignProduct& product) {
-    const int64_t passes = count_passes(product), rows = row_tile(product.dtype);
-    Buffer<uint32_t> codes(Use::Output, passes * product.n);
-    kernel.make_codes(product, {0, passes}, codes.data());
+    const int64_t rows = row_tile(product.dtype);
+    Buffer<uint32_t> codes(Use::Output, count_passes(product) * product.n);
+    kernel.make_codes(product, {0, product.n}, codes.data());
     codes.check_guards("make_codes");
     Buffer<uint8_t> workspace = make_workspace(kernel.workspace_bytes(product, product.n));
     for (int64_t row = 0; row < product.m; row += rows) {
@@ -287,6 +287,18 @@ void multiply_reals(const FloatByBits& kernel, const SignProduct& product) {
                         workspace.data());
     }
     workspace.check_guards("workspace of multiply_signs");
+}
+
+// The same by the function for few rows, in tiles of at most so many rows and columns.
+void multiply_few_reals(const FloatByBits& kernel, const SignProduct& product, int64_t rows, int64_t columns) {
+    Buffer<uint8_t> workspace = make_workspace(kernel.few_workspace_bytes(product, rows, columns));
+    for (int64_t row = 0; row < product.m; row += rows) {
+        for (int64_t column = 0; column < product.n; column += columns) {
+            kernel.multiply_few(product, {row, std::min(row + rows, product.m)},
+                                {column, std::min(column + columns, product.n)}, workspace.data());
+        }
+    }
+    workspace.check_guards("workspace of few rows");
 }
 
 template <class T>
@@ -320,6 +332,13 @@ void check_reals(const Kernel& kernel, DType dtype) {
         const std::string what = describe(kernel, "reals", m, n, k, by_columns, transposed, static_cast<int>(dtype));
         got.check_guards(what);
         expect(std::memcmp(expected.data(), got.data(), got.bytes()) == 0, what);
+        if (!kernel.float_by_bits->multiply_few) continue;
+        const int64_t rows = 1 + below(row_tile(dtype)), columns = kCodeColumns * (1 + below(5));
+        Buffer<T> few(Use::Output, m * n);
+        multiply_few_reals(*kernel.float_by_bits, product(few), rows, columns);
+        few.check_guards(what);
+        expect(std::memcmp(expected.data(), few.data(), few.bytes()) == 0,
+               what + describe(kernel, ", few rows", rows, columns));
     }
 }
 

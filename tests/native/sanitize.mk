@@ -22,14 +22,17 @@ threads: $(FOLDER)/threads
 	$(FOLDER)/threads
 library: $(FOLDER)/_ops_cpu.so
 
+# The build of the package has written the header.
+$(FOLDER)/csrc/sources.o: FLAGS += -Ibuild/generated
+
 $(FOLDER)/%.o: %.cpp
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) -MMD -c $< -o $@
 $(FOLDER)/kernels $(FOLDER)/threads: $(FOLDER)/%: $(FOLDER)/tests/native/%.o $(KERNELS)
 	$(LINK) -pthread
-$(FOLDER)/checks: $(FOLDER)/tests/native/checks.o $(FOLDER)/csrc/ops.o $(KERNELS)
+$(FOLDER)/checks: $(FOLDER)/tests/native/checks.o $(FOLDER)/csrc/ops.o $(FOLDER)/csrc/sources.o $(KERNELS)
 	$(LINK) $(WITH_TORCH) -pthread
-$(FOLDER)/_ops_cpu.so: $(FOLDER)/csrc/ops.o $(FOLDER)/csrc/ops_cpu.o $(KERNELS)
+$(FOLDER)/_ops_cpu.so: $(FOLDER)/csrc/ops.o $(FOLDER)/csrc/ops_cpu.o $(FOLDER)/csrc/sources.o $(KERNELS)
 	$(LINK) $(WITH_TORCH) -shared
 
 -include $(shell find $(FOLDER) -name '*.d' 2>/dev/null)

@@ -89,3 +89,13 @@ inline __m512 _mm512_cvtepi32_ps(__m512i a) {
     std::memcpy(&converted, to, sizeof to);
     return converted;
 }
+
+inline __m512i _mm512_cvtepu32_epi64(__m256i a) {
+    uint32_t from[8];
+    uint64_t to[8];
+    std::memcpy(from, &a, sizeof from);
+    for (int i = 0; i < 8; ++i) to[i] = from[i];
+    __m512i widened;
+    std::memcpy(&widened, to, sizeof to);
+    return widened;
+}
