@@ -237,8 +237,8 @@ REASONS = {
         lambda: layer_like(input_quantization="progressive_sign").train(),
         ["input_quantization: expected a sign-like", "got ProgressiveSign", "in training mode"],
     ),
-    "hooked": (lambda: hooked("register_forward_hook"), ["it has forward hooks"]),
-    "hooked-before": (lambda: hooked("register_forward_pre_hook"), ["it has forward hooks"]),
+    "hooked": (lambda: hooked("register_forward_hook"), ["it has hooks"]),
+    "hooked-before": (lambda: hooked("register_forward_pre_hook"), ["it has hooks"]),
     "input-hooked": (
         lambda: hooked("register_forward_hook", "activation.activation_function"),
         ["its input quantization has hooks"],
@@ -289,7 +289,9 @@ def test_weights_of_an_unknown_class_are_a_reason():
     layer = QLinear(K, N)
     layer.weight = nn.Parameter(Wrapped(layer.weight.detach()), requires_grad=False)
     model = nn.Sequential(layer, QLinear(N, 3))
-    assert "its weight is a Wrapped" in explain(model)[0].reason if hasattr(explain(model), "__getitem__") else next(iter(explain(model))).reason
+    first, second = explain(model)
+    assert "its weight is a Wrapped" in first.reason
+    assert (first.packable, second.packable) == (False, True)
     assert type(pack(model, inplace=True)[1]) is PackedQLinear
     with pytest.raises(TypeError, match="weight: expected a plain tensor, got Wrapped"):
         layer(X)
@@ -383,7 +385,7 @@ def test_models_that_cannot_be_copied(case):
     with pytest.raises(RuntimeError, match="model: cannot be copied .*inplace=True works on the model itself") as error:
         pack(model)
     if case == "a-pruned-layer":  # its hook would be lost: the error says that it would stay as it is, too
-        assert "0 would stay as it is: it has forward hooks" in str(error.value)
+        assert "0 would stay as it is: it has hooks" in str(error.value)
     else:
         want = model(X).detach()
         assert type(pack(model, inplace=True).layer) is PackedQLinear
