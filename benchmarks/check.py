@@ -1,7 +1,7 @@
 """Compares the committed figures with a fresh run: ``python -m benchmarks.check`` (``make benchmark-check``).
 
-On the processor and with the kernel that the figures name, it is an error if QLinear lost more than 30 % of its ratio
-to nn.Linear at any shape, in inference or training; elsewhere both are printed.
+On the processor and with the kernel that the figures name, it is an error if QLinear or PackedQLinear lost more than
+30 % of its ratio to nn.Linear at any shape, in inference or training; elsewhere both are printed.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from . import cpu, train
 from .measuring import RESULTS, Shape, describe, prepare, ratio, setting
-from .peers import LINEAR, QLINEAR
+from .peers import LINEAR, PACKED_LAYER, QLINEAR
 
 TOLERANCE = 0.3
 ROUNDS = 9
-NAMES = [LINEAR, QLINEAR]
+NAMES = [LINEAR, QLINEAR, PACKED_LAYER]
 
 Figures = dict[str, Any]
 
@@ -29,7 +29,7 @@ def load(name: str) -> Figures:
 
 
 def again(inference: Figures, training: Figures) -> tuple[list[Figures], list[Figures]]:
-    """Both contestants at the shapes, types and numbers of threads of the figures."""
+    """The contestants at the shapes, types and numbers of threads of the figures."""
 
     def shape(result: Figures) -> Shape:
         return Shape(*(result[field] for field in Shape._fields))
@@ -42,20 +42,23 @@ def again(inference: Figures, training: Figures) -> tuple[list[Figures], list[Fi
     return forward, train.measure([shape(result) for result in training["results"]], ROUNDS, NAMES)["results"]
 
 
-def title(result: Figures) -> str:
-    """A shape's name, with what differs from the plain case."""
+def title(result: Figures, layer: str) -> str:
+    """A layer's and a shape's name, with what differs from the plain case."""
     if "dtype" not in result:
-        return f"training step, {result['name']}"
+        return f"{layer}, training step, {result['name']}"
     threads = "" if result["threads"] == 1 else f", {result['threads']} threads"
     dtype = "" if result["dtype"] == "float32" else f", {result['dtype']}"
-    return f"{result['name']}{dtype}{threads}"
+    return f"{layer}, {result['name']}{dtype}{threads}"
 
 
 def compare(committed: list[Figures], fresh: list[Figures]) -> list[tuple[str, float, float]]:
-    """Title, committed and fresh ratio of each shape."""
-    pairs = zip(committed, fresh, strict=True)
-    times = [(title(old), old["seconds_quartiles"], new["seconds_quartiles"]) for old, new in pairs]
-    return [(name, ratio(before, *NAMES), ratio(now, *NAMES)) for name, before, now in times]
+    """Title, committed and fresh ratio of each shape, for each layer that was timed."""
+    rows = []
+    for old, new in zip(committed, fresh, strict=True):
+        before, now = old["seconds_quartiles"], new["seconds_quartiles"]
+        layers = [name for name in NAMES[1:] if name in before]
+        rows += [(title(old, name), ratio(before, LINEAR, name), ratio(now, LINEAR, name)) for name in layers]
+    return rows
 
 
 def fallen(rows: list[tuple[str, float, float]]) -> list[str]:
@@ -69,7 +72,7 @@ def main() -> None:
     here = setting()
     forward, steps = again(inference, training)
     rows = compare(inference["results"], forward) + compare(training["results"], steps)
-    print(tabulate(rows, headers=["QLinear, × nn.Linear", "committed", "now"], floatfmt=".2f"))
+    print(tabulate(rows, headers=["× nn.Linear", "committed", "now"], floatfmt=".2f"))
     print(f"committed: {describe(inference['setting'])}\nnow: {describe(here)}")
     if any(here[key] != inference["setting"][key] for key in ("processor", "kernel")):
         print("Another processor or kernel: nothing is judged.")

@@ -1,9 +1,9 @@
 """Times inference on the CPU: ``python -m benchmarks cpu``.
 
-Shapes of shapes.csv, with bias; the contestants of a shape take turns in one process, and ratios are of medians. Those
-of QLinear include the packing of the input, those of packed × packed leave it out; weights are packed before (eval
-mode keeps them). A time is the median of the turns ± half the distance between their quartiles. The sizes below which
-nn.Linear is faster are searched for and printed.
+Shapes of shapes.csv, with bias; the contestants of a shape take turns in one process, and ratios are of medians.
+QLinear packs its input and its weights in every call, PackedQLinear its input alone, and packed × packed neither. A
+time is the median of the turns ± half the distance between their quartiles. The sizes below which nn.Linear is faster
+than PackedQLinear are searched for and printed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from bitorch_qlinear import kernels
 from . import plots
 from .measuring import (
     ROUNDS,
+    THREADS,
+    TURNS,
     Call,
     Shape,
     describe,
@@ -37,7 +39,7 @@ from .measuring import (
     spread,
     write_json,
 )
-from .peers import LINEAR, NAMES, PACKED, QLINEAR, contestants
+from .peers import LINEAR, NAMES, PACKED, PACKED_LAYER, contestants
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CROSSOVER_BATCHES = (1, 64)
@@ -71,7 +73,7 @@ def measure_sizes(rounds: int) -> list[dict[str, Any]]:
     shapes = every[:1] + [shape for shape in every if shape.m == shape.k == shape.n >= 256]
     calls: dict[tuple[Shape, str], Call] = {}
     for shape in shapes:
-        names = [QLINEAR, PACKED] + [LINEAR] * (shape.multiply_adds <= LINEAR_MULTIPLY_ADDS)
+        names = [PACKED_LAYER, PACKED] + [LINEAR] * (shape.multiply_adds <= LINEAR_MULTIPLY_ADDS)
         calls |= {(shape, name): call for name, call in contestants(shape, names=names).calls.items()}
     times = interleaved(calls, rounds)
     return [
@@ -100,11 +102,11 @@ def bisect(low: int, high: int, wins: Callable[[int], bool]) -> int | None:
 
 
 def crossover(batch: int) -> int | None:
-    """From which K = N on QLinear is faster than nn.Linear."""
+    """From which K = N on PackedQLinear is faster than nn.Linear."""
 
     def wins(size: int) -> bool:
-        calls = contestants(Shape("", "", batch, size, size), names=(LINEAR, QLINEAR)).calls
-        return ratio(interleaved(calls, CROSSOVER_ROUNDS), LINEAR, QLINEAR) >= 1
+        calls = contestants(Shape("", "", batch, size, size), names=(LINEAR, PACKED_LAYER)).calls
+        return ratio(interleaved(calls, CROSSOVER_ROUNDS), LINEAR, PACKED_LAYER) >= 1
 
     return bisect(*CROSSOVER_RANGE, wins)
 
@@ -120,8 +122,8 @@ def crossover_text(batch: str, size: int | None) -> str:
     if size is None:
         return f"at batch {batch} nn.Linear is still faster at K = N = {high}, the largest size tried"
     if size == low:
-        return f"at batch {batch} QLinear is faster at all sizes tried, K = N = {low} to {high}"
-    return f"at batch {batch} QLinear is faster from K = N = {size} on"
+        return f"at batch {batch} PackedQLinear is faster at all sizes tried, K = N = {low} to {high}"
+    return f"at batch {batch} PackedQLinear is faster from K = N = {size} on"
 
 
 def absent_text(absent: dict[str, dict[str, str]]) -> list[str]:
@@ -181,12 +183,12 @@ def main(argv: list[str] | None = None) -> None:
     shapes = load_shapes()
     parser.add_argument("--quick", action="store_true", help="a selection of the shapes")
     parser.add_argument("--only", choices=[shape.name for shape in shapes], metavar="NAME", help="one of shapes.csv")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="torch's threads (1)")
+    parser.add_argument("--threads", type=THREADS, nargs="+", default=[1], help="torch's threads (1)")
     parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=["float32"], help="of x and y (float32)")
     parser.add_argument(
         "--peers", choices=NAMES[1:], nargs="+", default=NAMES[1:], metavar="NAME", help=f"beside {LINEAR} (all)"
     )
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"turns of each contestant ({ROUNDS})")
+    parser.add_argument("--rounds", type=TURNS, default=ROUNDS, help=f"turns of each contestant ({ROUNDS})")
     parser.add_argument("--kernel", choices=kernels.available(), help="instead of the best one")
     parser.add_argument("--no-crossover", action="store_true", help="do not search for the smallest sizes that win")
     parser.add_argument("--sizes", action="store_true", help="time the cubes from 256³ to 4096³ in the same turns too")

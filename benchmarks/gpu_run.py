@@ -1,7 +1,7 @@
 """All that wants a GPU, one part after the other: what ``make gpu`` runs once everything is built.
 
-A part that fails or takes too long is said so, and the next one begins; the exit code is 1 then. All ends 8 minutes
-after the start that is passed, the build's: what has had no time then is said, too.
+A part that fails or times out is reported and the next one starts; the exit code is 1 then. All parts end within 8
+minutes of the start that is passed, which is the build's; parts that had no time are reported too.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib.metadata
 import json
@@ -9,6 +10,7 @@ import platform
 import statistics
 import subprocess
 import timeit
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -154,6 +156,23 @@ def prepare(threads: int) -> None:
     """Pin the threads and the seed. (A kernel is chosen by ``bitorch_qlinear.kernels.forced``.)"""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    # The tables show what this warns of.
+    warnings.filterwarnings("ignore", message="bitorch_qlinear: a QLinear packs its weights")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Make the type of a command line's argument that is a whole number."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+THREADS, TURNS = at_least(1), at_least(2)
+"""The types of ``--threads`` and ``--rounds``; quartiles need two turns."""
 
 
 def write_json(path: Path, figures: Mapping[str, Any]) -> None:

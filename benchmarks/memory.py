@@ -15,13 +15,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-from .measuring import HERE, describe, prepare, setting, write_json
+from .measuring import HERE, at_least, describe, prepare, setting, write_json
 
-KINDS = {
-    "float32 nn.Linear": "nn.Linear(size, size)",
-    "QLinear (eval)": "QLinear(size, size)",
-    "PackedQLinear": "PackedQLinear(size, size)",
-}
+KINDS = {"float32 nn.Linear": "Linear", "QLinear (eval)": "QLinear", "PackedQLinear": "PackedQLinear"}
 SIZES = {"size": 4096, "count": 4, "batch": 64}
 # Peaks are of the process: what was resident before is taken away. Not getrusage's, which begins at the peak of the
 # process that started this one.
@@ -30,16 +26,17 @@ import json, sys
 from pathlib import Path
 import torch
 from torch import nn
-from bitorch_qlinear import PackedQLinear, QLinear
+import bitorch_qlinear
 from bitorch_qlinear.demo import resident_bytes
 torch.set_num_threads(1)
-make, size, count, batch = sys.argv[1], *map(int, sys.argv[2:])
+kind, size, count, batch = sys.argv[1], *map(int, sys.argv[2:])
+layer = getattr(bitorch_qlinear, kind, nn.Linear)
 peak = lambda: 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 x = torch.randn(batch, size)
 with torch.inference_mode():
-    QLinear(64, 64).eval()(torch.randn(1, 64))  # what is loaded or allocated once
+    bitorch_qlinear.QLinear(64, 64).eval()(torch.randn(1, 64))  # what is loaded or allocated once
 before = peak()
-model = nn.Sequential(*[eval(make) for _ in range(count)]).eval()
+model = nn.Sequential(*[layer(size, size) for _ in range(count)]).eval()
 made = peak()
 with torch.inference_mode():
     for _ in range(3):
@@ -51,8 +48,8 @@ print(json.dumps({"resident": resident_bytes(model), "made": made - before, "com
 def measure(size: int, count: int, batch: int) -> dict[str, Any]:
     """Bytes by kind of layer."""
     figures = {}
-    for name, make in KINDS.items():
-        command = [sys.executable, "-c", PROGRAM, make, str(size), str(count), str(batch)]
+    for name, kind in KINDS.items():
+        command = [sys.executable, "-W", "ignore", "-c", PROGRAM, kind, str(size), str(count), str(batch)]
         said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE.parent)
         figures[name] = json.loads(said.stdout)
     return {"size": size, "layers": count, "batch": batch, "bytes": figures}
@@ -80,9 +77,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", type=int, default=SIZES["size"], help="inputs and outputs of a layer (%(default)s)")
-    parser.add_argument("--layers", type=int, default=SIZES["count"], help="how many (%(default)s)")
-    parser.add_argument("--batch", type=int, default=SIZES["batch"], help="rows (%(default)s)")
+    parser.add_argument("--size", type=at_least(1), default=SIZES["size"], help="width of a layer (%(default)s)")
+    parser.add_argument("--layers", type=at_least(1), default=SIZES["count"], help="how many (%(default)s)")
+    parser.add_argument("--batch", type=at_least(1), default=SIZES["batch"], help="rows (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args(argv)
     prepare(1)

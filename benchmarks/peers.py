@@ -1,7 +1,8 @@
 """The contestants on the CPU. What is not installed is named, with the reason, instead of timed.
 
 nn.Linear           float32 or whichever type is asked for, by torch's BLAS
-QLinear             ours, eval mode: packing of the input inside, weights packed before
+QLinear             ours in eval mode: it packs input and weights in every call
+PackedQLinear       what pack() makes of it: it packs the input in every call, its weights are packed
 packed × packed     our product alone, of inputs packed before
 bitorch QLinear     bitorch 0.4.1's layer
 bnn-lab GEMM        bnn-lab 1.0.0's packed product alone, without the packing of its inputs; by AVX2 where ours is
@@ -17,14 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitorch_qlinear import QLinear, kernels
+from bitorch_qlinear import PackedQLinear, QLinear, kernels
 from bitorch_qlinear import functional as F
 
 from .measuring import Call, Shape
 
-LINEAR, QLINEAR, PACKED = "nn.Linear", "QLinear", "packed × packed"
+LINEAR, QLINEAR, PACKED_LAYER, PACKED = "nn.Linear", "QLinear", "PackedQLinear", "packed × packed"
 BITORCH, BNN, INT8 = "bitorch QLinear", "bnn-lab GEMM", "int8 dynamic"
-NAMES = [LINEAR, QLINEAR, PACKED, BITORCH, BNN, INT8]
+NAMES = [LINEAR, QLINEAR, PACKED_LAYER, PACKED, BITORCH, BNN, INT8]
 
 
 class Contestants(NamedTuple):
@@ -85,6 +86,7 @@ def contestants(shape: Shape, dtype: torch.dtype = torch.float32, names: Collect
     own: dict[str, Callable[[], Call]] = {
         LINEAR: lambda: evaluation(linear, x),
         QLINEAR: lambda: evaluation(binary, x),
+        PACKED_LAYER: lambda: evaluation(PackedQLinear.from_float(binary), x),
         PACKED: lambda: packed_product(binary, x),
     }
     others: dict[str, Callable[[], Call]] = {

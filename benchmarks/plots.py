@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from .measuring import describe, median, ratio
-from .peers import BITORCH, BNN, INT8, LINEAR, PACKED, QLINEAR
+from .peers import BITORCH, BNN, INT8, LINEAR, PACKED, PACKED_LAYER, QLINEAR
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = {
     LINEAR: "#999999",
-    QLINEAR: "#0072B2",
+    QLINEAR: "#E69F00",
+    PACKED_LAYER: "#0072B2",
     PACKED: "#56B4E9",
     BITORCH: "#D55E00",
     BNN: "#009E73",
@@ -50,7 +51,7 @@ def ratios(figures: dict[str, Any], path: Path) -> None:
         places = [row + height * (i - (len(names) - 1) / 2) for row, _ in rows]
         values = [ratio(times, LINEAR, name) for _, times in rows]
         bars = axes.barh(places, values, height, label=name, color=COLOURS[name])
-        if name == QLINEAR:
+        if name in (QLINEAR, PACKED_LAYER):
             axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(results)), [f"{r['name']}: {r['m']} × {r['k']} → {r['n']}" for r in results], fontsize=8)
@@ -66,7 +67,7 @@ def sizes(figures: dict[str, Any], path: Path) -> None:
     smallest, *cubes = figures["sizes"]
     pyplot = drawing()
     figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    for name in (LINEAR, QLINEAR, PACKED):
+    for name in (LINEAR, PACKED_LAYER, PACKED):
         timed = [r for r in cubes if name in r["seconds_quartiles"]]
         places = [r["n"] for r in timed]
         axes.plot(places, [picoseconds(r, name) for r in timed], "o-", label=name, color=COLOURS[name], markersize=4)

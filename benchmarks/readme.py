@@ -14,7 +14,7 @@ from bitorch_qlinear import demo, kernels
 
 from . import cpu, memory, targets, train
 from .measuring import RESULTS, ROUNDS, describe, load_shapes, median, named, prepare, ratio, setting, write_json
-from .peers import BITORCH, LINEAR, PACKED, QLINEAR
+from .peers import BITORCH, LINEAR, PACKED, PACKED_LAYER, QLINEAR
 
 README = Path(__file__).parents[1] / "README.md"
 RUN = "python -m benchmarks train --run --json benchmarks/results/train_run.json"
@@ -72,22 +72,24 @@ def milliseconds(seconds: float) -> str:
 def comparison(inference: Figures, training: Figures) -> str:
     """The table of what one gets instead of nn.Linear and bitorch."""
     wanted = [
-        (inference, "large batch", "inference"),
-        (inference, "one row", "inference"),
-        (inference, "odd sizes", "inference"),
-        (inference, "tiny", "inference"),
-        (training, "large batch", "training step"),
-        (training, "small batch", "training step"),
+        (inference, "large batch", PACKED_LAYER, "inference, packed"),
+        (inference, "one row", PACKED_LAYER, "inference, packed"),
+        (inference, "odd sizes", PACKED_LAYER, "inference, packed"),
+        (inference, "tiny", PACKED_LAYER, "inference, packed"),
+        (inference, "large batch", QLINEAR, "inference, not packed"),
+        (inference, "small batch", QLINEAR, "inference, not packed"),
+        (training, "large batch", QLINEAR, "training step"),
+        (training, "small batch", QLINEAR, "training step"),
     ]
     rows = []
-    for figures, name, title in wanted:
+    for figures, name, layer, title in wanted:
         result = next(result for result in figures["results"] if result["name"] == name)
         times = result["seconds_quartiles"]
         theirs = milliseconds(median(times, BITORCH)) if BITORCH in times else "absent"
         rows.append(
             f"| {title}, {result['m']} × {result['k']} → {result['n']} | {milliseconds(median(times, LINEAR))} "
-            f"| {theirs} | not timed | {milliseconds(median(times, QLINEAR))}, "
-            f"**{ratio(times, LINEAR, QLINEAR):.3g} ×** nn.Linear's speed |"
+            f"| {theirs} | not timed | {milliseconds(median(times, layer))}, "
+            f"**{ratio(times, LINEAR, layer):.3g} ×** nn.Linear's speed |"
         )
     return "\n".join(
         [
@@ -99,8 +101,9 @@ def comparison(inference: Figures, training: Figures) -> str:
             "| sizes | any | any | K divisible by 8 or 128 | any |",
             "| needs | torch | torch | its own build of torch; gcc 9 to 11 | torch 2.10 or later; any C++20 compiler |",
             "",
-            f"Measured by `make benchmark`: {describe(inference['setting'])}; float32 input packed inside, with bias; "
-            f"medians of interleaved runs.{absent(inference, training)}",
+            "Packed is a PackedQLinear, which `pack(model)` makes; not packed is a QLinear in eval mode, which packs "
+            "its weights in every call. Both pack their input inside; float32, with bias; medians of interleaved runs. "
+            f"Measured by `make benchmark`: {describe(inference['setting'])}.{absent(inference, training)}",
         ]
     )
 
@@ -123,7 +126,7 @@ def target_table(figures: Figures, avx2: Figures | None) -> str:
 
 
 def smallest_cube(inference: Figures) -> str:
-    """Where the time of the smallest cube goes, why it misses the rate of the large ones."""
+    """Where the time of the smallest cube goes: why its rate is below that of the large ones."""
     smallest, cube, *others = inference["sizes"]
     best = max(cpu.rate(result) for result in (cube, *others))
     took, call = (1e6 * median(result["seconds_quartiles"], PACKED) for result in (cube, smallest))
@@ -155,8 +158,9 @@ def benchmark_tables(inference: Figures, training: Figures, resident: Figures) -
     return "\n\n".join(
         [
             cpu.table(inference["results"], "github"),
-            "Medians, ± half the distance between the quartiles. QLinear packs its input inside, packed × packed "
-            f"leaves that out. Of square layers, {'; '.join(crossover)}.{absent(inference, training)}",
+            "Medians, ± half the distance between the quartiles. QLinear packs its input and its weights in every "
+            "call, PackedQLinear its input alone, packed × packed neither. Of square layers, "
+            f"{'; '.join(crossover)}.{absent(inference, training)}",
             train.table(training["results"], "github"),
             memory.table(resident, "github"),
         ]

@@ -1,8 +1,8 @@
 """Runs every CUDA kernel under NVIDIA's compute-sanitizer: ``python -m benchmarks.sanitize``.
 
 Four runs of one small program, side by side: memcheck (accesses outside of an allocation or misaligned), racecheck
-(shared memory), synccheck (barriers) and initcheck (reads of what nobody wrote). A tool that is not there or that the
-machine refuses is said so in a line, and is no failure. One that runs out of time is said so with the kernels that it
+(shared memory), synccheck (barriers) and initcheck (reads of what nobody wrote). A tool that is missing or that the
+machine refuses is reported in a line and is no failure. One that runs out of time is reported with the kernels that it
 had been through, and makes the exit code 124: neither clean nor a finding.
 """
 

@@ -1,8 +1,8 @@
 """Times training on the CPU: ``python -m benchmarks train``.
 
-A step is a forward and all gradients, of float32 layers with bias; saved bytes are what the forward keeps for the
-backward beside the weights. ``--run`` trains the demo's network instead, wider, with QLinear and with bitorch's, until
-each recognizes so many of the test images.
+A step is a forward and all gradients, of float32 layers with bias, ours with a gradient threshold of 1.0 like
+bitorch's; saved bytes are what the forward keeps for the backward beside the weights. ``--run`` trains the demo's
+network instead, wider, with QLinear and with bitorch's, until each recognizes so many of the test images.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from bitorch_qlinear import QLinear, demo
 
 from .measuring import (
     ROUNDS,
+    THREADS,
+    TURNS,
     Call,
     Shape,
     Times,
+    at_least,
     describe,
     interleaved,
     median,
@@ -49,7 +52,10 @@ MOST_EPOCHS = 12
 def layers(shape: Shape, names: Collection[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Layers in training mode, and why others are absent."""
     linear = nn.Linear(shape.k, shape.n)
-    made: dict[str, nn.Module] = {LINEAR: linear, QLINEAR: QLinear.from_linear(linear)}
+    made: dict[str, nn.Module] = {
+        LINEAR: linear,
+        QLINEAR: QLinear.from_linear(linear, gradient_cancellation_threshold=1.0),
+    }
     absent = {}
     try:
         made[BITORCH] = bitorch_layer(shape, torch.float32)
@@ -195,12 +201,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (1)")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"turns of each layer ({ROUNDS})")
+    parser.add_argument("--threads", type=THREADS, default=1, help="torch's threads (1)")
+    parser.add_argument("--rounds", type=TURNS, default=ROUNDS, help=f"turns of each layer ({ROUNDS})")
     parser.add_argument("--quick", action="store_true", help="a selection of the shapes")
     parser.add_argument("--only", choices=STEPS, metavar="NAME", help="one shape of shapes.csv")
     parser.add_argument("--run", action="store_true", help="train the demo's network instead: minutes")
-    parser.add_argument("--hidden", type=int, default=4096, help="its width (4096)")
+    parser.add_argument("--hidden", type=at_least(1), default=4096, help="its width (4096)")
     parser.add_argument("--accuracy", type=float, default=0.97, help="of the test images, where a run ends (0.97)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args(argv)

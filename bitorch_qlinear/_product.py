@@ -69,7 +69,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def apply_to_nested(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def apply_to_nested(layer: Callable[[Tensor], Tensor], x: Any) -> Tensor:
     """A layer's outputs for the rows of a nested tensor, as a nested tensor of the same layout."""
     if x.layout is torch.jagged and x.values().shape[-1] == x.shape[-1]:
         return torch.nested.nested_tensor_from_jagged(layer(x.values()), x.offsets(), x.lengths())
@@ -286,7 +286,7 @@ class SignProduct(torch.autograd.Function):
 
 
 class SignProductEager(SignProduct):
-    """Adds a clear error for forward mode. A separate class, because torch.compile takes the presence of jvp as support."""
+    """Adds a clear error for forward mode, in its own class: torch.compile takes the presence of jvp as support."""
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "FORMAT",
     "INPUT_RULES",
     "NUMBERS",
+    "QUANTIZED_WEIGHT",
     "REAL_INPUT",
     "STRICT_INPUT",
     "WEIGHT_RULES",
@@ -38,6 +39,7 @@ FORMAT = 1
 INPUT_RULES = ("+1 where not x < 0, else -1", "+1 where x > 0, else -1", "real values as they are")
 STRICT_INPUT, REAL_INPUT = 1, 2
 WEIGHT_RULES = ("+1 where not w < 0, else -1", "+1 where w > 0, else -1", "the signs of quantized weights")
+QUANTIZED_WEIGHT = 2
 NUMBERS = ("k", "format", "input_rule", "weight_rule")
 """The entries that are one number each."""
 

@@ -6,10 +6,13 @@ import argparse
 import datetime
 import importlib
 import json
+import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,17 +22,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
-from tqdm import tqdm
 
 from . import _C, __version__
 from ._info import info
-from .linear import QLinear, has_kernels
-from .packed import PackReport, pack
+from ._product import has_kernels
+from .convert import Report, explain, pack
+from .linear import QLinear
+from .packed import PackedQLinear
 
 __all__ = ["main"]
 
 HIDDEN_LAYERS = 3
 CLASSES = 10
+# What the process holds of each hidden weight at most: the float32 values, their gradients, both of AdamW's averages,
+# and the float32 twin.
+BYTES_A_WEIGHT = 5 * 4
 TRAINING_BATCH = 128
 LEARNING_RATE = 1e-3
 # Worth about one percent of test accuracy here: ±1 weights are quick to be too sure of 1300 images.
@@ -84,6 +91,11 @@ def require(module: str, package: str) -> Any:
         raise SystemExit(f"The demo needs {package} ({error}): pip install 'bitorch_qlinear[demo]'") from error
 
 
+def progress_bar(steps: int, what: str, unit: str) -> Any:
+    """A range with tqdm's progress bar."""
+    return require("tqdm", "tqdm").tqdm(range(steps), desc=what, unit=unit)
+
+
 def load_digits(seed: int, device: torch.device) -> Digits:
     """scikit-learn's bundled 8×8 handwritten digits, a quarter of each class kept for the test.
 
@@ -102,8 +114,8 @@ def load_digits(seed: int, device: torch.device) -> Digits:
 def build_model(features: int, hidden: int, binary: bool = True) -> nn.Sequential:
     """A classifier with real-valued first and last layers and hidden layers between BatchNorms.
 
-    The sign in front of each product is the network's nonlinearity. The float32 twin is there for its cost alone: it
-    goes without one, which only makes it faster.
+    The sign in front of each product is the network's nonlinearity. The float32 twin has none: only its cost is
+    compared, and a nonlinearity would add to it.
 
     Args:
         features: Values an image.
@@ -155,7 +167,7 @@ def train(model: nn.Module, digits: Digits, epochs: int) -> Curve:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     curve = Curve([], [])
-    with tqdm(range(epochs), desc="training", unit="epoch") as progress:
+    with progress_bar(epochs, "training", "epoch") as progress:
         for _ in progress:
             curve.loss.append(train_epoch(model, digits, optimizer, schedule))
             curve.test_accuracy.append(accuracy(model, digits.x_test, digits.y_test))
@@ -186,25 +198,25 @@ def train_epoch(
     return total / images
 
 
-def pack_and_check(model: nn.Module, x: Tensor) -> tuple[nn.Module, PackReport]:
+def pack_and_check(model: nn.Module, x: Tensor) -> tuple[nn.Module, Report]:
     """Pack a model and compare its outputs.
 
     Args:
-        model: In eval mode.
-        x: What both are asked about.
+        model: The trained model; it is in eval mode afterwards.
+        x: The images that both are asked about.
 
     Returns:
-        The packed model and what was packed.
+        The packed model, and what computes its binary layers.
 
     Raises:
         RuntimeError: A logit is not identical.
     """
-    packed, summary = pack(model.eval(), report=True)
+    packed = pack(model.eval())
     expected, got = predict(model, x), predict(packed, x)
     if not torch.equal(expected, got):
         differing = int((expected != got).sum())
         raise RuntimeError(f"the packed model differs from the trained one in {differing} of {got.numel()} logits")
-    return packed, summary
+    return packed, explain(packed)
 
 
 # ---- measuring ----
@@ -218,20 +230,14 @@ def checkpoint_bytes(module: nn.Module, folder: Path) -> int:
 
 
 def resident_bytes(module: nn.Module) -> int:
-    """The bytes of a module's parameters, buffers, and packed weights cached for eval mode."""
-    tensors = [*module.parameters(), *module.buffers()]
-    for layer in module.modules():
-        if isinstance(layer, QLinear) and (packed := layer._cache.packed) is not None:
-            tensors += [tensor for tensor in packed if tensor is not None]
-    return sum(tensor.nbytes for tensor in tensors)
+    """The bytes of a module's parameters, buffers, and the prepared forms of packed weights."""
+    tensors: list[Tensor | None] = [*module.parameters(), *module.buffers()]
+    tensors += [layer.weight_prepared for layer in module.modules() if isinstance(layer, PackedQLinear)]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def measure_sizes(models: dict[str, nn.Module]) -> Costs:
-    """The bytes of each model, on disk and in memory.
-
-    Args:
-        models: By name; those with a cache have computed something in eval mode.
-    """
+    """The bytes of each model, on disk and in memory."""
     costs: Costs = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models.items():
@@ -244,23 +250,25 @@ def measure_sizes(models: dict[str, nn.Module]) -> Costs:
 def measure_latencies(models: dict[str, nn.Module], images: Tensor, features: Tensor) -> Costs:
     """The median latency of one hidden layer and of the whole model, for each of `BATCHES`.
 
-    Each round times all of them once: what else the machine does then hits all alike, and a median over rounds
-    leaves the outliers out.
+    Each round times all of them once, so that whatever else the machine does slows all of them alike. The median over
+    the rounds leaves the outliers out.
 
     Args:
         models: By name, in eval mode.
-        images: What the models are asked about, as many as the largest batch or more.
-        features: What the layers are asked about, as many.
+        images: The models' input, at least as many as the largest batch.
+        features: The layers' input, as many.
     """
     timers: dict[tuple[str, str], tuple[Timer, int]] = {}
-    with torch.inference_mode():
+    with torch.inference_mode(), warnings.catch_warnings():
+        # The table shows what this warns of.
+        warnings.filterwarnings("ignore", message="bitorch_qlinear: a QLinear packs its weights")
         for batch in BATCHES:
             for name, model in models.items():
                 layer = hidden_layers(model)[0]
                 timers[name, f"latency_layer_batch{batch}_s"] = calibrated_timer(layer, features[:batch])
                 timers[name, f"latency_model_batch{batch}_s"] = calibrated_timer(model, images[:batch])
         seconds: dict[tuple[str, str], list[float]] = {key: [] for key in timers}
-        for _ in tqdm(range(ROUNDS), desc="timing", unit="round"):
+        for _ in progress_bar(ROUNDS, "timing", "round"):
             for key, (timer, runs) in timers.items():
                 seconds[key].append(timer.timeit(runs).median)
     costs: Costs = {name: {} for name in models}
@@ -277,20 +285,19 @@ def calibrated_timer(module: nn.Module, x: Tensor) -> tuple[Timer, int]:
 
 
 def measure(model: nn.Module, packed: nn.Module, images: Tensor) -> Costs:
-    """What the trained model, the packed one and a float32 twin need.
+    """The bytes and latencies of the trained model, the packed one and a float32 twin.
 
     Args:
-        model: In eval mode.
-        packed: Made from it.
-        images: As many as the largest of `BATCHES` or more.
+        model: The trained model, in eval mode.
+        packed: The same, packed.
+        images: At least as many as the largest of `BATCHES`.
     """
     hidden = hidden_layers(model)[0].in_features
     assert isinstance(hidden, int)
     twin = build_model(images.shape[1], hidden, binary=False).to(images.device).eval()
     models = {FLOAT32: twin, QLINEAR: model, PACKED: packed}
     features = torch.randn(len(images), hidden).to(images.device)
-    latencies = measure_latencies(models, images, features)
-    sizes = measure_sizes(models)  # behind the latencies: the QLinear have filled their caches then
+    sizes, latencies = measure_sizes(models), measure_latencies(models, images, features)
     return {name: sizes[name] | latencies[name] for name in models}
 
 
@@ -479,7 +486,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--plot", type=writable, metavar="PATH", help="write training curve and latencies as a PNG")
     parser.add_argument("--json", type=writable, metavar="PATH", help="write all measured numbers, and where from")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    needed, there = HIDDEN_LAYERS * arguments.hidden**2 * BYTES_A_WEIGHT, memory_bytes(arguments.device)
+    if needed > there:
+        parser.error(
+            f"argument --hidden: expected a width whose weights fit into memory, got {arguments.hidden}, which needs "
+            f"about {needed / 1e9:,.0f} GB of the {there / 1e9:,.1f} GB of {arguments.device}"
+        )
+    return arguments
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The memory of a device, whoever uses it now."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def positive(text: str) -> int:
@@ -520,11 +541,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: The command line's arguments; those of the process if None.
 
     Raises:
-        SystemExit: A wrong argument or a missing package.
+        SystemExit: A wrong argument, a missing package, or Ctrl-C.
         RuntimeError: The packed model computes something else.
     """
-    arguments = parse_arguments(argv)
+    try:
+        run(parse_arguments(argv))
+    except KeyboardInterrupt:
+        print("\ndemo: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None  # the shell's exit code of a program that Ctrl-C ended
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, pack, measure and report."""
     require("tabulate", "tabulate")
+    require("tqdm", "tqdm")
     if arguments.plot:
         require("matplotlib", "matplotlib")
 
@@ -540,8 +570,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = time.perf_counter() - start
     print(f"test accuracy {curve.test_accuracy[-1]:.2%} after {seconds:.0f} s of training\n")
 
-    packed, summary = pack_and_check(model, digits.x_test)
-    print(f"{summary}\nThe packed model's logits are identical for all {len(digits.x_test)} test images.\n")
+    packed, layers = pack_and_check(model, digits.x_test)
+    print(f"{layers}\n\nThe packed model's logits are identical for all {len(digits.x_test)} test images.\n")
 
     costs = measure(model, packed, digits.x_test)
     where = environment(arguments.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -207,8 +206,8 @@ class QLinear(nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
         if isinstance(linear, QLinear) or hasattr(linear, "weight_quantization"):
             raise TypeError(
-                f"linear: expected a layer of real weights, got {type(linear).__name__}, which is binary already: build a "
-                "QLinear with its quantizations and threshold, and load its state_dict"
+                f"linear: expected a layer of real weights, got {type(linear).__name__}, which is binary already: "
+                "build a QLinear with its quantizations and threshold, and load its state_dict"
             )
         for name in ("weight", "bias"):
             if name not in linear._parameters:
@@ -250,7 +249,7 @@ class QLinear(nn.Linear):
                 (NotImplementedError).
         """
         if not isinstance(x, Tensor):
-            return trace_as_leaf(self, x) if is_proxy(x) else F.linear(x, self.weight, self.bias)  # a TypeError
+            return self._of_no_tensor(x)  # type: ignore[unreachable]
         # nn.Module.__getattr__ costs 0.5 us; parametrized tensors are not in the dictionary.
         parameters: dict[str, Any] = self._parameters
         weight: Any = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
@@ -271,13 +270,18 @@ class QLinear(nn.Linear):
                 raise
             return self._in_float(x, weight, bias, rules)
 
+    def _of_no_tensor(self, x: Any) -> Any:
+        """What torch.fx gets in a tensor's place; for all else the TypeError that ``nn.Linear`` raises."""
+        return trace_as_leaf(self, x) if is_proxy(x) else F.linear(x, self.weight, self.bias)
+
     def _rules(self) -> tuple[BinaryRule, BinaryRule] | None:
         """The rules of input and weight, or None where the packed path does not compute them."""
-        modules: Mapping[str, Any] = self._modules
+        modules: dict[str, Any] = self._modules
         activation = modules["activation"]
         if type(activation) is not Activation or has_hooks(activation, do_nothing):
             return None
-        input_rule = binary_rule(activation._modules["activation_function"])
+        parts: dict[str, Any] = activation._modules
+        input_rule = binary_rule(parts["activation_function"])
         weight_rule = binary_rule(modules["weight_quantization"])
         return None if input_rule is None or weight_rule is None else (input_rule, weight_rule)
 
@@ -336,7 +340,7 @@ class QLinear(nn.Linear):
         """What ``copy.deepcopy`` and pickle ask for.
 
         Raises:
-            TypeError: The copy is for ``fuse_linear_bn_eval``, which scales weights of which the signs alone would count.
+            TypeError: The copy is for ``fuse_linear_bn_eval``, which scales weights whose signs alone would count.
         """
         if called_from("torch.nn.utils.fusion"):
             raise TypeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -19,9 +20,17 @@ from ._product import (
     real_linear,
 )
 from ._torch import is_plain, is_proxy, shares_data, trace_as_leaf
-from .checkpoint import FORMAT, INPUT_RULES, REAL_INPUT, STRICT_INPUT, WEIGHT_RULES, problem_of_packed, words_for
+from .checkpoint import (
+    FORMAT,
+    INPUT_RULES,
+    QUANTIZED_WEIGHT,
+    REAL_INPUT,
+    STRICT_INPUT,
+    problem_of_packed,
+    words_for,
+)
 from .linear import Activation, QLinear, path_name
-from .quantizations import BinaryRule, binary_rule, get_quantization, is_identity
+from .quantizations import BinaryRule, Sign, binary_rule, depends_on_mode, get_quantization, is_identity
 
 __all__ = ["PackedQLinear"]
 
@@ -32,7 +41,7 @@ _SIGN = BinaryRule()
 
 
 def input_rule_of(quantization: nn.Module) -> int:
-    """The place in `INPUT_RULES` of what a packed layer does with its input.
+    """The place in `checkpoint.INPUT_RULES` of what a packed layer does with its input.
 
     Raises:
         ValueError: It is neither sign-like nor the identity.
@@ -49,9 +58,9 @@ def input_rule_of(quantization: nn.Module) -> int:
 
 
 def weight_rule_of(quantization: nn.Module) -> int:
-    """The place in `WEIGHT_RULES` of how a packed layer's bits come from float weights."""
+    """The place in `checkpoint.WEIGHT_RULES` of how a packed layer's bits come from float weights."""
     rule = binary_rule(quantization)
-    return len(WEIGHT_RULES) - 1 if rule is None else int(rule.strict)
+    return QUANTIZED_WEIGHT if rule is None else int(rule.strict)
 
 
 def pack_weight(weight: Tensor, quantization: nn.Module) -> Tensor:
@@ -143,8 +152,10 @@ class PackedQLinear(nn.Module):
             quantization.eval()
         if isinstance(weight_quantization, str):
             self.weight_quantization.eval()
-        self.activation = Activation(quantization, gradient_cancellation_threshold)
         self._input_rule, self._weight_rule = input_rule_of(quantization), weight_rule_of(self.weight_quantization)
+        if depends_on_mode(quantization):
+            quantization = Sign()  # what progressive_sign is in eval mode; here it is that for ever
+        self.activation = Activation(quantization, gradient_cancellation_threshold)
         with torch.inference_mode(False):
             words = torch.zeros(out_features, words_for(in_features), dtype=torch.int32, device=device)
             self.register_buffer("weight", words)
@@ -190,9 +201,9 @@ class PackedQLinear(nn.Module):
             bias is not None,
             device="meta",
             dtype=weight.dtype,
-            input_quantization=layer.input_quantization,
+            input_quantization=copy.deepcopy(layer.input_quantization),
             gradient_cancellation_threshold=layer.gradient_cancellation_threshold,
-            weight_quantization=layer.weight_quantization,
+            weight_quantization=copy.deepcopy(layer.weight_quantization),
         )
         packed.weight = pack_weight(weight, layer.weight_quantization) if words is None else words
         with torch.inference_mode(False), torch.no_grad():
@@ -208,9 +219,11 @@ class PackedQLinear(nn.Module):
             self.out_features,
             self.bias is not None,
             device="meta",
-            input_quantization=self.activation.activation_function,
+            input_quantization=copy.deepcopy(self.activation.activation_function),
             gradient_cancellation_threshold=self.activation.gradient_cancellation_threshold,
-            weight_quantization=self.weight_quantization if self._weight_rule < len(WEIGHT_RULES) - 1 else None,
+            weight_quantization=None
+            if self._weight_rule == QUANTIZED_WEIGHT
+            else copy.deepcopy(self.weight_quantization),
         )
         layer.weight = nn.Parameter(self._signs(next(self.parameters()).dtype))
         layer.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())  # type: ignore[assignment]
@@ -222,7 +235,7 @@ class PackedQLinear(nn.Module):
         """The layer's output.
 
         Args:
-            x: Shape ``(..., K)``, any strides, any float type. Of a nested or sparse tensor it is the values that count.
+            x: Shape ``(..., K)``, any strides, any float type. Of a nested or sparse tensor the values count.
 
         Returns:
             Shape ``(..., N)``; in the dtype of x, or autocast's.
@@ -242,9 +255,9 @@ class PackedQLinear(nn.Module):
         return y
 
     def _without_form(self, x: Tensor) -> Tensor:
-        """The output where the layer has no form yet, where x is not an ordinary tensor on the CPU, or while compiling."""
+        """The output where the layer has no form yet, where x is no ordinary tensor on the CPU, or while compiling."""
         if not isinstance(x, Tensor):
-            return trace_as_leaf(self, x) if is_proxy(x) else F.linear(x, self.weight, self.bias)  # a TypeError
+            return self._of_no_tensor(x)  # type: ignore[unreachable]
         words: Any = self._buffers["weight"]
         if _compiling():
             # An exported program runs elsewhere, where another kernel may read another form.
@@ -252,6 +265,10 @@ class PackedQLinear(nn.Module):
             return self._compute(x, self.weight_prepared if usable else None)
         wants_form = self._input_rule != REAL_INPUT and words.is_cpu and x.is_cpu
         return self._compute(x, self.prepare() if wants_form else None)
+
+    def _of_no_tensor(self, x: Any) -> Any:
+        """What torch.fx gets in a tensor's place; for all else the TypeError that ``nn.Linear`` raises."""
+        return trace_as_leaf(self, x) if is_proxy(x) else F.linear(x, self.weight, self.bias)
 
     def _compute(self, x: Tensor, form: Tensor | None) -> Tensor:
         # nn.Module.__getattr__ costs 0.5 us.
@@ -265,7 +282,6 @@ class PackedQLinear(nn.Module):
                 return real_linear(x, words, self.in_features, bias, activation.gradient_cancellation_threshold)
             if not is_differentiated(x, bias):
                 return packed_linear(x, words, self.in_features, bias, form, self._input_rule == STRICT_INPUT)
-            # progressive_sign has no rule while it trains, but here it is a sign for ever.
             rules = binary_rule(activation.activation_function) or _SIGN, _SIGN
             threshold = activation.gradient_cancellation_threshold
             return differentiable(x, None, bias, words, form, self.in_features, rules, threshold)
@@ -347,7 +363,7 @@ class PackedQLinear(nn.Module):
     # ---- checkpoints ----
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(f"{prefix}empty", None)
 
     def _load_from_state_dict(

@@ -507,6 +507,15 @@ def is_identity(quantization: nn.Module) -> bool:
     return (cls.__module__, cls.__qualname__) in _IDENTITIES and not has_hooks(quantization)
 
 
+def depends_on_mode(quantization: nn.Module) -> bool:
+    """Whether this is a sign in eval mode alone, of this package or of bitorch."""
+    cls = type(quantization)
+    return cls is ProgressiveSign or (cls.__module__, cls.__qualname__) == (
+        "bitorch.quantizations.progressive_sign",
+        "ProgressiveSign",
+    )
+
+
 _classes: dict[str, type[nn.Module]] = {}
 
 

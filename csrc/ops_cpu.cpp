@@ -320,9 +320,9 @@ Tensor prepare_weight(const Tensor& words, int64_t k, std::optional<int64_t> lay
     Tensor prepared = empty_on_cpu({prepared_bytes(kernel.layout, words.size(0), k)}, ScalarType::Byte);
     const Tensor data = aligned("weight_words", words);
     // The fingerprint first: words that change meanwhile then do not match what is made of them.
-    const Fingerprint fingerprint = kernel.prepare ? take_fingerprint(kernel, words_of(data), words.numel(),
-                                                                      words.data_ptr(), version_of(words))
-                                                   : Fingerprint{};
+    const Fingerprint fingerprint =
+        kernel.prepare ? take_fingerprint(kernel, words_of(data), words.numel(), words.data_ptr(), version_of(words))
+                       : Fingerprint{};
     write_prepared(Threads(), kernel, words_of(data), words.size(0), k, fingerprint,
                    static_cast<uint8_t*>(prepared.data_ptr()));
     return prepared;

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bitorch_qlinear import PackedQLinear, QLinear, demo, info
+from bitorch_qlinear import PackedQLinear, QLinear, _library, demo, info, linear
 
 EPOCHS, HIDDEN, SEED = 3, 256, 1
 
@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_learns_and_packs_without_a_difference(run: Run) -> None:
     assert run.results["test_accuracy"] > 0.85
     assert run.results["identical_predictions"] is True
-    assert f"packed {demo.HIDDEN_LAYERS} of {demo.HIDDEN_LAYERS} QLinear" in run.output
+    assert f"{demo.HIDDEN_LAYERS} binary layers: {demo.HIDDEN_LAYERS} packed" in run.output
     assert "identical for all 450 test images" in run.output
 
 
@@ -81,11 +81,12 @@ def test_sizes_are_those_of_the_weights(run: Run) -> None:
     floats, qlinear, packed = run.results["models"].values()
     weights = demo.HIDDEN_LAYERS * HIDDEN * HIDDEN
     assert floats["resident_hidden_bytes"] == 4 * weights
-    # Both forms of the bits, with 64 bytes of header and 8 bytes of k a layer, are 2/32 of the floats.
-    both = 2 * weights // 8 + 64 * demo.HIDDEN_LAYERS
-    assert 0 <= packed["resident_hidden_bytes"] - both <= 1024
-    assert 0 <= qlinear["resident_hidden_bytes"] - 4 * weights - both <= 1024
-    assert 0 < packed["checkpoint_hidden_bytes"] - weights // 8 < 8192
+    assert qlinear["resident_hidden_bytes"] == 4 * weights  # it keeps nothing else
+    # The words, and the form that a kernel reads where it wants another: 1/32 or 2/32 of the floats, and a header and
+    # four numbers a layer.
+    forms = 2 if _library.prepared_layout().unit_bytes else 1
+    assert 0 <= packed["resident_hidden_bytes"] - forms * weights // 8 <= 1024
+    assert 0 < packed["checkpoint_hidden_bytes"] - weights // 8 < 16384
     assert floats["checkpoint_hidden_bytes"] > 4 * weights
     for costs in (floats, qlinear, packed):
         assert costs["checkpoint_model_bytes"] > costs["checkpoint_hidden_bytes"]
@@ -125,8 +126,8 @@ def test_every_class_is_split_alike() -> None:
 def test_difference_of_the_packed_model_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nn.Sequential(QLinear(64, 10)), torch.randn(5, 64)
 
-    def pack_badly(model: nn.Module, report: bool) -> tuple[nn.Module, str]:
-        return nn.Sequential(PackedQLinear(64, 10)), ""
+    def pack_badly(model: nn.Module) -> nn.Module:
+        return nn.Sequential(PackedQLinear(64, 10))
 
     monkeypatch.setattr(demo, "pack", pack_badly)
     with pytest.raises(RuntimeError, match=r"differs from the trained one in \d+ of 50 logits"):
@@ -138,6 +139,7 @@ def test_difference_of_the_packed_model_is_an_error(monkeypatch: pytest.MonkeyPa
     [
         (["--epochs", "0"], "--epochs: expected a whole number of at least 1, got '0'"),
         (["--hidden", "wide"], "--hidden: expected a whole number of at least 1, got 'wide'"),
+        (["--hidden", "9000000"], "--hidden: expected a width whose weights fit into memory, got 9000000"),
         (["--seed", "-1"], "--seed"),
         (["--seed", str(2**32)], "--seed: expected a whole number from 0 to 2**32 - 1"),
         (["--device", "nowhere"], "cannot compute on 'nowhere' here"),
@@ -152,6 +154,26 @@ def test_bad_flag(flags: list[str], message: str, capsys: pytest.CaptureFixture[
         demo.main(flags)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "train", interrupt)
+    with pytest.raises(SystemExit) as error:
+        demo.main(["--hidden", "8"])
+    assert error.value.code == 130
+    assert capsys.readouterr().err.strip() == "demo: interrupted"
+
+
+def test_the_timed_qlinear_does_not_warn(recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "ROUNDS", 1)
+    monkeypatch.setattr(demo, "BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(linear, "_warned_of_packing", False)
+    model = demo.build_model(64, 512).eval()  # large enough to be warned of
+    demo.measure(model, demo.pack(model), torch.randn(256, 64))
+    assert not [warning for warning in recwarn if "packs its weights" in str(warning.message)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
@@ -171,7 +193,12 @@ def test_help_documents_each_flag(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("module", "package"),
-    [("tabulate", "tabulate"), ("matplotlib", "matplotlib"), ("sklearn.datasets", "scikit-learn")],
+    [
+        ("tabulate", "tabulate"),
+        ("matplotlib", "matplotlib"),
+        ("sklearn.datasets", "scikit-learn"),
+        ("tqdm", "tqdm"),
+    ],
 )
 def test_missing_package(module: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, module, None)

@@ -40,9 +40,9 @@ FAST = figures_with(
         (gpu.MEDIUM, gpu.INT8, gpu.COLD, 2.5),
         (gpu.MEDIUM, gpu.PACKED_INT, gpu.COLD, 1.0),
         (gpu.ROW, gpu.FP16, gpu.CHAIN, 7.0),
-        (gpu.ROW, gpu.PACKING, gpu.CHAIN, 1.0),
+        (gpu.ROW, gpu.LAYER, gpu.CHAIN, 1.0),
         (gpu.ROWS, gpu.FP16, gpu.CHAIN, 4.9),
-        (gpu.ROWS, gpu.PACKING, gpu.CHAIN, 1.0),
+        (gpu.ROWS, gpu.LAYER, gpu.CHAIN, 1.0),
     ],
     packing={
         "copy": {"gb_s": 1000.0, "seconds_quartiles": [1.0] * 3},
@@ -66,7 +66,7 @@ def test_everything_is_measured_where_a_timer_is_made_up():
     figures = measured(SMALL)
     assert set(figures.compared) == {str(shape) for shape in SMALL}
     names = {row["contestant"] for row in figures.products}
-    assert {gpu.BF16, gpu.FP16, gpu.PACKED, gpu.PACKED_INT, gpu.PACKING} <= names
+    assert {gpu.BF16, gpu.FP16, gpu.PACKED, gpu.PACKED_INT, gpu.PACKING, gpu.LAYER} <= names
     assert {row["mode"] for row in figures.products} == {gpu.COLD, gpu.WARM}
     assert gpu.median(figures, SMALL[0], gpu.PACKED, gpu.COLD) == 3e-6
     (row,) = (
@@ -134,7 +134,7 @@ def test_what_no_graph_can_hold_is_absent_or_failed_and_the_rest_is_measured(our
     figures = figures_with([])
     gpu.measure_shape(SMALL[0], CPU, timer, 1000, figures)
     measured_names = {row["contestant"] for row in figures.products}
-    binary = {gpu.PACKED, gpu.PACKED_INT, gpu.PACKING}
+    binary = {gpu.PACKED, gpu.PACKED_INT, gpu.PACKING, gpu.LAYER}
     if ours:
         assert set(figures.failed) == {f"{SMALL[0]}, {name}" for name in binary}
         assert {gpu.BF16, gpu.FP16} <= measured_names and not binary & measured_names

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, overload
 
 from torch import Tensor, nn
 
-from ..checkpoint import WEIGHT_RULES
+from ..checkpoint import QUANTIZED_WEIGHT
 from ..linear import QLinear
 from ..packed import PackedQLinear, weight_rule_of
 from .report import GATHER, binary_layers, is_fsdp, reason_against
@@ -53,7 +53,7 @@ def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             reasons[path] = reason
             continue
         rule = weight_rule_of(layer.weight_quantization)
-        key = id(layer.weight), rule if rule < len(WEIGHT_RULES) - 1 else id(layer.weight_quantization)
+        key = id(layer.weight), id(layer.weight_quantization) if rule == QUANTIZED_WEIGHT else rule
         packed = PackedQLinear.from_float(layer, shared.get(key))
         shared[key] = packed.weight
         replacements[id(layer)] = packed
@@ -92,7 +92,9 @@ def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for _, _, layer in binary_layers(model):
         if isinstance(layer, PackedQLinear):
             unpacked = replacements[id(layer)] = layer.unpack()
-            unpacked.weight = shared.setdefault(id(layer.weight), unpacked.weight)
+            weight = unpacked.weight
+            assert isinstance(weight, nn.Parameter)
+            unpacked.weight = shared.setdefault(id(layer.weight), weight)
     return _replace(model, replacements, inplace, {})
 
 
@@ -114,9 +116,9 @@ def _replace(model: nn.Module, replacements: dict[int, nn.Module], inplace: bool
             copied: nn.Module = copy.deepcopy(model, dict(replacements))
         except Exception as error:
             left = "".join(f"; {path or 'the model'} would stay as it is: {reason}" for path, reason in reasons.items())
-            said = (str(error).splitlines() or [""])[0]
+            said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             raise RuntimeError(
-                f"model: cannot be copied ({type(error).__name__}: {said}): inplace=True works on the model itself{left}"
+                f"model: cannot be copied ({said}): inplace=True works on the model itself{left}"
             ) from error
         return copied
     for parent in list(model.modules()):

@@ -83,7 +83,10 @@ class Report:
         packed = sum(layer.kind == "PackedQLinear" for layer in self.layers)
         left = sum(layer.packable for layer in self.layers)
         resident = sum(layer.resident_bytes for layer in self.layers)
-        total = f"{len(self.layers)} binary layers: {packed} packed, {left} that pack() would pack; {_size(resident)} of weights"
+        total = (
+            f"{len(self.layers)} binary layers: {packed} packed, {left} that pack() would pack; "
+            f"{_size(resident)} of weights"
+        )
         return "\n".join([*lines, total])
 
 

@@ -190,9 +190,8 @@ Tensor multiply(int64_t m, const Weight& weight, const std::vector<int64_t>& siz
 template <class MakeX>
 Tensor multiply(int64_t m, const Weight& weight, const std::vector<int64_t>& sizes, const Launch& launch,
                 const Device& device, MakeX make_x) {
-    return multiply(m, weight, sizes, launch, device, make_x, [&](const KernelRecord& kernel) {
-        return factor_of_weight(weight, kernel, launch, device);
-    });
+    return multiply(m, weight, sizes, launch, device, make_x,
+                    [&](const KernelRecord& kernel) { return factor_of_weight(weight, kernel, launch, device); });
 }
 
 // ---- operators -------------------------------------------------------------------------------------------------------

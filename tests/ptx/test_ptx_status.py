@@ -1,8 +1,10 @@
-"""The README's table of what ran where says what these tests do, and what the build compiles."""
+"""The README's table of what ran where says what these tests do, what the build compiles, and what a GPU measured."""
 
 import importlib
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,25 @@ from .product import ALL_TARGETS, CUDA, code, compiled, source
 ROOT = Path(__file__).parents[2]
 SAME_CODE = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_100": "sm_120"}
 """Targets, and those whose PTX says the same to the letter: what is executed of one is executed of the other."""
+HARDWARE = {"H200": "sm_90a"}
+"""Names of devices in the table's cells, and the target that the operators were compiled for there."""
+
+
+def figures() -> dict[str, Any]:
+    """What `make gpu` measured on the device whose results are committed."""
+    return json.loads((ROOT / "benchmarks" / "results" / "gpu" / "gpu.json").read_text())
+
+
+def ran_on_hardware(kernel: str) -> bool:
+    """Whether the committed results can only come of a run of this kernel."""
+    found = figures()
+    if kernel == "pack":
+        return "pack_bits" in found["packing"]
+    if kernel == "unpack":
+        return "QLinear" in found["training"]  # its backward expands the bits
+    if kernel == "align":
+        return any(row["k"] % 128 and row["contestant"] == "packed x" for row in found["products"])
+    return any(row["contestant"] == f"packed x, {kernel}" for row in found["products"])
 
 
 def table() -> dict[str, dict[str, str]]:
@@ -50,6 +71,21 @@ def test_table_has_every_kernel_and_target():
 @pytest.mark.parametrize("kernel", sorted(table()))
 def test_table_is_true(kernel):
     cells = table()[kernel]
-    assert [target for target, cell in cells.items() if cell == "interpreted"] == interpreted(kernel)
-    # "ran on hardware" wants results that `make gpu` measured.
-    assert set(cells.values()) <= {"interpreted", "compiled", "–"}
+    assert set(cells.values()) <= {"interpreted", "compiled", "–", *HARDWARE}
+    # What ran on hardware is interpreted too.
+    assert [target for target, cell in cells.items() if cell not in ("compiled", "–")] == interpreted(kernel)
+    ran = {target for target, cell in cells.items() if cell in HARDWARE}
+    assert ran == ({target_of_the_figures()} if ran_on_hardware(kernel) else set())
+    assert all(HARDWARE[cells[target]] == target for target in ran)
+
+
+def target_of_the_figures() -> str:
+    """The target that the operators were compiled for when the committed results were measured."""
+    return "sm_" + figures()["setting"]["built_for"].replace(".", "")
+
+
+def test_committed_results_are_of_the_device_that_the_table_names():
+    setting = figures()["setting"]
+    (name,) = HARDWARE
+    assert setting["device"] == f"NVIDIA {name}" and target_of_the_figures() == HARDWARE[name]
+    assert name in (ROOT / "README.md").read_text()
