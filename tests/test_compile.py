@@ -11,7 +11,6 @@ import torch._dynamo
 from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-import bitorch_qlinear.linear as linear_module
 from bitorch_qlinear import PackedQLinear, QLinear, _library, pack
 from bitorch_qlinear.checkpoint import NUMBERS
 
@@ -19,10 +18,9 @@ K, N = 70, 9
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch):
+def _fresh():
     torch.manual_seed(0)
     torch._dynamo.reset()
-    monkeypatch.setattr(linear_module, "_warned_of_packing", True)  # the warning has its own test
     yield
     torch._dynamo.reset()
 
@@ -248,3 +246,24 @@ def test_graphs_cached_on_disk_belong_to_one_kernel(tmp_path):
     for kernel in reversed(_library.available_kernels()):
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "BITORCH_QLINEAR_CPU_KERNEL": kernel}
         subprocess.run([sys.executable, "-c", COMPILED], env=environment, check=True, timeout=300)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+@pytest.mark.parametrize(("k", "n"), [(37, 9), (256, 256)])
+def test_export_for_any_batch_with_gradients_wanted(k, n, strict, training):
+    """Strict export traces the backward too, whose choice between tables and BLAS must not depend on the batch."""
+    layer = QLinear(k, n).train(training)
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(layer, (torch.randn(5, k),), dynamic_shapes=shapes, strict=strict)
+    for rows in (1, 64, 70):
+        x = torch.randn(rows, k)
+        torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def test_no_recompilation_where_the_backward_would_choose_otherwise():
+    layer, counter = QLinear(256, 256), CompileCounter()
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    for rows in (5, 20, 63, 64, 100, 2000):
+        compiled(torch.randn(rows, 256)).sum().backward()
+    assert counter.frame_count == 1
