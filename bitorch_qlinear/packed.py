@@ -359,8 +359,8 @@ class PackedQLinear(nn.Module):
         """
         if called_from("torch.nn.utils.fusion"):
             raise TypeError(
-                "linear: fuse_linear_bn_eval cannot take a PackedQLinear, whose weights are signs without a scale: keep "
-                "the batch norm."
+                "linear: fuse_linear_bn_eval cannot take a PackedQLinear, whose weights are signs without a scale: "
+                "keep the batch norm."
             )
         return {**self.__dict__, "weight_prepared": None}
 

@@ -230,7 +230,9 @@ class Maker:
         return guarded(changed)
 
     def other_length(self, prepared: Tensor) -> Tensor:
-        length = self.random.choice([0, 1, 63, 64, 65, 191, 192, 193, len(prepared) - 1, len(prepared) + 1, 2 * len(prepared)])
+        length = self.random.choice(
+            [0, 1, 63, 64, 65, 191, 192, 193, len(prepared) - 1, len(prepared) + 1, 2 * len(prepared)]
+        )
         return guarded(torch.cat([prepared, prepared, prepared.new_zeros(PANELS_OFFSET)])[:length])
 
 

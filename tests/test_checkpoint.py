@@ -161,7 +161,9 @@ def test_packed_words_are_not_loaded_into_a_float_layer(prefix, assign):
     packed, layer = pack(layer_like()), layer_like()
     wrap = (lambda module: nn.Sequential(module)) if prefix else (lambda module: module)
     before = layer(X)
-    with pytest.raises(RuntimeError, match=f"{prefix}weight: expected float weights, got the words of a packed") as error:
+    with pytest.raises(
+        RuntimeError, match=f"{prefix}weight: expected float weights, got the words of a packed"
+    ) as error:
         wrap(layer).load_state_dict(wrap(packed).state_dict(), assign=assign, strict=not assign)
     assert all(remedy in str(error.value) for remedy in ("PackedQLinear", "pack(model)", "unpack(model)"))
     assert_equal(layer(X), before)

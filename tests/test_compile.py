@@ -220,7 +220,9 @@ def test_backward_of_a_compiled_packed_layer(backend):
     assert gradients[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("make", [lambda: layer_like(False), lambda: pack(layer_like(False))], ids=["QLinear", "Packed"])
+@pytest.mark.parametrize(
+    "make", [lambda: layer_like(False), lambda: pack(layer_like(False))], ids=["QLinear", "Packed"]
+)
 def test_a_compiled_call_is_one_operator(make):
     layer, x = make(), torch.randn(3, K)
     with torch.no_grad():

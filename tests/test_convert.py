@@ -243,7 +243,10 @@ REASONS = {
         lambda: hooked("register_forward_hook", "activation.activation_function"),
         ["its input quantization has hooks"],
     ),
-    "weight-hooked": (lambda: hooked("register_forward_hook", "weight_quantization"), ["its weight quantization has hooks"]),
+    "weight-hooked": (
+        lambda: hooked("register_forward_hook", "weight_quantization"),
+        ["its weight quantization has hooks"],
+    ),
     "activation-hooked": (lambda: hooked("register_forward_hook", "activation"), ["its activation has hooks"]),
     "activation-replaced": (activation_replaced, ["its activation is a Tanh, which may compute something else"]),
     "subclass": (lambda: Own(K, N), ["Own has a forward of its own"]),
@@ -382,7 +385,9 @@ UNCOPIED = {
 @pytest.mark.parametrize("case", UNCOPIED)
 def test_models_that_cannot_be_copied(case):
     model = UNCOPIED[case]()
-    with pytest.raises(RuntimeError, match="model: cannot be copied .*inplace=True works on the model itself") as error:
+    with pytest.raises(
+        RuntimeError, match=r"model: cannot be copied .*inplace=True works on the model itself"
+    ) as error:
         pack(model)
     if case == "a-pruned-layer":  # its hook would be lost: the error says that it would stay as it is, too
         assert "0 would stay as it is: it has hooks" in str(error.value)

@@ -186,7 +186,9 @@ def test_dtypes_that_are_no_input(make, input_quantization, dtype):
         assert not isinstance(error.value, NotImplementedError)
 
 
-@pytest.mark.parametrize("x", [np.zeros((2, K), np.float32), [[0.0] * K], None, 3.0, "x"], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "x", [np.zeros((2, K), np.float32), [[0.0] * K], None, 3.0, "x"], ids=lambda x: type(x).__name__
+)
 @each_layer
 def test_what_is_no_tensor_is_named_as_a_linear_names_it(make, x):
     with pytest.raises(TypeError) as expected:
@@ -215,9 +217,9 @@ class Wrapped(torch.Tensor):
 def test_a_weight_of_another_class(training, gradients):
     layer = QLinear(K, N).train(training)
     layer.weight = nn.Parameter(Wrapped(layer.weight.detach()), requires_grad=False)
-    with torch.set_grad_enabled(gradients):
-        with pytest.raises(TypeError, match="weight: expected a plain tensor, got Wrapped.*leave QLinear layers out"):
-            layer(torch.randn(2, K, requires_grad=gradients))
+    refused = pytest.raises(TypeError, match=r"weight: expected a plain tensor, got Wrapped.*leave QLinear layers out")
+    with torch.set_grad_enabled(gradients), refused:
+        layer(torch.randn(2, K, requires_grad=gradients))
 
 
 # ---- torch's tools ----
@@ -260,7 +262,7 @@ def test_skip_init():
 @pytest.mark.parametrize("make", [LAYERS["eval"], LAYERS["packed"]], ids=["eval", "packed"])
 def test_a_batch_norm_cannot_be_fused(make):
     layer = make().eval()
-    with pytest.raises(TypeError, match="fuse_linear_bn_eval cannot take a .*keep the batch norm"):
+    with pytest.raises(TypeError, match=r"fuse_linear_bn_eval cannot take a .*keep the batch norm"):
         fusion.fuse_linear_bn_eval(layer, nn.BatchNorm1d(N).eval())
     copy.deepcopy(layer)  # which is possible elsewhere
 

@@ -96,7 +96,10 @@ def test_only_what_packs_into_bits_is_accepted(quantization):
     for make in (PackedQLinear, lambda *args, **options: PackedQLinear.from_float(QLinear(*args, **options))):
         with pytest.raises(ValueError, match="input_quantization: expected a sign-like quantization or identity"):
             make(K, N, input_quantization=quantization)
-    layer, packed = QLinear(K, N, weight_quantization=quantization), PackedQLinear(K, N, weight_quantization=quantization)
+    layer, packed = (
+        QLinear(K, N, weight_quantization=quantization),
+        PackedQLinear(K, N, weight_quantization=quantization),
+    )
     with pytest.raises(ValueError, match=r"weight_quantization: expected one whose values are \+1 and -1"):
         PackedQLinear.from_float(layer)
     with pytest.raises(RuntimeError, match=r"weight: weight_quantization: expected one whose values are \+1 and -1"):

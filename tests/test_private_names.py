@@ -68,7 +68,9 @@ def test_no_other_file_has_any(path):
 
 
 def test_they_are_found():
-    source = "import torch\nfrom torch._C import x\ntorch._C.f\ny._version_of_torch\nself._modules\ngetattr(z, '_op', 1)\n"
+    source = (
+        "import torch\nfrom torch._C import x\ntorch._C.f\ny._version_of_torch\nself._modules\ngetattr(z, '_op', 1)\n"
+    )
     assert [name.partition(":")[0] for name in private_names(ast.parse(source))] == [
         *("line 2", "line 4", "line 6", "line 3")
     ]

@@ -240,7 +240,9 @@ def test_with_real_input(write, size):
 
 
 @sizes
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
+)
 def test_copies_have_words_of_their_own(duplicate, size):
     layer, x = packed_layer(size), torch.randn(3, size[0])
     other = duplicate(layer)
