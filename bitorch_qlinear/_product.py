@@ -270,7 +270,9 @@ class SignProduct(torch.autograd.Function):
         return *gradients, None, None, None, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        # torch looks inside the tuple of rules, and has a tuple of dimensions for it.
+        in_dims = tuple(dim if isinstance(dim, int) else None for dim in in_dims)
         if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
             # A batch of x alone is more rows.
             outputs = apply(SignProductEager, args[0].movedim(in_dims[0], 0), *args[1:])

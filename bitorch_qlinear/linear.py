@@ -295,8 +295,8 @@ class QLinear(nn.Linear):
         """The same values by torch's own operators, for tensors and quantizations without kernels."""
         if x.is_nested:
             return apply_to_nested(self, x)
-        if not is_plain(x) and x.layout is not torch.strided:
-            y: Tensor = self(x.to_dense())
+        if x.is_quantized or (not is_plain(x) and x.layout is not torch.strided):
+            y: Tensor = self(x.dequantize() if x.is_quantized else x.to_dense())
             return y
         if rules is None and self._multiplies_signs(x, weight, bias):
             return self._multiply_signs(x, weight, bias)

@@ -19,7 +19,7 @@ from ._product import (
     packed_linear,
     real_linear,
 )
-from ._torch import is_plain, is_proxy, shares_data, trace_as_leaf
+from ._torch import called_from, is_plain, is_proxy, shares_data, trace_as_leaf
 from .checkpoint import (
     FORMAT,
     INPUT_RULES,
@@ -300,8 +300,8 @@ class PackedQLinear(nn.Module):
         """The same values by torch's own operators, on any device: summed and rounded in the operators' T."""
         if x.is_nested:
             return apply_to_nested(self, x)
-        if not is_plain(x) and x.layout is not torch.strided:
-            y: Tensor = self(x.to_dense())
+        if x.is_quantized or (not is_plain(x) and x.layout is not torch.strided):
+            y: Tensor = self(x.dequantize() if x.is_quantized else x.to_dense())
             return y
         if self._input_rule == REAL_INPUT:
             dtype = autocast_dtype(x) or x.dtype
@@ -352,7 +352,16 @@ class PackedQLinear(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the prepared form, which belongs to this process."""
+        """Leave out the prepared form, which belongs to this process.
+
+        Raises:
+            TypeError: The copy is for ``fuse_linear_bn_eval``, which scales weights.
+        """
+        if called_from("torch.nn.utils.fusion"):
+            raise TypeError(
+                "linear: fuse_linear_bn_eval cannot take a PackedQLinear, whose weights are signs without a scale: "
+                "keep the batch norm."
+            )
         return {**self.__dict__, "weight_prepared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

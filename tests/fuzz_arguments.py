@@ -13,12 +13,13 @@ from reference import FLOATS, random_values
 from shapes import PANEL, UNIT, around
 from torch import Tensor
 
-from bitorch_qlinear import _library
+from bitorch_qlinear import _library, kernels
 
 NAMESPACE = "bitorch_qlinear::"
 OPERATORS = sorted(n[len(NAMESPACE) :] for n in torch._C._dispatch_get_all_op_names() if n.startswith(NAMESPACE))
 KERNELS = _library.available_kernels()
 HEADER_BYTES = 64
+PANELS_OFFSET = 192  # behind the header and the fingerprint
 MAGIC = b"bitorchq"
 
 WORDS = (torch.int32, torch.uint32)
@@ -112,6 +113,8 @@ class Maker:
             return self.words(*self.leading)
         if argument in ("weight_words", "sign_words"):
             return self.words(self.n)
+        if argument == "weight":
+            return self.floats((self.n, self.k))
         if argument in ("bias", "scale"):
             return self.vector()
         if argument == "weight_prepared":
@@ -122,6 +125,7 @@ class Maker:
             "dtype": pick([*FLOATS, torch.int32, torch.int8, torch.bool]),
             "out_dtype": pick([None, *FLOATS, torch.int32]),
             "strict": self.chance(0.5),
+            "strict_weight": self.chance(0.5),
             "transpose": self.transpose,
             "threshold": pick([None, 0.0, -0.0, 0.3, 1, 1e300, math.inf]),
             "layout": pick([None, _library.prepared_layout().number]),
@@ -129,7 +133,17 @@ class Maker:
         return values[argument]
 
     def prepared(self, weight_words: Tensor) -> Tensor:
-        made = torch.ops.bitorch_qlinear.prepare_weight(weight_words.clone(), self.k)
+        """The form of the words; sometimes that of others, of another size or for another kernel."""
+        words, k, kernel = weight_words.clone(), self.k, None
+        if self.chance(0.1):
+            words = self.words(self.n)
+        if self.chance(0.1):
+            k //= 2
+            words = words[: self.n // 2, : -(-k // 32)].contiguous()
+        if self.chance(0.1):
+            kernel = self.random.choice(KERNELS)
+        with kernels.forced(kernel):
+            made = torch.ops.bitorch_qlinear.prepare_weight(words, k)
         return guarded(made, misaligned=self.chance(0.1))
 
     def share_memory(self, values: dict[str, Any]) -> None:
@@ -196,9 +210,10 @@ class Maker:
         return copy if copy.untyped_storage().nbytes() < full else tensor
 
     def other_bytes(self, prepared: Tensor) -> Tensor:
-        """A few bytes anywhere, the payload or the header."""
+        """A few bytes anywhere, of the panels, the fingerprint or the header."""
         changed = prepared.clone()
-        first = HEADER_BYTES if self.chance(0.5) and len(changed) > HEADER_BYTES else 0
+        starts = [0, *(start for start in (HEADER_BYTES, PANELS_OFFSET) if start < len(changed))]
+        first = self.random.choice(starts)
         for _ in range(self.random.choice([1, 1, 2, 50])):
             changed[self.random.randrange(first, len(changed))] = self.random.randrange(256)
         return guarded(changed)
@@ -215,8 +230,10 @@ class Maker:
         return guarded(changed)
 
     def other_length(self, prepared: Tensor) -> Tensor:
-        length = self.random.choice([0, 1, 63, 64, 65, len(prepared) - 1, len(prepared) + 1, 2 * len(prepared)])
-        return guarded(torch.cat([prepared, prepared, prepared.new_zeros(64)])[:length])
+        length = self.random.choice(
+            [0, 1, 63, 64, 65, 191, 192, 193, len(prepared) - 1, len(prepared) + 1, 2 * len(prepared)]
+        )
+        return guarded(torch.cat([prepared, prepared, prepared.new_zeros(PANELS_OFFSET)])[:length])
 
 
 def make_case(seed: int) -> Case:

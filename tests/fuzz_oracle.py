@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import torch
-from fuzz_arguments import HEADER_BYTES, MAGIC, WORDS, Case, schema
+from fuzz_arguments import HEADER_BYTES, MAGIC, PANELS_OFFSET, WORDS, Case, schema
 from fuzz_memory import is_inside
 from reference import (
     FLOATS,
@@ -68,17 +68,27 @@ def is_vector(vector: Tensor | None, n: int) -> bool:
     return vector is None or (vector.dtype in FLOATS and vector.shape == (n,) and is_inside(vector))
 
 
-def is_prepared(prepared: Tensor | None, n: int, k: int) -> bool:
+def is_prepared(prepared: Tensor | None) -> bool:
+    """Whether the operators take it; they use it where it is the form of these words."""
     if prepared is None:
         return True
     form = prepared.dtype is torch.uint8 and prepared.dim() == 1 and prepared.is_contiguous() and is_inside(prepared)
-    if not form or len(prepared) < HEADER_BYTES:
+    return form and len(prepared) >= HEADER_BYTES and bytes(plain(prepared)[:8].tolist()) == MAGIC
+
+
+def is_forged(prepared: Tensor, genuine: Tensor) -> bool:
+    """Whether it passes for the genuine form, by header, size and a hash of the words, but has other panels."""
+
+    def announces(form: Tensor) -> tuple[Tensor, ...]:
+        return form[8:12], form[16:32]
+
+    given = plain(prepared)
+    if len(given) != len(genuine) or not all(map(torch.equal, announces(given), announces(genuine))):
         return False
-    panel, unit, unit_bytes, number = _library.prepared_layout()
-    header = bytes(plain(prepared)[:HEADER_BYTES].tolist())
-    numbers = [int.from_bytes(header[at : at + size], "little", signed=True) for at, size in ((8, 4), (16, 8), (24, 8))]
-    size = HEADER_BYTES + -(-n // panel) * -(-k // unit) * unit_bytes
-    return header[:8] == MAGIC and numbers == [number, n, k] and len(prepared) == size
+    if torch.equal(given[PANELS_OFFSET:], genuine[PANELS_OFFSET:]):
+        return False
+    hashes, of_words = (form[HEADER_BYTES : HEADER_BYTES + 64].clone().view(torch.int64) for form in (given, genuine))
+    return bool((hashes == of_words)[of_words != 0].any())
 
 
 def find_faults(case: Case) -> set[str]:
@@ -91,8 +101,8 @@ def find_faults(case: Case) -> set[str]:
     if wrong:
         return wrong
     tensors = {name for name, value in v.items() if isinstance(value, Tensor)}
-    if any(v[name].is_meta for name in tensors):
-        return tensors
+    if any(v[name].is_meta for name in tensors):  # the fakes look at the other arguments too
+        return tensors | ({"k", "dtype", "out_dtype", "threshold", "layout"} & set(v))
     k = v.get("k", 0)
     if not 0 <= k <= MOST_VALUES:
         return {"k"} | tensors
@@ -112,10 +122,18 @@ def find_faults(case: Case) -> set[str]:
         wrong.add("out_dtype")
     if v.get("out_dtype") is torch.int32 and not (v["bias"] is None and v["scale"] is None):
         wrong.add("out_dtype")
-    if "weight_words" not in wrong and "bias" in v:
+    if "weight" in v:  # sign_linear, which has no words
+        if v["weight"].dim() != 2 or not is_rows(v["weight"], v["weight"].shape[-1]):
+            wrong.add("weight")
+        else:
+            n = v["weight"].shape[0]
+            wrong |= {name for name in ("bias", "scale") if not is_vector(v[name], n)}
+            if "x" not in wrong and v["x"].shape[-1] != v["weight"].shape[1]:
+                wrong |= {"x", "weight"}
+    elif "weight_words" not in wrong and "bias" in v:
         n = v["weight_words"].shape[0]
         wrong |= {name for name in ("bias", "scale") if not is_vector(v[name], n)}
-        wrong |= set() if is_prepared(v["weight_prepared"], n, k) else {"weight_prepared"}
+        wrong |= set() if is_prepared(v["weight_prepared"]) else {"weight_prepared"}
     if "sign_words" not in wrong and "reals" in v:
         wrong |= set() if is_rows(v["reals"], k if v["transpose"] else v["sign_words"].shape[0]) else {"reals"}
     return wrong
@@ -134,18 +152,26 @@ def plain(tensor: Tensor | None) -> Tensor | None:
 
 
 def check_prepared(case: Case, prepared: Tensor) -> None:
-    """The header; the payload is right where the product is."""
-    v = case.values
-    assert is_prepared(prepared, v["weight_words"].shape[0], v["k"]), "not what the operators take"
+    """The header and the size; the payload is right where the product is."""
+    n, k = case.values["weight_words"].shape[0], case.values["k"]
+    panel, unit, unit_bytes, number = _library.prepared_layout()
+    header = bytes(prepared[:HEADER_BYTES].tolist())
+    numbers = [int.from_bytes(header[at : at + size], "little", signed=True) for at, size in ((8, 4), (16, 8), (24, 8))]
+    assert header[:8] == MAGIC and numbers == [number, n, k], "not the header of these words"
+    assert len(prepared) == PANELS_OFFSET + -(-n // panel) * -(-k // unit) * unit_bytes, "not the form's size"
 
 
 def check_product(case: Case, y: Tensor, x_signs: Tensor, default: torch.dtype) -> None:
     v, out = case.values, case.values["out_dtype"] or default
-    words = plain(v["weight_words"])
-    expected = epilogue(product(x_signs, unpack_signs(words, v["k"])), plain(v["bias"]), plain(v["scale"]), out)
-    if v["weight_prepared"] is not None:
+    if "weight" in v:
+        w_signs = signs(plain(v["weight"]), bool(v["strict_weight"]))
+    else:
+        words = plain(v["weight_words"])
+        w_signs = unpack_signs(words, v["k"])
+    expected = epilogue(product(x_signs, w_signs), plain(v["bias"]), plain(v["scale"]), out)
+    if v.get("weight_prepared") is not None:
         genuine = torch.ops.bitorch_qlinear.prepare_weight(words, v["k"])
-        if not torch.equal(plain(v["weight_prepared"]), genuine):  # a forged payload: any numbers
+        if is_forged(v["weight_prepared"], genuine):
             assert (y.shape, y.dtype) == (expected.shape, expected.dtype)
             return
     assert_equal(y, expected, "y")

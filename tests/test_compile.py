@@ -4,26 +4,23 @@ import io
 import os
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
 import torch._dynamo
-import torch._inductor.config as inductor_config
 from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-import bitorch_qlinear.linear as linear_module
 from bitorch_qlinear import PackedQLinear, QLinear, _library, pack
+from bitorch_qlinear.checkpoint import NUMBERS
 
 K, N = 70, 9
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch):
+def _fresh():
     torch.manual_seed(0)
     torch._dynamo.reset()
-    monkeypatch.setattr(linear_module, "_warned_of_packing", True)  # the warning has its own test
     yield
     torch._dynamo.reset()
 
@@ -129,22 +126,6 @@ def test_autocast_in_the_graph():
     assert torch.equal(run(x), want)
 
 
-def test_warning_of_packing_per_call(monkeypatch):
-    monkeypatch.setattr(linear_module, "_warned_of_packing", False)
-
-    def said(layer, compiled=True):
-        function = torch.compile(layer, fullgraph=True, backend="eager") if compiled else layer
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            function(torch.randn(2, K))
-        return [str(warning.message) for warning in caught if "bitorch_qlinear" in str(warning.message)]
-
-    assert said(layer_like(True)) == said(pack(layer_like(False))) == said(layer_like(False), compiled=False) == []
-    (message,) = said(layer_like(False))
-    assert "bitorch_qlinear.pack(model) before torch.compile" in message
-    assert said(layer_like(False)) == said(QLinear(K, N).eval()) == []
-
-
 # ---- a compiled PackedQLinear ----
 
 
@@ -161,7 +142,6 @@ def test_compiled_packed_layer_sees_new_words():
             assert torch.equal(compiled(x), packed(x))
             packed.weight.copy_(PackedQLinear.from_float(other).weight)
             packed.bias.copy_(other.bias)
-            packed.repack()
             assert torch.equal(compiled(x), other(x))
     assert counter.frame_count == 1
 
@@ -184,23 +164,23 @@ OPS = torch.ops.bitorch_qlinear
 
 
 @pytest.mark.parametrize(
-    ("make", "operators"),
+    ("make", "operator", "state"),
     [
-        (lambda: layer_like(False), [OPS.pack_bits.default, OPS.prepare_weight.default, OPS.linear.default]),
-        (lambda: PackedQLinear.from_float(layer_like(False)), [OPS.prepare_weight.default, OPS.linear.default]),
+        (lambda: layer_like(False), OPS.sign_linear.default, {"weight", "bias"}),
+        (lambda: PackedQLinear.from_float(layer_like(False)), OPS.linear.default, {"weight", "bias", *NUMBERS}),
     ],
     ids=["QLinear", "PackedQLinear"],
 )
-def test_export(make, operators):
+def test_export(make, operator, state):
     layer = make().requires_grad_(False)
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(layer, (torch.randn(4, K),), dynamic_shapes=({0: batch},))
     ours = [target for target in exported_operators(program) if "bitorch_qlinear" in str(target)]
-    assert ours == operators
+    assert ours == [operator]
     assert {str(target).split(".")[0] for target in exported_operators(program)} <= {"bitorch_qlinear", "aten"}
     assert all(node.op != "higher_order" and "autograd" not in str(node.target) for node in program.graph.nodes)
     loaded = save_and_load(program)
-    assert {key for key in program.state_dict if key != "k"} == {"weight", "bias"}
+    assert set(program.state_dict) == state
     for rows in (1, 4, 33):
         x = torch.randn(rows, K)
         assert torch.equal(program.module()(x), layer(x))
@@ -213,7 +193,7 @@ def test_exported_program_holds_words_not_what_one_kernel_reads():
     file = io.BytesIO()
     torch.export.save(program, file)
     floats = 4 * 1024 * 256
-    assert sum(tensor.nbytes for tensor in program.state_dict.values()) == floats // 32 + 8
+    assert sum(tensor.nbytes for tensor in program.state_dict.values()) == floats // 32 + 8 * len(NUMBERS)
     assert file.tell() < floats // 8
 
 
@@ -226,26 +206,32 @@ def test_export_of_a_network_with_gradients_wanted():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_backward_of_a_compiled_packed_layer_is_an_error(backend):
+def test_backward_of_a_compiled_packed_layer(backend):
     model = nn.Sequential(nn.Linear(8, K), PackedQLinear.from_float(layer_like(training=False)))
-    x = torch.randn(3, 8)
-    y = torch.compile(model, fullgraph=True, backend=backend)(x)
-    assert torch.equal(y, model(x)) or backend == "inductor"  # whose first layer may round in another way
-    with pytest.raises(RuntimeError, match="computes no gradients"):
-        y.sum().backward()
+    compiled, x = torch.compile(model, fullgraph=True, backend=backend), torch.randn(3, 8)
+    g = torch.randint(-3, 4, (3, N)).float()
+    gradients = []
+    for each in (model, compiled):
+        model.zero_grad()
+        y = each(x)
+        y.backward(g)
+        gradients.append(model[0].weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("freezing", [False, True])
-def test_freezing_packs_once(freezing):
-    layer, x = layer_like(training=False), torch.randn(3, K)
-    with torch.no_grad(), inductor_config.patch(freezing=freezing):
+@pytest.mark.parametrize(
+    "make", [lambda: layer_like(False), lambda: pack(layer_like(False))], ids=["QLinear", "Packed"]
+)
+def test_a_compiled_call_is_one_operator(make):
+    layer, x = make(), torch.randn(3, K)
+    with torch.no_grad():
         compiled = torch.compile(layer, fullgraph=True)
         assert torch.equal(compiled(x), layer(x))
         with torch.profiler.profile() as profile:
             compiled(x)
-    ours = {event.key for event in profile.key_averages() if event.key.startswith("bitorch_qlinear::")}
-    each_call = set() if freezing else {"bitorch_qlinear::pack_bits", "bitorch_qlinear::prepare_weight"}
-    assert ours == {"bitorch_qlinear::linear"} | each_call
+    ours = [event for event in profile.key_averages() if event.key.startswith("bitorch_qlinear::")]
+    assert [event.count for event in ours] == [1]
 
 
 COMPILED = """
@@ -262,3 +248,24 @@ def test_graphs_cached_on_disk_belong_to_one_kernel(tmp_path):
     for kernel in reversed(_library.available_kernels()):
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "BITORCH_QLINEAR_CPU_KERNEL": kernel}
         subprocess.run([sys.executable, "-c", COMPILED], env=environment, check=True, timeout=300)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+@pytest.mark.parametrize(("k", "n"), [(37, 9), (256, 256)])
+def test_export_for_any_batch_with_gradients_wanted(k, n, strict, training):
+    """Strict export traces the backward too, whose choice between tables and BLAS must not depend on the batch."""
+    layer = QLinear(k, n).train(training)
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(layer, (torch.randn(5, k),), dynamic_shapes=shapes, strict=strict)
+    for rows in (1, 64, 70):
+        x = torch.randn(rows, k)
+        torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def test_no_recompilation_where_the_backward_would_choose_otherwise():
+    layer, counter = QLinear(256, 256), CompileCounter()
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    for rows in (5, 20, 63, 64, 100, 2000):
+        compiled(torch.randn(rows, 256)).sum().backward()
+    assert counter.frame_count == 1

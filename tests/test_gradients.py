@@ -1,4 +1,4 @@
-"""Gradients: the formulas of design.md, what is saved for them, and torch's ways of asking for them."""
+"""Gradients: the formulas of csrc/DESIGN.md, what is saved for them, and torch's ways of asking for them."""
 
 import copy
 import gc

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .._torch import has_hooks, is_dtensor
+from .._torch import has_hooks, is_dtensor, is_plain
 from ..linear import Activation, QLinear, do_nothing
 from ..packed import PackedQLinear, input_rule_of, pack_weight
 from ..quantizations import binary_rule
@@ -121,6 +121,8 @@ def reason_against(layer: QLinear, parent: nn.Module | None = None, name: str = 
         return "nn.MultiheadAttention reads out_proj.weight itself and never calls the layer"
     if is_dtensor(layer.weight):
         return f"its weight is sharded: {GATHER}"
+    if not is_plain(layer.weight):
+        return f"its weight is a {type(layer.weight).__name__}, whose signs cannot be packed"
     forward = type(layer).forward
     if (forward is not QLinear.forward and not is_fsdp(layer)) or "forward" in layer.__dict__:
         return f"{type(layer).__name__} has a forward of its own"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from bitorch_qlinear import PackedQLinear, QLinear, info, pack
+from bitorch_qlinear import PackedQLinear, QLinear, explain, info, pack
 from bitorch_qlinear import functional as F
 
 from .device import CUDA, KERNELS, assert_same, captured, every_kernel, no_synchronization, several_devices
@@ -123,7 +123,7 @@ def test_progressive_sign_and_other_quantizations():
 
 
 def test_a_float_layer_that_follows_the_weights():
-    """Cached words in eval mode, and every way of changing what they were made from."""
+    """Every way of changing the weights."""
     layer = layer_like(False)
     gpu, x = on_gpu(layer), input_like(5)
     changes = [
@@ -232,7 +232,6 @@ def test_reduce_overhead(packed):
             layer.bias.add_(1)
             if packed:
                 layer.weight.copy_(F.pack_bits(torch.randn(layer.out_features, layer.in_features, device=CUDA)))
-                layer.repack()
         for i in range(3):
             assert_same(compiled(x).clone(), model(x), ("changed", i))
 
@@ -266,7 +265,6 @@ def test_a_graph_of_a_packed_layer_sees_new_words(cuda_kernel):
         assert_same(y, other(x.cpu()).detach())
     with torch.no_grad():
         packed.weight.copy_(F.pack_bits(-other.weight))
-    packed.repack()
     graph.replay()
     assert_same(y, packed(x))
 
@@ -294,65 +292,45 @@ def test_a_graph_of_a_training_step():
 # ---- streams and devices ---------------------------------------------------------------------------
 
 
-def test_packed_in_one_stream_and_used_in_another():
-    """The cached words are those of one stream; another must wait for them."""
-    layer = on_gpu(layer_like(False, k=2048, n=512))
-    x = input_like(9, k=2048).to(CUDA)
-    want = copy.deepcopy(layer).cpu()(x.cpu()).detach()
-    first, second = torch.cuda.Stream(), torch.cuda.Stream()
-    with torch.no_grad():
-        for _ in range(3):
-            layer.repack()
-            torch.cuda.synchronize()
-            with torch.cuda.stream(first):
-                torch.cuda._sleep(50_000_000)
-                layer(x)
-            with torch.cuda.stream(second):
-                y = layer(x)
-            second.synchronize()
-            assert_same(y, want)
-    torch.cuda.synchronize()
-
-
-def test_prepared_in_one_stream_and_used_in_another():
-    """Words that changed are prepared by the next forward, for which the others must wait."""
-    layer = layer_like(False, k=2000, n=512)
-    packed = PackedQLinear.from_float(on_gpu(layer))
-    x = input_like(9, k=2000).to(CUDA)
+@pytest.mark.parametrize("k", [2000, 2048])
+def test_words_of_one_stream_used_in_another(k):
+    """A layer keeps nothing that one stream makes and another would have to wait for."""
+    layer = layer_like(False, k=k, n=512)
+    gpu, packed = on_gpu(layer), PackedQLinear.from_float(on_gpu(layer))
+    x = input_like(9, k=k).to(CUDA)
     first, second = torch.cuda.Stream(), torch.cuda.Stream()
     with torch.no_grad():
         for _ in range(3):
             layer.weight.neg_()
+            gpu.weight.copy_(layer.weight)
             packed.weight.copy_(F.pack_bits(layer.weight))
+            want = layer(x.cpu())
             torch.cuda.synchronize()
-            with torch.cuda.stream(first):
-                torch.cuda._sleep(50_000_000)
-                packed(x)
-            with torch.cuda.stream(second):
-                y = packed(x)
-            second.synchronize()
-            assert_same(y, layer(x.cpu()).detach())
+            for each in (gpu, packed):
+                with torch.cuda.stream(first):
+                    torch.cuda._sleep(50_000_000)
+                    each(x)
+                with torch.cuda.stream(second):
+                    y = each(x)
+                second.synchronize()
+                assert_same(y, want)
     torch.cuda.synchronize()
 
 
-def test_cached_words_outlive_their_layer_in_another_stream():
-    """The memory of words that a second stream still reads is not handed out again."""
-    x = input_like(9, k=2048).to(CUDA)
-    first, second = torch.cuda.Stream(), torch.cuda.Stream()
-    layer = on_gpu(layer_like(False, k=2048, n=512))
-    want = copy.deepcopy(layer).cpu()(x.cpu()).detach()
-    with torch.no_grad():
-        with torch.cuda.stream(first):
-            layer(x)
-        with torch.cuda.stream(second):
-            torch.cuda._sleep(50_000_000)
-            y = layer(x)
-        layer.repack()
-        with torch.cuda.stream(first):
-            rubbish = [torch.full((512, 64), -1, device=CUDA, dtype=torch.int32) for _ in range(50)]
-    torch.cuda.synchronize()
-    assert_same(y, want)
-    del rubbish
+@pytest.mark.parametrize("k", [2000, 2048])
+def test_words_written_past_torch_are_used(k):
+    packed, x = PackedQLinear.from_float(on_gpu(layer_like(False, k=k))), input_like(9, k=k).to(CUDA)
+    for write in (
+        lambda words: packed.weight.copy_(words),
+        lambda words: packed.weight.data.copy_(words),
+        lambda words: setattr(packed, "weight", words.clone()),
+        lambda words: setattr(packed.weight, "data", words.clone()),
+    ):
+        packed(x)
+        other = layer_like(False, k=k)
+        write(F.pack_bits(other.weight).to(CUDA))
+        packed.bias.copy_(other.bias.detach())
+        assert_same(packed(x), other(x.cpu()).detach())
 
 
 def test_no_forward_waits_for_the_device():
@@ -401,7 +379,8 @@ def test_there_and_back():
         for device in (CUDA, "cpu", CUDA):
             model.to(device)
             assert torch.equal(model(x.to(device)).detach().cpu(), want)
-    assert packed.weight_prepared.device == packed.weight.device == CUDA
+    assert packed.weight.device == CUDA
+    assert packed.weight_prepared is None  # a form of the CPU's
 
 
 @pytest.mark.parametrize("source", ["cpu", "cuda"])
@@ -438,13 +417,19 @@ def test_pack_and_unpack():
     model = nn.Sequential(layer_like(False), nn.Hardtanh(), layer_like(False, k=N, input_quantization="steheaviside"))
     x = input_like(9)
     gpu = on_gpu(model)
-    packed, report = pack(gpu, report=True)
-    assert [entry.packed for entry in report] == [True, True]
+    assert all(layer.packable for layer in explain(gpu))
+    packed = pack(gpu)
+    assert [layer.kind for layer in explain(packed)] == ["PackedQLinear"] * 2
     assert all("path=packed (CUDA)" in repr(layer) for layer in (packed[0], packed[2]))
     assert_same(packed(x.to(CUDA)), model(x).detach())
     assert_same(packed[0].unpack()(x.to(CUDA)).detach(), packed[0](x.to(CUDA)))
-    with pytest.raises(RuntimeError, match="computes no gradients"):
-        packed(x.to(CUDA).requires_grad_()).sum().backward()
+    frozen = gpu.requires_grad_(False)
+    gradients = [
+        torch.autograd.grad(each(leaf).sum(), leaf)[0]
+        for each in (packed, frozen)
+        for leaf in [x.to(CUDA).requires_grad_()]
+    ]
+    assert_same(*gradients)
 
 
 def test_info_names_the_device():
@@ -490,6 +475,6 @@ def test_a_packed_layer_is_small(k):
     packed = PackedQLinear.from_float(layer)
     growth = torch.cuda.memory_allocated() - before
     words = n * -(-k // 32) * 4
-    aligned = n * -(-k // 128) * 16 if k % 128 else 0
-    assert packed.weight.nbytes + packed.weight_prepared.nbytes == words + aligned + 64 + 4 * n
-    assert growth <= words + aligned + 4 * n + 4096
+    assert packed.weight.nbytes == words
+    assert packed.weight_prepared is None
+    assert growth <= words + 4096

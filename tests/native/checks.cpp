@@ -150,42 +150,64 @@ void check_copies() {
 
 // ---- headers of prepared weights -------------------------------------------------------------------
 
-// Each bit of the header flipped: refused where it says something, and of no consequence where it does not.
+// Each bit of the header and the fingerprint flipped, in form of any length: refused where the magic is wrong, and
+// otherwise used or not, with the right product.
 void check_headers() {
     constexpr int64_t n = 70, k = 100;
     const Owned w = words({n, words_for(k)}), x = words({2, words_for(k)});
     const Tensor made = prepare_weight(w.tensor, k, std::nullopt);
     const int64_t bytes = made.numel();
-    const auto use = [&](const Owned& prepared) {
+    const auto multiply_with = [&](const Owned& prepared) {
         return binary_linear(x.tensor, w.tensor, k, std::nullopt, prepared.tensor, std::nullopt, ScalarType::Int);
+    };
+    const auto expect_right = [&](const Owned& prepared, const char* what) {
+        const Tensor y = multiply_with(prepared);
+        for (int64_t i = 0; i < 2 * n; ++i) expect(static_cast<int32_t*>(y.data_ptr())[i] == k, what);
     };
     const auto copy = [&](int64_t length) {
         Owned prepared = own({length}, ScalarType::Byte, 1);
         std::memcpy(prepared.memory.get(), made.data_ptr(), static_cast<size_t>(std::min(length, bytes)));
         return prepared;
     };
-    for (size_t bit = 0; bit < 8 * sizeof(PreparedHeader); ++bit) {
+    for (size_t bit = 0; bit < 8 * kPanelsOffset; ++bit) {
         const Owned prepared = copy(bytes);
         prepared.memory[bit / 8] ^= static_cast<uint8_t>(1 << bit % 8);
-        const size_t byte = bit / 8;
-        const bool unused = (byte >= offsetof(PreparedHeader, reserved) && byte < offsetof(PreparedHeader, n)) ||
-                            byte >= offsetof(PreparedHeader, padding);
-        if (unused) {
-            const Tensor y = use(prepared);
-            expect(static_cast<int32_t*>(y.data_ptr())[2 * n - 1] == k, "a header's padding");
+        if (bit / 8 < sizeof kPreparedMagic) {
+            expect_refused("bitorch_qlinear: weight_prepared: expected", [&] { multiply_with(prepared); });
         } else {
-            expect_refused("bitorch_qlinear: weight_prepared: expected", [&] { use(prepared); });
+            expect_right(prepared, "a form with another header or fingerprint");
         }
     }
-    for (const int64_t length : {int64_t{0}, int64_t{1}, int64_t{63}, int64_t{64}, bytes - 1, bytes + 1, 2 * bytes}) {
-        if (length == bytes) continue;
-        expect_refused("bitorch_qlinear: weight_prepared: expected", [&] { use(copy(length)); });
+    for (const int64_t length : {int64_t{0}, int64_t{1}, int64_t{63}}) {
+        expect_refused("bitorch_qlinear: weight_prepared: expected", [&] { multiply_with(copy(length)); });
     }
-    // Whatever follows the header: any numbers, and nothing read beside it.
+    for (const int64_t length : {int64_t{64}, int64_t{65}, kPanelsOffset - 1, bytes - 1, bytes + 1, 2 * bytes}) {
+        expect_right(copy(length), "a form of another length");
+    }
+    // Whatever the panels hold: any numbers, and nothing read beside them.
     const Owned forged = copy(bytes);
-    std::memset(forged.memory.get() + sizeof(PreparedHeader), 0xFF,
-                static_cast<size_t>(bytes) - sizeof(PreparedHeader));
-    expect(use(forged).numel() == 2 * n, "a forged payload");
+    std::memset(forged.memory.get() + kPanelsOffset, 0xFF, static_cast<size_t>(bytes - kPanelsOffset));
+    expect(multiply_with(forged).numel() == 2 * n, "a forged payload");
+}
+
+// The words written beneath a form, all of them and one bit of one; few words and many.
+void check_stale_forms() {
+    for (const int64_t n : {int64_t{3}, int64_t{300}}) {
+        const int64_t k = 1000, m = 128, count = n * words_for(k);
+        const Owned w = words({n, words_for(k)}), x = words({m, words_for(k)});
+        const Tensor made = prepare_weight(w.tensor, k, std::nullopt);
+        for (const int64_t changed : {int64_t{0}, int64_t{1}, count - 1, count}) {
+            uint32_t* data = reinterpret_cast<uint32_t*>(w.memory.get());
+            std::memset(data, 0, static_cast<size_t>(count) * 4);
+            for (int64_t i = 0; i < count; ++i) data[i] ^= changed == count || i == changed ? 1u : 0u;
+            const auto multiply_with = [&](const std::optional<Tensor>& prepared) {
+                return binary_linear(x.tensor, w.tensor, k, std::nullopt, prepared, std::nullopt, ScalarType::Int);
+            };
+            const Tensor with = multiply_with(made), without = multiply_with(std::nullopt);
+            expect(!std::memcmp(with.data_ptr(), without.data_ptr(), static_cast<size_t>(m * n) * 4),
+                   "words that changed beneath their form");
+        }
+    }
 }
 
 }  // namespace
@@ -205,6 +227,7 @@ int main() {
         force_kernel(names.substr(0, end));
         check_copies();
         check_headers();
+        check_stale_forms();
     }
     std::puts("checks: as they should be");
 }

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "../../csrc/cpu/dispatch.h"
+#include "../../csrc/cpu/fingerprint.h"
 #include "check.h"
 
 using namespace bitorch_qlinear;
@@ -34,6 +35,55 @@ std::vector<int64_t> around(std::initializer_list<int64_t> bounds) {
 
 void fill(Buffer<uint32_t>& words, int64_t count) {
     for (int64_t i = 0; i < count; ++i) words[i] = static_cast<uint32_t>(test::generator());
+}
+
+// ---- hashes --------------------------------------------------------------------------------------
+
+// Every kernel's copy gives the scalar one's number, of any length from any word on, and every bit counts.
+void check_hashes(const Kernel& kernel) {
+    for (const int64_t count : {0, 1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 127, 1000, 2048, 4099}) {
+        for (const int64_t shift : {0, 1, 5}) {
+            Buffer<uint32_t> words(Use::Input, count, shift);
+            fill(words, count);
+            const uint64_t hash = kernel.hash_words(words.data(), count);
+            const std::string what = describe(kernel, "hash", count, shift);
+            expect(hash == kScalarKernel.hash_words(words.data(), count), what);
+            if (count == 0) continue;
+            for (const int64_t at : {int64_t{0}, count / 2, count - 1, below(count)}) {
+                const uint32_t bit = uint32_t{1} << below(32);
+                words[at] ^= bit;
+                expect(kernel.hash_words(words.data(), count) != hash, what + ": a bit that does not count");
+                words[at] ^= bit;
+            }
+            expect(kernel.hash_words(words.data(), count - 1) != hash, what + ": a length that does not count");
+        }
+    }
+}
+
+// A fingerprint's levels: of all words the last, and of few words no other.
+void check_fingerprints(const Kernel& kernel) {
+    for (const int64_t count : {int64_t{1}, kFewWords, kFewWords + 1, 3 * kPeriodLines * kLineWords + 5}) {
+        Buffer<uint32_t> words(Use::Input, count);
+        fill(words, count);
+        const Fingerprint got = take_fingerprint(kernel, words.data(), count, words.data(), 7);
+        const Fingerprint expected = take_fingerprint(kScalarKernel, words.data(), count, words.data(), 7);
+        expect(std::memcmp(&got, &expected, sizeof got) == 0, describe(kernel, "fingerprint", count));
+        // A word changed: seen by all levels from the first on whose share it is in.
+        for (int repetition = 0; repetition < 50; ++repetition) {
+            const int64_t at = below(count), line = at / kLineWords % kPeriodLines;
+            const uint32_t bit = uint32_t{1} << below(32);
+            words[at] ^= bit;
+            for (int level = count <= kFewWords ? kAll : 0; level <= kAll; ++level) {
+                const bool inside = level == kAll || line < int64_t{1} << level;
+                const bool seen = hash_level(kernel, words.data(), count, level) != got.levels[level];
+                expect(seen == inside, describe(kernel, "level", count, at, level));
+            }
+            words[at] ^= bit;
+        }
+    }
+    expect(level_for(0) == 0 && level_for(1) == 0 && level_for(2) == 1 && level_for(3) == 1 && level_for(4) == 2 &&
+               level_for(127) == 6 && level_for(128) == kAll && level_for(INT64_MAX) == kAll,
+           "the level of a number of rows");
 }
 
 // ---- products ------------------------------------------------------------------------------------
@@ -73,10 +123,10 @@ void multiply(const Kernel& kernel, Product product, int64_t most_rows, int64_t 
     Buffer<uint8_t> prepared(Use::Output, prepared_bytes(kernel.layout, product.n, product.k));
     if (kernel.prepare && product.k > 0) {
         kernel.prepare(product.weight, product.n, product.k, {0, ceil_div(product.n, kernel.layout.panel)},
-                       prepared.data() + sizeof(PreparedHeader));
+                       prepared.data() + kPanelsOffset);
         prepared.check_guards(describe(kernel, "prepare", product.n, product.k));
     }
-    product.panels = prepared.data() + sizeof(PreparedHeader);
+    product.panels = prepared.data() + kPanelsOffset;
     const int64_t rows = std::min(most_rows, kernel.row_tile);
     const int64_t columns = ceil_div(most_columns, kernel.column_tile) * kernel.column_tile;
     Buffer<uint8_t> workspace = make_workspace(kernel.workspace_bytes(std::min(rows, product.m), product.k));
@@ -298,6 +348,8 @@ void check(const Kernel& kernel) {
     check_packing<float>(kernel, DType::float32, 0x7F800000);
     check_packing<Half>(kernel, DType::float16, 0x7C00);
     check_packing<BFloat16>(kernel, DType::bfloat16, 0x7F80);
+    check_hashes(kernel);
+    check_fingerprints(kernel);
     check_unpacking(kernel);
     check_reals<double>(kernel, DType::float64);
     check_reals<float>(kernel, DType::float32);

@@ -43,7 +43,9 @@ template <class Threads>
 std::vector<uint8_t> prepare(const Threads& threads, const Kernel& kernel, const std::vector<uint32_t>& words,
                              int64_t n, int64_t k) {
     std::vector<uint8_t> prepared(static_cast<size_t>(prepared_bytes(kernel.layout, n, k)));
-    write_prepared(threads, kernel, words.data(), n, k, prepared.data());
+    const Fingerprint fingerprint =
+        take_fingerprint(kernel, words.data(), static_cast<int64_t>(words.size()), nullptr, 0);
+    write_prepared(threads, kernel, words.data(), n, k, fingerprint, prepared.data());
     return prepared;
 }
 
@@ -70,7 +72,7 @@ std::vector<int32_t> multiply_words(const Threads& threads, const Kernel& kernel
     multiply(threads, kernel,
              {x.data(),
               w.data(),
-              prepared.data() + sizeof(PreparedHeader),
+              prepared.data() + kPanelsOffset,
               p.m,
               p.n,
               p.k,
