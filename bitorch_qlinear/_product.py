@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import _library, functional
-from ._torch import HAS_AMX, any_autocast, apply, is_dtensor, is_known, operator_entry, transforms_active
+from ._torch import HAS_AMX, any_autocast, apply, functorch_active, is_dtensor, is_known, operator_entry, transforms_active
 from .quantizations import BinaryRule, cancel_gradient
 
 __all__ = [
@@ -87,7 +87,10 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
     """Whether a product of these tensors must be an autograd Function: for backward, torch.func or forward mode."""
-    return wants_gradient(*tensors) or (not _compiling() and transforms_active())
+    if _compiling():
+        # Inside a transform torch.compile does not say what requires a gradient.
+        return wants_gradient(*tensors) or (_grad_enabled() and functorch_active())
+    return wants_gradient(*tensors) or transforms_active()
 
 
 def sign_linear(x: Tensor, weight: Tensor, bias: Tensor | None, strict: bool, strict_weight: bool) -> Tensor:
@@ -444,6 +447,12 @@ def differentiable(
     Raises:
         RuntimeError: As the operators do; and in a second backward.
     """
+    if _compiling() and functorch_active():
+        # Dynamo differentiates the forward of an autograd Function there, and ignores its backward: zeros (torch 2.13).
+        raise NotImplementedError(
+            "bitorch_qlinear: torch.compile cannot differentiate a binary layer inside of torch.func's transforms: "
+            "compile the layer and transform it outside, or compute without gradients (torch.no_grad)."
+        )
     limit = _in_range_limit(rules[0], threshold)
     function = SignProduct if _compiling() else SignProductEager
     y: Tensor = apply(function, x, weight, bias, words, prepared, k, rules, limit, autocast_dtype(x))[0]

@@ -20,6 +20,7 @@ __all__ = [
     "any_autocast",
     "apply",
     "called_from",
+    "functorch_active",
     "has_hooks",
     "is_dtensor",
     "is_known",
@@ -45,12 +46,12 @@ def _has_amx() -> bool:
 HAS_AMX: bool = _has_amx()
 """Whether the processor has Intel's tiles, by which its BLAS multiplies bfloat16."""
 
-_functorch_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+functorch_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def transforms_active() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which must see a Function, not an operator."""
-    return _functorch_active() or getattr(forward_ad, "_current_level", 0) >= 0
+    return functorch_active() or getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def apply(function: type[Function], *args: Any) -> Any:
@@ -59,7 +60,7 @@ def apply(function: type[Function], *args: Any) -> Any:
     ``Function.apply`` binds its arguments by inspection (15 to 40 us); the C++ method beneath it takes them as they
     are.
     """
-    if torch.compiler.is_compiling() or _functorch_active() or not hasattr(super(Function, function), "apply"):
+    if torch.compiler.is_compiling() or functorch_active() or not hasattr(super(Function, function), "apply"):
         return function.apply(*args)
     return super(Function, function).apply(*args)  # type: ignore[misc]
 

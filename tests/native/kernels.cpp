@@ -45,17 +45,17 @@ void check_hashes(const Kernel& kernel) {
         for (const int64_t shift : {0, 1, 5}) {
             Buffer<uint32_t> words(Use::Input, count, shift);
             fill(words, count);
-            const uint64_t hash = kernel.hash_words(words.data(), count);
+            const uint64_t hash = kernel.hash_words(words.data(), count, kLines, kPeriod);
             const std::string what = describe(kernel, "hash", count, shift);
-            expect(hash == kScalarKernel.hash_words(words.data(), count), what);
+            expect(hash == kScalarKernel.hash_words(words.data(), count, kLines, kPeriod), what);
             if (count == 0) continue;
             for (const int64_t at : {int64_t{0}, count / 2, count - 1, below(count)}) {
                 const uint32_t bit = uint32_t{1} << below(32);
                 words[at] ^= bit;
-                expect(kernel.hash_words(words.data(), count) != hash, what + ": a bit that does not count");
+                expect(kernel.hash_words(words.data(), count, kLines, kPeriod) != hash, what + ": a bit that does not count");
                 words[at] ^= bit;
             }
-            expect(kernel.hash_words(words.data(), count - 1) != hash, what + ": a length that does not count");
+            expect(kernel.hash_words(words.data(), count - 1, kLines, kPeriod) != hash, what + ": a length that does not count");
         }
     }
 }
