@@ -11,6 +11,7 @@ namespace bitorch_qlinear {
 
 constexpr int64_t kWordBits = 32;
 constexpr int64_t kWordBytes = 4;
+constexpr int64_t kLineWords = 16;  // words of a cache line
 // K and every partial sum K - 2 popcount fit in an int32.
 constexpr int64_t kMaxValues = INT32_MAX;
 

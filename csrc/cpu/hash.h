@@ -4,10 +4,12 @@
 
 #include <cstdint>
 
+#include "../packed.h"
+
 namespace bitorch_qlinear {
 namespace {
 
-constexpr int64_t kLineWords = 16;  // words of a cache line
+
 
 // Of `count` words, those of the first `lines` cache lines of every `period` lines. Multilinear: 16 sums modulo 2^64 of
 // words times odd keys that depend on the line. A single word that differs always changes its sum, and several cancel

@@ -45,18 +45,34 @@ void check_hashes(const Kernel& kernel) {
         for (const int64_t shift : {0, 1, 5}) {
             Buffer<uint32_t> words(Use::Input, count, shift);
             fill(words, count);
-            const uint64_t hash = kernel.hash_words(words.data(), count, kLines, kPeriod);
+            const uint64_t hash = kernel.hash_words(words.data(), count, kPeriodLines, kPeriodLines);
             const std::string what = describe(kernel, "hash", count, shift);
-            expect(hash == kScalarKernel.hash_words(words.data(), count, kLines, kPeriod), what);
+            expect(hash == kScalarKernel.hash_words(words.data(), count, kPeriodLines, kPeriodLines), what);
             if (count == 0) continue;
             for (const int64_t at : {int64_t{0}, count / 2, count - 1, below(count)}) {
                 const uint32_t bit = uint32_t{1} << below(32);
                 words[at] ^= bit;
-                expect(kernel.hash_words(words.data(), count, kLines, kPeriod) != hash, what + ": a bit that does not count");
+                expect(kernel.hash_words(words.data(), count, kPeriodLines, kPeriodLines) != hash, what + ": a bit that does not count");
                 words[at] ^= bit;
             }
-            expect(kernel.hash_words(words.data(), count - 1, kLines, kPeriod) != hash, what + ": a length that does not count");
+            expect(kernel.hash_words(words.data(), count - 1, kPeriodLines, kPeriodLines) != hash, what + ": a length that does not count");
         }
+    }
+}
+
+// Of parts of the words: the same number as the scalar kernel's, and just the words of those parts count.
+void check_hashes_of_parts(const Kernel& kernel) {
+    constexpr int64_t kLines = 2, kPeriod = 5, kCount = 1003;
+    Buffer<uint32_t> words(Use::Input, kCount, 1);
+    fill(words, kCount);
+    const uint64_t hash = kernel.hash_words(words.data(), kCount, kLines, kPeriod);
+    const std::string what = describe(kernel, "hash of parts", kCount);
+    expect(hash == kScalarKernel.hash_words(words.data(), kCount, kLines, kPeriod), what);
+    for (int64_t at = 0; at < kCount; ++at) {
+        words[at] ^= 1;
+        const bool counts = kernel.hash_words(words.data(), kCount, kLines, kPeriod) != hash;
+        words[at] ^= 1;
+        expect(counts == (at / kLineWords % kPeriod < kLines), what + ": word " + std::to_string(at));
     }
 }
 
@@ -349,6 +365,7 @@ void check(const Kernel& kernel) {
     check_packing<Half>(kernel, DType::float16, 0x7C00);
     check_packing<BFloat16>(kernel, DType::bfloat16, 0x7F80);
     check_hashes(kernel);
+    check_hashes_of_parts(kernel);
     check_fingerprints(kernel);
     check_unpacking(kernel);
     check_reals<double>(kernel, DType::float64);
