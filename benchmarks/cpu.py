@@ -102,7 +102,7 @@ def bisect(low: int, high: int, wins: Callable[[int], bool]) -> int | None:
 
 
 def crossover(batch: int) -> int | None:
-    """From which K = N on PackedQLinear is faster than nn.Linear."""
+    """Find the smallest K = N from which PackedQLinear is faster than nn.Linear."""
 
     def wins(size: int) -> bool:
         calls = contestants(Shape("", "", batch, size, size), names=(LINEAR, PACKED_LAYER)).calls
@@ -112,12 +112,12 @@ def crossover(batch: int) -> int | None:
 
 
 def crossovers() -> dict[str, int | None]:
-    """By batch, which is a string as in JSON."""
+    """The crossovers by batch, which is a string as in JSON."""
     return {str(batch): crossover(batch) for batch in tqdm(CROSSOVER_BATCHES, leave=False, unit="crossover")}
 
 
 def crossover_text(batch: str, size: int | None) -> str:
-    """What was found, also where one of the two wins everywhere."""
+    """A crossover in words, also if one of the two wins everywhere."""
     low, high = CROSSOVER_RANGE
     if size is None:
         return f"at batch {batch} nn.Linear is still faster at K = N = {high}, the largest size tried"

@@ -133,7 +133,7 @@ class GraphTimer:
 
 
 def quartiles(seconds: list[float]) -> list[float]:
-    """Of one or more measurements, the median in the middle."""
+    """The quartiles of one or more measurements: the median is in the middle."""
     return statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
 
 
@@ -163,7 +163,7 @@ def random_rows(rows: int, k: int, device: torch.device, dtype: torch.dtype = to
 
 
 def peers(shape: Shape, device: torch.device) -> list[Contestant]:
-    """What torch and others have."""
+    """The contestants of torch and of others."""
     m, n, k = shape
 
     def linear(dtype: torch.dtype) -> Call:
@@ -336,7 +336,7 @@ def measure_shape(shape: Shape, device: torch.device, timer: Timer, cache_bytes:
 
 
 def row(shape: Shape, contestant: Contestant, mode: str, seconds: list[float]) -> dict[str, Any]:
-    """Of one contestant in one mode."""
+    """The row of one contestant in one mode."""
     spread = quartiles(seconds)
     return {
         **shape._asdict(),
@@ -352,7 +352,7 @@ def row(shape: Shape, contestant: Contestant, mode: str, seconds: list[float]) -
 def measure_packing(rows: int, k: int, device: torch.device, timer: Timer) -> dict[str, Any]:
     """Bytes read and written a second by packing, and by a copy of the same matrix.
 
-    Several calls a graph, for its start would count; each drives out of the L2 cache what the one before left there.
+    A graph holds several calls, because its start would count: each drives from the L2 cache what the last one left.
     """
     x = random_rows(rows, k, device)
     copy = torch.empty_like(x)
@@ -456,7 +456,7 @@ def measure(
 
 
 class Target(NamedTuple):
-    """What was hoped for.
+    """A ratio that was aimed at.
 
     Attributes:
         what: In words.
@@ -541,7 +541,7 @@ PRODUCT_HEADERS += ["µs warm", "× bf16", "µs in a chain", "× bf16"]
 
 
 def table(rows: list[list[str]], headers: list[str]) -> str:
-    """In Markdown, its columns as wide as they must be."""
+    """A table in Markdown, with columns as wide as they must be."""
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
     words = [header in (headers[0], "computed by", "wanted", "verdict") for header in headers]  # the rest are numbers
     rule = ["-" * width if is_word else "-" * (width - 1) + ":" for width, is_word in zip(widths, words, strict=True)]
@@ -660,7 +660,7 @@ RATE = Path(__file__).with_name("bmma_rate.cu")
 
 
 def rate_of_the_instruction(capability: tuple[int, int], multiprocessors: int, out: Tensor) -> str:
-    """In words, how many operations a second the tensor cores' instruction for bits makes where nothing else is done.
+    """Say how many operations a second the tensor cores' instruction for bits makes when nothing else is done.
 
     Args:
         capability: Of the device.

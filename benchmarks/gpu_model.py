@@ -130,7 +130,7 @@ WORKS: dict[str, dict[str, Callable[[Kernel], Work]]] = {
 
 
 class Rates(NamedTuple):
-    """Of a multiprocessor, in a clock; None where nobody says."""
+    """A multiprocessor's rates in a clock; None where nobody says."""
 
     memory: float  # bytes
     multiplies: int | None  # of bits
@@ -164,7 +164,7 @@ ELSEWHERE = re.compile(
 
 
 def clocks_of(name: str) -> dict[str, float]:
-    """What an instruction of a warp occupies."""
+    """The clocks for which an instruction of a warp occupies each unit."""
     wide = re.search(r"\.(64|128)(?=\.|$)", name)
     if ELSEWHERE.match(name) or TENSOR.match(name):
         return {}
@@ -221,7 +221,7 @@ def row(target: str, name: str, work: Work, passed: Counter[str], takes: Resourc
 
 
 def table(library: Path, targets: list[str]) -> list[list[object]]:
-    """By kernel and target; not where a kernel is left empty."""
+    """The rows by kernel and target, without kernels that a target leaves empty."""
     used, bounds = machine_code.resources(library), machine_code.launch_bounds(library)
 
     def rows_of(target: str) -> list[tuple[int, str, list[object]]]:

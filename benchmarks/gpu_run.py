@@ -32,7 +32,7 @@ class Part(NamedTuple):
         name: What it is called.
         command: Its arguments.
         seconds: After which it is interrupted.
-        file: Of the results' folder, for what it prints.
+        file: The file in the results' folder that gets what it prints.
         told: Whether it takes an option --seconds, to end in time by itself.
     """
 

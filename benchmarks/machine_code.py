@@ -152,7 +152,7 @@ _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 def parse_resources(lines: Iterable[str]) -> dict[str, dict[Kernel, Resources]]:
-    """By target and kernel, from what `cuobjdump -res-usage` prints."""
+    """Resources by target and kernel, from what `cuobjdump -res-usage` prints."""
     used: dict[str, dict[Kernel, Resources]] = {}
     target = symbol = ""
     for line in lines:
@@ -179,7 +179,7 @@ class Bounds(NamedTuple):
 
 
 def parse_bounds(lines: Iterable[str]) -> dict[Kernel, Bounds]:
-    """Of the kernels in what `cuobjdump -ptx` prints: machine code does not tell."""
+    """The launch bounds in what `cuobjdump -ptx` prints: machine code does not tell them."""
     bounds: dict[Kernel, Bounds] = {}
     kernel = None
     for line in lines:
@@ -193,7 +193,7 @@ def parse_bounds(lines: Iterable[str]) -> dict[Kernel, Bounds]:
 
 
 def launch_bounds(library: Path) -> dict[Kernel, Bounds]:
-    """Of the kernels that the library has PTX of."""
+    """The launch bounds of the kernels that the library has PTX of."""
     return parse_bounds(lines(library, "-ptx"))
 
 
@@ -240,7 +240,7 @@ def resident_blocks(chip: Chip, used: Resources, threads: int, dynamic: int = 0)
 
 
 class Loop(NamedTuple):
-    """From a backward branch's target to the branch."""
+    """A loop: the instructions from a backward branch's target to the branch."""
 
     first: int
     last: int

@@ -128,7 +128,7 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Those of Python and of the peers that are installed; torch's is among the demo's own figures."""
+    """The versions of Python and of the installed peers; torch's is among the demo's own figures."""
     found = {"python": platform.python_version()}
     for peer in ("bitorch", "bnn-lab"):
         try:

@@ -79,7 +79,7 @@ def int8_layer(linear: nn.Linear) -> nn.Module:
 
 
 def contestants(shape: Shape, dtype: torch.dtype = torch.float32, names: Collection[str] = tuple(NAMES)) -> Contestants:
-    """Those of these names for one shape and type, with bias, on the same input."""
+    """The contestants of these names for one shape and type, with bias, on the same input."""
     x = torch.randn(shape.m, shape.k, dtype=dtype)
     linear = nn.Linear(shape.k, shape.n, dtype=dtype)
     binary = QLinear.from_linear(linear)

@@ -31,7 +31,7 @@ def drawing() -> Any:
 
 
 def save(pyplot: Any, figure: Any, path: Path, where: dict[str, Any]) -> None:
-    """With its setting above and the legend below, where they hide nothing."""
+    """Save a picture with its setting above and the legend below, where they hide nothing."""
     figure.suptitle(textwrap.fill(describe(where), 140), fontsize=8)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def save(pyplot: Any, figure: Any, path: Path, where: dict[str, Any]) -> None:
 
 
 def ratios(figures: dict[str, Any], path: Path) -> None:
-    """How many times as fast as nn.Linear, by shape, of the first type and number of threads."""
+    """Draw how many times as fast as nn.Linear each contestant is, for the first type and number of threads."""
     results = alike(figures)
     pyplot = drawing()
     figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.5 * len(results)), layout="constrained")
@@ -63,7 +63,7 @@ def ratios(figures: dict[str, Any], path: Path) -> None:
 
 
 def sizes(figures: dict[str, Any], path: Path) -> None:
-    """Time of a multiply-add against the edge of a cube, above the limits that the same run measured."""
+    """Draw the time of a multiply-add against the edge of a cube, above the limits that the same run measured."""
     smallest, *cubes = figures["sizes"]
     pyplot = drawing()
     figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
@@ -91,7 +91,7 @@ def sizes(figures: dict[str, Any], path: Path) -> None:
 
 
 def picoseconds(result: dict[str, Any], name: str) -> float:
-    """Of one multiply-add."""
+    """The time of one multiply-add."""
     multiply_adds: int = result["m"] * result["k"] * result["n"]
     return 1e12 * median(result["seconds_quartiles"], name) / multiply_adds
 

@@ -45,7 +45,7 @@ def selection(multiprocessors: int) -> list[tuple[int, int, int]]:
 
 
 def check_product(m: int, n: int, k: int, device: torch.device) -> None:
-    """All operators at one size, against the CPU's kernel; compared on the CPU, for the tools slow everything down.
+    """All operators at one size, against the CPU's kernel; compared on the CPU, because the tools slow everything down.
 
     Raises:
         AssertionError: They differ.
@@ -68,7 +68,7 @@ def check_product(m: int, n: int, k: int, device: torch.device) -> None:
 
 
 def inside() -> None:
-    """What runs under a tool."""
+    """The program that runs under a tool."""
     torch.manual_seed(0)
     device = torch.device("cuda")
     kernels = _library.available_cuda_kernels(torch.cuda.get_device_capability(device))

@@ -93,7 +93,7 @@ class Measured(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What is measured, what it must reach and what it should."""
+    """A piece of work, the ratio that it must reach and the one that it should."""
 
     work: str
     least: float
@@ -118,7 +118,7 @@ def by_threads(rounds: int) -> dict[str, dict[int, list[float]]]:
 
 
 def known(inference: dict[str, Any], training: dict[str, Any], rounds: int) -> Known:
-    """What other benchmarks measured (the first results of a name count), and the threads."""
+    """Collect what other benchmarks measured (the first results of a name count), and time the threads."""
 
     def times(figures: dict[str, Any]) -> dict[str, Times]:
         return {result["name"]: result["seconds_quartiles"] for result in reversed(figures["results"])}
@@ -128,7 +128,7 @@ def known(inference: dict[str, Any], training: dict[str, Any], rounds: int) -> K
 
 
 def needed(rounds: int) -> Known:
-    """What the targets need of it, and no more."""
+    """Measure what the targets need, and no more."""
     inference = cpu.measure(named(INFERENCE), ["float32"], [1], rounds, [LINEAR, QLINEAR, PACKED_LAYER, BNN])
     inference["sizes"] = cpu.measure_sizes(rounds)
     return known(inference, train.measure(named(TRAINING), rounds), rounds)
@@ -285,7 +285,7 @@ TARGETS = [
 
 
 def verdict(figure: dict[str, Any]) -> str:
-    """In a word."""
+    """Say in a word whether a target is met."""
     if figure["measured"] is None:
         return f"not measured: {figure['why']}"
     if figure["least"] == 0:

@@ -38,6 +38,8 @@ __all__ = ["PackedQLinear"]
 _compiling = torch.compiler.is_compiling
 
 _SIGN = BinaryRule()
+# So few words an operator prepares in the time that it takes to pass it their form (0.3 us) and to compare the two.
+_FEW_WORDS = 1024
 
 
 def input_rule_of(quantization: nn.Module) -> int:
@@ -244,35 +246,32 @@ class PackedQLinear(nn.Module):
             TypeError: x is no tensor.
             RuntimeError: A wrong shape or dtype; double backward; forward-mode differentiation (NotImplementedError).
         """
+        words: Any = self._buffers["weight"]  # nn.Module.__getattr__ costs 0.5 us
+        if type(x) is not Tensor or not x.is_cpu or not words.is_cpu or _compiling():
+            return self._elsewhere(x, words)
         form = self.weight_prepared
-        if form is None or type(x) is not Tensor or not x.is_cpu or _compiling():
-            return self._without_form(x)
+        if form is None and words.numel() > _FEW_WORDS and self._input_rule != REAL_INPUT:
+            form = self.prepare()
         stale = _library.stale_forms
         before = stale.value
-        y = self._compute(x, form)
+        y = self._compute(x, words, form)
         if stale.value != before:
             self.prepare()  # the form was not made of these words: the next call has one that is
         return y
 
-    def _without_form(self, x: Tensor) -> Tensor:
-        """The output where the layer has no form yet, where x is no ordinary tensor on the CPU, or while compiling."""
+    def _elsewhere(self, x: Tensor, words: Tensor) -> Tensor:
+        """The output where x or the words are no ordinary tensors on the CPU, and while compiling."""
         if not isinstance(x, Tensor):
             return self._of_no_tensor(x)  # type: ignore[unreachable]
-        words: Any = self._buffers["weight"]
-        if _compiling():
-            # An exported program runs elsewhere, where another kernel may read another form.
-            usable = words.is_cpu and x.is_cpu and not torch.compiler.is_exporting()
-            return self._compute(x, self.weight_prepared if usable else None)
-        wants_form = self._input_rule != REAL_INPUT and words.is_cpu and x.is_cpu
-        return self._compute(x, self.prepare() if wants_form else None)
+        # An exported program runs elsewhere, where another kernel may read another form.
+        usable = words.is_cpu and x.is_cpu and not torch.compiler.is_exporting()
+        return self._compute(x, words, self.weight_prepared if usable else None)
 
     def _of_no_tensor(self, x: Any) -> Any:
         """What torch.fx gets in a tensor's place; for all else the TypeError that ``nn.Linear`` raises."""
         return trace_as_leaf(self, x) if is_proxy(x) else F.linear(x, self.weight, self.bias)
 
-    def _compute(self, x: Tensor, form: Tensor | None) -> Tensor:
-        # nn.Module.__getattr__ costs 0.5 us.
-        words: Any = self._buffers["weight"]
+    def _compute(self, x: Tensor, words: Tensor, form: Tensor | None) -> Tensor:
         bias = self._parameters["bias"]
         activation: Any = self._modules["activation"]
         if form is None and not (has_kernels(x) and has_kernels(words)):
@@ -330,11 +329,12 @@ class PackedQLinear(nn.Module):
         makes a new one. A compiled model has no such calls: where its words were written, this makes it fast again.
 
         Returns:
-            The form, or None where the words are not on a CPU or the layer's input is real.
+            The form, or None where the words are few or not on a CPU, or the layer's input is real.
         """
         self._complete()
-        words, form = self._buffers["weight"], None
-        if self._input_rule != REAL_INPUT and type(words) is Tensor and words.is_cpu and not words.is_floating_point():
+        words, form = self.weight, None
+        wanted = type(words) is Tensor and words.is_cpu and words.numel() > _FEW_WORDS
+        if wanted and self._input_rule != REAL_INPUT and not words.is_floating_point():
             with torch.inference_mode(False), torch.no_grad():
                 form = functional.prepare_weight(words, self.in_features)
         self.weight_prepared = form

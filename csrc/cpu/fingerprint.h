@@ -10,7 +10,7 @@
 //     else a share of them that grows with the rows of x, and so with the work that the product is anyway
 //
 // So a change is overlooked only if torch does not count it (a write through `.data`, NumPy, DLPack or a collective),
-// if the weights are many and the rows few, and if it leaves the share as it is. Measured where kCheckedRows is.
+// if the weights are many and the rows few, and if it leaves the share as it is.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,6 @@
 
 namespace bitorch_qlinear {
 
-constexpr int64_t kLineWords = 16;
 constexpr int64_t kPeriodLines = 129;
 constexpr int kAll = 7;  // the last level
 constexpr int kLevels = kAll + 1;
@@ -36,16 +35,10 @@ struct Fingerprint {
 static_assert(sizeof(PreparedHeader) + sizeof(Fingerprint) == kPanelsOffset, "what lies before the panels");
 constexpr int64_t kUnknownVersion = -1;
 
-// Level i is the first 2^i lines of each period, and of all words the last level.
+// Level i is of the first 2^i lines of each period, and the last level of all words.
 inline uint64_t hash_level(const Kernel& kernel, const uint32_t* words, int64_t count, int level) {
-    if (level == kAll) return kernel.hash_words(words, count);
-    uint64_t hash = 0;
-    const int64_t run = kLineWords << level;
-    for (int64_t begin = 0; begin < count; begin += kPeriodLines * kLineWords) {
-        const int64_t words_left = count - begin;
-        hash = hash * 0x9E3779B97F4A7C15u + kernel.hash_words(words + begin, run < words_left ? run : words_left);
-    }
-    return hash;
+    const int64_t lines = level == kAll ? kPeriodLines : int64_t{1} << level;
+    return kernel.hash_words(words, count, lines, kPeriodLines);
 }
 
 inline Fingerprint take_fingerprint(const Kernel& kernel, const uint32_t* words, int64_t count, const void* address,

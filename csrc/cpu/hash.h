@@ -7,27 +7,28 @@
 namespace bitorch_qlinear {
 namespace {
 
-// A bijection that spreads every bit over the whole number (the finalizer of MurmurHash3).
-inline uint64_t mix(uint64_t v) {
-    v = (v ^ v >> 33) * 0xFF51AFD7ED558CCDu;
-    v = (v ^ v >> 33) * 0xC4CEB9FE1A85EC53u;
-    return v ^ v >> 33;
-}
+constexpr int64_t kLineWords = 16;  // words of a cache line
 
-// Multilinear: 16 sums modulo 2^64 of words times odd keys that depend on their places. A single word that differs
-// always changes the result; several cancel each other with a probability of about 2^-64.
-inline uint64_t hash_words(const uint32_t* words, int64_t count) {
-    constexpr int64_t kLanes = 16;
-    uint64_t sums[kLanes] = {};
+// Of `count` words, those of the first `lines` cache lines of every `period` lines. Multilinear: 16 sums modulo 2^64 of
+// words times odd keys that depend on the line. A single word that differs always changes its sum, and several cancel
+// each other with a probability of about 2^-64.
+inline uint64_t hash_words(const uint32_t* words, int64_t count, int64_t lines, int64_t period) {
+    uint64_t sums[kLineWords] = {};
     uint32_t key = 0x9E3779B1u;
-    int64_t begin = 0;
-    for (; begin + kLanes <= count; begin += kLanes, key += 0x85EBCA6Eu) {
-        for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += uint64_t{words[begin + lane]} * key;
+    for (int64_t begin = 0; begin < count; begin += period * kLineWords) {
+        const int64_t left = count - begin, wanted = lines * kLineWords, size = left < wanted ? left : wanted;
+        const uint32_t* run = words + begin;
+        int64_t i = 0;
+        for (; i + kLineWords <= size; i += kLineWords, key += 0x85EBCA6Eu) {
+            for (int64_t lane = 0; lane < kLineWords; ++lane) sums[lane] += uint64_t{run[i + lane]} * key;
+        }
+        for (int64_t lane = 0; i + lane < size; ++lane) sums[lane] += uint64_t{run[i + lane]} * key;
     }
-    for (int64_t lane = 0; begin + lane < count; ++lane) sums[lane] += uint64_t{words[begin + lane]} * key;
-    uint64_t hash = static_cast<uint64_t>(count);
-    for (int64_t lane = 0; lane < kLanes; ++lane) hash = mix(hash ^ sums[lane]);
-    return hash;
+    uint64_t hash = static_cast<uint64_t>(count), factor = 0xFF51AFD7ED558CCDu;
+    for (int64_t lane = 0; lane < kLineWords; ++lane, factor += 0xC4CEB9FE1A85EC52u) {
+        hash += (sums[lane] ^ sums[lane] >> 32) * factor;
+    }
+    return hash ^ hash >> 29;
 }
 
 }  // namespace
