@@ -266,20 +266,29 @@ def test_words_that_other_layers_share(size):
         assert_right(second, words, second.bias, x)
 
 
+FIRST = {
+    "call": lambda layer: layer,
+    "move": lambda layer: layer.to("cpu"),
+    "compile": lambda layer: torch.compile(layer, backend="aot_eager"),
+    "copy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("first", FIRST.values(), ids=FIRST)
+@pytest.mark.parametrize("bias", [True, False])
 @sizes
-def test_built_on_meta_and_assigned(size):
+def test_built_on_meta_and_assigned(size, bias, first):
     """What loaders do that know nothing of the layer: each tensor is set, and then the model is moved."""
     k, n = size
-    source, x = packed_layer(size), torch.randn(3, k)
+    source, x = packed_layer(size, bias=bias), torch.randn(3, k)
     with torch.device("meta"):
-        layer = PackedQLinear(k, n)
+        layer = PackedQLinear(k, n, bias)
+    names = {name for name, _ in layer.named_parameters()}
     for name, value in source.state_dict().items():
-        parameter = name in layer._parameters
-        setattr(layer, name, nn.Parameter(value.clone(), requires_grad=False) if parameter else value.clone())
-    assert_right(layer, source.weight, source.bias, x)
-    layer.to("cpu")
-    assert_right(layer, source.weight, source.bias, x)
-    assert_right(torch.compile(layer, backend="aot_eager"), source.weight, source.bias, x)
+        setattr(layer, name, nn.Parameter(value.clone(), requires_grad=False) if name in names else value.clone())
+    assert_right(first(layer), source.weight, source.bias, x)
+    assert_right(layer.to("cpu"), source.weight, source.bias, x)
+    assert not any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers()))
 
 
 @sizes

@@ -37,6 +37,8 @@ void fill(Buffer<uint32_t>& words, int64_t count) {
     for (int64_t i = 0; i < count; ++i) words[i] = static_cast<uint32_t>(test::generator());
 }
 
+constexpr int64_t kLineWords = 16;  // hash.h is in a namespace of each kernel's file
+
 // ---- hashes --------------------------------------------------------------------------------------
 
 // Every kernel's copy gives the scalar one's number, of any length from any word on, and every bit counts.
@@ -45,17 +47,26 @@ void check_hashes(const Kernel& kernel) {
         for (const int64_t shift : {0, 1, 5}) {
             Buffer<uint32_t> words(Use::Input, count, shift);
             fill(words, count);
-            const uint64_t hash = kernel.hash_words(words.data(), count);
-            const std::string what = describe(kernel, "hash", count, shift);
-            expect(hash == kScalarKernel.hash_words(words.data(), count), what);
+            const auto hash_of = [&](const Kernel& of, int64_t length, int64_t lines, int64_t period) {
+                return of.hash_words(words.data(), length, lines, period);
+            };
+            for (const int64_t period : {1, 3, 7, 129}) {
+                for (const int64_t lines : {int64_t{1}, (period + 1) / 2, period}) {
+                    expect(hash_of(kernel, count, lines, period) == hash_of(kScalarKernel, count, lines, period),
+                           describe(kernel, "hash", count, shift, lines, period));
+                }
+            }
             if (count == 0) continue;
+            const uint64_t hash = hash_of(kernel, count, kPeriodLines, kPeriodLines);
             for (const int64_t at : {int64_t{0}, count / 2, count - 1, below(count)}) {
                 const uint32_t bit = uint32_t{1} << below(32);
                 words[at] ^= bit;
-                expect(kernel.hash_words(words.data(), count) != hash, what + ": a bit that does not count");
+                expect(hash_of(kernel, count, kPeriodLines, kPeriodLines) != hash,
+                       describe(kernel, "hash: a bit that does not count", count, at));
                 words[at] ^= bit;
             }
-            expect(kernel.hash_words(words.data(), count - 1) != hash, what + ": a length that does not count");
+            expect(hash_of(kernel, count - 1, kPeriodLines, kPeriodLines) != hash,
+                   describe(kernel, "hash: a length that does not count", count));
         }
     }
 }
