@@ -26,8 +26,10 @@ from torch.func import functional_call
 
 from bitorch_qlinear import PackedQLinear, QLinear, kernels, pack
 
-FEW, MANY = (70, 9), (2000, 96)  # k, n: 27 words, and 6048, of which a call compares a share
-sizes = pytest.mark.parametrize("size", [FEW, MANY], ids=["few", "many"])
+# k and n: 27 words, for which a layer keeps no form; 1600, which a call compares whole; 6048, of which it compares a
+# share.
+TINY, FEW, MANY = (70, 9), (1000, 50), (2000, 96)
+sizes = pytest.mark.parametrize("size", [TINY, FEW, MANY], ids=["tiny", "few", "many"])
 
 
 @pytest.fixture(autouse=True)
@@ -327,7 +329,7 @@ def test_one_word_that_torch_saw_written(kernel, rows):
         assert_right(layer, words, layer.bias, x)
 
 
-@pytest.mark.parametrize("size", [FEW, (1024, 64)], ids=str)  # 2048 words are few
+@pytest.mark.parametrize("size", [TINY, FEW, (1024, 64)], ids=str)  # 2048 words are few
 @pytest.mark.parametrize("rows", [1, 16])
 def test_one_of_few_words_that_torch_did_not_see_written(kernel, rows, size):
     layer, x = packed_layer(size), torch.randn(rows, size[0])
