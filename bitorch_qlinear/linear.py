@@ -47,7 +47,7 @@ def _warn_of_packing(rows: int) -> None:
     warnings.warn(
         "bitorch_qlinear: a QLinear packs its weights in every call, which takes most of the time of a call with "
         f"{rows} row{'s' * (rows != 1)}: for inference, bitorch_qlinear.pack(model) packs them once.",
-        stacklevel=3,
+        stacklevel=6,  # the caller of the module: two frames are this file's, and forward and two of nn.Module follow
     )
 
 

@@ -139,6 +139,9 @@ def test_tied_weights_are_packed_once_and_stay_tied(inplace):
     assert_equal(unpacked(X), want)
     packed.to(torch.float64).to(torch.float32)
     check(packed)
+    state = copy.deepcopy(packed.state_dict())
+    packed.to_empty(device="cpu").load_state_dict(state)
+    check(packed)
     assert packed.to("meta")[1].weight.is_meta
 
 

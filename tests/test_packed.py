@@ -22,7 +22,7 @@ from bitorch_qlinear.checkpoint import NUMBERS
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SIGN_LIKE = ["sign", "approxsign", "swishsign", "steheaviside", "progressive_sign"]
-K, N = 70, 9
+K, N = 70, 400  # enough words for a layer to keep their form
 X = torch.linspace(-1, 1, 3 * K).reshape(3, K).mul(1e3).sin()
 
 
@@ -84,7 +84,7 @@ def test_constructor():
     assert PackedQLinear(K, N, dtype=torch.float64).bias.dtype is torch.float64
     assert not any(parameter.requires_grad for parameter in packed.parameters())
     text = repr(packed)
-    assert "in_features=70, out_features=9, bias=False, input='+1 where x > 0, else -1', path=packed (" in text
+    assert "in_features=70, out_features=400, bias=False, input='+1 where x > 0, else -1', path=packed (" in text
     assert "input='+1 where not x < 0, else -1'" in repr(PackedQLinear(K, N))
     assert "input='real values as they are'" in repr(PackedQLinear(K, N, input_quantization="identity"))
 
@@ -238,7 +238,8 @@ HEADER_BYTES = 192  # the header and the fingerprint before the panels
 
 
 def resident(packed):
-    return packed.weight.nbytes + packed.weight_prepared.nbytes
+    form = packed.weight_prepared
+    return packed.weight.nbytes + (0 if form is None else form.nbytes)
 
 
 @pytest.mark.parametrize(("k", "n"), [(96, 64), (1920, 128), (768, 3072)])
@@ -250,7 +251,8 @@ def test_memory_is_two_thirty_seconds(k, n):
 def test_memory_of_odd_sizes():
     """The prepared form rounds up to the kernel's tiles."""
     panel, unit, unit_bytes, _ = _library.prepared_layout()
-    for k, n in ((K, N), (1, 1), (1000, 1000), (4096, 4096)):
+    assert resident(PackedQLinear.from_float(QLinear(1, 1))) == 4  # few words are prepared in each call
+    for k, n in ((K, N), (1000, 1000), (4096, 4096)):
         packed = PackedQLinear.from_float(QLinear(k, n))
         assert packed.weight.nbytes == 4 * n * -(-k // 32)
         assert packed.weight_prepared.nbytes == HEADER_BYTES + -(-n // panel) * -(-k // unit) * unit_bytes

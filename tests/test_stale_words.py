@@ -26,8 +26,10 @@ from torch.func import functional_call
 
 from bitorch_qlinear import PackedQLinear, QLinear, kernels, pack
 
-FEW, MANY = (70, 9), (2000, 96)  # k, n: 27 words, and 6048, of which a call compares a share
-sizes = pytest.mark.parametrize("size", [FEW, MANY], ids=["few", "many"])
+# k and n: 27 words, for which a layer keeps no form; 1600, which a call compares whole; 6048, of which it compares a
+# share.
+TINY, FEW, MANY = (70, 9), (1000, 50), (2000, 96)
+sizes = pytest.mark.parametrize("size", [TINY, FEW, MANY], ids=["tiny", "few", "many"])
 
 
 @pytest.fixture(autouse=True)
@@ -266,20 +268,29 @@ def test_words_that_other_layers_share(size):
         assert_right(second, words, second.bias, x)
 
 
+FIRST = {
+    "call": lambda layer: layer,
+    "move": lambda layer: layer.to("cpu"),
+    "compile": lambda layer: torch.compile(layer, backend="aot_eager"),
+    "copy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("first", FIRST.values(), ids=FIRST)
+@pytest.mark.parametrize("bias", [True, False])
 @sizes
-def test_built_on_meta_and_assigned(size):
+def test_built_on_meta_and_assigned(size, bias, first):
     """What loaders do that know nothing of the layer: each tensor is set, and then the model is moved."""
     k, n = size
-    source, x = packed_layer(size), torch.randn(3, k)
+    source, x = packed_layer(size, bias=bias), torch.randn(3, k)
     with torch.device("meta"):
-        layer = PackedQLinear(k, n)
+        layer = PackedQLinear(k, n, bias)
+    names = {name for name, _ in layer.named_parameters()}
     for name, value in source.state_dict().items():
-        parameter = name in layer._parameters
-        setattr(layer, name, nn.Parameter(value.clone(), requires_grad=False) if parameter else value.clone())
-    assert_right(layer, source.weight, source.bias, x)
-    layer.to("cpu")
-    assert_right(layer, source.weight, source.bias, x)
-    assert_right(torch.compile(layer, backend="aot_eager"), source.weight, source.bias, x)
+        setattr(layer, name, nn.Parameter(value.clone(), requires_grad=False) if name in names else value.clone())
+    assert_right(first(layer), source.weight, source.bias, x)
+    assert_right(layer.to("cpu"), source.weight, source.bias, x)
+    assert not any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers()))
 
 
 @sizes
@@ -318,7 +329,7 @@ def test_one_word_that_torch_saw_written(kernel, rows):
         assert_right(layer, words, layer.bias, x)
 
 
-@pytest.mark.parametrize("size", [FEW, (1024, 64)], ids=str)  # 2048 words are few
+@pytest.mark.parametrize("size", [TINY, FEW, (1024, 64)], ids=str)  # 2048 words are few
 @pytest.mark.parametrize("rows", [1, 16])
 def test_one_of_few_words_that_torch_did_not_see_written(kernel, rows, size):
     layer, x = packed_layer(size), torch.randn(rows, size[0])
