@@ -334,19 +334,23 @@ def test_all_packed_is_no_warning(caplog):
 
 @either_place
 def test_containers_of_bitorch(inplace, caplog):
-    """They say that they are the layer which they hold: it is replaced inside, or nobody says that it was."""
+    """They say that they are the layer which they hold: the packed layer takes the container's place."""
     model = nn.Sequential(LayerContainer(QLinear, K, N), nn.ReLU()).eval()
     want = model(X)
-    try:
+    with caplog.at_level("INFO"):
         packed = pack(model, inplace=inplace)
-    except RuntimeError as error:
-        assert not inplace
-        assert "inplace=True" in str(error)
-        return
     assert_equal(packed(X), want)
-    held = packed._modules["0"].layer_implementation
-    done = type(held) is PackedQLinear
-    assert f"packed {int(done)} of 1 QLinear" in caplog.text or done
+    assert type(packed._modules["0"]) is PackedQLinear
+    assert (packed is model) is inplace
+    assert "packed 1 of 1 QLinear" in caplog.text
+
+
+@either_place
+def test_a_container_of_bitorch_itself(inplace):
+    container = LayerContainer(QLinear, K, N).eval()
+    packed = pack(container, inplace=inplace)
+    assert type(packed) is PackedQLinear
+    assert_equal(packed(X), container(X))
 
 
 class Holder(nn.Module):

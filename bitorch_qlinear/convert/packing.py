@@ -108,21 +108,35 @@ def _check_model(model: nn.Module) -> None:
         raise RuntimeError(f"model: expected whole weights, got a model that FSDP shards: {GATHER}")
 
 
-def _replace(model: nn.Module, replacements: dict[int, nn.Module], inplace: bool, reasons: dict[str, str]) -> nn.Module:
+def _held(module: nn.Module) -> nn.Module:
+    """The module itself, or the one inside of a container of bitorch's, which answers in its container's place."""
+    return next(module.modules())
+
+
+def _replace(
+    model: nn.Module, replacements: dict[int, nn.Module], inplace: bool, reasons: dict[str, str]
+) -> nn.Module:
     """The model, or a copy of it, with other modules in the places of those with these ids."""
-    if not inplace:
-        try:
-            # deepcopy takes what its memo already holds for a copy of the layer.
-            copied: nn.Module = copy.deepcopy(model, dict(replacements))
-        except Exception as error:
-            left = "".join(f"; {path or 'the model'} would stay as it is: {reason}" for path, reason in reasons.items())
-            said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            raise RuntimeError(
-                f"model: cannot be copied ({said}): inplace=True works on the model itself{left}"
-            ) from error
-        return copied
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if id(child) in replacements:
-                parent.register_module(name, replacements[id(child)])
-    return replacements.get(id(model), model)
+    places = [
+        (parent, name, child, replacements[id(_held(child))])
+        for parent in list(model.modules())
+        for name, child in parent._modules.items()
+        if child is not None and id(_held(child)) in replacements
+    ]
+    if inplace:
+        for parent, name, _, replacement in places:
+            parent.register_module(name, replacement)
+        return replacements.get(id(_held(model)), model)
+    # deepcopy takes what its memo already holds for a copy of the layer.
+    memo: dict[int, Any] = {**replacements, **{id(child): replacement for _, _, child, replacement in places}}
+    if id(_held(model)) in replacements:
+        return replacements[id(_held(model))]
+    try:
+        copied: nn.Module = copy.deepcopy(model, memo)
+    except Exception as error:
+        left = "".join(f"; {path or 'the model'} would stay as it is: {reason}" for path, reason in reasons.items())
+        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise RuntimeError(
+            f"model: cannot be copied ({said}): inplace=True works on the model itself{left}"
+        ) from error
+    return copied
