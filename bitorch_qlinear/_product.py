@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 
 from . import _library, functional
-from ._torch import HAS_AMX, any_autocast, apply, functorch_active, is_dtensor, is_known, operator_entry, transforms_active
+from ._torch import (
+    HAS_AMX,
+    any_autocast,
+    apply,
+    functorch_active,
+    is_dtensor,
+    is_known,
+    operator_entry,
+    transforms_active,
+)
 from .quantizations import BinaryRule, cancel_gradient
 
 __all__ = [

@@ -113,9 +113,7 @@ def _held(module: nn.Module) -> nn.Module:
     return next(module.modules())
 
 
-def _replace(
-    model: nn.Module, replacements: dict[int, nn.Module], inplace: bool, reasons: dict[str, str]
-) -> nn.Module:
+def _replace(model: nn.Module, replacements: dict[int, nn.Module], inplace: bool, reasons: dict[str, str]) -> nn.Module:
     """The model, or a copy of it, with other modules in the places of those with these ids."""
     places = [
         (parent, name, child, replacements[id(_held(child))])
@@ -136,7 +134,5 @@ def _replace(
     except Exception as error:
         left = "".join(f"; {path or 'the model'} would stay as it is: {reason}" for path, reason in reasons.items())
         said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        raise RuntimeError(
-            f"model: cannot be copied ({said}): inplace=True works on the model itself{left}"
-        ) from error
+        raise RuntimeError(f"model: cannot be copied ({said}): inplace=True works on the model itself{left}") from error
     return copied

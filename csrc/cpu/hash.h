@@ -9,8 +9,6 @@
 namespace bitorch_qlinear {
 namespace {
 
-
-
 // Of `count` words, those of the first `lines` cache lines of every `period` lines. Multilinear: 16 sums modulo 2^64 of
 // words times odd keys that depend on the line. A single word that differs always changes its sum, and several cancel
 // each other with a probability of about 2^-64.
