@@ -96,10 +96,12 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
     """Whether a product of these tensors must be an autograd Function: for backward, torch.func or forward mode."""
-    if _compiling():
-        # Inside a transform torch.compile does not say what requires a gradient.
-        return wants_gradient(*tensors) or (_grad_enabled() and functorch_active())
-    return wants_gradient(*tensors) or transforms_active()
+    if wants_gradient(*tensors):
+        return True
+    if not transforms_active():
+        return False
+    # Inside a transform torch.compile does not say what requires a gradient.
+    return not _compiling() or (_grad_enabled() and functorch_active())
 
 
 def sign_linear(x: Tensor, weight: Tensor, bias: Tensor | None, strict: bool, strict_weight: bool) -> Tensor:

@@ -252,6 +252,8 @@ class PackedQLinear(nn.Module):
         form = self.weight_prepared
         if form is None and words.numel() > _FEW_WORDS and self._input_rule != REAL_INPUT:
             form = self.prepare()
+        if form is None:
+            return self._compute(x, words, None)
         stale = _library.stale_forms
         before = stale.value
         y = self._compute(x, words, form)

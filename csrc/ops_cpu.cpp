@@ -143,7 +143,7 @@ int64_t version_of(const Tensor& tensor) {
 bool was_made_of(const Fingerprint& fingerprint, const Kernel& kernel, const Tensor& words, const uint32_t* data,
                  int64_t m) {
     const int64_t count = words.numel();
-    int level = count <= kFewWords ? kAll : level_for(m);
+    int level = count <= kFewWords ? kAll : level_for(m, count);
     if (level < kAll && (words.data_ptr() != fingerprint.address || fingerprint.version == kUnknownVersion ||
                          version_of(words) != fingerprint.version)) {
         level = kAll;

@@ -3,8 +3,8 @@
 A PackedQLinear keeps its words and, beside them, the form that a kernel reads. The operator compares the two in every
 call (csrc/cpu/fingerprint.h): few words are compared whole; of many words a share that grows with the rows of x, unless
 torch has counted a write or the tensor is another one, and then all. What is not seen is therefore one kind of change
-alone: to less than 129 consecutive cache lines of many words, past torch's version counter (through ``.data``, NumPy,
-DLPack or a collective), before a call of fewer than 128 rows.
+alone: to less than 513 consecutive cache lines of very many words, past torch's version counter (through ``.data``, NumPy,
+DLPack or a collective), before a call of fewer than 512 rows.
 
 A QLinear keeps nothing, so that there is nothing to be out of date.
 """
@@ -319,7 +319,7 @@ def one_word_changed(layer, at):
     return words
 
 
-@pytest.mark.parametrize("rows", [1, 16, 128])
+@pytest.mark.parametrize("rows", [1, 16, 512])
 def test_one_word_that_torch_saw_written(kernel, rows):
     layer, x = packed_layer(MANY), torch.randn(rows, MANY[0])
     for at in (0, 15, 16, 17, 2063, 2064, 4000, layer.weight.numel() - 1):
@@ -341,7 +341,7 @@ def test_one_of_few_words_that_torch_did_not_see_written(kernel, rows, size):
 
 
 def test_one_of_many_words_that_torch_did_not_see_written(kernel):
-    layer, x = packed_layer(MANY), torch.randn(128, MANY[0])
+    layer, x = packed_layer(MANY), torch.randn(512, MANY[0])
     for at in (0, 17, 2063, 4000, layer.weight.numel() - 1):
         assert_right(layer, layer.weight, layer.bias, x)
         words = one_word_changed(layer, at)
@@ -352,7 +352,7 @@ def test_one_of_many_words_that_torch_did_not_see_written(kernel):
 def test_many_consecutive_words_that_torch_did_not_see_written(kernel):
     """A shard of a fused weight, for example, however few the rows are."""
     layer, x = packed_layer(MANY), torch.randn(1, MANY[0])
-    run = 129 * 16
+    run = 65 * 16
     for begin in (0, 16, 1000, layer.weight.numel() - run):
         assert_right(layer, layer.weight, layer.bias, x)
         words = layer.weight.clone()

@@ -53,7 +53,7 @@ struct Kernel {
     PackRow pack_row[kFloatTypes];
     UnpackRow unpack_row;
     // hash.h's, compiled for this instruction set.
-    uint64_t (*hash_words)(const uint32_t* words, int64_t count, int64_t lines, int64_t period);
+    uint64_t (*hash_words)(const uint32_t* words, int64_t count, int64_t period);
     Layout layout;
     // Writes the panels [begin, end) of the prepared form from row-major words; null if unit_bytes is 0.
     void (*prepare)(const uint32_t* words, int64_t n, int64_t k, Range panels, uint8_t* out);

@@ -37,8 +37,6 @@ void fill(Buffer<uint32_t>& words, int64_t count) {
     for (int64_t i = 0; i < count; ++i) words[i] = static_cast<uint32_t>(test::generator());
 }
 
-constexpr int64_t kLineWords = 16;  // hash.h is in a namespace of each kernel's file
-
 // ---- hashes --------------------------------------------------------------------------------------
 
 // Every kernel's copy gives the scalar one's number, of any length from any word on, and every bit counts.
@@ -47,25 +45,23 @@ void check_hashes(const Kernel& kernel) {
         for (const int64_t shift : {0, 1, 5}) {
             Buffer<uint32_t> words(Use::Input, count, shift);
             fill(words, count);
-            const auto hash_of = [&](const Kernel& of, int64_t length, int64_t lines, int64_t period) {
-                return of.hash_words(words.data(), length, lines, period);
+            const auto hash_of = [&](const Kernel& of, int64_t length, int64_t period) {
+                return of.hash_words(words.data(), length, period);
             };
-            for (const int64_t period : {1, 3, 7, 129}) {
-                for (const int64_t lines : {int64_t{1}, (period + 1) / 2, period}) {
-                    expect(hash_of(kernel, count, lines, period) == hash_of(kScalarKernel, count, lines, period),
-                           describe(kernel, "hash", count, shift, lines, period));
-                }
+            for (const int64_t period : {1, 3, 5, 129}) {
+                expect(hash_of(kernel, count, period) == hash_of(kScalarKernel, count, period),
+                       describe(kernel, "hash", count, shift, period));
             }
             if (count == 0) continue;
-            const uint64_t hash = hash_of(kernel, count, kPeriodLines, kPeriodLines);
+            const uint64_t hash = hash_of(kernel, count, 1);
             for (const int64_t at : {int64_t{0}, count / 2, count - 1, below(count)}) {
                 const uint32_t bit = uint32_t{1} << below(32);
                 words[at] ^= bit;
-                expect(hash_of(kernel, count, kPeriodLines, kPeriodLines) != hash,
+                expect(hash_of(kernel, count, 1) != hash,
                        describe(kernel, "hash: a bit that does not count", count, at));
                 words[at] ^= bit;
             }
-            expect(hash_of(kernel, count - 1, kPeriodLines, kPeriodLines) != hash,
+            expect(hash_of(kernel, count - 1, 1) != hash,
                    describe(kernel, "hash: a length that does not count", count));
         }
     }
@@ -73,7 +69,7 @@ void check_hashes(const Kernel& kernel) {
 
 // A fingerprint's levels: of all words the last, and of few words no other.
 void check_fingerprints(const Kernel& kernel) {
-    for (const int64_t count : {int64_t{1}, kFewWords, kFewWords + 1, 3 * kPeriodLines * kLineWords + 5}) {
+    for (const int64_t count : {int64_t{1}, kFewWords, kFewWords + 1, int64_t{3} * 513 * kLineWords + 5}) {
         Buffer<uint32_t> words(Use::Input, count);
         fill(words, count);
         const Fingerprint got = take_fingerprint(kernel, words.data(), count, words.data(), 7);
@@ -81,19 +77,22 @@ void check_fingerprints(const Kernel& kernel) {
         expect(std::memcmp(&got, &expected, sizeof got) == 0, describe(kernel, "fingerprint", count));
         // A word changed: seen by all levels from the first on whose share it is in.
         for (int repetition = 0; repetition < 50; ++repetition) {
-            const int64_t at = below(count), line = at / kLineWords % kPeriodLines;
+            const int64_t at = below(count), line = at / kLineWords;
             const uint32_t bit = uint32_t{1} << below(32);
             words[at] ^= bit;
             for (int level = count <= kFewWords ? kAll : 0; level <= kAll; ++level) {
-                const bool inside = level == kAll || line < int64_t{1} << level;
+                const bool inside = line % period_of(level) == 0;
                 const bool seen = hash_level(kernel, words.data(), count, level) != got.levels[level];
                 expect(seen == inside, describe(kernel, "level", count, at, level));
             }
             words[at] ^= bit;
         }
     }
-    expect(level_for(0) == 0 && level_for(1) == 0 && level_for(2) == 1 && level_for(3) == 1 && level_for(4) == 2 &&
-               level_for(127) == 6 && level_for(128) == kAll && level_for(INT64_MAX) == kAll,
+    constexpr int64_t kMany = int64_t{1} << 20, kFew = kFewWords + 1;
+    expect(level_for(0, kMany) == 0 && level_for(1, kMany) == 0 && level_for(2, kMany) == 1 &&
+               level_for(3, kMany) == 1 && level_for(4, kMany) == 2 && level_for(511, kMany) == 8 &&
+               level_for(512, kMany) == kAll && level_for(INT64_MAX, kMany) == kAll && level_for(1, kFew) == kAll &&
+               level_for(1, 4 * kFew) == 7,
            "the level of a number of rows");
 }
 
