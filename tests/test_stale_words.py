@@ -3,8 +3,8 @@
 A PackedQLinear keeps its words and, beside them, the form that a kernel reads. The operator compares the two in every
 call (csrc/cpu/fingerprint.h): few words are compared whole; of many words a share that grows with the rows of x, unless
 torch has counted a write or the tensor is another one, and then all. What is not seen is therefore one kind of change
-alone: to less than 513 consecutive cache lines of very many words, past torch's version counter (through ``.data``, NumPy,
-DLPack or a collective), before a call of fewer than 512 rows.
+alone: to less than 513 consecutive cache lines of very many words, past torch's version counter (through ``.data``,
+NumPy, DLPack or a collective), before a call of fewer than 512 rows.
 
 A QLinear keeps nothing, so that there is nothing to be out of date.
 """
