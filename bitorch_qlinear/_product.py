@@ -40,6 +40,7 @@ __all__ = [
     "has_kernels",
     "is_differentiated",
     "packed_linear",
+    "raise_of_dtype",
     "real_linear",
     "sign_linear",
     "tables_win",
@@ -57,6 +58,7 @@ _multiply_signs = torch.ops.bitorch_qlinear.multiply_signs
 _sign_linear_entry, _linear_entry = operator_entry(_sign_linear), operator_entry(_linear)
 _multiply_signs_entry = operator_entry(_multiply_signs)
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NEVER = 1 << 62  # what least_sign_outputs() says, or more, of a kernel that is never faster than the BLAS
 
 
@@ -83,6 +85,18 @@ def apply_to_nested(layer: Callable[[Tensor], Tensor], x: Any) -> Tensor:
     if x.layout is torch.jagged and x.values().shape[-1] == x.shape[-1]:
         return torch.nested.nested_tensor_from_jagged(layer(x.values()), x.offsets(), x.lengths())
     return torch.nested.as_nested_tensor([layer(part) for part in x.unbind()], layout=x.layout)
+
+
+def raise_of_dtype(x: Tensor, error: RuntimeError) -> None:
+    """Say what to do where an operator refused x for its dtype; where it did not, return.
+
+    Raises:
+        RuntimeError: x does not hold float values of 16 bits and more.
+    """
+    if x.dtype not in _FLOATS:
+        remedy = "take its real part" if x.is_complex() else "call x.float()"
+        got = str(x.dtype).removeprefix("torch.")
+        raise RuntimeError(f"x: expected float64, float32, float16 or bfloat16, got {got}: {remedy} first.") from error
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -173,7 +187,7 @@ def real_linear(x: Tensor, words: Tensor, k: int, bias: Tensor | None, threshold
     if not (x.is_cpu and tables_win(x, words.shape[0])):
         return torch.nn.functional.linear(x, functional.unpack_bits(words, k, x.dtype), bias)
     if is_differentiated(x, bias):
-        y: Tensor = apply(SignedSums, x, words, k, True)
+        y: Tensor = apply(SignedSums if _compiling() else SignedSumsEager, x, words, k, True)
         return y if bias is None else y + bias
     multiply = _multiply_signs if _compiling() else _multiply_signs_entry
     y = multiply(x, words, k, True)
@@ -193,11 +207,22 @@ class SignedSums(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, words, ctx.k, ctx.transpose = inputs
         ctx.save_for_backward(words)
+        ctx.save_for_forward(words)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (words,) = ctx.saved_tensors
-        return apply(SignedSums, grad, words, ctx.k, not ctx.transpose), None, None, None
+        function = SignedSums if _compiling() else SignedSumsEager
+        return apply(function, grad, words, ctx.k, not ctx.transpose), None, None, None
+
+
+class SignedSumsEager(SignedSums):
+    """Adds forward mode, in its own class: torch.compile takes the presence of jvp as support."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        (words,) = ctx.saved_tensors
+        return apply(SignedSumsEager, tangent, words, ctx.k, ctx.transpose)  # type: ignore[no-any-return]
 
 
 def _in_range_limit(rule: BinaryRule, threshold: float | None) -> float | None:

@@ -22,6 +22,7 @@ __all__ = [
     "called_from",
     "functorch_active",
     "has_hooks",
+    "hook_names",
     "is_dtensor",
     "is_known",
     "is_plain",
@@ -91,6 +92,12 @@ def has_hooks(module: nn.Module, allowed: Callable[..., Any] | None = None) -> b
     return False
 
 
+def hook_names(module: nn.Module) -> list[str]:
+    """What the module's hooks are called, those of forward and before it."""
+    tables = (getattr(module, name, {}) for name in ("_forward_pre_hooks", "_forward_hooks"))
+    return [getattr(hook, "__qualname__", type(hook).__name__) for table in tables for hook in table.values()]
+
+
 def is_dtensor(tensor: object) -> bool:
     """Whether it is a DTensor, without importing its module, which takes half a second."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -132,7 +139,13 @@ def is_proxy(value: object) -> bool:
 
 def trace_as_leaf(module: nn.Module, x: Any) -> Any:
     """A call of the module in torch.fx's graph, as of torch's own layers; x is a Proxy."""
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
+    path = x.tracer.path_of_module(module)
+    if not path:
+        raise TypeError(
+            f"root: torch.fx cannot trace a {type(module).__name__} alone: trace a module that holds it, such as "
+            "nn.Sequential(layer)."
+        )
+    return x.tracer.create_proxy("call_module", path, (x,), {})
 
 
 def called_from(module: str, depth: int = 6) -> bool:

@@ -125,7 +125,11 @@ def _problem_of_number(key: str, number: Any, expected: int) -> str | None:
     got, name = int(number), key.rpartition(".")[2]
     if name == "format":
         if not 1 <= got <= FORMAT:
-            return f"{key}: expected a checkpoint of format 1 to {FORMAT}, got {got}: a newer bitorch_qlinear wrote it"
+            why = ": a newer bitorch_qlinear wrote it" if got > FORMAT else ""
+            return f"{key}: expected a checkpoint of format 1 to {FORMAT}, got {got}{why}"
+    elif name == "k":
+        if got != expected:
+            return f"{key}: expected k = {expected}, got {got}: the checkpoint is of a layer of another size"
     elif got != expected:
         rules = {"input_rule": INPUT_RULES, "weight_rule": WEIGHT_RULES}.get(name)
         said = [rules[i] if rules and 0 <= i < len(rules) else str(i) for i in (expected, got)]

@@ -43,7 +43,7 @@ def forced(name: str | None) -> Iterator[None]:
     is the whole process's: do not force kernels in several threads at once.
 
     A prepared weight (:func:`bitorch_qlinear.functional.prepare_weight`) belongs to the CPU kernel that was active when
-    it was made, and other CPU kernels may refuse it; the CUDA kernels share one form.
+    it was made, and with another one the operators prepare anew in each call; the CUDA kernels share one form.
 
     Args:
         name: One of :func:`available`, a CUDA kernel, or None to leave everything as it is.

@@ -16,6 +16,7 @@ from ._product import (
     differentiable,
     has_kernels,
     is_differentiated,
+    raise_of_dtype,
     real_linear,
     sign_linear,
     tables_win,
@@ -41,7 +42,7 @@ _warned_of_packing = False
 def _warn_of_packing(rows: int) -> None:
     """Say once a process that a model whose weights no longer change is faster when it is packed."""
     global _warned_of_packing
-    if _warned_of_packing or rows > _FEW_ROWS:
+    if _warned_of_packing or not 0 < rows <= _FEW_ROWS:
         return
     _warned_of_packing = True
     warnings.warn(
@@ -234,11 +235,11 @@ class QLinear(nn.Linear):
         """The threshold of the gradient cancellation, or None."""
         return self.activation.gradient_cancellation_threshold
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The layer's output.
 
         Args:
-            x: Shape ``(..., K)``, any strides. Of a nested or sparse tensor it is the values that count.
+            input: Shape ``(..., K)``, any strides. Of a nested or sparse tensor it is the values that count.
 
         Returns:
             Shape ``(..., N)``.
@@ -248,6 +249,7 @@ class QLinear(nn.Linear):
             RuntimeError: A wrong shape or dtype of x; double backward; forward-mode differentiation
                 (NotImplementedError).
         """
+        x = input
         if not isinstance(x, Tensor):
             return self._of_no_tensor(x)  # type: ignore[unreachable]
         # nn.Module.__getattr__ costs 0.5 us; parametrized tensors are not in the dictionary.
@@ -269,6 +271,9 @@ class QLinear(nn.Linear):
             if _compiling() or (is_plain(x) and is_plain(weight)):
                 raise
             return self._in_float(x, weight, bias, rules)
+        except RuntimeError as error:
+            raise_of_dtype(x, error)
+            raise
 
     def _of_no_tensor(self, x: Any) -> Any:
         """What torch.fx gets in a tensor's place; for all else the TypeError that ``nn.Linear`` raises."""

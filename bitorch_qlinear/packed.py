@@ -17,9 +17,10 @@ from ._product import (
     has_kernels,
     is_differentiated,
     packed_linear,
+    raise_of_dtype,
     real_linear,
 )
-from ._torch import called_from, is_plain, is_proxy, shares_data, trace_as_leaf
+from ._torch import called_from, functorch_active, is_plain, is_proxy, shares_data, trace_as_leaf
 from .checkpoint import (
     FORMAT,
     INPUT_RULES,
@@ -147,6 +148,7 @@ class PackedQLinear(nn.Module):
             ValueError: An input quantization that is neither sign-like nor identity.
         """
         super().__init__()
+        self.weight_prepared = None
         self.in_features, self.out_features = in_features, out_features
         quantization = get_quantization(input_quantization, "input_quantization")
         self.weight_quantization = get_quantization(weight_quantization, "weight_quantization")
@@ -154,9 +156,13 @@ class PackedQLinear(nn.Module):
             quantization.eval()
         if isinstance(weight_quantization, str):
             self.weight_quantization.eval()
-        self._input_rule, self._weight_rule = input_rule_of(quantization), weight_rule_of(self.weight_quantization)
+        self._input_rule = input_rule_of(quantization)
+        # What progressive_sign is in eval mode it is here for ever.
         if depends_on_mode(quantization):
-            quantization = Sign()  # what progressive_sign is in eval mode; here it is that for ever
+            quantization = Sign()
+        if depends_on_mode(self.weight_quantization):
+            self.weight_quantization = Sign()
+        self._weight_rule = weight_rule_of(self.weight_quantization)
         self.activation = Activation(quantization, gradient_cancellation_threshold)
         with torch.inference_mode(False):
             words = torch.zeros(out_features, words_for(in_features), dtype=torch.int32, device=device)
@@ -215,7 +221,10 @@ class PackedQLinear(nn.Module):
         return packed.train(layer.training)
 
     def unpack(self) -> QLinear:
-        """A QLinear with the same output, whose float weights are ±1, in the dtype of the bias."""
+        """A QLinear with the same output, whose float weights are ±1, in the dtype of the bias.
+
+        Its weight quantization is sign where the packed weights were made by another kind, such as weightdorefa.
+        """
         layer = QLinear(
             self.in_features,
             self.out_features,
@@ -233,11 +242,11 @@ class PackedQLinear(nn.Module):
 
     # ---- the product ----
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The layer's output.
 
         Args:
-            x: Shape ``(..., K)``, any strides, any float type. Of a nested or sparse tensor the values count.
+            input: Shape ``(..., K)``, any strides, any float type. Of a nested or sparse tensor the values count.
 
         Returns:
             Shape ``(..., N)``; in the dtype of x, or autocast's.
@@ -246,8 +255,9 @@ class PackedQLinear(nn.Module):
             TypeError: x is no tensor.
             RuntimeError: A wrong shape or dtype; double backward; forward-mode differentiation (NotImplementedError).
         """
+        x = input
         words: Any = self._buffers["weight"]  # nn.Module.__getattr__ costs 0.5 us
-        if type(x) is not Tensor or not x.is_cpu or not words.is_cpu or _compiling():
+        if (type(x) is not Tensor and type(x) is not nn.Parameter) or not x.is_cpu or not words.is_cpu or _compiling():
             return self._elsewhere(x, words)
         form = self.weight_prepared
         if form is None and words.numel() > _FEW_WORDS and self._input_rule != REAL_INPUT:
@@ -266,7 +276,8 @@ class PackedQLinear(nn.Module):
         if not isinstance(x, Tensor):
             return self._of_no_tensor(x)  # type: ignore[unreachable]
         # An exported program runs elsewhere, where another kernel may read another form.
-        usable = words.is_cpu and x.is_cpu and not torch.compiler.is_exporting()
+        # A fake tensor cannot meet a real form.
+        usable = _compiling() and words.is_cpu and x.is_cpu and not torch.compiler.is_exporting()
         return self._compute(x, words, self.weight_prepared if usable else None)
 
     def _of_no_tensor(self, x: Any) -> Any:
@@ -291,12 +302,13 @@ class PackedQLinear(nn.Module):
                 raise
             return self._in_float(x, words, bias)
         except RuntimeError as error:
-            if x.dtype is not torch.int32:
-                raise
-            raise TypeError(
-                "x: expected float values, got int32, the dtype of the layer's packed weights: a module that casts its "
-                "values to weight.dtype, as T5 does, needs a QLinear there."
-            ) from error
+            if x.dtype is torch.int32:
+                raise RuntimeError(
+                    "x: expected float values, got int32, the dtype of the layer's packed weights: a module that casts "
+                    "its values to weight.dtype, as T5 does, needs a QLinear there; else call x.float()."
+                ) from error
+            raise_of_dtype(x, error)
+            raise
 
     def _in_float(self, x: Tensor, words: Tensor, bias: Tensor | None) -> Tensor:
         """The same values by torch's own operators, on any device: summed and rounded in the operators' T."""
@@ -333,6 +345,8 @@ class PackedQLinear(nn.Module):
         Returns:
             The form, or None where the words are few or not on a CPU, or the layer's input is real.
         """
+        if functorch_active():
+            return None  # the words may be many layers', and are only lent
         self._complete()
         words, form = self.weight, None
         wanted = type(words) is Tensor and words.is_cpu and words.numel() > _FEW_WORDS
@@ -346,7 +360,15 @@ class PackedQLinear(nn.Module):
         self.weight_prepared = None
         self._complete()  # what is on meta cannot be moved
         words = self.weight
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+        def convert(tensor: Tensor) -> Tensor:
+            """Words and numbers are moved, but keep their dtype (of ``model.type(torch.float64)``, for example)."""
+            converted: Tensor = fn(tensor)
+            if tensor.is_floating_point() or converted.dtype is tensor.dtype:
+                return converted
+            return tensor.to(converted.device)
+
+        super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
         if self.weight is not words and shares_data(words, self.weight):
             words.data = self.weight  # as torch moves parameters: words that layers share stay shared
             self.weight = words
@@ -371,9 +393,30 @@ class PackedQLinear(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.prepare()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; words that come as a Parameter stay a buffer.
+
+        Raises:
+            TypeError: Float weights are to take the place of the packed words.
+        """
+        if name == "weight" and isinstance(value, nn.Parameter):
+            if value.is_floating_point():
+                raise TypeError(
+                    "weight: expected packed words (int32), got float values: load them with load_state_dict, which "
+                    "packs them, or make the layer anew by bitorch_qlinear.pack."
+                )
+            value = value.data
+        super().__setattr__(name, value)
+
     # ---- checkpoints ----
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # Memory that to_empty or skip_init gave to the numbers holds anything.
+        with torch.inference_mode(False), torch.no_grad():
+            for name, number in self._numbers().items():
+                if getattr(self, name).is_inference():
+                    setattr(self, name, torch.tensor(number, device=self.weight.device))
+                getattr(self, name).fill_(number)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(f"{prefix}empty", None)
 
@@ -423,6 +466,16 @@ class PackedQLinear(nn.Module):
             self._make_parameters(None, device, empty.dtype)
 
     @property
+    def input_quantization(self) -> nn.Module:
+        """The quantization of the input."""
+        return self.activation.activation_function
+
+    @property
+    def gradient_cancellation_threshold(self) -> float | None:
+        """The threshold of the gradient cancellation, or None."""
+        return self.activation.gradient_cancellation_threshold
+
+    @property
     def path(self) -> str:
         """What computes the layer's output, in words."""
         if self._input_rule == REAL_INPUT:
@@ -433,7 +486,8 @@ class PackedQLinear(nn.Module):
         """Sizes, sign rule, and which path computes them."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"input={INPUT_RULES[self._input_rule]!r}, path={self.path}"
+            f"input={INPUT_RULES[self._input_rule]!r}, "
+            f"gradient_cancellation_threshold={self.gradient_cancellation_threshold}, path={self.path}"
         )
 
     def __repr__(self) -> str:

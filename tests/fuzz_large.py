@@ -16,7 +16,7 @@ from bitorch_qlinear import functional as F
 FAR = 2**31
 HALF = torch.float16
 
-LAST_LEVEL = HEADER_BYTES + 7 * 8  # of a fingerprint: the hash of all words
+LAST_LEVEL = HEADER_BYTES + 9 * 8  # of a fingerprint: the hash of all words
 
 
 def no_words(n: int) -> Tensor:
@@ -93,13 +93,28 @@ def check_most_values_in_a_product() -> None:
     assert F.binary_linear(words, words, k).item() == 2.0**31
 
 
+def keys_from(first: int, count: int) -> list[int]:
+    """The keys of so many lines: of a linear congruential generator, whose first steps are taken at once."""
+    factor, term, mask = 6364136223846793005, 1442695040888963407, 2**64 - 1
+    state, a, c = 0x9E3779B97F4A7C15, factor, term
+    for bit in range(first.bit_length()):
+        if first >> bit & 1:
+            state = (a * state + c) & mask
+        a, c = a * a & mask, (a * c + c) & mask
+    keys = []
+    for _ in range(count):
+        state = (factor * state + term) & mask
+        keys.append(state >> 32 | 1)
+    return keys
+
+
 def hash_of(words: torch.Tensor, last: int) -> torch.Tensor:
     """The hash of all words (csrc/cpu/hash.h), of which only so many of the last are not 0."""
     count, mask = words.numel(), 2**64 - 1
     hashed, factor = count, 0xFF51AFD7ED558CCD
     lines = words.reshape(-1)[-last:].view(-1, 16).tolist()
     first = count // 16 - len(lines)
-    keys = [(0x9E3779B1 + (first + i) * 0x85EBCA6E) % 2**32 for i in range(len(lines))]
+    keys = keys_from(first, len(lines))
     for lane in range(16):
         total = sum((line[lane] % 2**32) * key for line, key in zip(lines, keys, strict=True)) & mask
         hashed += (total ^ total >> 32) * factor

@@ -87,7 +87,7 @@ def is_forged(prepared: Tensor, genuine: Tensor) -> bool:
         return False
     if torch.equal(given[PANELS_OFFSET:], genuine[PANELS_OFFSET:]):
         return False
-    hashes, of_words = (form[HEADER_BYTES : HEADER_BYTES + 64].clone().view(torch.int64) for form in (given, genuine))
+    hashes, of_words = (form[HEADER_BYTES : HEADER_BYTES + 80].clone().view(torch.int64) for form in (given, genuine))
     return bool((hashes == of_words)[of_words != 0].any())
 
 

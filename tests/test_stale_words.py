@@ -12,6 +12,7 @@ A QLinear keeps nothing, so that there is nothing to be out of date.
 from __future__ import annotations
 
 import copy
+import datetime
 import os
 import pickle
 
@@ -426,7 +427,13 @@ def test_qlinear(write, size, training):
 
 def start(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/processes", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/processes",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=60),  # a test that fails rather than one that waits
+    )
     torch.manual_seed(rank)
 
 

@@ -102,8 +102,11 @@ def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {model!r:.60}")
     name = type(model).__name__
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise RuntimeError(f"model: expected the model itself, got it wrapped in {name}: pass model.module")
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise RuntimeError(
+            "model: expected the model itself, got one wrapped in DistributedDataParallel, or with such a module "
+            "inside: pass model.module, or put the inner module in its wrapper's place"
+        )
     if name == "FullyShardedDataParallel" or any(map(is_fsdp, model.modules())):
         raise RuntimeError(f"model: expected whole weights, got a model that FSDP shards: {GATHER}")
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .._torch import has_hooks, is_dtensor, is_plain
+from .._torch import has_hooks, hook_names, is_dtensor, is_plain
+from ..checkpoint import words_for
 from ..linear import Activation, QLinear, do_nothing
 from ..packed import PackedQLinear, input_rule_of, pack_weight
 from ..quantizations import binary_rule
@@ -46,9 +47,11 @@ class Report:
 
     Attributes:
         layers: One entry a layer, in the order of ``model.named_modules()``.
+        resident_bytes: Bytes that all their weights hold in memory now; what layers share counts once.
     """
 
     layers: tuple[LayerReport, ...]
+    resident_bytes: int
 
     def __iter__(self) -> Iterator[LayerReport]:
         """The layers."""
@@ -82,10 +85,9 @@ class Report:
         ]
         packed = sum(layer.kind == "PackedQLinear" for layer in self.layers)
         left = sum(layer.packable for layer in self.layers)
-        resident = sum(layer.resident_bytes for layer in self.layers)
         total = (
             f"{len(self.layers)} binary layers: {packed} packed, {left} that pack() would pack; "
-            f"{_size(resident)} of weights"
+            f"{_size(self.resident_bytes)} of weights"
         )
         return "\n".join([*lines, total])
 
@@ -127,7 +129,7 @@ def reason_against(layer: QLinear, parent: nn.Module | None = None, name: str = 
     if (forward is not QLinear.forward and not is_fsdp(layer)) or "forward" in layer.__dict__:
         return f"{type(layer).__name__} has a forward of its own"
     if has_hooks(layer):
-        return "it has hooks"
+        return f"it has hooks ({', '.join(hook_names(layer)) or 'of backward'}), which packing would lose"
     if type(layer.activation) is not Activation:
         return f"its activation is a {type(layer.activation).__name__}, which may compute something else"
     for what, module in (
@@ -170,7 +172,14 @@ def explain(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {model!r:.60}")
-    return Report(tuple(_explain_layer(*found) for found in binary_layers(model)))
+    found = list(binary_layers(model))
+    tensors = {
+        id(tensor): _bytes(tensor)
+        for _, _, layer in found
+        for tensor in (layer.weight, getattr(layer, "weight_prepared", None))
+        if isinstance(tensor, Tensor)
+    }
+    return Report(tuple(_explain_layer(*each) for each in found), sum(tensors.values()))
 
 
 def _explain_layer(path: str, parent: nn.Module | None, layer: nn.Module) -> LayerReport:
@@ -182,7 +191,7 @@ def _explain_layer(path: str, parent: nn.Module | None, layer: nn.Module) -> Lay
     assert isinstance(layer, QLinear)
     reason = reason_against(layer, parent, path.rpartition(".")[2])
     float_bytes = _bytes(layer.weight)
-    packed = 0 if reason else 4 * layer.weight.shape[0] * -(-layer.weight.shape[1] // 32)
+    packed = 0 if reason else 4 * layer.weight.shape[0] * words_for(layer.weight.shape[1])
     computed = layer.path
     if "never calls" in reason:
         computed = "float (its parent reads the weight)"

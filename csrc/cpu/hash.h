@@ -9,20 +9,26 @@
 namespace bitorch_qlinear {
 namespace {
 
-// Of `count` words, those of every `period`th cache line. Multilinear: 16 sums modulo 2^64 of words times odd keys that
-// depend on the line. A single word that differs always changes its sum, and several cancel each other with a
-// probability of about 2^-64.
+// Of `count` words, those of every `period`th cache line. Multilinear: 16 sums modulo 2^64 of words times odd keys, one a
+// line, from a pseudorandom sequence. A single word that differs always changes its sum, and several cancel each other
+// with a probability of about 2^-32. (With keys in an arithmetic sequence, rows that change places could cancel.)
 inline uint64_t hash_words(const uint32_t* words, int64_t count, int64_t period) {
     uint64_t sums[kLineWords] = {};
-    uint32_t key = 0x9E3779B1u;
+    uint64_t state = 0x9E3779B97F4A7C15u;  // of a linear congruential generator (Knuth's MMIX)
+    const auto next_key = [&] {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        return static_cast<uint32_t>(state >> 32) | 1u;
+    };
     int64_t i = 0;
     const auto add_lines = [&](int64_t distance) __attribute__((always_inline)) {
-        for (; i + kLineWords <= count; i += distance, key += 0x85EBCA6Eu) {
+        for (; i + kLineWords <= count; i += distance) {
+            const uint32_t key = next_key();
             for (int64_t lane = 0; lane < kLineWords; ++lane) sums[lane] += uint64_t{words[i + lane]} * key;
         }
     };
     // With a constant distance all words take half of the time.
     period == 1 ? add_lines(kLineWords) : add_lines(period * kLineWords);
+    const uint32_t key = next_key();
     for (int64_t lane = 0; i + lane < count; ++lane) sums[lane] += uint64_t{words[i + lane]} * key;
     uint64_t hash = static_cast<uint64_t>(count), factor = 0xFF51AFD7ED558CCDu;
     for (int64_t lane = 0; lane < kLineWords; ++lane, factor += 0xC4CEB9FE1A85EC52u) {
