@@ -15,6 +15,7 @@ import copy
 import datetime
 import os
 import pickle
+import time
 
 import pytest
 import torch
@@ -481,11 +482,19 @@ def train_a_head(rank, folder, names):
             y, hidden = model(x)
             y.sum().backward()
             assert_equal(hidden.detach(), expected(layer.weight, layer.bias, x))
+        del model  # its reducer belongs to the processes' group, which ends now
     finish()
 
 
 def in_two_processes(function, folder, *args):
-    mp.spawn(function, (os.fspath(folder), *args), nprocs=2)
+    """Their failures are the test's; a process that waits for ever is ended, and fails it too."""
+    context = mp.spawn(function, (os.fspath(folder), *args), nprocs=2, join=False)
+    end = time.monotonic() + 180
+    while not context.join(5):
+        if time.monotonic() > end:
+            for process in context.processes:
+                process.kill()
+            pytest.fail("a process did not end")
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo")
