@@ -193,7 +193,7 @@ void check_headers() {
 // The words written beneath a form, all of them and one bit of one; few words and many.
 void check_stale_forms() {
     for (const int64_t n : {int64_t{3}, int64_t{300}}) {
-        const int64_t k = 1000, m = 128, count = n * words_for(k);
+        const int64_t k = 1000, m = 512, count = n * words_for(k);  // rows for which all words are compared
         const Owned w = words({n, words_for(k)}), x = words({m, words_for(k)});
         const Tensor made = prepare_weight(w.tensor, k, std::nullopt);
         for (const int64_t changed : {int64_t{0}, int64_t{1}, count - 1, count}) {
