@@ -79,7 +79,7 @@ sanitize: build  ## run the standalone tests and the fuzz test under the compile
 	done
 	@$(SANITIZE) CXX=g++ SANITIZERS=address,undefined library
 	@mkdir -p $(SANITIZED)
-	@ln -sf $(CURDIR)/bitorch_qlinear/*.py $(CURDIR)/bitorch_qlinear/_C*.so \
+	@ln -sfn $(CURDIR)/bitorch_qlinear/*.py $(CURDIR)/bitorch_qlinear/convert $(CURDIR)/bitorch_qlinear/_C*.so \
 		$(CURDIR)/build/sanitize/g++-address-undefined/_ops_cpu.so $(SANITIZED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" PYTHONPATH=build/sanitize \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(PY) tests/fuzz.py --cases 5000
