@@ -66,7 +66,7 @@ inline std::optional<int64_t> row_stride(const Tensor& x) {
         } else if (strides[d] != expected) {
             return std::nullopt;
         }
-        expected = strides[d] * sizes[d];
+        if (__builtin_mul_overflow(strides[d], sizes[d], &expected)) return std::nullopt;  // of no elements
     }
     return stride;
 }
