@@ -235,11 +235,11 @@ class QLinear(nn.Linear):
         """The threshold of the gradient cancellation, or None."""
         return self.activation.gradient_cancellation_threshold
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """The layer's output.
 
         Args:
-            input: Shape ``(..., K)``, any strides. Of a nested or sparse tensor it is the values that count.
+            x: Shape ``(..., K)``, any strides. Of a nested or sparse tensor it is the values that count.
 
         Returns:
             Shape ``(..., N)``.
@@ -249,7 +249,6 @@ class QLinear(nn.Linear):
             RuntimeError: A wrong shape or dtype of x; double backward; forward-mode differentiation
                 (NotImplementedError).
         """
-        x = input
         if not isinstance(x, Tensor):
             return self._of_no_tensor(x)  # type: ignore[unreachable]
         # nn.Module.__getattr__ costs 0.5 us; parametrized tensors are not in the dictionary.

@@ -242,11 +242,11 @@ class PackedQLinear(nn.Module):
 
     # ---- the product ----
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """The layer's output.
 
         Args:
-            input: Shape ``(..., K)``, any strides, any float type. Of a nested or sparse tensor the values count.
+            x: Shape ``(..., K)``, any strides, any float type. Of a nested or sparse tensor the values count.
 
         Returns:
             Shape ``(..., N)``; in the dtype of x, or autocast's.
@@ -255,7 +255,6 @@ class PackedQLinear(nn.Module):
             TypeError: x is no tensor.
             RuntimeError: A wrong shape or dtype; double backward; forward-mode differentiation (NotImplementedError).
         """
-        x = input
         words: Any = self._buffers["weight"]  # nn.Module.__getattr__ costs 0.5 us
         if (type(x) is not Tensor and type(x) is not nn.Parameter) or not x.is_cpu or not words.is_cpu or _compiling():
             return self._elsewhere(x, words)

@@ -115,9 +115,3 @@ def test_other_inputs_are_a_sentence_with_a_remedy(make, dtype):
     name = str(dtype).removeprefix("torch.")
     with pytest.raises(RuntimeError, match=rf"x: expected float64.*got {name}: (call x\.float|take its real part)"):
         make(8, 4)(torch.zeros(2, 8).to(dtype))
-
-
-def test_an_input_by_name():
-    x = torch.randn(2, K)
-    for layer in (QLinear(K, N).eval(), packed_layer()):
-        assert_equal(layer(input=x), layer(x))
