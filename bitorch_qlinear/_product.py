@@ -28,13 +28,16 @@ from ._torch import (
     functorch_active,
     is_dtensor,
     is_known,
+    is_proxy,
     operator_entry,
+    trace_as_leaf,
     transforms_active,
 )
 from .quantizations import BinaryRule, cancel_gradient
 
 __all__ = [
-    "apply_to_nested",
+    "apply_to_no_tensor",
+    "apply_to_values",
     "autocast_dtype",
     "differentiable",
     "has_kernels",
@@ -85,6 +88,18 @@ def apply_to_nested(layer: Callable[[Tensor], Tensor], x: Any) -> Tensor:
     if x.layout is torch.jagged and x.values().shape[-1] == x.shape[-1]:
         return torch.nested.nested_tensor_from_jagged(layer(x.values()), x.offsets(), x.lengths())
     return torch.nested.as_nested_tensor([layer(part) for part in x.unbind()], layout=x.layout)
+
+
+def apply_to_values(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A layer's outputs for the values of a nested, quantized or sparse tensor."""
+    if x.is_nested:
+        return apply_to_nested(layer, x)
+    return layer(x.dequantize() if x.is_quantized else x.to_dense())
+
+
+def apply_to_no_tensor(layer: Any, x: Any) -> Any:
+    """What torch.fx gets in a tensor's place; for all else the TypeError that ``nn.Linear`` raises."""
+    return trace_as_leaf(layer, x) if is_proxy(x) else torch.nn.functional.linear(x, layer.weight, layer.bias)
 
 
 def raise_of_dtype(x: Tensor, error: RuntimeError) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from . import _library, functional, quantizations
 from ._product import (
-    apply_to_nested,
+    apply_to_no_tensor,
+    apply_to_values,
     differentiable,
     has_kernels,
     is_differentiated,
@@ -22,7 +23,7 @@ from ._product import (
     tables_win,
     wants_gradient,
 )
-from ._torch import called_from, has_hooks, is_dtensor, is_plain, is_proxy, trace_as_leaf
+from ._torch import called_from, has_hooks, is_dtensor, is_plain
 from .checkpoint import problem_of_words_in_float
 from .quantizations import BinaryRule, binary_rule, cancel_gradient, get_quantization, is_identity
 
@@ -250,7 +251,7 @@ class QLinear(nn.Linear):
                 (NotImplementedError).
         """
         if not isinstance(x, Tensor):
-            return self._of_no_tensor(x)  # type: ignore[unreachable]
+            return apply_to_no_tensor(self, x)  # type: ignore[unreachable]
         # nn.Module.__getattr__ costs 0.5 us; parametrized tensors are not in the dictionary.
         parameters: dict[str, Any] = self._parameters
         weight: Any = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
@@ -274,10 +275,6 @@ class QLinear(nn.Linear):
             raise_of_dtype(x, error)
             raise
 
-    def _of_no_tensor(self, x: Any) -> Any:
-        """What torch.fx gets in a tensor's place; for all else the TypeError that ``nn.Linear`` raises."""
-        return trace_as_leaf(self, x) if is_proxy(x) else F.linear(x, self.weight, self.bias)
-
     def _rules(self) -> tuple[BinaryRule, BinaryRule] | None:
         """The rules of input and weight, or None where the packed path does not compute them."""
         modules: dict[str, Any] = self._modules
@@ -297,11 +294,8 @@ class QLinear(nn.Linear):
 
     def _in_float(self, x: Tensor, weight: Tensor, bias: Tensor | None, rules: object) -> Tensor:
         """The same values by torch's own operators, for tensors and quantizations without kernels."""
-        if x.is_nested:
-            return apply_to_nested(self, x)
-        if x.is_quantized or (not is_plain(x) and x.layout is not torch.strided):
-            y: Tensor = self(x.dequantize() if x.is_quantized else x.to_dense())
-            return y
+        if x.is_nested or x.is_quantized or x.layout is not torch.strided:
+            return apply_to_values(self, x)
         if rules is None and self._multiplies_signs(x, weight, bias):
             return self._multiply_signs(x, weight, bias)
         try:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import _library, functional
 from ._product import (
-    apply_to_nested,
+    apply_to_no_tensor,
+    apply_to_values,
     autocast_dtype,
     differentiable,
     has_kernels,
@@ -20,7 +21,7 @@ from ._product import (
     raise_of_dtype,
     real_linear,
 )
-from ._torch import called_from, functorch_active, is_plain, is_proxy, shares_data, trace_as_leaf
+from ._torch import called_from, functorch_active, is_plain, shares_data
 from .checkpoint import (
     FORMAT,
     INPUT_RULES,
@@ -273,15 +274,11 @@ class PackedQLinear(nn.Module):
     def _elsewhere(self, x: Tensor, words: Tensor) -> Tensor:
         """The output where x or the words are no ordinary tensors on the CPU, and while compiling."""
         if not isinstance(x, Tensor):
-            return self._of_no_tensor(x)  # type: ignore[unreachable]
+            return apply_to_no_tensor(self, x)  # type: ignore[unreachable]
         # An exported program runs elsewhere, where another kernel may read another form.
         # A fake tensor cannot meet a real form.
         usable = _compiling() and words.is_cpu and x.is_cpu and not torch.compiler.is_exporting()
         return self._compute(x, words, self.weight_prepared if usable else None)
-
-    def _of_no_tensor(self, x: Any) -> Any:
-        """What torch.fx gets in a tensor's place; for all else the TypeError that ``nn.Linear`` raises."""
-        return trace_as_leaf(self, x) if is_proxy(x) else F.linear(x, self.weight, self.bias)
 
     def _compute(self, x: Tensor, words: Tensor, form: Tensor | None) -> Tensor:
         bias = self._parameters["bias"]
@@ -311,11 +308,8 @@ class PackedQLinear(nn.Module):
 
     def _in_float(self, x: Tensor, words: Tensor, bias: Tensor | None) -> Tensor:
         """The same values by torch's own operators, on any device: summed and rounded in the operators' T."""
-        if x.is_nested:
-            return apply_to_nested(self, x)
-        if x.is_quantized or (not is_plain(x) and x.layout is not torch.strided):
-            y: Tensor = self(x.dequantize() if x.is_quantized else x.to_dense())
-            return y
+        if x.is_nested or x.is_quantized or x.layout is not torch.strided:
+            return apply_to_values(self, x)
         if self._input_rule == REAL_INPUT:
             dtype = autocast_dtype(x) or x.dtype
             return F.linear(x, self._signs(x.dtype), None if bias is None else bias.to(x.dtype)).to(dtype)
