@@ -414,7 +414,7 @@ def made(tmp_path):
         shutil.copy(CHECKOUT / name, tmp_path)
     for folder in ("csrc", "bitorch_qlinear", "build", ".venv-a", ".venv-b"):
         (tmp_path / folder).mkdir()
-    for name in ("csrc/ops.cpp", "bitorch_qlinear/_version.py", "bitorch_qlinear/_sources.py"):
+    for name in ("csrc/torch/ops.cpp", "bitorch_qlinear/_version.py", "bitorch_qlinear/_sources.py"):
         (tmp_path / name).write_text("x")
     for path in (tmp_path, *tmp_path.rglob("*")):
         os.utime(path, (1e9, 1e9))
