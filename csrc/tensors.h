@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "check.h"
+#include "torch/check.h"
 
 namespace bitorch_qlinear {
 
