@@ -20,7 +20,7 @@
 #include "cuda/prepared_size.h"
 #include "epilogue.h"
 #include "sources.h"
-#include "tensors.h"
+#include "torch/tensors.h"
 
 #define BITORCH_QLINEAR_EXPORT extern "C" __attribute__((visibility("default")))
 

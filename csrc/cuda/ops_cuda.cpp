@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../tensors.h"
+#include "../torch/tensors.h"
 #include "choice.h"
 #include "kernels.h"
 #include "prepared.cuh"

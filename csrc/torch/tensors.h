@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "torch/check.h"
+#include "check.h"
 
 namespace bitorch_qlinear {
 
