@@ -268,7 +268,7 @@ def test_module_that_had_no_digest(tmp_path):
 def test_digest_is_of_names_and_contents(tmp_path):
     def digest(**files):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        for name, content in {"setup.py": "", "csrc/ops_cpu.cpp": "", **files}.items():
+        for name, content in {"setup.py": "", "csrc/torch/ops_cpu.cpp": "", **files}.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(content)
         return _sources.digest(folder)
@@ -276,7 +276,7 @@ def test_digest_is_of_names_and_contents(tmp_path):
     different = [
         digest(),
         digest(**{"setup.py": "x"}),
-        digest(**{"csrc/ops_cpu.cpp": "x"}),
+        digest(**{"csrc/torch/ops_cpu.cpp": "x"}),
         digest(**{"csrc/a.h": "ab", "csrc/b.h": "c"}),
         digest(**{"csrc/a.h": "a", "csrc/b.h": "bc"}),
         digest(**{"csrc/b.h": "a", "csrc/a.h": "bc"}),
@@ -292,7 +292,7 @@ def test_no_digest_beside_an_installed_package(tmp_path):
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "foreign.cpp").touch()
     assert _sources.digest(tmp_path) is None
-    (tmp_path / "csrc" / "ops_cpu.cpp").touch()
+    (tmp_path / "csrc" / "torch" / "ops_cpu.cpp").touch()
     assert _sources.digest(tmp_path) is None  # there is no setup.py
 
 

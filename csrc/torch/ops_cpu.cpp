@@ -15,12 +15,12 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "cpu/share.h"
-#include "cuda/prepared_size.h"
-#include "epilogue.h"
-#include "sources.h"
-#include "torch/tensors.h"
+#include "../cpu/dispatch.h"
+#include "../cpu/share.h"
+#include "../cuda/prepared_size.h"
+#include "../epilogue.h"
+#include "../sources.h"
+#include "tensors.h"
 
 #define BITORCH_QLINEAR_EXPORT extern "C" __attribute__((visibility("default")))
 
