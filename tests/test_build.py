@@ -289,7 +289,7 @@ def test_digest_is_of_names_and_contents(tmp_path):
 
 def test_no_digest_beside_an_installed_package(tmp_path):
     assert _sources.digest(tmp_path) is None
-    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "torch").mkdir(parents=True)
     (tmp_path / "csrc" / "foreign.cpp").touch()
     assert _sources.digest(tmp_path) is None
     (tmp_path / "csrc" / "torch" / "ops_cpu.cpp").touch()
@@ -412,8 +412,8 @@ def made(tmp_path):
     """A checkout with two environments in which make was run, the second time in .venv-b; nothing is really there."""
     for name in ("Makefile", "setup.py", "pyproject.toml"):
         shutil.copy(CHECKOUT / name, tmp_path)
-    for folder in ("csrc", "bitorch_qlinear", "build", ".venv-a", ".venv-b"):
-        (tmp_path / folder).mkdir()
+    for folder in ("csrc/torch", "bitorch_qlinear", "build", ".venv-a", ".venv-b"):
+        (tmp_path / folder).mkdir(parents=True)
     for name in ("csrc/torch/ops.cpp", "bitorch_qlinear/_version.py", "bitorch_qlinear/_sources.py"):
         (tmp_path / name).write_text("x")
     for path in (tmp_path, *tmp_path.rglob("*")):
