@@ -10,11 +10,11 @@
 #include <tuple>
 #include <vector>
 
-#include "../torch/tensors.h"
-#include "choice.h"
-#include "kernels.h"
-#include "prepared.cuh"
-#include "stream.h"
+#include "tensors.h"
+#include "../cuda/choice.h"
+#include "../cuda/kernels.h"
+#include "../cuda/prepared.cuh"
+#include "../cuda/stream.h"
 
 namespace bitorch_qlinear::cuda {
 namespace {
