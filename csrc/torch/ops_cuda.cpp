@@ -14,7 +14,7 @@
 #include "../cuda/choice.h"
 #include "../cuda/kernels.h"
 #include "../cuda/prepared.cuh"
-#include "../cuda/stream.h"
+#include "cuda_stream.h"
 
 namespace bitorch_qlinear::cuda {
 namespace {

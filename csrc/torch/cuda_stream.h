@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "choice.h"
+#include "../cuda/choice.h"
 
 namespace bitorch_qlinear::cuda {
 
