@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "tensors.h"
-#include "../cuda/choice.h"
+#include "../cuda/dispatch.h"
 #include "../cuda/kernels.h"
 #include "../cuda/prepared.cuh"
 #include "cuda_stream.h"
