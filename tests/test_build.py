@@ -220,7 +220,7 @@ OTHER_SOURCES = (
 )
 
 
-@pytest.mark.parametrize("changed", ["csrc/cpu/bits.h", "csrc/cuda/pack.cu", "csrc/new.cpp", "setup.py", None])
+@pytest.mark.parametrize("changed", ["csrc/cpu/pack_portable.h", "csrc/cuda/pack.cu", "csrc/new.cpp", "setup.py", None])
 def test_stale_build_of_the_same_version(tmp_path, changed):
     copy_of_the_package(tmp_path, with_sources=True)
     if changed:

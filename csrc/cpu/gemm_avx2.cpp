@@ -43,7 +43,7 @@
 
 // Our own headers too are compiled for AVX2 here; what they define has internal linkage.
 BITORCH_QLINEAR_AVX2_BEGIN
-#include "bits.h"
+#include "pack_portable.h"
 #include "byte_sums_avx2.h"
 #include "four_russians_avx2.h"
 #include "hash.h"

@@ -37,7 +37,7 @@
 
 // Our own headers too are compiled for AVX-512 here; what they define has internal linkage.
 BITORCH_QLINEAR_AVX512_BEGIN
-#include "bits.h"
+#include "pack_portable.h"
 #include "hash.h"
 #include "kernel.h"
 #include "pack_avx512.h"

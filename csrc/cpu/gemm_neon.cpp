@@ -17,7 +17,7 @@
 
 #include <cstdint>
 
-#include "bits.h"
+#include "pack_portable.h"
 #include "gemm_words.h"
 #include "hash.h"
 #include "kernel.h"

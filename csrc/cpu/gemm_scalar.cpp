@@ -1,6 +1,6 @@
 // The portable kernel and the slow twin of all others: XOR and popcount over the interchange form,
 // one 32-bit word at a time, as packed.h and epilogue.h define it.
-#include "bits.h"
+#include "pack_portable.h"
 #include "hash.h"
 #include "kernel.h"
 

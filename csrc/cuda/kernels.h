@@ -19,7 +19,7 @@
 
 namespace bitorch_qlinear::cuda {
 
-// Rows of x to packed words; the twin that says what it computes is pack_row_portable (cpu/bits.h).
+// Rows of x to packed words; the twin that says what it computes is pack_row_portable (cpu/pack_portable.h).
 struct Pack {
     const void* x;  // m rows of k contiguous values, `stride` values apart
     DType dtype;
