@@ -103,4 +103,4 @@ inline uint32_t in_range(const double* x, double threshold) {
 }  // namespace
 }  // namespace bitorch_qlinear
 
-#include "pack_words.h"
+#include "pack_whole_words.h"
