@@ -18,7 +18,7 @@
 #include <cstdint>
 
 #include "pack_portable.h"
-#include "gemm_words.h"
+#include "gemm_unprepared.h"
 #include "hash.h"
 #include "kernel.h"
 #include "pack_neon.h"

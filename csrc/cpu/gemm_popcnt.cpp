@@ -14,7 +14,7 @@
 // Our own headers too are compiled for POPCNT here; what they define has internal linkage.
 BITORCH_QLINEAR_POPCNT_BEGIN
 #include "pack_portable.h"
-#include "gemm_words.h"
+#include "gemm_unprepared.h"
 #include "hash.h"
 #include "kernel.h"
 
