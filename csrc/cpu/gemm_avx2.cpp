@@ -1,5 +1,5 @@
 // Binary matrix product by product tables (AVX2). Its slow twin is gemm_scalar.cpp. Many rows go by the tables of
-// four_russians_avx2.h instead.
+// gemm_tables_avx2.h instead.
 //
 // popcount(a ^ b) is summed over K by table lookups that keep the *output index* in the byte lane, so
 // that no sum ever goes across lanes. A nibble (4 values of K) of two rows of x, p and q, selects a
@@ -45,7 +45,7 @@
 BITORCH_QLINEAR_AVX2_BEGIN
 #include "pack_portable.h"
 #include "byte_sums_avx2.h"
-#include "four_russians_avx2.h"
+#include "gemm_tables_avx2.h"
 #include "hash.h"
 #include "kernel.h"
 #include "pack_avx2.h"

@@ -217,7 +217,7 @@ void check_products(const Kernel& kernel) {
         check_random_product(kernel, {1 + below(4), 1 + below(6), k, epilogue()});
         check_extreme_product(kernel, {1 + below(5), 1 + below(20), k, epilogue()});
     }
-    // csrc/cpu/four_russians_avx2.h: rows, outputs and values that it takes, and those just below.
+    // csrc/cpu/gemm_tables_avx2.h: rows, outputs and values that it takes, and those just below.
     for (int64_t m : around({58, 64, 122, 128})) {
         const int64_t k = 766 + below(300);
         check_random_product(kernel, {m, 511 + below(4), k, epilogue()});
