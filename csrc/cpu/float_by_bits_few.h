@@ -26,7 +26,7 @@
 #include <cstring>
 
 // Included inside the region of the instruction set, which has AVX2 at least.
-#include "float_by_bits.h"
+#include "sign_gemm.h"
 
 namespace bitorch_qlinear {
 namespace {

@@ -1,6 +1,6 @@
 // Real values by signs, one value at a time: the twin of the other instruction sets' versions, which says what they
 // compute and in which order they add.
-#include "float_by_bits.h"
+#include "sign_gemm.h"
 
 namespace bitorch_qlinear {
 namespace {

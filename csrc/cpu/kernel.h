@@ -7,7 +7,7 @@
 #include "../epilogue.h"
 #include "../packed.h"
 #include "cpu_features.h"
-#include "float_by_bits.h"
+#include "sign_gemm.h"
 #include "range.h"
 
 namespace bitorch_qlinear {
