@@ -1,5 +1,5 @@
 // Real values by signs by the method of four Russians, and few rows by float_by_bits_few.h (AVX2). Its slow twin is
-// float_by_bits_scalar.cpp, and sign_gemm.h says in which order both add.
+// sign_gemm_scalar.cpp, and sign_gemm.h says in which order both add.
 //
 // An ENTRY is one cache line, the same sum for 16 rows of x (8 of float64). For each group of 6 values of K a table
 // holds all 64 signed sums, 4 KiB; the five tables of a pass, 20 KiB, stay in L1. An output's code has 30 bits, 6 for
