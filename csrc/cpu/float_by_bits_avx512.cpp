@@ -1,5 +1,5 @@
 // Real values by signs (AVX-512). Few rows are float_by_bits_few.h with 16 sums of float, or 8 of double, a vector. More
-// rows go by the tables of float_by_bits_avx2.cpp, of which an entry is one vector here.
+// rows go by the tables of sign_gemm_avx2.cpp, of which an entry is one vector here.
 //
 // Few rows: Intel has two ports for 512 bits, of which one alone permutes. 16 outputs by 30 values take 20 operations a
 // row, 9 shifts for all the rows of a tile and 7 to make the codes, so at least 18 cycles for one row and 10 to 12 for
@@ -78,7 +78,7 @@ inline void transpose_halves(__m512i* rows) {
     for (int w = 8; w < 16; ++w) rows[w] = _mm512_setzero_si512();
 }
 
-// As in float_by_bits_avx2.cpp, 16 rows at a time.
+// As in sign_gemm_avx2.cpp, 16 rows at a time.
 void make_codes_of_rows(const SignProduct& product, Range passes, int64_t column, uint32_t* codes) {
     constexpr int64_t kWords = kCodePasses * kPassValues / kWordBits;
     const int64_t width = words_for(product.k);
