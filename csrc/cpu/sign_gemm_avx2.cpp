@@ -13,7 +13,7 @@
 // What binds beside the loads is the number of operations: gcc's own addressing (lea, mov + shr) took 8.2 cycles,
 // offsets by rotation and operands with a displacement take 7.5. Measured and rejected, cycles for the same 30 bits:
 // offsets read as 16 bits 8.8; 5 bits x 6 tables 10; 7 + 7 + 6 + 6 + 6 bits (28 KiB) 8.6 where their sums stay in L1,
-// 9.2 else; AVX-512 with one load a line 7.9 (a Zen 4 splits it; float_by_bits_avx512.cpp has it for others).
+// 9.2 else; AVX-512 with one load a line 7.9 (a Zen 4 splits it; sign_gemm_avx512.cpp has it for others).
 //
 // llvm-mca (znver3, which counts the load of the code too) has 7.1 cycles for the loop, its 28 operations 4.7.
 //
