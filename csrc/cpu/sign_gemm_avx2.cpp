@@ -1,4 +1,4 @@
-// Real values by signs by the method of four Russians, and few rows by float_by_bits_few.h (AVX2). Its slow twin is
+// Real values by signs by the method of four Russians, and few rows by sign_gemm_few.h (AVX2). Its slow twin is
 // sign_gemm_scalar.cpp, and sign_gemm.h says in which order both add.
 //
 // An ENTRY is one cache line, the same sum for 16 rows of x (8 of float64). For each group of 6 values of K a table
@@ -29,7 +29,7 @@
 
 // Our own headers too are compiled for AVX2 here; what they define has internal linkage.
 BITORCH_QLINEAR_AVX2_BEGIN
-#include "float_by_bits_few.h"
+#include "sign_gemm_few.h"
 
 namespace bitorch_qlinear {
 namespace {
@@ -498,7 +498,7 @@ struct DoubleLookup {
     }
 };
 
-// Where float_by_bits_few.h meets the time of a whole tile of tables.
+// Where sign_gemm_few.h meets the time of a whole tile of tables.
 int64_t most_few_rows(DType dtype) { return dtype == DType::float64 ? 2 : 6; }
 
 void multiply_few_rows(const SignProduct& product, Range rows, Range columns, uint8_t* workspace) {

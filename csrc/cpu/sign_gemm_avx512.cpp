@@ -1,4 +1,4 @@
-// Real values by signs (AVX-512). Few rows are float_by_bits_few.h with 16 sums of float, or 8 of double, a vector. More
+// Real values by signs (AVX-512). Few rows are sign_gemm_few.h with 16 sums of float, or 8 of double, a vector. More
 // rows go by the tables of sign_gemm_avx2.cpp, of which an entry is one vector here.
 //
 // Few rows: Intel has two ports for 512 bits, of which one alone permutes. 16 outputs by 30 values take 20 operations a
@@ -22,7 +22,7 @@
 
 // Our own headers too are compiled for AVX-512 here; what they define has internal linkage.
 BITORCH_QLINEAR_AVX512_BEGIN
-#include "float_by_bits_few.h"
+#include "sign_gemm_few.h"
 
 namespace bitorch_qlinear {
 namespace {
@@ -255,7 +255,7 @@ void multiply(const SignProduct& product, const uint32_t* codes, Range rows, Ran
                        product.dtype == DType::float64 ? add_double_pass : add_float_pass, workspace);
 }
 
-// Where float_by_bits_few.h meets the time of a whole tile of tables.
+// Where sign_gemm_few.h meets the time of a whole tile of tables.
 int64_t most_few_rows(DType dtype) { return dtype == DType::float64 ? 4 : 10; }
 
 void multiply_few_rows(const SignProduct& product, Range rows, Range columns, uint8_t* workspace) {
