@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "../cpu/dispatch.h"
-#include "../cpu/share.h"
+#include "../cpu/product.h"
 #include "../cuda/prepared_size.h"
 #include "../epilogue.h"
 #include "../sources.h"
@@ -33,7 +33,7 @@ __attribute__((visibility("default"))) std::atomic<uint64_t> bitorch_qlinear_sta
 namespace bitorch_qlinear {
 namespace {
 
-// As share.h wants them.
+// As product.h wants them.
 struct TorchThreads {
     static int64_t count() { return torch::stable::get_num_threads(); }
     template <class Function>

@@ -1,4 +1,4 @@
-// The sharing of work (csrc/cpu/share.h) by threads that a race detector sees; torch's pool waits in ways that it does
+// The sharing of work (csrc/cpu/product.h) by threads that a race detector sees; torch's pool waits in ways that it does
 // not. Every kernel that the processor can run, compared with the plainest loops.
 #include <atomic>
 #include <bit>
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "../../csrc/cpu/dispatch.h"
-#include "../../csrc/cpu/share.h"
+#include "../../csrc/cpu/product.h"
 #include "check.h"
 
 namespace bitorch_qlinear {
