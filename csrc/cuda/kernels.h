@@ -15,7 +15,7 @@
 #include "../dtype.h"
 #include "../packed.h"
 #include "heuristics.h"
-#include "prepared_size.h"
+#include "prepared.h"
 
 namespace bitorch_qlinear::cuda {
 

@@ -17,7 +17,7 @@
 
 #include "../cpu/dispatch.h"
 #include "../cpu/product.h"
-#include "../cuda/prepared_size.h"
+#include "../cuda/prepared.h"
 #include "../epilogue.h"
 #include "../sources.h"
 #include "tensors.h"
