@@ -13,7 +13,7 @@
 #include "tensors.h"
 #include "../cuda/dispatch.h"
 #include "../cuda/kernels.h"
-#include "../cuda/prepared.cuh"
+#include "../cuda/check_prepared.cuh"
 #include "cuda_stream.h"
 
 namespace bitorch_qlinear::cuda {
