@@ -541,7 +541,7 @@ def test_no_exception_leaves_a_plain_c_function():
     [
         ("multiply_tile<", r"vpopcntd .*%zmm"),  # gemm_avx512.cpp, whether or not the processor has AVX-512
         ("pair_planar", r"vpshufb .*%ymm"),  # gemm_avx2.cpp
-        ("four_russians.*add_block", r"vpaddb 0x[0-9a-f]*\(.*%ymm"),
+        ("gemm_tables.*add_block", r"vpaddb 0x[0-9a-f]*\(.*%ymm"),
         ("gemm_by_words.*Tile", r"popcnt .*%r"),  # gemm_popcnt.cpp
     ],
 )

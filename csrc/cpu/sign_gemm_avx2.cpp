@@ -522,7 +522,7 @@ BITORCH_QLINEAR_TARGET_END
 
 namespace bitorch_qlinear {
 
-const FloatByBits kAvx2FloatByBits = {
+const SignGemm kAvx2SignGemm = {
     .least_outputs = 128,
     .make_codes = make_codes,
     .workspace_bytes = workspace_bytes,

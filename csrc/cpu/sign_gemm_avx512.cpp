@@ -204,7 +204,7 @@ struct DoubleLookup {
 };
 
 int64_t workspace_bytes(const SignProduct& product, int64_t columns) {
-    return kAvx2FloatByBits.workspace_bytes(product, columns);
+    return kAvx2SignGemm.workspace_bytes(product, columns);
 }
 
 // ---- many rows ------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ BITORCH_QLINEAR_TARGET_END
 
 namespace bitorch_qlinear {
 
-const FloatByBits kAvx512FloatByBits = {
+const SignGemm kAvx512SignGemm = {
     .least_outputs = 128,
     .make_codes = make_codes,
     .workspace_bytes = workspace_bytes,

@@ -92,7 +92,7 @@ void multiply_any(const SignProduct& product, const uint32_t* codes, Range rows,
 
 }  // namespace
 
-const FloatByBits kScalarFloatByBits = {
+const SignGemm kScalarSignGemm = {
     .least_outputs = INT64_MAX,  // never faster than the BLAS
     .make_codes = make_codes,
     .workspace_bytes = [](const SignProduct&, int64_t) -> int64_t { return 0; },
