@@ -38,7 +38,9 @@ struct Copies {
 };
 
 __device__ __forceinline__ Place place(int64_t column_tiles) {
-    return place_in<kTile, kSide>(blockIdx.x / column_tiles * kTile, blockIdx.x % column_tiles * kTile);
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+    return place_in_tile<kTile, kSide>(blockIdx.x / column_tiles * kTile, blockIdx.x % column_tiles * kTile, warp,
+                                       lane);
 }
 
 __device__ __forceinline__ void load_rows(const Operand& operand, int64_t begin, int64_t rows, int64_t first,

@@ -18,10 +18,9 @@ struct Place {
     int warp_row, warp_column, g, q;
 };
 
-// Returns this thread's place in a tile of `Columns` columns that begins at (row, column) and consists of squares of Side.
+// Returns a lane's place in the tile of `Columns` columns, consisting of squares of Side, that begins at (row, column).
 template <int Columns, int Side>
-__device__ __forceinline__ Place place_in(int64_t row, int64_t column) {
-    const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+__device__ __forceinline__ Place place_in_tile(int64_t row, int64_t column, int warp, int lane) {
     constexpr int kAcross = Columns / Side;
     return {row, column, warp / kAcross * Side, warp % kAcross * Side, lane / 4, lane % 4};
 }

@@ -87,8 +87,9 @@ __device__ __forceinline__ Place place(int64_t row_tiles, int64_t column_tiles) 
     constexpr int64_t kTall = 8;
     const int64_t band = blockIdx.x / (kTall * column_tiles), index = blockIdx.x % (kTall * column_tiles);
     const int64_t height = row_tiles - band * kTall < kTall ? row_tiles - band * kTall : kTall;
-    return place_in<Shape::kColumns, Shape::kSide>((band * kTall + index % height) * Shape::kRows,
-                                                   index / height * Shape::kColumns);
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int64_t row = (band * kTall + index % height) * Shape::kRows, column = index / height * Shape::kColumns;
+    return place_in_tile<Shape::kColumns, Shape::kSide>(row, column, warp, lane);
 }
 
 // Rows from `begin` on, chunks from `first` on; zeros for those that do not exist.
