@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
-from ._torch import apply, has_hooks
+from .._torch import apply, has_hooks
 
 __all__ = [
     "ApproxSign",
