@@ -17,7 +17,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _kernels
 from ._torch import is_known
 
 _FLOATS = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -224,7 +224,7 @@ def _prepared_bytes(device_type: str, n: int | torch.SymInt, k: int | torch.SymI
             return size
         except RuntimeError:  # where torch.compile must know the size: the graph then belongs to these n and k
             pass
-    return _library.prepared_bytes(device_type, int(n), int(k))
+    return _kernels.prepared_bytes(device_type, int(n), int(k))
 
 
 @torch.library.register_fake("bitorch_qlinear::prepare_weight")
@@ -232,7 +232,7 @@ def _(weight_words: Tensor, k: int, *, layout: int | None = None) -> Tensor:
     _check_values(k)
     _check_word_rows("weight_words", weight_words, k, weight_words)
     device_type = weight_words.device.type
-    present = _library.CUDA_LAYOUT if device_type == "cuda" else _library.prepared_layout().number
+    present = _kernels.CUDA_LAYOUT if device_type == "cuda" else _kernels.prepared_layout().number
     if layout is not None and layout != present:
         _fail("layout", f"expected {present}, that of the kernel that runs here, or None, got {layout}")
     return weight_words.new_empty((_prepared_bytes(device_type, weight_words.shape[0], k),), dtype=torch.uint8)
