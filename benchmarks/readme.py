@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bitorch_qlinear import demo, kernels
+from bitorch_qlinear import kernels
+from examples.digits import __main__ as demo
 
 from . import cpu, memory, targets, train
 from .measuring import RESULTS, ROUNDS, describe, load_shapes, median, named, prepare, ratio, setting, write_json
@@ -222,7 +223,7 @@ def main() -> None:
     if options.measure:
         measure()
     if options.demo:
-        command = [sys.executable, "-m", "bitorch_qlinear.demo", "--json", str(RESULTS / "demo.json")]
+        command = [sys.executable, "-m", "examples.digits", "--json", str(RESULTS / "demo.json")]
         subprocess.run(command, check=True)
     text = README.read_text()
     for block, content in blocks().items():

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from bitorch_qlinear import PackedQLinear, QLinear, _library, demo, info, linear
+from bitorch_qlinear import PackedQLinear, QLinear, _library, info, linear
+from examples.digits import __main__ as demo
 
 EPOCHS, HIDDEN, SEED = 3, 256, 1
 

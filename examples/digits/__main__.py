@@ -1,4 +1,4 @@
-"""Trains, packs and times a binarized classifier of handwritten digits: ``python -m bitorch_qlinear.demo``."""
+"""Trains, packs and times a binarized classifier of handwritten digits: ``python -m examples.digits``."""
 
 from __future__ import annotations
 
@@ -23,12 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from . import _C, __version__
-from ._info import info
-from ._product import has_kernels
-from .convert import Report, explain, pack
-from .linear import QLinear
-from .packed import PackedQLinear
+from bitorch_qlinear import PackedQLinear, QLinear, Report, __version__, explain, info, pack
 
 __all__ = ["main"]
 
@@ -314,10 +309,9 @@ def processor_name() -> str:
 
 
 def kernel_name(device: torch.device) -> str:
-    """What computes the packed products there."""
-    if not has_kernels(torch.empty(0, device=device)):
-        return "none, computed in float"
-    return info().cuda_kernel if device.type == "cuda" else info().kernel
+    """The kernel that computes the packed products on a device."""
+    kernel = {"cpu": info().kernel, "cuda": info().cuda_kernel}.get(device.type, "none")
+    return "none, computed in float" if kernel == "none" else kernel
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
@@ -325,7 +319,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
     return {
         "processor": processor_name(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "cpu_capability": _C.cpu_capability(),
+        "cpu_capability": info().cpu_capability,
         "kernel": kernel_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -459,7 +453,7 @@ def write_json(
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line, and refuse what would fail only after the training."""
     parser = argparse.ArgumentParser(
-        prog="python -m bitorch_qlinear.demo",
+        prog="python -m examples.digits",
         description="Train a binarized classifier of handwritten digits, pack it, and compare size and speed with "
         "float32.",
     )
