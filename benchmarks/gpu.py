@@ -38,7 +38,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from bitorch_qlinear import PackedQLinear, QLinear, _library
 from bitorch_qlinear import functional as F
 from bitorch_qlinear.kernels import forced
-from examples.digits.__main__ import environment
+from examples.digits.costs import environment
 
 from .sanitize import find_tool
 

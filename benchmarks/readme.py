@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bitorch_qlinear import kernels
-from examples.digits import __main__ as demo
+from examples.digits import report as demo
 
 from . import cpu, memory, targets, train
 from .measuring import RESULTS, ROUNDS, describe, load_shapes, median, named, prepare, ratio, setting, write_json
@@ -182,9 +182,7 @@ def training_run(figures: Figures | None) -> str:
 
 def demo_output(figures: Figures) -> str:
     """The demo's own report."""
-    accuracy, seconds = figures["test_accuracy"], figures["training"]["seconds"]
-    report = demo.report(figures["models"], figures["environment"])
-    return f"```text\ntest accuracy {accuracy:.2%} after {seconds:.0f} s of training\n\n{report}\n```"
+    return f"```text\n{demo.text(figures)}\n```"
 
 
 def fill(text: str, block: str, content: str) -> str:

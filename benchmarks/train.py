@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
 from bitorch_qlinear import QLinear
-from examples.digits import __main__ as demo
+from examples.digits import model as demo
 
 from .measuring import (
     ROUNDS,
