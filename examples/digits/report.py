@@ -118,7 +118,7 @@ def text(results: Results) -> str:
     }
     paragraphs = [
         f"Accuracy after {epochs} epochs from the same initial weights, on the same batches\n"
-        f"(one test image is {1 / images:.2%})",
+        f"(one test image is {1 / images:.2%}, and another --seed keeps other images for the test)",
         training_table(results),
         "Size of the weights, as a checkpoint on disk and in memory (1 kB is 1000 bytes; in brackets: how many times\n"
         "smaller than float32)",
