@@ -38,7 +38,7 @@ help:  ## list the targets
 	@echo '  RESULTS=FOLDER             where make gpu writes ($(RESULTS))'
 
 demo: build  ## train, pack and time a binarized classifier
-	$(PY) -m bitorch_qlinear.demo $(ARGS)
+	$(PY) -m examples.digits $(ARGS)
 
 # A selection of tests covers less: only the whole run is held to the coverage that pyproject.toml asks for.
 COVERAGE := --cov $(if $(ARGS),--cov-fail-under=0)
