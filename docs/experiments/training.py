@@ -1,6 +1,6 @@
 """Trains small binary networks in many ways: the figures of the page "Training a binary network".
 
-``python docs/experiments/training.py`` runs everything (some minutes on one core), writes ``training.json`` beside this
+``python docs/experiments/training.py`` runs everything (15 minutes on one core), writes ``training.json`` beside this
 file and the tables of ``docs/training.md``; ``--tables`` only writes the tables from the JSON that is there. It needs
 scikit-learn and no network: one data set comes with scikit-learn, the other is generated.
 """
@@ -217,8 +217,8 @@ def train(recipe: Recipe, data: str, seed: int) -> dict[str, Any]:
             if recipe.schedule == "cosine":
                 schedule.step()
             total += loss.item()
-        losses.append(total / (len(order) // BATCH))
-        flips.append((signs(model) != before).float().mean().item() if len(before) else 0.0)
+        losses.append(round(total / (len(order) // BATCH), 5))
+        flips.append(round((signs(model) != before).float().mean().item(), 6) if len(before) else 0.0)
     model.eval()
     with torch.inference_mode():
         logits = model(x_test)
@@ -226,7 +226,7 @@ def train(recipe: Recipe, data: str, seed: int) -> dict[str, Any]:
             assert torch.equal(pack(model)(x_test), logits)  # the packed model computes the same bits
     correct = (logits.argmax(1) == y_test).float().mean().item()
     seconds = time.perf_counter() - start
-    return {"accuracy": correct, "loss": losses, "flips": flips, "seconds": seconds}
+    return {"accuracy": round(correct, 6), "loss": losses, "flips": flips, "seconds": round(seconds, 2)}
 
 
 def measure() -> dict[str, Any]:
@@ -245,10 +245,13 @@ def measure() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name, as Linux knows it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    """The processor's name, family and model, as Linux knows them."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in fields:
+        return platform.machine()
+    return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -296,7 +299,8 @@ def blocks(figures: dict[str, Any]) -> dict[str, str]:
     texts = {name: table(figures, header, rows) for name, (header, rows) in TABLES.items()}
     texts["flips"] = flip_table(figures)
     texts["setting"] = (
-        f"Measured on one thread of an {setting['processor']}, torch {setting['torch']}, commit {setting['commit']}, "
+        f"Measured by `docs/experiments/training.py` on one thread of an {setting['processor']}, "
+        f"torch {setting['torch']}, commit {setting['commit']}, "
         f"{figures['seeds']} seeds, batches of {BATCH}, "
         f"{figures['epochs']['digits']} epochs of the digits and {figures['epochs']['table']} of the table."
     )
