@@ -9,10 +9,10 @@ import weakref
 import pytest
 import torch
 from bitorch.layers import QLinear as BitorchQLinear
-from calls import Calls
-from devices import take_kernels_away
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from support.calls import Calls
+from support.devices import take_kernels_away
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
@@ -24,11 +24,6 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SIGN_LIKE = ["sign", "approxsign", "swishsign", "steheaviside", "progressive_sign"]
 K, N = 70, 400  # enough words for a layer to keep their form
 X = torch.linspace(-1, 1, 3 * K).reshape(3, K).mul(1e3).sin()
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def layer_like(k=K, n=N, **options):
