@@ -310,12 +310,12 @@ def blocks(figures: dict[str, Any]) -> dict[str, str]:
 def fill(text: str, figures: dict[str, Any]) -> str:
     """The page with the blocks' texts between their markers."""
     for name, content in blocks(figures).items():
-        start, end = f"<!-- training {name} -->\n", f"\n<!-- /training {name} -->"
+        start, end = f"<!-- training {name} -->\n", f"<!-- /training {name} -->"
         head, _, rest = text.partition(start)
         _, found_end, tail = rest.partition(end)
         if not found_end:
             raise ValueError(f"{PAGE.name} has no block {name!r}")
-        text = f"{head}{start}\n{content}\n{end}{tail}"
+        text = f"{head}{start}\n{content}\n\n{end}{tail}"
     return text
 
 
