@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bitorch_qlinear import PackedQLinear, QLinear, _library, info, linear, pack
+from bitorch_qlinear import PackedQLinear, QLinear, _kernels, info, linear, pack
 from examples.digits import __main__ as command
 from examples.digits import costs, model, report
 
@@ -90,7 +90,7 @@ def test_sizes_are_those_of_the_weights(run: Run) -> None:
     assert qlinear["resident_hidden_bytes"] == 4 * weights  # it keeps nothing else
     # The words, and the form that a kernel reads where it wants another: 1/32 or 2/32 of the floats, and a header and
     # four numbers a layer.
-    forms = 2 if _library.prepared_layout().unit_bytes else 1
+    forms = 2 if _kernels.prepared_layout().unit_bytes else 1
     assert 0 <= packed["resident_hidden_bytes"] - forms * weights // 8 <= 1024
     assert 0 < packed["checkpoint_hidden_bytes"] - weights // 8 < 16384
     assert floats["checkpoint_hidden_bytes"] > 4 * weights
