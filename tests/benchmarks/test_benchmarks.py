@@ -1,0 +1,406 @@
+"""The CPU benchmarks: what is made of given figures, and that each runs to its end at a tiny size."""
+
+import json
+import math
+import platform
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import check, cpu, measuring, memory, peers, plots, readme, targets, train
+from benchmarks.measuring import Shape
+from bitorch_qlinear import _kernels
+
+TINY = Shape("tiny", "square", 3, 33, 5)
+SETTING = {
+    "processor": "P",
+    "cpu_capability": "C",
+    "kernel": "k",
+    "threads": 1,
+    "torch": "t",
+    "commit": "c",
+    "date": "d",
+}
+
+
+def result(name="a", m=2, k=32, n=3, dtype="float32", **seconds):
+    times = {each.replace("_", " "): [0.9 * value, value, 1.1 * value] for each, value in seconds.items()}
+    return {
+        "name": name,
+        "group": "g",
+        "m": m,
+        "k": k,
+        "n": n,
+        "dtype": dtype,
+        "threads": 1,
+        "seconds_quartiles": times,
+    }
+
+
+RESULTS = [
+    result("one", **{peers.LINEAR: 8e-3, peers.QLINEAR: 1e-3, peers.PACKED_LAYER: 8e-4, peers.PACKED: 5e-4}),
+    result("two", m=64, **{peers.LINEAR: 2e-3, peers.QLINEAR: 1e-3, peers.PACKED: 1e-3, peers.BITORCH: 4e-3}),
+]
+
+
+CUBES = [
+    result("tiny", m=1, k=64, n=64, **{peers.LINEAR: 8e-6, peers.PACKED_LAYER: 1e-5, peers.PACKED: 5e-6}),
+    result("small", m=256, k=256, n=256, **{peers.LINEAR: 4e-4, peers.PACKED_LAYER: 4e-5, peers.PACKED: 2e-5}),
+    result("large", m=512, k=512, n=512, **{peers.PACKED_LAYER: 2e-4, peers.PACKED: 1e-4}),
+]
+
+
+@pytest.fixture(autouse=True)
+def _threads_and_kernel():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    _kernels.force_kernel(None)
+
+
+def test_shapes_are_named_once_and_the_quick_ones_are_among_them():
+    shapes, quick = measuring.load_shapes(), measuring.load_shapes(quick=True)
+    assert len({shape.name for shape in shapes}) == len(shapes) == len({shape[2:] for shape in shapes})
+    assert set(quick) < set(shapes)
+    assert {shape.group for shape in shapes} == {"square", "batch 1", "odd", "layers"}
+    assert set(train.QUICK) < set(train.STEPS) <= {shape.name for shape in shapes}
+
+
+def test_interleaved_times_every_contestant():
+    calls = dict.fromkeys("ab", 0)
+
+    def count(name):
+        calls[name] += 1
+
+    times = measuring.interleaved({name: lambda name=name: count(name) for name in calls}, rounds=4)
+    assert all(low <= middle <= high for low, middle, high in times.values()) and min(calls.values()) >= 4
+
+
+def test_a_long_call_is_made_once_a_turn(monkeypatch):
+    monkeypatch.setattr(measuring, "LONG_SECONDS", 0)
+    calls = []
+    measuring.interleaved({"a": lambda: calls.append(torch.get_num_threads())}, rounds=5, threads={"a": 1})
+    assert calls == [1] * (3 + 5)  # torch's Timer makes three when it is asked for one
+
+
+def test_spread_is_half_the_distance_of_the_quartiles():
+    assert measuring.spread({"a": [0.9, 1.0, 1.2]}, "a") == "± 15.0%"
+
+
+def test_commit_has_a_plus_where_measured_files_differ(monkeypatch):
+    said = {"status": "", "rev-parse": "abc"}
+    asked = []
+
+    def git(*arguments):
+        asked.append(arguments)
+        return said[arguments[0]]
+
+    monkeypatch.setattr(measuring, "git", git)
+    assert measuring.commit() == "abc"
+    said["status"] = " M csrc/x.cpp"
+    assert measuring.commit() == "abc+"
+    assert ":(top,exclude)benchmarks/results" in asked[0] and ":(top,exclude)README.md" in asked[0]
+
+
+def test_setting_has_the_versions():
+    where = measuring.setting()
+    assert where["python"] == platform.python_version() and where["bitorch"] == "0.4.1"
+
+
+@pytest.mark.parametrize("threshold", [*range(16, 40), 63, 64])
+def test_bisection(threshold):
+    assert cpu.bisect(16, 64, lambda size: size >= threshold) == threshold
+
+
+def test_bisection_without_an_end():
+    assert cpu.bisect(16, 64, lambda size: False) is None
+
+
+def test_table_of_ratios_and_their_geometric_mean():
+    lines = cpu.table(RESULTS, "github").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0][5:] == ["QLinear, ×", "PackedQLinear, ×", "packed × packed, ×", "bitorch QLinear, ×"]
+    assert cells[2][4:] == ["8,000 ± 10.0%", "8.00 ± 10.0%", "10.00 ± 10.0%", "16.00 ± 10.0%", ""]
+    assert [cell.split()[0] for cell in cells[3][5:] if cell] == ["2.00", "2.00", "0.50"]
+    assert cells[4][5:] == ["4.00", "10.00", f"{math.sqrt(32):.2f}", "0.50"]
+
+
+def test_report_names_crossover_and_absent_peers():
+    text = cpu.report(
+        {
+            "results": RESULTS,
+            "crossover": {"1": 140, "2": 16, "64": None},
+            "absent": {"float32": {}, "float16": {"bnn-lab GEMM": "no"}},
+            "setting": SETTING,
+        }
+    )
+    assert "at batch 1 PackedQLinear is faster from K = N = 140 on" in text
+    assert "at batch 2 PackedQLinear is faster at all" in text
+    assert "at batch 64 nn.Linear is still faster at K = N = 2048" in text
+    assert "absent: bnn-lab GEMM (float16): no" in text
+
+
+def test_peers_are_chosen_and_absent_by_type():
+    figures = cpu.measure([TINY], ["float32", "bfloat16"], [1], 2, [peers.LINEAR, peers.INT8])
+    assert [list(r["seconds_quartiles"]) for r in figures["results"]] == [[peers.LINEAR, peers.INT8], [peers.LINEAR]]
+    assert figures["absent"] == {"float32": {}, "bfloat16": {peers.INT8: "not of bfloat16"}}
+
+
+def test_unknown_peer_names_the_choices(capsys):
+    with pytest.raises(SystemExit):
+        cpu.main(["--peers", "nobody"])
+    said = capsys.readouterr().err
+    assert all(name in said for name in peers.NAMES[1:])
+
+
+def test_sizes_are_the_smallest_product_and_the_cubes(monkeypatch):
+    monkeypatch.setattr(cpu, "LINEAR_MULTIPLY_ADDS", 512**3)
+    monkeypatch.setattr(cpu, "interleaved", lambda calls, rounds: {key: [1.0] * 3 for key in calls})
+    monkeypatch.setattr(cpu, "contestants", lambda shape, names: peers.Contestants(dict.fromkeys(names), {}))
+    found = cpu.measure_sizes(2)
+    assert [r["n"] for r in found] == [64, 256, 512, 1024, 2048, 4096] and found[0]["m"] == 1
+    assert [peers.LINEAR in r["seconds_quartiles"] for r in found] == [True] * 3 + [False] * 3
+
+
+def test_plots_are_pictures(tmp_path):
+    results = [*RESULTS, result(dtype="float16", **{peers.LINEAR: 1.0})]
+    figures = {"results": results, "sizes": CUBES, "setting": SETTING}
+    cpu.draw(figures, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"cpu_ratio.png", "cpu_time.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+    assert len(plots.alike(figures)) == 2
+
+
+@pytest.mark.parametrize(
+    ("measured", "least", "goal", "said"),
+    [
+        (3.0, 4, 5, "missed"),
+        (4.0, 4, 5, "pass"),
+        (5.0, 4, 5, "goal met"),
+        (4.0, 4, None, "pass"),
+        (1.0, 0, 9, "shown"),
+    ],
+)
+def test_verdict(measured, least, goal, said):
+    figure = {"work": "w", "measured": measured, "least": least, "goal": goal, "why": ""}
+    assert targets.verdict(figure) == said and said in targets.table([figure])
+
+
+def test_target_whose_peer_is_absent():
+    figure = {"work": "w", "measured": None, "least": 1, "goal": 2, "why": "no bnn"}
+    assert "not measured: no bnn" in targets.table([figure])
+
+
+def test_every_target_is_measured_at_a_tiny_size(monkeypatch):
+    shapes = [Shape(s.name, s.group, min(s.m, 3), min(s.k, 40), min(s.n, 24)) for s in measuring.load_shapes()]
+    monkeypatch.setattr(targets, "load_shapes", lambda quick=False: shapes)
+    monkeypatch.setattr(targets, "named", lambda names: [shape for shape in shapes if shape.name in names])
+    monkeypatch.setattr(cpu, "measure_sizes", lambda rounds: CUBES)
+    monkeypatch.setattr(targets, "SWEEP_BYTES", 64)
+    monkeypatch.setattr(targets, "TARGETS", [t for t in targets.TARGETS if "torch.sum" not in t.work])
+    monkeypatch.setitem(sys.modules, "bnn", None)  # absent, as on most machines
+    figures = targets.measure(targets.needed(rounds=2), rounds=2)
+    absent = [figure["work"] for figure in figures if figure["why"] not in ("", "one processor")]
+    assert absent == ["the same, × bnn-lab's GEMM"]
+    assert all(figure["why"] or (figure["measured"] and figure["seconds_quartiles"]) for figure in figures)
+
+
+def test_two_threads_are_judged_by_the_shape_that_gains_least():
+    known = targets.Known({}, {}, [], {"a": {1: [2.0] * 3, 2: [1.0] * 3}, "b": {1: [9.0] * 3, 2: [10.0] * 3}}, {})
+    measured = targets.two_threads(known, ["a", "b"])
+    assert measured.value == 0.9 and set(measured.seconds_quartiles) == {"b, 1", "b, 2"}
+
+
+def test_flatness_leaves_the_smallest_product_out():
+    known = targets.Known({}, {}, CUBES, {}, {})
+    assert targets.flatness(known, 0).value == pytest.approx((256**3 / 2e-5) / (512**3 / 1e-4))
+
+
+def test_contestants_agree_on_the_shape():
+    made = peers.contestants(TINY)
+    for name in (peers.LINEAR, peers.QLINEAR, peers.PACKED_LAYER, peers.PACKED, peers.BITORCH):
+        assert made.calls[name]().shape == (3, 5)
+    for name in (peers.PACKED_LAYER, peers.PACKED):
+        assert torch.equal(made.calls[peers.QLINEAR](), made.calls[name]())
+    assert set(made.calls) | set(made.absent) == set(peers.NAMES)
+
+
+def test_comparison_with_the_committed_figures():
+    slower = [result("one", **{peers.LINEAR: 8e-3, peers.QLINEAR: 2e-3, peers.PACKED_LAYER: 8e-4}), RESULTS[1]]
+    rows = check.compare(RESULTS, slower)
+    assert [name for name, *_ in rows] == ["QLinear, one", "PackedQLinear, one", "QLinear, two"]
+    assert check.fallen(rows) == ["QLinear, one"] and check.fallen(check.compare(RESULTS, RESULTS)) == []
+
+
+@pytest.mark.parametrize(
+    ("speed", "kernel", "lost"),
+    [(0.8, "k", None), (0.6, "k", "QLinear, one, QLinear, two, QLinear, training"), (0.6, "other", None)],
+)
+def test_check_judges_only_the_processor_that_was_committed(monkeypatch, capsys, speed, kernel, lost):
+    steps = [{name: value for name, value in each.items() if name not in ("dtype", "threads")} for each in RESULTS]
+    files = {"cpu": {"results": RESULTS, "setting": SETTING}, "train": {"results": steps, "setting": SETTING}}
+
+    def slower(results):
+        times = [each["seconds_quartiles"] for each in results]
+        slow = [each | {peers.QLINEAR: [value / speed for value in each[peers.QLINEAR]]} for each in times]
+        return [each | {"seconds_quartiles": found} for each, found in zip(results, slow, strict=True)]
+
+    monkeypatch.setattr(check, "load", files.__getitem__)
+    monkeypatch.setattr(check, "again", lambda inference, training: (slower(RESULTS), slower(steps)))
+    monkeypatch.setattr(check, "setting", lambda: SETTING | {"kernel": kernel})
+    if lost:
+        with pytest.raises(SystemExit, match=f"30% slower than committed: {lost}"):
+            check.main()
+    else:
+        check.main()
+    said = capsys.readouterr().out
+    assert "training step, two" in said and ("nothing is judged" in said) == (kernel == "other")
+
+
+def test_check_measures_the_types_and_threads_of_the_figures():
+    half = result("half", m=3, k=33, n=5, dtype="float16", **{peers.LINEAR: 1.0}) | {"threads": 2}
+    step = {name: half[name] for name in ("name", "group", "m", "k", "n")}
+    forward, steps = check.again({"results": [half]}, {"results": [step], "setting": SETTING})
+    assert (forward[0]["dtype"], forward[0]["threads"]) == ("float16", 2) and check.title(half, "A") == (
+        "A, half, float16, 2 threads"
+    )
+    assert set(forward[0]["seconds_quartiles"]) == set(check.NAMES)
+    assert set(steps[0]["seconds_quartiles"]) == {peers.LINEAR, peers.QLINEAR}
+
+
+def test_readme_names_who_was_absent_and_who_won_everywhere():
+    names = ["large batch", "one row", "odd sizes", "tiny", "small batch"]
+    times = {peers.LINEAR: 2.0, peers.QLINEAR: 1.0, peers.PACKED_LAYER: 0.5, peers.PACKED: 1.0}
+    results = [result(name, **times) for name in names]
+    missing, saved = {peers.BITORCH: "no module"}, {peers.LINEAR: 1, peers.QLINEAR: 1}
+    inference = {"results": results, "absent": {"float32": missing}, "crossover": {"1": None}, "setting": SETTING}
+    training = {"results": [each | {"saved_bytes": saved} for each in results], "absent": missing}
+    resident = {"size": 1, "layers": 1, "batch": 1, "bytes": {}}
+    for text in (readme.comparison(inference, training), readme.benchmark_tables(inference, training, resident)):
+        assert "not timed: bitorch QLinear (float32): no module; bitorch QLinear (training): no module" in text
+    assert "nn.Linear is still faster at K = N = 2048" in text
+
+
+def test_readme_compares_both_layers():
+    names = ["large batch", "one row", "odd sizes", "tiny", "small batch"]
+    results = [result(name, **{peers.LINEAR: 2.0, peers.QLINEAR: 1.0, peers.PACKED_LAYER: 0.5}) for name in names]
+    text = readme.comparison({"results": results, "absent": {}, "setting": SETTING}, {"results": results, "absent": {}})
+    rows = [line for line in text.splitlines() if "nn.Linear's speed" in line]
+    assert [("**4 ×**" in row, "**2 ×**" in row) for row in rows] == [(True, False)] * 4 + [(False, True)] * 4
+    assert [row.split(",")[1].split()[0] for row in rows[:6]] == ["packed"] * 4 + ["not"] * 2
+
+
+def test_readme_says_where_the_smallest_cube_s_time_goes():
+    said = readme.smallest_cube({"sizes": CUBES})
+    assert "Of the 20.0 µs of 256³" in said and "12.5 µs" in said and "5.0 µs are what 1 × 64 → 64" in said
+    assert "up to 256³" in readme.flatness({"sizes": CUBES})
+
+
+def test_readme_shows_the_training_run():
+    runs = {
+        peers.QLINEAR: {"seconds": 10.0, "epochs": 3, "test_accuracy": 0.98},
+        peers.BITORCH: {"absent": "no module"},
+    }
+    figures = {"run": {"hidden": 8, "wanted_accuracy": 0.97, "runs": runs}, "setting": SETTING}
+    said = readme.training_run(figures)
+    assert "98.00%" in said and "absent: no module" in said and "Not measured yet" in readme.training_run(None)
+
+
+def test_make_benchmark_writes_figures_of_one_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme, "setting", lambda: SETTING)
+    monkeypatch.setattr(readme.cpu, "measure", lambda *_: {"results": RESULTS, "absent": {"float32": {}}})
+    monkeypatch.setattr(readme.cpu, "measure_sizes", lambda rounds: CUBES)
+    monkeypatch.setattr(readme.cpu, "crossovers", lambda: {"1": 16})
+    saved = dict.fromkeys(train.NAMES, 1)
+    steps = [RESULTS[1] | {"saved_bytes": saved}]
+    monkeypatch.setattr(readme.train, "measure", lambda *_: {"results": steps, "absent": {}})
+    monkeypatch.setattr(readme.memory, "measure", lambda **sizes: {**sizes, "layers": 1, "bytes": {}})
+    monkeypatch.setattr(readme.targets, "known", lambda *_: None)
+    monkeypatch.setattr(readme.targets, "needed", lambda rounds: None)
+    monkeypatch.setattr(readme.targets, "measure", lambda *_: [])
+    readme.measure()
+    written = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert set(written) >= {"cpu", "train", "memory", "targets"}
+    assert {figures["setting"]["commit"] for figures in written.values()} == {"c"}
+
+
+def test_saved_bytes_without_the_weights():
+    linear, x = torch.nn.Linear(64, 8), torch.randn(4, 64)
+    assert train.saved_bytes(linear, x) == x.nbytes
+
+
+def run(monkeypatch, module, *arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *map(str, arguments)])
+    runpy.run_module(module, run_name="__main__")
+
+
+def test_cpu_from_end_to_end(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(cpu, "CROSSOVER_BATCHES", (1,))
+    monkeypatch.setattr(cpu, "CROSSOVER_RANGE", (16, 17))
+    arguments = ["cpu", "--only", "64 cubed", "--rounds", 2, "--dtype", "float32", "bfloat16", "--kernel", "scalar"]
+    run(monkeypatch, "benchmarks", *arguments, "--json", tmp_path / "cpu.json", "--plots", tmp_path)
+    figures = json.loads((tmp_path / "cpu.json").read_text())
+    assert [r["dtype"] for r in figures["results"]] == ["float32", "bfloat16"] and figures["setting"][
+        "kernel"
+    ] == "scalar"
+    assert {path.name for path in tmp_path.iterdir()} == {"cpu.json", "cpu_ratio.png"}
+    assert "geometric mean" in capsys.readouterr().out
+
+
+def test_train_from_end_to_end(monkeypatch, capsys, tmp_path):
+    run(monkeypatch, "benchmarks", "train", "--only", "64 cubed", "--rounds", 2, "--json", tmp_path / "train.json")
+    (found,) = json.loads((tmp_path / "train.json").read_text())["results"]
+    assert set(found["saved_bytes"]) == set(train.NAMES) and "kB saved" in capsys.readouterr().out
+
+
+def test_train_run_from_end_to_end(monkeypatch, capsys, tmp_path):
+    options = ["--run", "--hidden", 8, "--accuracy", 0.01]
+    run(monkeypatch, "benchmarks", "train", *options, "--json", tmp_path / "run.json")
+    runs = json.loads((tmp_path / "run.json").read_text())["run"]["runs"]
+    assert {each["epochs"] for each in runs.values()} == {1} and "8 wide" in capsys.readouterr().out
+
+
+def test_memory_from_end_to_end(capsys, tmp_path):
+    large = bytearray(b"1") * (256 << 20)  # a peak of this process, which must not hide that of the ones it starts
+    memory.main(["--size", "256", "--layers", "2", "--batch", "2", "--json", str(tmp_path / "memory.json")])
+    del large
+    measured = json.loads((tmp_path / "memory.json").read_text())["bytes"]
+    assert all(each["computed"] > 0 for each in measured.values())
+    assert measured["PackedQLinear"]["resident"] < measured["float32 nn.Linear"]["resident"] / 8
+    assert "peak after making" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("module", "option", "said"),
+    [
+        (cpu, ["--threads", "0"], "--threads: expected a whole number of at least 1, got '0'"),
+        (cpu, ["--rounds", "1"], "--rounds: expected a whole number of at least 2, got '1'"),
+        (train, ["--threads", "0"], "--threads: expected a whole number of at least 1, got '0'"),
+        (train, ["--hidden", "wide"], "--hidden: expected a whole number of at least 1, got 'wide'"),
+        (memory, ["--layers", "-1"], "--layers: expected a whole number of at least 1, got '-1'"),
+        (targets, ["--rounds", "0"], "--rounds: expected a whole number of at least 2, got '0'"),
+    ],
+)
+def test_a_bad_number_is_a_sentence(module, option, said, capsys):
+    with pytest.raises(SystemExit) as error:
+        module.main(option)
+    assert error.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_commands_are_listed(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, "benchmarks")
+    listed = capsys.readouterr().out
+    assert end.value.code == 2 and all(name in listed for name in ("cpu", "train", "memory", "targets", "gpu-model"))
+
+
+def test_readme_is_made_of_the_committed_figures():
+    text = Path(readme.README).read_text()
+    if peers.PACKED_LAYER not in readme.load("cpu")["results"][0]["seconds_quartiles"]:
+        pytest.skip("the committed figures are of a QLinear that kept its packed weights: make benchmark")
+    for block, content in readme.blocks().items():
+        assert readme.fill(text, block, content) == text, f"run python -m benchmarks.readme: {block} differs"

@@ -1,0 +1,117 @@
+"""``python -m bitorch_qlinear``: what it prints, its exit code, and that it notices a kernel that is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bitorch_qlinear
+from bitorch_qlinear import __main__ as program
+from bitorch_qlinear import _kernels, _library, functional, info, kernels
+
+CPU = torch.device("cpu")
+KERNELS = kernels.available()
+
+
+def run(*arguments):
+    root = Path(bitorch_qlinear.__file__).parents[1]
+    command = [sys.executable, "-m", "bitorch_qlinear", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120)
+
+
+def verdicts(output):
+    """The text beside each kernel."""
+    lines = output[output.index("\nself-test") :].strip().splitlines()[1:]
+    return {line.rpartition("  ")[0].strip() or line: line.rpartition("  ")[2] for line in lines}
+
+
+def test_all_kernels_are_right():
+    result = run()
+    assert result.returncode == 0 and result.stderr == ""
+    assert result.stdout.startswith(f"{info()}\n")
+    said = verdicts(result.stdout)
+    assert set(KERNELS) <= set(said) and set(said.values()) == {"ok"}
+
+
+def test_help_and_unknown_arguments():
+    help_text = run("--help")
+    assert help_text.returncode == 0 and help_text.stdout.startswith("usage: python -m bitorch_qlinear")
+    unknown = run("--fast")
+    assert unknown.returncode == 2 and "unrecognized arguments: --fast" in unknown.stderr
+
+
+def one_bit_wrong(function, kernel):
+    """The operator, one bit of whose last value is wrong where the kernel computes."""
+
+    def call(*args, **kwargs):
+        result = function(*args, **kwargs)
+        if kernels.active() == kernel:
+            first = result[0] if isinstance(result, tuple) else result
+            first.view(torch.uint8).view(-1)[-1] ^= 1
+        return result
+
+    return call
+
+
+OPERATORS = ["pack_bits", "unpack_bits", "binary_linear", "linear_train", "multiply_signs"]
+CALLS = [(kernel, operator) for kernel in KERNELS if kernel != "scalar" for operator in OPERATORS]
+CALLS += [("scalar", "unpack_bits"), ("scalar", "binary_linear")]  # what torch computes exactly, too
+
+
+@pytest.mark.parametrize(("kernel", "operator"), CALLS)
+def test_one_wrong_bit_is_found(monkeypatch, capsys, kernel, operator):
+    monkeypatch.setattr(functional, operator, one_bit_wrong(getattr(functional, operator), kernel))
+    before = kernels.active()
+    assert program.main([]) == 1
+    said = verdicts(capsys.readouterr().out)
+    assert kernels.active() == before
+    assert "expected" in said[kernel] and "got" in said[kernel]
+    if kernel != "scalar":  # from which all others differ then
+        assert {name for name in said if said[name] != "ok"} == {kernel}
+
+
+def test_a_wrong_dtype_or_shape_is_a_difference():
+    want = {"y": torch.zeros(2, 3)}
+    assert program.difference(want, want) is None
+    assert "torch.float64" in program.difference({"y": torch.zeros(2, 3).double()}, want)
+    assert "(3, 2)" in program.difference({"y": torch.zeros(3, 2)}, want)
+    negative = torch.zeros(2, 3)
+    negative[1, 2] = -0.0
+    assert program.difference({"y": negative}, want) == "y: expected 0.0 at (1, 2), got -0.0"
+
+
+def test_an_error_of_a_kernel_is_its_verdict(monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of breath\nat some line")
+
+    expected = [program.compute(case, CPU) for case in program.CASES]
+    monkeypatch.setattr(functional, "linear_train", fail)
+    assert program.check(KERNELS[0], CPU, expected) == "1 × 1 → 1, float32: out of breath"
+
+
+def test_every_cuda_kernel_of_every_device_is_checked(monkeypatch, capsys):
+    """Two made-up devices; their results come from the CPU."""
+    forced = []
+    compute = program.compute
+    monkeypatch.setattr(_library, "has_cuda", True)
+    monkeypatch.setattr(_kernels, "forced_cuda_kernel", lambda: "")
+    monkeypatch.setattr(_kernels, "force_cuda_kernel", forced.append)
+    monkeypatch.setattr(_kernels, "available_cuda_kernels", lambda capability: ["popc", "skinny"][: capability[0] - 6])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7 + device.index, 5))
+
+    def on_cpu(case, device):
+        results = compute(case, CPU)
+        if device.type == "cuda":
+            del results["multiply_signs"], results["multiply_signs, transposed"]
+            if (device.index, forced[-1]) == (1, "popc"):
+                results["linear"][-1] += 1
+        return results
+
+    monkeypatch.setattr(program, "compute", on_cpu)
+    assert not program.self_test()
+    said = verdicts("\nself-test\n" + capsys.readouterr().out)
+    assert [name for name in said if said[name] != "ok"] == ["cuda:1 popc"]
+    assert list(said)[len(KERNELS) :] == ["cuda:0 popc", "cuda:1 popc", "cuda:1 skinny"]

@@ -1,0 +1,368 @@
+"""csrc/cuda/heuristics.h, compiled for the host and asked about any device."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from ptx import machine
+
+from bitorch_qlinear import _kernels
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+CUDA = CSRC / "cuda"
+KERNELS = ["popc", "skinny", "skinny_mma_sm80", "mma_sm75", "mma_sm80", "mma_int8_sm80"]
+WIDEST, MIDDLE, SMALLEST = range(3)
+CAPABILITIES = [75, 80, 86, 87, 88, 89, 90, 91, 99, 100, 103, 110, 120, 121, 130, 200]
+TENSOR_CORES = [80, 86, 87, 88, 89, 90]  # those of mma_sm80
+SHAPES = 100_000
+MOST_K, MOST_OUTPUTS = 2**31 - 1, 2**40
+HARNESS = ROOT / "tests" / "native" / "heuristics.cpp"
+CHECKS = "signed-integer-overflow,integer-divide-by-zero,float-cast-overflow,bounds,enum"
+
+
+@functools.cache
+def library():
+    """Overflows and conversions that C++ leaves undefined are illegal instructions here, and end the tests."""
+    compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "c++")
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror"]
+    flags += [f"-fsanitize={CHECKS}", "-fsanitize-undefined-trap-on-error", "-ffp-contract=off"]
+    sources = b"".join(path.read_bytes() for path in (HARNESS, CUDA / "heuristics.h", CSRC / "packed.h"))
+    key = hashlib.sha256(repr((compiler, flags)).encode() + sources).hexdigest()[:16]
+
+    def make(path):
+        subprocess.run([*compiler.split(), *flags, f"-I{CSRC}", "-o", str(path), str(HARNESS)], check=True)
+
+    lib = ctypes.CDLL(str(machine._build(f"heuristics-{key}.so", make)))
+    lib.decide_in_words.restype = lib.names_of.restype = ctypes.c_char_p
+    lib.decide_in_words.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 3]
+    lib.is_legal.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+    for function in (lib.choose_all, lib.estimate_all):
+        function.restype = None
+        function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * (4 if function is lib.choose_all else 2)]
+    return lib
+
+
+def queries(capability, multiprocessors, m, n, k):
+    columns = np.broadcast_arrays(capability, multiprocessors, m, n, k)
+    return np.ascontiguousarray(np.stack(columns, -1).reshape(-1, 5), np.int64)
+
+
+class Choices(NamedTuple):
+    kernel: np.ndarray
+    tile: np.ndarray
+    reason: np.ndarray  # where the text lies
+
+
+def choose(*arguments):
+    """Arrays of capability, multiprocessors, m, n, k."""
+    asked = queries(*arguments)
+    kernels, tiles = np.full((2, len(asked)), -1, np.int32)
+    reasons = np.zeros(len(asked), np.uint64)
+    library().choose_all(len(asked), asked.ctypes.data, kernels.ctypes.data, tiles.ctypes.data, reasons.ctypes.data)
+    return Choices(kernels, tiles, reasons)
+
+
+def estimate(*arguments):
+    """Clocks of each tile."""
+    asked = queries(*arguments)
+    clocks = np.full((len(asked), 3), np.nan)
+    library().estimate_all(len(asked), asked.ctypes.data, clocks.ctypes.data)
+    return clocks
+
+
+def decide(name, capability, multiprocessors, m, n, k):
+    return library().decide_in_words(name.encode(), capability, multiprocessors, m, n, k).decode()
+
+
+def random_sizes(seed, count=SHAPES):
+    """m, n, k of all magnitudes, many of them next to a multiple of the tiles' sides; 0 too."""
+    rng = np.random.default_rng(seed)
+    outputs = rng.uniform(0, 40, count)
+    bits = rng.uniform(0, 1, count) * outputs
+    m, n, k = (np.floor(2.0**power).astype(np.int64) for power in (bits, outputs - bits, rng.uniform(0, 31, count)))
+    for sizes, side in ((m, 64), (n, 128), (k, 512)):
+        near = (rng.random(count) < 0.5) & (sizes > side)
+        sizes[near] = sizes[near] // side * side + rng.integers(-1, 2, near.sum())
+        sizes[rng.random(count) < 0.01] = 0
+    small = rng.random(count) < 0.3
+    m[small] = rng.integers(0, 300, small.sum())
+    n = np.minimum(n, MOST_OUTPUTS // np.maximum(m, 1))
+    return m, n, np.minimum(k, MOST_K), rng.integers(1, 201, count)
+
+
+def expected_kernel(capability, m):
+    """The table at the top of heuristics.h."""
+    if capability > 90:
+        return np.where(m <= 16, KERNELS.index("skinny"), KERNELS.index("mma_int8_sm80"))
+    few, tiles = ("skinny", "mma_sm75") if capability < 80 else ("skinny_mma_sm80", "mma_sm80")
+    names = np.where(m <= 4, KERNELS.index("skinny"), KERNELS.index(few))
+    return np.where(m > 16, KERNELS.index(tiles), names)
+
+
+# ---- the choice ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_random_shapes(capability):
+    """Legal, with a reason, of no memory, and what the documented table says."""
+    m, n, k, multiprocessors = random_sizes(capability)
+    choices = choose(capability, multiprocessors, m, n, k)
+    np.testing.assert_array_equal(choices.kernel, expected_kernel(capability, m))
+    for kernel in np.unique(choices.kernel):
+        rows = m[choices.kernel == kernel]
+        assert library().is_legal(int(kernel), capability, int(rows.max()))
+    assert np.isin(choices.tile, [WIDEST, MIDDLE, SMALLEST]).all()
+    for reason in np.unique(choices.reason):
+        assert len(ctypes.string_at(int(reason))) > 20
+
+    order = np.random.default_rng(1).permutation(len(m))
+    again = choose(capability, multiprocessors[order], m[order], n[order], k[order])
+    for first, second in zip(choices, again, strict=True):
+        np.testing.assert_array_equal(first[order], second)
+
+
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+def test_every_number_of_multiprocessors(capability):
+    m, n, k, _ = random_sizes(capability, 500)
+    multiprocessors = np.arange(1, 201)[:, None]
+    choices = choose(capability, multiprocessors, m, n, k)
+    np.testing.assert_array_equal(choices.kernel, np.tile(expected_kernel(capability, m), 200))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_more_rows_never_bring_a_kernel_back(capability):
+    m = np.r_[0:300, 2 ** np.arange(9, 30)]
+    kernels = choose(capability, 100, m, 1024, 1024).kernel
+    assert (np.diff(kernels) != 0).sum() == len(np.unique(kernels)) - 1
+
+
+# ---- the tile --------------------------------------------------------------------------------------
+
+
+def random_tiles(capability, count=SHAPES):
+    m, n, k, multiprocessors = random_sizes(1000 + capability, count)
+    return np.maximum(m, 17), np.minimum(n, MOST_OUTPUTS // np.maximum(m, 17)), k, multiprocessors
+
+
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+def test_tile_is_the_first_of_least_time(capability):
+    m, n, k, multiprocessors = random_tiles(capability)
+    clocks = estimate(capability, multiprocessors, m, n, k)
+    assert np.isfinite(clocks).all() and (clocks >= 0).all()
+    np.testing.assert_array_equal(choose(capability, multiprocessors, m, n, k).tile, clocks.argmin(1))
+    assert set(clocks.argmin(1)) == {WIDEST, MIDDLE, SMALLEST}
+
+
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+def test_tile_depends_on_whole_tiles_and_stages(capability):
+    m, n, k, multiprocessors = random_tiles(capability)
+    whole = (-(-size // unit) * unit for size, unit in ((m, 64), (n, 64), (k, 512)))
+    first, second = choose(capability, multiprocessors, m, n, k), choose(capability, multiprocessors, *whole)
+    np.testing.assert_array_equal(first.tile, second.tile)
+
+
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+def test_longer_rows_never_bring_a_tile_back(capability):
+    m, n, _, multiprocessors = random_tiles(capability, SHAPES // 40)
+    k = np.r_[0, np.geomspace(1, MOST_K, 80).astype(np.int64)]
+    tiles = choose(capability, multiprocessors[:, None], m[:, None], n[:, None], k).tile.reshape(len(m), -1)
+    changes = (np.diff(tiles) != 0).sum(1)
+    kinds = sum((tiles == tile).any(1).astype(int) for tile in (WIDEST, MIDDLE, SMALLEST))
+    np.testing.assert_array_equal(changes, kinds - 1)
+    assert changes.max() > 0, "k changes some tile: else this shows nothing"
+
+
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+def test_larger_products_never_take_less_time(capability):
+    m, n, k, multiprocessors = random_tiles(capability)
+    rng = np.random.default_rng(2)
+    larger = [size + np.floor(size * 2.0 ** rng.uniform(-20, 1, SHAPES)).astype(np.int64) for size in (m, n, k)]
+    less, more = (estimate(capability, multiprocessors, *sizes).min(1) for sizes in ((m, n, k), larger))
+    assert (less <= more).all()
+
+
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+def test_widest_tile_where_it_leaves_nothing_idle(capability):
+    rng = np.random.default_rng(3)
+    few, more, rounds = (np.floor(2 ** rng.uniform(0, most, SHAPES)).astype(np.int64) for most in (7, 7, 6))
+    multiprocessors, k = rng.integers(1, 201, SHAPES), rng.integers(0, MOST_K, SHAPES)
+    whole_rounds = more * rounds * multiprocessors
+    for rows, columns in ((few, whole_rounds), (whole_rounds, few)):
+        assert (choose(capability, multiprocessors, 128 * rows, 256 * columns, k).tile == WIDEST).all()
+
+
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+def test_widest_tile_where_there_are_many(capability):
+    rng = np.random.default_rng(4)
+    m, n = (np.floor(2 ** rng.uniform(12, 20, SHAPES)).astype(np.int64) for _ in range(2))
+    tiles = -(-m // 128) * -(-n // 256)
+    multiprocessors = np.clip(tiles // 40, 1, rng.integers(1, 201, SHAPES))
+    many = tiles >= 40 * multiprocessors
+    k = rng.integers(1, MOST_K, SHAPES)
+    assert many.sum() > SHAPES / 2
+    assert (choose(capability, multiprocessors, m, n, k).tile[many] == WIDEST).all()
+
+
+def test_sizes_at_their_bounds():
+    """That no int64 overflows is what the compiler's checks show."""
+    powers = 2 ** np.arange(41)
+    m, n = np.r_[powers, 0, MOST_OUTPUTS, 0], np.r_[powers[::-1], MOST_OUTPUTS, 0, 0]
+    for capability in CAPABILITIES:
+        for k in (0, 1, MOST_K):
+            for multiprocessors in (1, 200):
+                clocks = estimate(capability, multiprocessors, m, n, k)
+                assert np.isfinite(clocks).all() and (clocks >= 0).all()
+                choices = choose(capability, multiprocessors, m, n, k)
+                np.testing.assert_array_equal(choices.kernel, expected_kernel(capability, m))
+
+
+# ---- figures that stand in comments and in the kernels ---------------------------------------------
+
+
+def read_tile(tile, capability):
+    shape, clocks, blocks = (ctypes.c_int64 * 6)(), ctypes.c_double(), ctypes.c_int64()
+    library().read_tile(tile, capability, shape, ctypes.byref(clocks), ctypes.byref(blocks))
+    return list(shape), clocks.value, blocks.value
+
+
+@pytest.mark.parametrize(
+    ("capability", "clocks", "blocks"),
+    [
+        (80, [1024, 512, 192], [1, 2, 4]),
+        (86, [2048, 1024, 512], [1, 1, 3]),
+        (87, [1024, 512, 192], [1, 2, 4]),
+        (89, [2048, 1024, 512], [1, 1, 3]),
+        (90, [2048, 1024, 341], [1, 2, 4]),
+    ],
+)
+def test_documented_estimates(capability, clocks, blocks):
+    tiles = [read_tile(tile, capability) for tile in range(3)]
+    assert [int(tile[1]) for tile in tiles] == clocks
+    assert [tile[2] for tile in tiles] == blocks
+
+
+def test_tiles_are_those_of_the_kernel():
+    """Which has no such numbers of its own."""
+    text = (CUDA / "gemm_mma_sm80.cu").read_text() + (CUDA / "mma_tiles.cuh").read_text()
+    for name in ("kTileRows", "kTileColumns", "kTileSide", "kTileBlocks", "kTileStages", "kTileStageBits"):
+        assert re.search(rf"\b{name}\b", text), name
+    for tile in range(3):
+        assert f"case Tile::m{'{}n{}'.format(*read_tile(tile, 80)[0])}:" in text
+
+
+def records():
+    all_records = []
+    for i in range(len(KERNELS)):
+        name, values = ctypes.c_char_p(), (ctypes.c_int64 * 6)()
+        library().read_record(i, ctypes.byref(name), values)
+        index, lowest, highest, aligned, popcounts, most_rows = values
+        assert index == i
+        all_records.append((name.value.decode(), lowest, highest, bool(aligned), bool(popcounts), most_rows))
+    return all_records
+
+
+def test_table_of_kernels():
+    newest, any_rows = 2**31 - 1, 2**63 - 1
+    assert records() == [
+        ("popc", 75, newest, False, False, any_rows),
+        ("skinny", 75, newest, True, False, 16),
+        ("skinny_mma_sm80", 80, 90, True, True, 16),
+        ("mma_sm75", 75, 89, True, False, any_rows),
+        ("mma_sm80", 80, 90, True, True, any_rows),
+        ("mma_int8_sm80", 80, newest, True, True, any_rows),
+    ]
+
+
+def test_every_kernel_has_a_file_and_a_launcher():
+    """The launcher is gemm_<name>; the file's name is one of its launchers'."""
+    files = sorted(CUDA.glob("gemm_*.cu"))
+    defined = {file.stem: re.findall(r"^cudaError_t (gemm_\w+)\([^;]*?\{", file.read_text(), re.M) for file in files}
+    assert all(stem in launchers for stem, launchers in defined.items())
+    launchers = sorted(name for names in defined.values() for name in names)
+    assert launchers == sorted(f"gemm_{name}" for name in KERNELS)
+    assert list(_kernels.CUDA_KERNELS) == KERNELS
+    declared = re.findall(r"^cudaError_t (gemm_\w+)\(", (CUDA / "kernels.h").read_text(), re.M)
+    assert sorted(declared) == launchers
+
+
+@pytest.mark.parametrize(("macro", "kernel"), [("MMA_SM75", "mma_sm75"), ("MMA_SM80", "mma_sm80")])
+def test_tensor_core_kernels_are_not_chosen_where_they_are_empty(macro, kernel):
+    text = (CUDA / "mma.cuh").read_text()
+    pattern = rf"__CUDA_ARCH__ >= (\d+) && __CUDA_ARCH__ < (\d+)\n#define BITORCH_QLINEAR_{macro} 1"
+    first, end = (int(number) for number in re.search(pattern, text).groups())
+    for name, lowest, highest, *_ in records():
+        if name.endswith(kernel):
+            assert first <= 10 * lowest and 10 * highest < end
+
+
+# ---- the override ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_forced(capability):
+    device = (capability, 100)
+    names = library().names_of(capability).decode()
+    for name, lowest, highest, _, _, most_rows in records():
+        assert (name in names.split(", ")) == (lowest <= capability <= highest)
+        for m in (0, 1, 16, 17, 5000):
+            got = decide(name, *device, m, 300, 700)
+            if not lowest <= capability <= highest:
+                major, minor = divmod(capability, 10)
+                assert got == (
+                    f"error: BITORCH_QLINEAR_CUDA_KERNEL: expected one of the kernels that compute capability "
+                    f'{major}.{minor} has ({names}), got "{name}"'
+                )
+            elif m > most_rows:
+                automatic = decide("", *device, m, 300, 700).partition(":")[0]
+                assert got == f"{automatic}: the automatic choice: the kernel that is forced takes at most 16 rows"
+            else:
+                assert re.match(rf"{name}(?: with tiles of \d+ x \d+)?: forced, by \w+ or by the program$", got)
+
+
+@pytest.mark.parametrize("name", ["nope", "mma_sm75x", "Popc", " popc", "skinny_mma", "popc, skinny"])
+def test_forced_by_a_name_that_does_not_exist(name):
+    for capability in CAPABILITIES:
+        assert decide(name, capability, 100, 10, 10, 10) == (
+            f'error: BITORCH_QLINEAR_CUDA_KERNEL: expected one of {", ".join(KERNELS)}, got "{name}"'
+        )
+
+
+@pytest.mark.parametrize("capability", [30, 52, 61, 70, 72])
+def test_device_that_is_too_old(capability):
+    assert not library().is_supported(capability)
+    assert library().names_of(capability) == b""
+    for name in ("", "popc", "mma_sm80"):
+        major, minor = divmod(capability, 10)
+        assert decide(name, capability, 20, 10, 10, 10) == (
+            f"error: compute capability {major}.{minor} is not supported: the CUDA kernels need 7.5 or later"
+        )
+    assert not any(library().is_legal(kernel, capability, 1) for kernel in range(len(KERNELS)))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_supported(capability):
+    assert library().is_supported(capability)
+    for kernel, (_, lowest, highest, _, _, most_rows) in enumerate(records()):
+        for m in (0, 1, 16, 17, MOST_OUTPUTS):
+            legal = lowest <= capability <= highest and m <= most_rows
+            assert bool(library().is_legal(kernel, capability, m)) == legal
+
+
+def test_words():
+    h100 = 90, 132
+    wide, small = (decide("", *h100, size, size, size) for size in (8192, 1024))
+    assert wide == "mma_sm80 with tiles of 128 x 256: tensor cores, by the tile that moves the fewest bytes"
+    assert small.startswith("mma_sm80 with tiles of 64 x 64: tensor cores, by the smallest tile: ")
+    assert decide("", *h100, 1, 8192, 8192).startswith("skinny: ")
+    assert decide("", *h100, 16, 8192, 8192).startswith("skinny_mma_sm80: ")
+    assert decide("", 120, 170, 17, 8192, 8192).startswith("mma_int8_sm80: ")
+    assert decide("mma_sm75", 75, 40, 1, 10, 10).startswith("mma_sm75: forced")
