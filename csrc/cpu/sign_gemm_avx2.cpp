@@ -342,8 +342,8 @@ inline void transpose_bits(uint32_t* words) {
     }
 }
 
-// Codes where the words' rows hold K. 15 words of 8 rows, transposed, become the codes of 16 passes, 30 bits each: pass p
-// begins with the highest 2 p bits of word p - 1, and the lowest 30 - 2 p of word p follow.
+// Codes where the words' rows hold K. 15 words of 8 rows, transposed, become the codes of 16 passes, 30 bits each: pass
+// p begins with the highest 2 p bits of word p - 1, and the lowest 30 - 2 p of word p follow.
 void make_codes_of_rows(const SignProduct& product, Range passes, int64_t column, uint32_t* codes) {
     constexpr int64_t kWords = kCodePasses * kPassValues / kWordBits;
     const int64_t width = words_for(product.k);

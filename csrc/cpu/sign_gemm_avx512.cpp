@@ -3,11 +3,10 @@
 //
 // Few rows: Intel has two ports for 512 bits, of which one alone permutes. 16 outputs by 30 values take 20 operations a
 // row, 9 shifts for all the rows of a tile and 7 to make the codes, so at least 18 cycles for one row and 10 to 12 for
-// each row more. Measured on a Xeon with AMX (family 6, model 167, about 3.8 GHz, one thread, 1024 x 1024): one row
-// 5.9 ns, each row more 3.4 ns; AVX2 9.0 and 6.7. It makes no difference there whether the groups are a loop or five
-// copies (in which gcc 12 spills), and whether a tile is 2 rows by 2 vectors or 4 by 1.
-// Many rows: 1.2 to 1.35 times as fast as AVX2's loop on the same processor. Zen 4 splits the loads; there the loop takes
-// 7.9 cycles and AVX2's 7.5.
+// each row more. Measured on a Xeon with AMX (family 6, model 167, about 3.8 GHz, one thread, 1024 x 1024): one row 5.9
+// ns, each row more 3.4 ns; AVX2 9.0 and 6.7. It makes no difference there whether the groups are a loop or five copies
+// (in which gcc 12 spills), and whether a tile is 2 rows by 2 vectors or 4 by 1. Many rows: 1.2 to 1.35 times as fast
+// as AVX2's loop on the same processor. Zen 4 splits the loads; there the loop takes 7.9 cycles and AVX2's 7.5.
 #if defined(__x86_64__)
 #if !defined(__clang__)
 // gcc 12 warns of its own intrinsics, which begin with a vector left undefined.

@@ -7,8 +7,8 @@
 //     t = permute(table of (x0, x1, x2), codes) + permute(table of (x3, x4, x5), codes >> 3)          codes >>= 6
 //
 // which with t's own addition is six operations for 6 values, of which the two shifts serve all the rows. Spans are the
-// outer loop: their 64 passes are 1920 bits, whole words of a row, their tables stay in L1 (20 KiB a row of float32) and
-// their sums in registers. Codes are made for 32 outputs and one span, 8 KiB, and are never all in memory.
+// outer loop: their 64 passes are 1920 bits, whole words of a row, their tables stay in L1 (20 KiB a row of float32)
+// and their sums in registers. Codes are made for 32 outputs and one span, 8 KiB, and are never all in memory.
 //
 // What an instruction set says about itself is a struct `Lookup`:
 //
