@@ -1,5 +1,5 @@
-// Binary product on CUDA cores, for every architecture and shape: XOR and __popc over tiles in shared
-// memory. The GPU twin of the other kernels, all of which are by estimate faster where they are chosen (heuristics.h), so it is kept
+// Binary product on CUDA cores, for every architecture and shape: XOR and __popc over tiles in shared memory. The GPU
+// twin of the other kernels, all of which are by estimate faster where they are chosen (heuristics.h), so it is kept
 // simple: outputs are stored one by one. Its own twin is cpu/gemm_scalar.cpp.
 //
 // A block of 256 threads computes a tile of 64 x 64 outputs, a thread 4 x 4 of them: rows ty + 16 i and

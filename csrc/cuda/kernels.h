@@ -73,8 +73,8 @@ struct Output {
 };
 
 // y = x . weight^T. `prepared` is the header of the prepared form that the weights or their popcounts are taken from,
-// or null: a kernel that reads them traps where it is another than n and k ask for (check_prepared.cuh), for the host cannot
-// look without waiting for the device.
+// or null: a kernel that reads them traps where it is another than n and k ask for (check_prepared.cuh), for the host
+// cannot look without waiting for the device.
 struct Product {
     Operand x, weight;
     int64_t m, n, k;

@@ -1,4 +1,5 @@
-// Loads of 16 bytes under a predicate, through the path for data that no kernel writes meanwhile (PTX ISA, "ld.global.nc").
+// Loads of 16 bytes under a predicate, through the path for data that no kernel writes meanwhile (PTX ISA,
+// "ld.global.nc").
 #pragma once
 
 #include <cstdint>

@@ -41,7 +41,8 @@ __device__ __forceinline__ void mma_and_popc(int32_t (&c)[4], const uint32_t (&a
 #endif
 
 #ifdef BITORCH_QLINEAR_MMA_SM75
-// c += popcount(a ^ b) of 8 x 8 outputs over 128 bits: a is row g, b column g, bits 32 q ...; c row g, columns 2 q, 2 q + 1.
+// c += popcount(a ^ b) of 8 x 8 outputs over 128 bits: a is row g, b column g, bits 32 q ...; c row g, columns 2 q, 2 q
+// + 1.
 __device__ __forceinline__ void mma_xor_popc(int32_t (&c)[2], uint32_t a, uint32_t b) {
     asm volatile("mma.sync.aligned.m8n8k128.row.col.s32.b1.b1.s32.xor.popc {%0, %1}, {%2}, {%3}, {%0, %1};"
                  : "+r"(c[0]), "+r"(c[1])

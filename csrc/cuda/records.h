@@ -1,4 +1,5 @@
-// The records of the CUDA kernels: names, devices and operands. Plain C++ without a CUDA header, which tests compile too.
+// The records of the CUDA kernels: names, devices and operands. Plain C++ without a CUDA header, which tests compile
+// too.
 #pragma once
 
 #include <cstdint>
@@ -28,9 +29,9 @@ struct KernelRecord {
 constexpr int kNewest = INT32_MAX;
 constexpr int64_t kAnyRows = INT64_MAX;
 
-// mma_sm80 stops at 9.0: sm_90 still has the BMMA instruction, but for sm_100 and sm_120 nvcc emulates it by eight IMMA on
-// unpacked bytes. mma_int8_sm80 unpacks in a better way; on devices with BMMA it has an eighth of mma_sm80's rate and
-// exists for tests. mma_sm75 stops before 9.0, where xor is no longer a single instruction (mma.cuh).
+// mma_sm80 stops at 9.0: sm_90 still has the BMMA instruction, but for sm_100 and sm_120 nvcc emulates it by eight IMMA
+// on unpacked bytes. mma_int8_sm80 unpacks in a better way; on devices with BMMA it has an eighth of mma_sm80's rate
+// and exists for tests. mma_sm75 stops before 9.0, where xor is no longer a single instruction (mma.cuh).
 constexpr KernelRecord kKernels[kGemmKernels] = {
     {GemmKernel::popc, "popc", 75, kNewest, false, false, kAnyRows},
     {GemmKernel::skinny, "skinny", 75, kNewest, true, false, kSkinnyRows},
