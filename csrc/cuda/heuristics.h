@@ -12,9 +12,9 @@
 //   - the kernel is legal, and as m grows, a kernel that was abandoned is never chosen again;
 //   - the tile depends on m and n in units of 64 and on k in stages, all rounded up;
 //   - as k grows, a tile that was abandoned is never chosen again; the least estimate never falls as m, n or k grows;
-//   - the tile is 128 x 256 if such tiles leave nothing idle (m and n are their multiples, and their number is a multiple of
-//     the number of multiprocessors), and whenever m and n are at least 4096 and there are at least 40 such tiles for each
-//     multiprocessor.
+//   - the tile is 128 x 256 if such tiles leave nothing idle (m and n are their multiples, and their number is a multiple
+//     of the number of multiprocessors), and whenever m and n are at least 4096 and there are at least 40 such tiles for
+//     each multiprocessor.
 //
 // Every rate and time here is an estimate, from data sheets, the CUDA C++ programming guide ("Arithmetic Instructions")
 // and the machine code that nvcc emits.

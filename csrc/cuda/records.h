@@ -11,13 +11,13 @@
 
 namespace bitorch_qlinear::cuda {
 
-// Rows of x that a skinny kernel takes at most.
+// The most rows of x that a skinny kernel takes.
 constexpr int64_t kSkinnyRows = 16;
 
 enum class GemmKernel : int { popc, skinny, skinny_mma_sm80, mma_sm75, mma_sm80, mma_int8_sm80 };
 constexpr int kGemmKernels = 6;
 
-// A compute capability is one number here: 86 is 8.6, 120 is 12.0.
+// A kernel and the devices and operands that it takes. A compute capability is one number here: 86 is 8.6, 120 is 12.0.
 struct KernelRecord {
     GemmKernel kernel;
     const char* name;     // for BITORCH_QLINEAR_CUDA_KERNEL; the launcher is gemm_<name>
