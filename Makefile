@@ -67,7 +67,7 @@ gpu:  ## build for the GPU here, test it and time it, in less than 8 minutes
 	@start=$$(date +%s); ($(SETUP) gpu) && $(PY) -m benchmarks.gpu_run --results '$(RESULTS)' --start $$start
 fuzz:  ## call the operators with 100,000 sets of hostile arguments
 	@$(SETUP) test
-	$(PY) tests/fuzz.py $(or $(ARGS),--cases 100000)
+	PYTHONPATH=tests $(PY) -m fuzz $(or $(ARGS),--cases 100000)
 sanitize:  ## run the standalone tests and the fuzz test under the compilers' sanitizers
 	@$(SETUP) test
 	@$(NATIVE) sanitize

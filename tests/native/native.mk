@@ -56,5 +56,5 @@ sanitize:
 	@mkdir -p $(SANITIZED)
 	@ln -s $(filter-out %.so %/__pycache__,$(wildcard $(CURDIR)/bitorch_qlinear/*)) \
 		$(wildcard $(CURDIR)/bitorch_qlinear/_C*.so) $(CURDIR)/build/sanitize/g++-address-undefined/_ops_cpu.so $(SANITIZED)
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" PYTHONPATH=build/sanitize \
-	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(PY) tests/fuzz.py --cases 5000
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" PYTHONPATH=build/sanitize:tests \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(PY) -m fuzz --cases 5000

@@ -1,4 +1,4 @@
-"""What was built, and how: shared objects, stale builds, the choice of a kernel, setup.py, sdist, make's records."""
+"""What was built, and how: shared objects, stale builds, the choice of a kernel, setup.py, sdist."""
 
 import dataclasses
 import importlib.util
@@ -20,7 +20,7 @@ from bitorch_qlinear import _C, _library, _sources
 
 PACKAGE = Path(bitorch_qlinear.__file__).parent
 ROOT = PACKAGE.parent
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]
 OPERATOR_LIBRARIES = sorted(PACKAGE.glob("_ops_*.so"))
 
 
@@ -319,7 +319,7 @@ def test_sdist_holds_every_file_whatever_torch_makes_it(tmp_path):
         pytest.skip("there is no git checkout to compare with")
     listed = subprocess.run(["git", "ls-files"], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     tracked = {name for name in listed.stdout.splitlines() if (CHECKOUT / name).exists()}
-    assert {"csrc/cuda/pack.cu", "tests/reference.py", "Makefile"} <= tracked
+    assert {"csrc/cuda/pack.cu", "tests/support/reference.py", "Makefile"} <= tracked
     for name in tracked:
         (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(CHECKOUT / name, tmp_path / "copy" / name)
@@ -372,12 +372,6 @@ def test_the_old_name_of_the_cuda_switch_stops_a_build(hollow):
     )
 
 
-def test_the_old_name_of_the_cuda_switch_stops_make():
-    result = run_make("-n", "build", "BITORCH_QLINEAR_CUDA=0")
-    assert result.returncode != 0
-    assert "BITORCH_QLINEAR_CUDA is now named BITORCH_QLINEAR_BUILD_CUDA: set that one instead" in result.stderr
-
-
 def test_setuptools_that_makes_no_wheels_is_named():
     code = (
         "import runpy, sys\n"
@@ -394,68 +388,6 @@ def test_readme_installs_what_the_build_requires():
     (requires,) = re.findall(r"^requires = (\[.*\])$", (CHECKOUT / "pyproject.toml").read_text(), re.MULTILINE)
     (line,) = re.findall(r"^pip install torch .*$", (CHECKOUT / "README.md").read_text(), re.MULTILINE)
     assert {*json.loads(requires)} <= {word.strip('"') for word in line.split()}
-
-
-# ---- make's records ----------------------------------------------------------------------------------
-
-
-def run_make(*arguments, folder=None):
-    """Make with nothing chosen but what the arguments choose, whatever the tests' own make was told."""
-    chosen = ("BITORCH_QLINEAR_", "CXX", "MAKE", "MFLAGS", "SYSTEM_TORCH", "TORCH", "VENV")
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(chosen)}
-    command = ["make", f"PYTHON={sys.executable}", *arguments]
-    return subprocess.run(command, cwd=folder or CHECKOUT, env=variables, capture_output=True, text=True, timeout=60)
-
-
-@pytest.fixture
-def made(tmp_path):
-    """A checkout with two environments in which make was run, the second time in .venv-b; nothing is really there."""
-    for name in ("Makefile", "setup.py", "pyproject.toml"):
-        shutil.copy(CHECKOUT / name, tmp_path)
-    for folder in ("csrc", "bitorch_qlinear", "build", ".venv-a", ".venv-b"):
-        (tmp_path / folder).mkdir()
-    for name in ("csrc/ops.cpp", "bitorch_qlinear/_version.py", "bitorch_qlinear/_sources.py"):
-        (tmp_path / name).write_text("x")
-    for path in (tmp_path, *tmp_path.rglob("*")):
-        os.utime(path, (1e9, 1e9))
-    for venv in (".venv-a", ".venv-b"):
-        (tmp_path / venv / "config").write_text(value_in_make("VENV_CONFIG", tmp_path, venv))
-        for name in ("tools", "installed"):
-            (tmp_path / venv / name).touch()
-    (tmp_path / "bitorch_qlinear" / "_ops_cpu.so").touch()
-    (tmp_path / "build" / "built-by").write_text(value_in_make("BITORCH_QLINEAR_BUILT_BY", tmp_path, ".venv-b"))
-    return tmp_path
-
-
-def value_in_make(variable, folder, venv):
-    shown = run_make("-s", "--eval", f"show: ; @echo '$({variable})'", "show", f"VENV={venv}", folder=folder)
-    assert shown.returncode == 0, shown.stderr
-    return shown.stdout
-
-
-def is_up_to_date(folder, venv, *choices):
-    result = run_make("-q", "build", f"VENV={venv}", *choices, folder=folder)
-    assert result.returncode in (0, 1), result.stderr
-    return result.returncode == 0
-
-
-def test_environments_of_one_checkout_notice_each_others_builds(made):
-    assert is_up_to_date(made, ".venv-b")
-    assert not is_up_to_date(made, ".venv-a")
-    assert not is_up_to_date(made, ".venv-b", "CXX=another")
-    assert not is_up_to_date(made, ".venv-b", "BITORCH_QLINEAR_BUILD_CUDA=0")
-    assert not is_up_to_date(made, ".venv-b", "TORCH_CUDA_ARCH_LIST=9.0a")
-
-
-def test_build_without_make_is_noticed(made):
-    (made / "build" / "built-by").write_text("\n")
-    assert not is_up_to_date(made, ".venv-b")
-
-
-def test_other_sources_are_noticed_whatever_their_time(made):
-    (made / "csrc" / "ops.cpp").write_text("y")
-    os.utime(made / "csrc" / "ops.cpp", (1e9, 1e9))
-    assert not is_up_to_date(made, ".venv-b")
 
 
 @pytest.fixture(scope="module")
