@@ -64,7 +64,7 @@ benchmark-check:  ## compare the committed figures with a fresh run
 	@$(SETUP) benchmark
 	$(PY) -m benchmarks.check
 gpu:  ## build for the GPU here, test it and time it, in less than 8 minutes
-	@start=$$(date +%s); ($(SETUP) gpu) && $(PY) -m benchmarks.gpu_run --results '$(RESULTS)' --start $$start
+	@start=$$(date +%s); ($(SETUP) gpu) && $(PY) -m tools.gpu_run --results '$(RESULTS)' --start $$start
 fuzz:  ## call the operators with 100,000 sets of hostile arguments
 	@$(SETUP) test
 	PYTHONPATH=tests $(PY) -m fuzz $(or $(ARGS),--cases 100000)

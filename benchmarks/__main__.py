@@ -11,7 +11,6 @@ COMMANDS = {
     "memory": ("benchmarks.memory", "resident weights and peaks of a packed model"),
     "targets": ("benchmarks.targets", "what the CPU path aims at, and what it reaches"),
     "gpu": ("benchmarks.gpu", "the CUDA kernels against cuBLAS"),
-    "gpu-model": ("benchmarks.gpu_model", "estimates from the CUDA kernels' machine code; nothing is measured"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Estimates from machine code how near to a chip's peak the kernels can come: ``python -m benchmarks gpu-model``.
+"""Estimates from machine code how near to a chip's peak the kernels can come: ``python -m tools.gpu_model``.
 
 No hardware is used, and nothing is measured. A row of the table is a kernel on a target: what a thread and a block take
 of a multiprocessor, and what a warp does in one pass of the main loop far from all edges, in clocks of the
@@ -242,7 +242,7 @@ def table(library: Path, targets: list[str]) -> list[list[object]]:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu-model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.gpu_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--library", type=Path, default=LIBRARY, help="the compiled CUDA operators")
     parser.add_argument("--target", choices=list(RATES), action="append", help="one target, or several (all)")

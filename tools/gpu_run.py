@@ -62,7 +62,7 @@ def parts(results: Path) -> list[Part]:
         Part("environment", ["sh", "-c", environment], 30, "environment.txt"),
         Part("tests", pytest, 150, "tests.txt"),
         Part("benchmarks", benchmarks, 140, "gpu.txt", told=True),
-        Part("sanitizers", [python, "-m", "benchmarks.sanitize"], SECONDS, "sanitizer.txt", told=True),
+        Part("sanitizers", [python, "-m", "tools.sanitize"], SECONDS, "sanitizer.txt", told=True),
     ]
 
 
@@ -146,7 +146,7 @@ def run_all(every: list[Part], results: Path, end: float) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_run", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_run", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, required=True, metavar="FOLDER", help="for at most 7 files")
     parser.add_argument("--start", type=float, default=time.time(), help="of the 8 minutes, in seconds since the epoch")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Runs every CUDA kernel under NVIDIA's compute-sanitizer: ``python -m benchmarks.sanitize``.
+"""Runs every CUDA kernel under NVIDIA's compute-sanitizer: ``python -m tools.sanitize``.
 
 Four runs of one small program, side by side: memcheck (accesses outside of an allocation or misaligned), racecheck
 (shared memory), synccheck (barriers) and initcheck (reads of what nobody wrote). A tool that is missing or that the
@@ -154,7 +154,7 @@ def wait(process: subprocess.Popen, seconds: float) -> int | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.sanitize", description=__doc__.splitlines()[0])
     parser.add_argument("--inside", action="store_true", help="the program that the tools run")
     parser.add_argument("--seconds", type=float, default=80.0, help="for all tools (80)")
     options = parser.parse_args()
@@ -163,7 +163,7 @@ def main() -> None:
     elif (sanitizer := find_tool("compute-sanitizer")) is None:
         print("compute-sanitizer is not there: nothing was sanitized.")
     else:
-        sys.exit(run_tools([sanitizer], [sys.executable, "-m", "benchmarks.sanitize", "--inside"], options.seconds))
+        sys.exit(run_tools([sanitizer], [sys.executable, "-m", "tools.sanitize", "--inside"], options.seconds))
 
 
 if __name__ == "__main__":

@@ -395,7 +395,7 @@ def test_commands_are_listed(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, "benchmarks")
     listed = capsys.readouterr().out
-    assert end.value.code == 2 and all(name in listed for name in ("cpu", "train", "memory", "targets", "gpu-model"))
+    assert end.value.code == 2 and all(name in listed for name in ("cpu", "train", "memory", "targets"))
 
 
 def test_readme_is_made_of_the_committed_figures():

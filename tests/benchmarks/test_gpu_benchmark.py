@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_run, sanitize
+from benchmarks import gpu
+from tools import gpu_run, sanitize
 
 CPU = torch.device("cpu")
 SMALL = [gpu.Shape(3, 16, 45), gpu.Shape(17, 16, 64)]

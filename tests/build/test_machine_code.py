@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import bitorch_qlinear
-from benchmarks import gpu_model, machine_code
-from benchmarks.machine_code import CHIPS, Bounds, Instruction, Kernel, Resources
 from bitorch_qlinear import _library
+from tools import gpu_model, machine_code
+from tools.machine_code import CHIPS, Bounds, Instruction, Kernel, Resources
 
 LIBRARY = Path(bitorch_qlinear.__file__).with_name("_ops_cuda.so")
 HEURISTICS = Path(__file__).parents[2] / "csrc" / "cuda" / "heuristics.h"
