@@ -80,7 +80,7 @@ ptx-full:  ## run the CUDA kernels' PTX of all targets on many more shapes, for 
 	PTX_FULL=1 $(PY) -m pytest $$($(PY) tools/environment.py pytest-options -- tests/ptx) --no-cov tests/ptx $(ARGS)
 ptx-report:  ## count what the CUDA kernels' PTX does with memory; needs nvcc
 	@$(SETUP) test
-	cd tests && CI=true ../$(PY) -m ptx.report
+	CI=true PYTHONPATH=tests $(PY) -m ptx.report
 build:  ## set up .venv and compile the extension
 	@$(SETUP) build
 clean:  ## remove what was built (not .venv)

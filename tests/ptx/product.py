@@ -16,8 +16,8 @@ import pytest
 import torch
 from support.reference import BITS, assert_equal, epilogue, pack, product, random_values, unpack
 
-from .machine import In, Module, Out, Struct, compile_cached, nvcc
-from .mutate import Mutant
+from tools.ptx.machine import In, Module, Out, Struct, compile_cached, nvcc
+from tools.ptx.mutate import Mutant
 
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 # `make ptx-full`: all targets, and more shapes. (compute_80, which the build keeps as PTX, is what sm_80 is made of.)

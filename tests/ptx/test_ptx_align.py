@@ -5,8 +5,9 @@ import pytest
 import torch
 from support.reference import assert_equal, pack, unpack
 
-from .machine import In, Module, Out, Report, Struct
-from .mutate import assert_caught, remove_barriers
+from tools.ptx.machine import In, Module, Out, Report, Struct
+from tools.ptx.mutate import assert_caught, remove_barriers
+
 from .product import (
     TARGETS,
     aligned_words_for,

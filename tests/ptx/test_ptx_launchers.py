@@ -10,6 +10,8 @@ import pytest
 import torch
 from support.reference import FLOATS
 
+from tools.ptx.machine import In, Module, Out, PtxFault, Report, Struct
+
 from . import (
     test_ptx_mma_sm75 as mma_sm75,
 )
@@ -23,7 +25,6 @@ from . import (
     test_ptx_skinny_mma_sm80 as skinny_mma_sm80,
 )
 from .launcher import INVALID_CONFIGURATION, INVALID_VALUE, NAMES, SUCCESS, TARGET, Launch, Launcher
-from .machine import In, Module, Out, PtxFault, Report, Struct
 from .product import DTYPES, Call, aligned_words_for, ceil_div, kernel, module, product_call, source, total_letter
 from .rows import row_grid
 from .test_ptx_align import SEGMENT as ALIGN_SEGMENT

@@ -7,8 +7,9 @@ import pytest
 import torch
 from support.reference import FLOATS, assert_equal, in_range, pack, random_values, signs, unpack
 
-from .machine import In, Module, Out, Report, Struct
-from .mutate import assert_caught, remove_barriers
+from tools.ptx.machine import In, Module, Out, Report, Struct
+from tools.ptx.mutate import assert_caught, remove_barriers
+
 from .product import (
     DTYPES,
     TARGETS,

@@ -5,8 +5,9 @@ import pytest
 import torch
 from support.reference import FLOATS, assert_equal, unpack, unpack_signs
 
-from .machine import In, Module, Out, Report, Struct
-from .mutate import assert_caught
+from tools.ptx.machine import In, Module, Out, Report, Struct
+from tools.ptx.mutate import assert_caught
+
 from .product import DTYPES, TARGETS, ceil_div, compiled, drawn_rows, edited, kernel, module, numpy, seeded, source
 from .rows import row_grid
 

@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..machine import SHARED_LIMIT, Buffer, Module, Pointer, Report, Struct, _build, _dim3, nvcc, nvcc_release
+from tools.ptx.machine import SHARED_LIMIT, Buffer, Module, Pointer, Report, Struct, _build, _dim3, nvcc, nvcc_release
+
 from ..product import CUDA, module, source
 
 HERE = Path(__file__).parent
