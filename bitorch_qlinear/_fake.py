@@ -1,6 +1,6 @@
 """Shapes and dtypes of the operators' results without data, for torch.compile, torch.export and meta tensors.
 
-The checks are those of csrc/check.h and csrc/tensors.h, in their order and with their messages: what an operator
+The checks are those of csrc/torch/check.h and csrc/torch/tensors.h, in their order and with their messages: what an operator
 refuses when it runs is refused while it is traced. Not visible here are memory and what stands in it: a storage that is
 too short, and of a prepared form all but its dtype, its dimensions and that it has room for a header.
 

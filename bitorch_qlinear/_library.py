@@ -187,7 +187,7 @@ class PreparedLayout(NamedTuple):
 
 
 CUDA_LAYOUT: int = _library.bitorch_qlinear_cuda_layout()
-"""The number of CUDA's prepared form, one for all kernels (csrc/cuda/prepared.cuh)."""
+"""The number of CUDA's prepared form, one for all kernels (csrc/cuda/check_prepared.cuh)."""
 
 
 def prepared_layout() -> PreparedLayout:
