@@ -16,6 +16,7 @@ from .product import (
     drawn_rows,
     edited,
     kernel,
+    layout,
     module,
     prepared_header,
     row_popcounts,
@@ -43,7 +44,7 @@ def check_align(
     out = Out(np.zeros((m, aligned_words_for(k)), np.int32))
     outputs = [counts, *([out] if aligned else []), *([head] if header else [])]
     job = Struct(
-        "QqqQQQ", In(words, misalign=misalign), m, k, out if aligned else None, counts, head if header else None
+        layout("Align"), In(words, misalign=misalign), m, k, out if aligned else None, counts, head if header else None
     )
     grid, block = row_grid(max(rows, int(header)), ceil_div(words.shape[1] * 32, SEGMENT))
     # The launcher gives the header by value, for any job.

@@ -19,6 +19,7 @@ from .product import (
     drawn_rows,
     edited,
     kernel,
+    layout,
     module,
     numpy,
     seeded,
@@ -66,7 +67,7 @@ def check_pack(
     outputs = [words, *([] if threshold is None else [in_range_words]), *([counts] if popcounts else [])]
 
     job = Struct(
-        "Qi4xqqq?7xdQqQQ",
+        layout("Pack"),
         *(memory, DTYPES[dtype][0], m, k, stride, strict, threshold or 0.0, words, word_stride),
         *(None if threshold is None else in_range_words, counts if popcounts else None),
     )

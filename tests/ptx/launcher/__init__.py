@@ -24,7 +24,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.ptx.machine import SHARED_LIMIT, Buffer, Module, Pointer, Report, Struct, build_once, dim3, nvcc, nvcc_release
+from tools.ptx.machine import (
+    SHARED_LIMIT,
+    Buffer,
+    Module,
+    Pointer,
+    Report,
+    Struct,
+    build_once,
+    dim3,
+    nvcc,
+    nvcc_release,
+)
 
 from ..product import CUDA, module, source
 
