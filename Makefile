@@ -41,7 +41,7 @@ help:  ## list the targets
 
 demo:  ## train, pack and time a binarized classifier
 	@$(SETUP) demo
-	$(PY) -m bitorch_qlinear.demo $(ARGS)
+	$(PY) -m examples.digits $(ARGS)
 test:  ## run all tests, with coverage
 	@$(SETUP) test
 	$(PY) -m pytest $$($(PY) tools/environment.py pytest-options -- $(ARGS)) $(ARGS)

@@ -223,7 +223,11 @@ if BUILD_CUDA:
     EXTENSIONS.append(
         operator_library(
             "_ops_cuda",
-            ["csrc/torch/ops_cuda.cpp", "csrc/sources.cpp", *sorted([*glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")])],
+            [
+                "csrc/torch/ops_cuda.cpp",
+                "csrc/sources.cpp",
+                *sorted([*glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")]),
+            ],
             ["torch", "torch_cpu", "torch_cuda", "cudart"],
             cuda=True,
         )

@@ -35,11 +35,10 @@ import torch.nn.functional
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from bitorch_qlinear import PackedQLinear, QLinear, _library
+from bitorch_qlinear import PackedQLinear, QLinear, _kernels, _library
 from bitorch_qlinear import functional as F
-from bitorch_qlinear.demo import environment
 from bitorch_qlinear.kernels import forced
-from tools.sanitize import find_tool
+from examples.digits.costs import environment
 
 Call = Callable[[], Any]
 Timer = Callable[[list[Call], bool], list[float]]  # of the calls of one graph, flushed or not: seconds of one call each
@@ -245,7 +244,7 @@ def kernels(device: torch.device) -> list[str]:
     """The CUDA kernels of a device; none for the CPU."""
     if device.type != "cuda":
         return []
-    return _library.available_cuda_kernels(torch.cuda.get_device_capability(device))
+    return _kernels.available_cuda_kernels(torch.cuda.get_device_capability(device))
 
 
 def check(shape: Shape, device: torch.device) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import check, cpu, measuring, memory, peers, plots, readme, targets, train
 from benchmarks.measuring import Shape
-from bitorch_qlinear import _library
+from bitorch_qlinear import _kernels
 
 TINY = Shape("tiny", "square", 3, 33, 5)
 SETTING = {
@@ -58,7 +58,7 @@ def _threads_and_kernel():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    _library.force_kernel(None)
+    _kernels.force_kernel(None)
 
 
 def test_shapes_are_named_once_and_the_quick_ones_are_among_them():

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import bitorch_qlinear
-from bitorch_qlinear import _C, _library, _sources
+from bitorch_qlinear import _C, _kernels, _library, _sources
 
 PACKAGE = Path(bitorch_qlinear.__file__).parent
 ROOT = PACKAGE.parent
@@ -120,30 +120,30 @@ def test_info_prints_as_an_aligned_list():
 
 WHICH = """
 import torch, bitorch_qlinear
-from bitorch_qlinear import _library, functional
+from bitorch_qlinear import _kernels, functional
 words = functional.pack_bits(torch.ones(3, 70))
 layout = int.from_bytes(bytes(functional.prepare_weight(words, 70)[8:12].tolist()), "little")
-print(bitorch_qlinear.info().kernel, _library.prepared_layout()[0], layout, bitorch_qlinear.info().kernel_reason)
+print(bitorch_qlinear.info().kernel, _kernels.prepared_layout()[0], layout, bitorch_qlinear.info().kernel_reason)
 """
 
 
-@pytest.mark.parametrize("name", [*_library.available_kernels(), ""])
+@pytest.mark.parametrize("name", [*_kernels.available_kernels(), ""])
 def test_kernel_by_environment(name):
-    expected = name or _library.available_kernels()[0]
+    expected = name or _kernels.available_kernels()[0]
     result = run_python(WHICH, BITORCH_QLINEAR_CPU_KERNEL=name)
     assert result.returncode == 0, result.stderr
     kernel, panel, layout, reason = last_line(result).split(" ", 3)
     # Proven by the form that it gives to weights, not by its word alone.
     forms = {"avx2": (64, 3), "avx512": (64, 4)}
     assert (kernel, int(panel), int(layout)) == (expected, *forms.get(expected, (1, 0)))
-    automatic = expected == _library.available_kernels()[0]
+    automatic = expected == _kernels.available_kernels()[0]
     assert ("forced" in reason) != automatic
 
 
 @pytest.mark.parametrize("name", ["avx1024", "AVX2", "scalar "])
 def test_unknown_kernel_is_an_error_at_import(name):
     result = run_python("import bitorch_qlinear", BITORCH_QLINEAR_CPU_KERNEL=name)
-    kernels = ", ".join(_library.available_kernels())
+    kernels = ", ".join(_kernels.available_kernels())
     assert result.returncode != 0
     assert last_line(result) == (
         f"RuntimeError: BITORCH_QLINEAR_CPU_KERNEL: expected one of the kernels that this processor can run "

@@ -157,7 +157,7 @@ def test_quantizations_by_name_module_and_none(name):
 
 
 def test_registered_quantization(monkeypatch):
-    monkeypatch.setattr(quantizations, "_classes", dict(quantizations._classes))
+    monkeypatch.setattr(quantizations.registry, "_classes", dict(quantizations.registry._classes))
 
     @register_quantization
     class Halves(quantizations.Quantization):

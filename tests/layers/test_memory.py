@@ -29,18 +29,20 @@ from support.reference import (
     unpack_signs,
 )
 
-from bitorch_qlinear import _library
+from bitorch_qlinear import _kernels
 from bitorch_qlinear import functional as F
 
 
 @pytest.mark.parametrize("side", ["end", "begin"])
-@pytest.mark.parametrize("kernel", _library.available_kernels())
+@pytest.mark.parametrize("kernel", _kernels.available_kernels())
 def test_guard_pages(kernel, side):
     environment = {**os.environ, "BITORCH_QLINEAR_CPU_KERNEL": kernel, "MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "165"}
     environment["OMP_NUM_THREADS"] = "1"
+    tests = Path(__file__).parents[1]  # for the modules in tests/support
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tests), os.environ.get("PYTHONPATH")]))
     environment["LD_PRELOAD"] = "libc_malloc_debug.so.0"  # ignored with a warning where there is none
     command = [sys.executable, __file__, kernel, side]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tests.parent)
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
     assert result.stdout.splitlines()[-1] == f"{kernel} checked"
 
@@ -79,7 +81,7 @@ class Guarded:
 
 
 def check(kernel: str, side: str) -> None:
-    assert _library.active_kernel() == kernel
+    assert _kernels.active_kernel() == kernel
     generator = torch.Generator().manual_seed(0)
     guarded = Guarded(side)
     ks = [0, 1, 7, 8, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 191, 255, 256, 257, 300, 479, 481, 600, 1023]

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from tools.ptx.machine import build_once
 
-from bitorch_qlinear import _library
+from bitorch_qlinear import _kernels
+from tools.ptx.machine import build_once
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -289,7 +289,7 @@ def test_every_kernel_has_a_file_and_a_launcher():
     assert all(stem in launchers for stem, launchers in defined.items())
     launchers = sorted(name for names in defined.values() for name in names)
     assert launchers == sorted(f"gemm_{name}" for name in KERNELS)
-    assert list(_library.CUDA_KERNELS) == KERNELS
+    assert list(_kernels.CUDA_KERNELS) == KERNELS
     declared = re.findall(r"^cudaError_t (gemm_\w+)\(", (CUDA / "kernels.h").read_text(), re.M)
     assert sorted(declared) == launchers
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from bitorch_qlinear import _library
+from bitorch_qlinear import _kernels
 
 # csrc/cpu/gemm_avx2.cpp: values a group, a unit, a block (byte counts) and a span (16-bit counts); rows a tile.
 GROUP, UNIT, BLOCK, SPAN = 12, 24, 240, 65520
@@ -31,8 +31,8 @@ def around(*bounds: int) -> list[int]:
 
 def tile(kernel: str) -> tuple[int, int]:
     """Outputs a panel and values a unit of the kernel, which must be active."""
-    assert _library.active_kernel() == kernel
-    panel, unit, *_ = _library.prepared_layout()
+    assert _kernels.active_kernel() == kernel
+    panel, unit, *_ = _kernels.prepared_layout()
     return panel, unit
 
 
