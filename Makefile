@@ -45,6 +45,13 @@ demo:  ## train, pack and time a binarized classifier
 test:  ## run all tests, with coverage
 	@$(SETUP) test
 	$(PY) -m pytest $$($(PY) tools/environment.py pytest-options -- $(ARGS)) $(ARGS)
+check:  ## lint and one quick case of each test, in less than a minute; leaves out the PTX
+	@$(SETUP) check
+	@$(MAKE) -s lint
+	$(PY) -m pytest -q -r fE $$($(PY) tools/environment.py parallel-options) --quick --ignore=tests/ptx tests
+docs:  ## build the documentation, with warnings as errors
+	@$(SETUP) docs
+	$(PY) -m sphinx -W --keep-going -q -b html docs build/docs $(ARGS)
 lint:  ## check style and types
 	@$(SETUP) lint
 	$(PY) -m ruff check
@@ -77,7 +84,7 @@ neon:  ## test the NEON kernel in an emulator; needs g++-aarch64-linux-gnu and q
 simde:  ## test the AVX-512 kernels through SIMDe, on any x86-64 with AVX2; needs libsimde-dev
 ptx-full:  ## run the CUDA kernels' PTX of all targets on many more shapes, for 8 minutes; needs nvcc
 	@$(SETUP) test
-	PTX_FULL=1 $(PY) -m pytest $$($(PY) tools/environment.py pytest-options -- tests/ptx) --no-cov tests/ptx $(ARGS)
+	PTX_FULL=1 $(PY) -m pytest $$($(PY) tools/environment.py parallel-options) tests/ptx $(ARGS)
 ptx-report:  ## count what the CUDA kernels' PTX does with memory; needs nvcc
 	@$(SETUP) test
 	CI=true PYTHONPATH=tests $(PY) -m ptx.report

@@ -39,6 +39,7 @@ from bitorch_qlinear import PackedQLinear, QLinear, _kernels, _library
 from bitorch_qlinear import functional as F
 from bitorch_qlinear.kernels import forced
 from examples.digits.costs import environment
+from tools.sanitize import find_tool
 
 Call = Callable[[], Any]
 Timer = Callable[[list[Call], bool], list[float]]  # of the calls of one graph, flushed or not: seconds of one call each

@@ -414,6 +414,11 @@ def report_missing(python: str, extras: Sequence[str]) -> None:
         print(f"make: going on without {', '.join(optional)} (not installed; some targets and tests need them)")
 
 
+def parallel_options() -> list[str]:
+    """Return the options of pytest for a parallel run, if the running environment has the plugin."""
+    return ["-n", "auto"] if importlib.util.find_spec("xdist") else []
+
+
 def pytest_options(arguments: Sequence[str]) -> list[str]:
     """Return the options of pytest for a parallel run with coverage, as far as the running environment has plugins.
 
@@ -422,7 +427,7 @@ def pytest_options(arguments: Sequence[str]) -> list[str]:
     Args:
         arguments: The arguments that select tests; empty for the whole run.
     """
-    options = ["-n", "auto"] if importlib.util.find_spec("xdist") else []
+    options = parallel_options()
     if importlib.util.find_spec("pytest_cov"):
         options += ["--cov", "--cov-fail-under=0"] if arguments else ["--cov"]
     return options
@@ -436,11 +441,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--torch", default="torch", help="the torch that pip installs")
     parser.add_argument("--index", default="", help="the package index that torch comes from")
     parser.add_argument("--system-torch", default="", help="1: use the torch and the packages of this Python")
-    parser.add_argument("target", help="a target of the Makefile; also missing and pytest-options")
+    parser.add_argument("target", help="a target of the Makefile; also missing, parallel-options and pytest-options")
     parser.add_argument("arguments", nargs="*", help="of missing: extras; of pytest-options: arguments of pytest")
     options = parser.parse_args(arguments)
     if options.target == "missing":
         return report_missing(options.python, options.arguments)
+    if options.target == "parallel-options":
+        return print(shlex.join(parallel_options()))
     if options.target == "pytest-options":
         return print(shlex.join(pytest_options(options.arguments)))
     system = options.system_torch not in ("", "0")

@@ -194,6 +194,7 @@ def test_target_whose_peer_is_absent():
     assert "not measured: no bnn" in targets.table([figure])
 
 
+@pytest.mark.slow
 def test_every_target_is_measured_at_a_tiny_size(monkeypatch):
     shapes = [Shape(s.name, s.group, min(s.m, 3), min(s.k, 40), min(s.n, 24)) for s in measuring.load_shapes()]
     monkeypatch.setattr(targets, "load_shapes", lambda quick=False: shapes)
@@ -364,6 +365,7 @@ def test_train_run_from_end_to_end(monkeypatch, capsys, tmp_path):
     assert {each["epochs"] for each in runs.values()} == {1} and "8 wide" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_from_end_to_end(capsys, tmp_path):
     large = bytearray(b"1") * (256 << 20)  # a peak of this process, which must not hide that of the ones it starts
     memory.main(["--size", "256", "--layers", "2", "--batch", "2", "--json", str(tmp_path / "memory.json")])

@@ -218,6 +218,7 @@ def test_the_shapes_of_the_targets_come_first():
 # ---- the runner ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_hides_no_other(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(gpu_run, "SPARE", 0)
 
@@ -240,6 +241,7 @@ def test_a_part_that_fails_hides_no_other(tmp_path, capfd, monkeypatch):
     assert gpu_run.run_all(every[3:], tmp_path, time.time() + 60)
 
 
+@pytest.mark.slow
 def test_all_ends_in_time(tmp_path, capfd, monkeypatch):
     """The last part gets what remains, and is told; what has no time is said and does not succeed."""
     monkeypatch.setattr(gpu_run, "SPARE", 1)
@@ -258,6 +260,7 @@ def test_all_ends_in_time(tmp_path, capfd, monkeypatch):
     assert "late" in late and late.endswith("out of time") and not (tmp_path / "late.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_part_that_is_stopped_may_say_how_far_it_came(tmp_path):
     code = """
 import time
@@ -272,6 +275,7 @@ except KeyboardInterrupt:
     assert (tmp_path / "tests.txt").read_text() == "working\ntwo failed\n\nstopped after 2 s\n"
 
 
+@pytest.mark.slow
 def test_a_part_that_ignores_the_interrupt_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_run, "GRACE", 1)
     code = (
@@ -372,6 +376,7 @@ def test_verdicts(code, output, deserved, said):
     assert sanitize.verdict(code, output, 80.0)[1].startswith(said)
 
 
+@pytest.mark.slow
 def test_tools_run_side_by_side(tmp_path, capfd):
     fake = tmp_path / "fake.py"
     fake.write_text(

@@ -151,6 +151,7 @@ def test_unknown_kernel_is_an_error_at_import(name):
     )
 
 
+@pytest.mark.slow
 def test_the_former_name_of_the_variable_is_an_error_at_import():
     """Ignored, it would silently measure or test another kernel than the one that was asked for."""
     result = run_python("import bitorch_qlinear", BITORCH_QLINEAR_CPU="scalar")
@@ -220,6 +221,7 @@ OTHER_SOURCES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["csrc/cpu/pack_portable.h", "csrc/cuda/pack.cu", "csrc/new.cpp", "setup.py", None])
 def test_stale_build_of_the_same_version(tmp_path, changed):
     copy_of_the_package(tmp_path, with_sources=True)
@@ -234,6 +236,7 @@ def test_stale_build_of_the_same_version(tmp_path, changed):
         assert last_line(result) == "imported"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -254,6 +257,7 @@ def test_operators_from_other_sources_than_the_module(tmp_path, with_sources, ol
     assert "make build" in last_line(result)
 
 
+@pytest.mark.slow
 def test_module_that_had_no_digest(tmp_path):
     result = run_python(
         "import sys, types\n"
@@ -313,6 +317,7 @@ def run_setup(folder, *arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_sdist_holds_every_file_whatever_torch_makes_it(tmp_path):
     pytest.importorskip("pybind11")
     if not (CHECKOUT / ".git").exists() or shutil.which("git") is None:
@@ -344,6 +349,7 @@ def hollow(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_build_has_a_digest_and_a_record(hollow):
     result = run_setup(hollow, "build_ext", "--inplace", BITORCH_QLINEAR_BUILT_BY="this environment")
     assert result.returncode == 0, result.stdout
@@ -364,6 +370,7 @@ def test_build_has_a_digest_and_a_record(hollow):
         assert b"new content" in library.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_old_name_of_the_cuda_switch_stops_a_build(hollow):
     result = run_setup(hollow, "build_ext", "--inplace", BITORCH_QLINEAR_CUDA="0")
     assert result.returncode != 0 and not [*hollow.glob("bitorch_qlinear/*.so")]
@@ -372,6 +379,7 @@ def test_the_old_name_of_the_cuda_switch_stops_a_build(hollow):
     )
 
 
+@pytest.mark.slow
 def test_setuptools_that_makes_no_wheels_is_named():
     code = (
         "import runpy, sys\n"
@@ -455,6 +463,7 @@ def test_reason_against_cuda(build, torch_cuda, reason):
     assert bool(_library._reason_against_cuda(build, torch_cuda)) == bool(reason)
 
 
+@pytest.mark.slow
 def test_no_exception_leaves_a_plain_c_function():
     code = (
         "import ctypes, sys; lib = ctypes.CDLL(sys.argv[1]); out = (ctypes.c_int64 * 4)()\n"

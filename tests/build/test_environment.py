@@ -332,8 +332,9 @@ def test_options_of_pytest_follow_the_plugins(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert pytest_options([]) == ["-n", "auto", "--cov"]
     assert pytest_options(["-k", "pack"]) == ["-n", "auto", "--cov", "--cov-fail-under=0"]
+    assert environment.parallel_options() == ["-n", "auto"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert pytest_options([]) == []
+    assert pytest_options([]) == environment.parallel_options() == []
 
 
 def test_the_command_line_takes_options_of_pytest(capsys):
@@ -357,6 +358,7 @@ def test_commands_are_shortened_and_warnings_stay():
 # ---- end to end --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_make_sets_up_with_the_systems_torch_and_without_a_network(tmp_path):
     """Everything is real, except that the C++ files are empty: only the file with the digest is compiled in full."""
     pytest.importorskip("pybind11")
