@@ -37,8 +37,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from bitorch_qlinear import PackedQLinear, QLinear, _kernels, _library
 from bitorch_qlinear import functional as F
-from bitorch_qlinear.demo import environment
 from bitorch_qlinear.kernels import forced
+from examples.digits.costs import environment
 
 from .sanitize import find_tool
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import nn
 import bitorch_qlinear
-from bitorch_qlinear.demo import resident_bytes
+from examples.digits.costs import resident_bytes
 torch.set_num_threads(1)
 kind, size, count, batch = sys.argv[1], *map(int, sys.argv[2:])
 layer = getattr(bitorch_qlinear, kind, nn.Linear)

@@ -220,7 +220,7 @@ OTHER_SOURCES = (
 )
 
 
-@pytest.mark.parametrize("changed", ["csrc/cpu/bits.h", "csrc/cuda/pack.cu", "csrc/new.cpp", "setup.py", None])
+@pytest.mark.parametrize("changed", ["csrc/cpu/pack_portable.h", "csrc/cuda/pack.cu", "csrc/new.cpp", "setup.py", None])
 def test_stale_build_of_the_same_version(tmp_path, changed):
     copy_of_the_package(tmp_path, with_sources=True)
     if changed:
@@ -268,7 +268,7 @@ def test_module_that_had_no_digest(tmp_path):
 def test_digest_is_of_names_and_contents(tmp_path):
     def digest(**files):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        for name, content in {"setup.py": "", "csrc/ops_cpu.cpp": "", **files}.items():
+        for name, content in {"setup.py": "", "csrc/torch/ops_cpu.cpp": "", **files}.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(content)
         return _sources.digest(folder)
@@ -276,7 +276,7 @@ def test_digest_is_of_names_and_contents(tmp_path):
     different = [
         digest(),
         digest(**{"setup.py": "x"}),
-        digest(**{"csrc/ops_cpu.cpp": "x"}),
+        digest(**{"csrc/torch/ops_cpu.cpp": "x"}),
         digest(**{"csrc/a.h": "ab", "csrc/b.h": "c"}),
         digest(**{"csrc/a.h": "a", "csrc/b.h": "bc"}),
         digest(**{"csrc/b.h": "a", "csrc/a.h": "bc"}),
@@ -289,10 +289,10 @@ def test_digest_is_of_names_and_contents(tmp_path):
 
 def test_no_digest_beside_an_installed_package(tmp_path):
     assert _sources.digest(tmp_path) is None
-    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "torch").mkdir(parents=True)
     (tmp_path / "csrc" / "foreign.cpp").touch()
     assert _sources.digest(tmp_path) is None
-    (tmp_path / "csrc" / "ops_cpu.cpp").touch()
+    (tmp_path / "csrc" / "torch" / "ops_cpu.cpp").touch()
     assert _sources.digest(tmp_path) is None  # there is no setup.py
 
 
@@ -412,9 +412,9 @@ def made(tmp_path):
     """A checkout with two environments in which make was run, the second time in .venv-b; nothing is really there."""
     for name in ("Makefile", "setup.py", "pyproject.toml"):
         shutil.copy(CHECKOUT / name, tmp_path)
-    for folder in ("csrc", "bitorch_qlinear", "build", ".venv-a", ".venv-b"):
-        (tmp_path / folder).mkdir()
-    for name in ("csrc/ops.cpp", "bitorch_qlinear/_version.py", "bitorch_qlinear/_sources.py"):
+    for folder in ("csrc/torch", "bitorch_qlinear", "build", ".venv-a", ".venv-b"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("csrc/torch/ops.cpp", "bitorch_qlinear/_version.py", "bitorch_qlinear/_sources.py"):
         (tmp_path / name).write_text("x")
     for path in (tmp_path, *tmp_path.rglob("*")):
         os.utime(path, (1e9, 1e9))
@@ -541,7 +541,7 @@ def test_no_exception_leaves_a_plain_c_function():
     [
         ("multiply_tile<", r"vpopcntd .*%zmm"),  # gemm_avx512.cpp, whether or not the processor has AVX-512
         ("pair_planar", r"vpshufb .*%ymm"),  # gemm_avx2.cpp
-        ("four_russians.*add_block", r"vpaddb 0x[0-9a-f]*\(.*%ymm"),
+        ("gemm_tables.*add_block", r"vpaddb 0x[0-9a-f]*\(.*%ymm"),
         ("gemm_by_words.*Tile", r"popcnt .*%r"),  # gemm_popcnt.cpp
     ],
 )

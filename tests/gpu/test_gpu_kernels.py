@@ -275,7 +275,7 @@ def test_unpacking(dtype):
 
 
 def test_the_prepared_form():
-    """Header, popcounts padded to 16 bytes, and aligned words where k is no multiple of 128 (prepared.cuh)."""
+    """Header, popcounts padded to 16 bytes, and aligned words where k is no multiple of 128 (check_prepared.cuh)."""
     for n, k in itertools.product([1, 3, 4, 5, 66], DEPTHS):
         words = random_words(n, k, generator(8), stray=True)
         bits = F.unpack_bits(words, k, torch.bool)

@@ -26,11 +26,6 @@ K, N = 70, 400  # enough words for a layer to keep their form
 X = torch.linspace(-1, 1, 3 * K).reshape(3, K).mul(1e3).sin()
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def layer_like(k=K, n=N, **options):
     layer = QLinear(k, n, **options).eval()
     if layer.weight.numel():

@@ -13,8 +13,8 @@ from torch.func import vmap
 from bitorch_qlinear import QLinear, _kernels
 from bitorch_qlinear import functional as F
 
-# csrc/cpu/float_by_bits.h: values a group and a pass, passes a span, passes and columns whose codes are made together;
-# rows of a tile; csrc/cpu/share.h: columns of one.
+# csrc/cpu/sign_gemm.h: values a group and a pass, passes a span, passes and columns whose codes are made together;
+# rows of a tile; csrc/cpu/product.h: columns of one.
 GROUP, PASS, PASSES_PER_SPAN, CODE_PASSES, CODE_COLUMNS, ROW_TILE, MOST_COLUMNS = 6, 30, 64, 16, 32, 16, 4096
 # Beyond the rows that any kernel computes one after the other.
 FEW_ROWS = range(1, 12)

@@ -10,13 +10,13 @@ from bitorch_qlinear import _kernels
 GROUP, UNIT, BLOCK, SPAN = 12, 24, 240, 65520
 ROW_TILE = 128
 PANEL = 64
-# csrc/cpu/four_russians_avx2.h: rows a table, the fewest that are worth one, and outputs, and values (and the most);
+# csrc/cpu/gemm_tables_avx2.h: rows a table, the fewest that are worth one, and outputs, and values (and the most);
 # values a block; outputs a strip and those that are finished together.
 TABLE_ROWS, FEWEST_ROWS, FEWEST_OUTPUTS, FEWEST_VALUES, MOST_VALUES = 64, 58, 512, 768, 16384
 TABLE_BLOCK, STRIP, FINISHED = 120, 1024, 128
 # csrc/cpu/gemm_avx512.cpp has the same panel and row tile; its unit is a word. Values of K a cache block.
 CACHE_BLOCK = 16384
-# csrc/ops_cpu.cpp: multiply-adds below which one thread works.
+# csrc/torch/ops_cpu.cpp: multiply-adds below which one thread works.
 SERIAL_PRODUCTS = 1 << 24
 SERIAL_VALUES = 1 << 16
 

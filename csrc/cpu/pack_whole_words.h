@@ -1,0 +1,46 @@
+// The rows' loop of every instruction set's packing, over its signs() and in_range() of 32 values.
+#pragma once
+
+// Included behind these two, inside the region of the instruction set.
+#include "pack_portable.h"
+
+namespace bitorch_qlinear {
+namespace {
+
+// How far ahead of the values that are packed memory is asked for: a page, at whose end the processor's own prefetching
+// stops. Packing 64 MiB that no cache holds takes 5.5 ms with it and 6.4 without (Intel Xeon with AVX-512; torch.sum
+// 5.9), and as the first half of a product 6.1 and 8.8.
+constexpr int64_t kPrefetchBytes = 4096, kLineBytes = 64;
+
+// Whole words by vectors; the last, partial one by the twin.
+template <class T, bool Strict, bool InRange>
+inline void pack_words(const T* x, int64_t k, double threshold, uint32_t* words, uint32_t* range_words) {
+    const int64_t whole = k / kWordBits;
+    for (int64_t w = 0; w < whole; ++w) {
+        const T* from = x + w * kWordBits;
+        for (int64_t at = 0; at < kWordBits * static_cast<int64_t>(sizeof(T)); at += kLineBytes) {
+            __builtin_prefetch(reinterpret_cast<const uint8_t*>(from) + kPrefetchBytes + at);
+        }
+        words[w] = Strict ? signs<false>(from) : ~signs<true>(from);
+        if (InRange) range_words[w] = in_range(from, threshold);
+    }
+    if (k % kWordBits) {
+        pack_row_portable<T>(x + whole * kWordBits, k % kWordBits, Strict, threshold, words + whole,
+                             InRange ? range_words + whole : nullptr);
+    }
+}
+
+template <class T>
+void pack_row_by_words(const void* row, int64_t k, bool strict, double threshold, uint32_t* words, uint32_t* in_range) {
+    const T* x = static_cast<const T*>(row);
+    if (in_range) {
+        strict ? pack_words<T, true, true>(x, k, threshold, words, in_range)
+               : pack_words<T, false, true>(x, k, threshold, words, in_range);
+    } else {
+        strict ? pack_words<T, true, false>(x, k, threshold, words, in_range)
+               : pack_words<T, false, false>(x, k, threshold, words, in_range);
+    }
+}
+
+}  // namespace
+}  // namespace bitorch_qlinear

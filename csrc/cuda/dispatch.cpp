@@ -1,0 +1,79 @@
+#include "dispatch.h"
+
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace bitorch_qlinear::cuda {
+namespace {
+
+// The value, or the sentence as an exception.
+template <class T>
+T value_of(OrError<T> result) {
+    if (const std::string* sentence = std::get_if<std::string>(&result)) {
+        throw std::runtime_error("bitorch_qlinear: " + *sentence);
+    }
+    return std::get<T>(std::move(result));
+}
+
+std::atomic<const KernelRecord*>& forced() {
+    static std::atomic<const KernelRecord*> kernel{[] {
+        const char* name = std::getenv(kKernelVariable);
+        return value_of(find_kernel(name ? name : ""));
+    }()};
+    return kernel;
+}
+
+void check(cudaError_t error) {
+    if (error == cudaSuccess) return;
+    throw std::runtime_error(std::string("bitorch_qlinear: the CUDA devices do not tell what they are: ") +
+                             cudaGetErrorString(error));
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device));
+    return value;
+}
+
+// The figures of all devices, which are asked for once.
+const std::vector<Gpu>& devices() {
+    static const std::vector<Gpu> all = [] {
+        int count = 0;
+        check(cudaGetDeviceCount(&count));
+        std::vector<Gpu> found;
+        for (int i = 0; i < count; ++i) {
+            found.push_back(
+                {10 * attribute(cudaDevAttrComputeCapabilityMajor, i) + attribute(cudaDevAttrComputeCapabilityMinor, i),
+                 attribute(cudaDevAttrMultiProcessorCount, i)});
+        }
+        return found;
+    }();
+    return all;
+}
+
+}  // namespace
+
+void check_supported(int32_t device_index) { value_of(decide(nullptr, devices().at(device_index), 0, 0, 0)); }
+
+Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k) {
+    return choose_kernel(devices().at(device_index), m, n, k);
+}
+
+void force_kernel(const std::string& name) { forced().store(value_of(find_kernel(name))); }
+
+std::string forced_kernel() {
+    const KernelRecord* kernel = forced().load();
+    return kernel ? kernel->name : "";
+}
+
+Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
+    return value_of(decide(forced().load(std::memory_order_relaxed), gpu, m, n, k));
+}
+
+}  // namespace bitorch_qlinear::cuda

@@ -1,0 +1,43 @@
+// The device and the stream that an operator launches its kernels on.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <cstdint>
+
+#include "../cuda/dispatch.h"
+#include "check.h"
+
+namespace bitorch_qlinear::cuda {
+
+// torch's current stream of a device. (torch::stable::Stream hands out no handle before torch 2.13.)
+inline cudaStream_t current_stream(int32_t device_index) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+    return static_cast<cudaStream_t>(stream);
+}
+
+// Where an operator launches: its device and the stream that torch has current there. While the object lives, the device
+// is the current one. The constructor throws if no kernel runs on the device.
+class Launch {
+  public:
+    explicit Launch(const Device& device)
+        : guard_(checked(device.index)), device_(device), stream_(current_stream(device.index)) {}
+
+    const Device& device() const { return device_; }
+    cudaStream_t stream() const { return stream_; }
+
+  private:
+    static int32_t checked(int32_t device_index) {
+        check_supported(device_index);
+        return device_index;
+    }
+
+    torch::stable::accelerator::DeviceGuard guard_;
+    Device device_;
+    cudaStream_t stream_;
+};
+
+}  // namespace bitorch_qlinear::cuda

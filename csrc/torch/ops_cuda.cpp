@@ -1,0 +1,311 @@
+// The operators on CUDA: check, allocate from torch's allocator, choose the kernel, launch in the current stream. Nothing
+// here waits for the device.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../cuda/dispatch.h"
+#include "../cuda/kernels.h"
+#include "../cuda/prepared.h"
+#include "cuda_stream.h"
+#include "tensors.h"
+
+namespace bitorch_qlinear::cuda {
+namespace {
+
+// The first argument's device. torch dispatches to CUDA if any tensor is on it, so this one may be elsewhere.
+Device device_of(const char* argument, const Tensor& tensor) {
+    Device device{aoti_torch_device_type_cuda(), -1};
+    int32_t type = 0;
+    check_given(argument, tensor);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    if (type != device.type) fail(argument, "expected a tensor on the CUDA device that other arguments are on");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
+    return device;
+}
+
+void check_launch(const char* kernel, cudaError_t error) {
+    if (error == cudaSuccess) return;
+    throw std::runtime_error(std::string("bitorch_qlinear: CUDA kernel ") + kernel + ": " + cudaGetErrorString(error));
+}
+
+Tensor scratch(int64_t bytes, const Launch& launch) { return empty({bytes}, ScalarType::Byte, launch.device()); }
+
+bool starts_on_16_bytes(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+// ---- factors: words in the form that a kernel reads ------------------------------------------------------------------
+
+struct Factor {
+    Operand operand;
+    const PreparedHeader* prepared = nullptr;
+    std::optional<Tensor> memory = std::nullopt;  // keeps alive what was made for this call
+};
+
+// Memory for the popcounts of m rows, and for their aligned words behind them where these are wanted.
+Factor allocate_factor(int64_t m, int64_t k, bool aligned, const Launch& launch) {
+    const int64_t count_bytes = prepared_popcount_bytes(m), stride = aligned_words_for(k);
+    Tensor memory = scratch(count_bytes + (aligned ? m * stride * kWordBytes : 0), launch);
+    uint8_t* data = static_cast<uint8_t*>(memory.data_ptr());
+    const Operand operand{reinterpret_cast<uint32_t*>(data + count_bytes), stride, reinterpret_cast<int32_t*>(data)};
+    return {operand, nullptr, std::move(memory)};
+}
+
+// From words [m][words_for(k)] of the interchange form.
+Factor factor_of_words(const uint32_t* words, int64_t m, int64_t k, const KernelRecord& kernel, const Launch& launch) {
+    const bool realign = kernel.aligned && (prepared_holds_words(k) || !starts_on_16_bytes(words));
+    const Operand as_it_is{words, words_for(k), nullptr};
+    if (!realign && !kernel.popcounts) return {as_it_is};
+    Factor factor = allocate_factor(m, k, realign, launch);
+    uint32_t* aligned = realign ? const_cast<uint32_t*>(factor.operand.words) : nullptr;
+    check_launch("align", align({words, m, k, aligned, const_cast<int32_t*>(factor.operand.popcounts), nullptr},
+                                launch.stream()));
+    if (!realign) factor.operand = {words, words_for(k), factor.operand.popcounts};
+    return factor;
+}
+
+// From values, which are packed in the very form.
+Factor factor_of_rows(const Rows& x, bool strict, const KernelRecord& kernel, const Launch& launch) {
+    Factor factor = allocate_factor(x.m, x.k, true, launch);
+    if (!kernel.aligned) factor.operand.stride = words_for(x.k);
+    if (!kernel.popcounts) factor.operand.popcounts = nullptr;
+    check_launch("pack",
+                 pack({x.data, x.dtype, x.m, x.k, x.stride, strict, 0, const_cast<uint32_t*>(factor.operand.words),
+                       factor.operand.stride, nullptr, const_cast<int32_t*>(factor.operand.popcounts)},
+                      launch.stream()));
+    return factor;
+}
+
+// ---- the right-hand side ---------------------------------------------------------------------------------------------
+
+// Returns the memory of a prepared form, after the checks that need no waiting for the device: the kernel that reads it
+// checks its header.
+const uint8_t* check_prepared(const Tensor& prepared, int64_t n, int64_t k) {
+    constexpr const char* kName = "weight_prepared";
+    if (prepared.numel() != prepared_bytes(n, k)) {
+        fail(kName, "expected the ", prepared_bytes(n, k), " bytes of weights prepared on this device for n = ", n,
+             " and k = ", k, ", got ", prepared.numel());
+    }
+    const uint8_t* data = static_cast<const uint8_t*>(prepared.data_ptr());
+    if (!starts_on_16_bytes(data)) fail(kName, "expected memory that starts on 16 bytes");
+    return data;
+}
+
+// Packed weights, checked.
+struct Weights {
+    const uint32_t* words;
+    const uint8_t* prepared;  // its header, or null
+    int64_t n, k;
+};
+
+Weights read_weights(const WeightArguments& weight) {
+    const int64_t n = weight.n, k = weight.k;
+    return {words_of(weight.words), weight.prepared ? check_prepared(*weight.prepared, n, k) : nullptr, n, k};
+}
+
+Factor factor_of_weights(const Weights& weight, const KernelRecord& kernel, const Launch& launch) {
+    const bool words_fit = !prepared_holds_words(weight.k) && starts_on_16_bytes(weight.words);
+    if (!weight.prepared || !kernel.aligned || !(prepared_holds_words(weight.k) || words_fit)) {
+        return factor_of_words(weight.words, weight.n, weight.k, kernel, launch);
+    }
+    const uint8_t* popcounts = weight.prepared + sizeof(PreparedHeader);
+    const uint8_t* aligned = popcounts + prepared_popcount_bytes(weight.n);
+    const uint32_t* words = words_fit ? weight.words : reinterpret_cast<const uint32_t*>(aligned);
+    return {{words, aligned_words_for(weight.k), reinterpret_cast<const int32_t*>(popcounts)},
+            reinterpret_cast<const PreparedHeader*>(weight.prepared)};
+}
+
+// ---- the product -----------------------------------------------------------------------------------------------------
+
+// Bias or scale as contiguous values, copied if they are strided.
+class ContiguousChannels {
+  public:
+    explicit ContiguousChannels(const std::optional<Tensor>& vector) {
+        if (!vector || vector->numel() == 0) return;
+        values_ = vector->stride(0) == 1 || vector->numel() == 1 ? *vector : contiguous_copy("bias or scale", *vector);
+    }
+    Channels channels() const {
+        if (!values_) return {nullptr, DType::float32};
+        return {values_->data_ptr(), *dtype_of(values_->scalar_type())};
+    }
+
+  private:
+    std::optional<Tensor> values_;
+};
+
+cudaError_t launch_product(const Choice& choice, const Product& product, cudaStream_t stream) {
+    switch (choice.kernel) {
+        case GemmKernel::skinny: return gemm_skinny(product, stream);
+        case GemmKernel::skinny_mma_sm80: return gemm_skinny_mma_sm80(product, stream);
+        case GemmKernel::mma_sm75: return gemm_mma_sm75(product, stream);
+        case GemmKernel::mma_int8_sm80: return gemm_mma_int8_sm80(product, stream);
+        case GemmKernel::mma_sm80: return gemm_mma_sm80(product, choice.tile, stream);
+        default: return gemm_popc(product, stream);
+    }
+}
+
+// How the outputs are made of the product: their sizes, dtype, bias and scale.
+struct Outputs {
+    std::vector<int64_t> sizes;
+    ScalarType type;
+    const std::optional<Tensor>& bias;
+    const std::optional<Tensor>& scale;
+};
+
+// Computes y[m][n] from the factors that make_x(record) and make_weight(record) give in the chosen kernel's form.
+template <class MakeX, class MakeWeight>
+Tensor multiply(int64_t m, int64_t n, int64_t k, const Outputs& outputs, const Launch& launch, MakeX make_x,
+                MakeWeight make_weight) {
+    Tensor y = empty(outputs.sizes, outputs.type, launch.device());
+    const Choice choice = choose_kernel(launch.device().index, m, n, k);
+    const KernelRecord& kernel = record(choice.kernel);
+    const Factor x = make_x(kernel);
+    if (m == 0 || n == 0) return y;
+    const Factor w = make_weight(kernel);
+    const ContiguousChannels scale(outputs.scale), bias(outputs.bias);
+    const Product product{
+        x.operand, w.operand, m, n, k, {y.data_ptr(), *dtype_of(outputs.type), scale.channels(), bias.channels()},
+        w.prepared};
+    check_launch(kernel.name, launch_product(choice, product, launch.stream()));
+    return y;
+}
+
+// Computes y[m][n] from packed weights.
+template <class MakeX>
+Tensor multiply(int64_t m, const Weights& weights, const Outputs& outputs, const Launch& launch, MakeX make_x) {
+    return multiply(m, weights.n, weights.k, outputs, launch, make_x,
+                    [&](const KernelRecord& kernel) { return factor_of_weights(weights, kernel, launch); });
+}
+
+// ---- operators -------------------------------------------------------------------------------------------------------
+
+Tensor pack_bits(const Tensor& x, bool strict) {
+    const Device device = device_of("x", x);
+    check_dimensions("x", x, 1, "(..., k)");
+    const TensorRows rows = check_rows("x", x, x.size(x.dim() - 1), device);
+    Tensor words = empty(sizes_with_last(x, words_for(rows.k)), ScalarType::Int, device);
+    const Launch launch(device);
+    check_launch("pack", pack({rows.data, rows.dtype, rows.m, rows.k, rows.stride, strict, 0, words_of(words),
+                               words_for(rows.k), nullptr, nullptr},
+                              launch.stream()));
+    return words;
+}
+
+Tensor unpack_bits(const Tensor& words, int64_t k, ScalarType type) {
+    const Device device = device_of("words", words);
+    check_values(k);
+    check_words("words", words, k, device);
+    const DType dtype = check_unpacked(type);
+    Tensor values = empty(sizes_with_last(words, k), type, device);
+    const Launch launch(device);
+    check_launch("unpack", unpack({words_of(words), count_rows(words), k, values.data_ptr(), dtype}, launch.stream()));
+    return values;
+}
+
+Tensor prepare_weight(const Tensor& words, int64_t k, std::optional<int64_t> layout) {
+    const Device device = device_of("weight_words", words);
+    check_values(k);
+    check_weight_words(words, k, device);
+    check_layout(layout, kPreparedLayout);
+    const int64_t n = words.size(0);
+    const Launch launch(device);
+    Tensor prepared = scratch(prepared_bytes(n, k), launch);
+    uint8_t* data = static_cast<uint8_t*>(prepared.data_ptr());
+    uint8_t* popcounts = data + sizeof(PreparedHeader);
+    uint8_t* aligned = prepared_holds_words(k) ? popcounts + prepared_popcount_bytes(n) : nullptr;
+    check_launch("align", align({words_of(words), n, k, reinterpret_cast<uint32_t*>(aligned),
+                                 reinterpret_cast<int32_t*>(popcounts), reinterpret_cast<PreparedHeader*>(data)},
+                                launch.stream()));
+    return prepared;
+}
+
+Tensor binary_linear(const Tensor& x_words, const Tensor& weight_words, int64_t k, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& weight_prepared, const std::optional<Tensor>& scale,
+                     std::optional<ScalarType> out_dtype) {
+    const Device device = device_of("x_words", x_words);
+    check_values(k);
+    check_words("x_words", x_words, k, device);
+    const ScalarType out_type = out_dtype.value_or(ScalarType::Float);
+    const Weights weights = read_weights(check_weight(weight_words, k, bias, weight_prepared, scale, out_type, device));
+    const int64_t m = count_rows(x_words);
+    const Launch launch(device);
+    return multiply(
+        m, weights, {sizes_with_last(x_words, weights.n), out_type, bias, scale}, launch,
+        [&](const KernelRecord& kernel) { return factor_of_words(words_of(x_words), m, k, kernel, launch); });
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& weight_prepared, const std::optional<Tensor>& scale,
+              std::optional<ScalarType> out_dtype, bool strict) {
+    const Device device = device_of("x", x);
+    const LinearArguments given = check_linear(x, weight_words, k, bias, weight_prepared, scale, out_dtype, device);
+    const Weights weights = read_weights(given.weight);
+    const Launch launch(device);
+    return multiply(given.x.m, weights, {sizes_with_last(x, weights.n), given.weight.out_type, bias, scale}, launch,
+                    [&](const KernelRecord& kernel) { return factor_of_rows(given.x, strict, kernel, launch); });
+}
+
+Tensor sign_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& scale, std::optional<ScalarType> out_dtype, bool strict,
+                   bool strict_weight) {
+    const Device device = device_of("x", x);
+    const SignLinearArguments given = check_sign_linear(x, weight, bias, scale, out_dtype, device);
+    const int64_t m = given.x.m, n = given.weight.m, k = given.x.k;
+    const Launch launch(device);
+    return multiply(
+        m, n, k, {sizes_with_last(x, n), given.out_type, bias, scale}, launch,
+        [&](const KernelRecord& kernel) { return factor_of_rows(given.x, strict, kernel, launch); },
+        [&](const KernelRecord& kernel) { return factor_of_rows(given.weight, strict_weight, kernel, launch); });
+}
+
+// The words of x are an output in the interchange form. If the kernel needs another form, it is made of them.
+std::tuple<Tensor, Tensor, Tensor> linear_train(const Tensor& x, const Tensor& weight_words, int64_t k,
+                                                const std::optional<Tensor>& bias,
+                                                const std::optional<Tensor>& weight_prepared,
+                                                const std::optional<Tensor>& scale, std::optional<ScalarType> out_dtype,
+                                                bool strict, std::optional<double> threshold) {
+    const Device device = device_of("x", x);
+    const LinearArguments given = check_linear(x, weight_words, k, bias, weight_prepared, scale, out_dtype, device);
+    const TensorRows& rows = given.x;
+    const Weights weights = read_weights(given.weight);
+    check_threshold(threshold);
+    const std::vector<int64_t> word_sizes = sizes_with_last(x, words_for(k));
+    Tensor x_words = empty(word_sizes, ScalarType::Int, device);
+    Tensor in_range = empty(threshold ? word_sizes : std::vector<int64_t>{0}, ScalarType::Int, device);
+    const Launch launch(device);
+    const auto pack_x = [&](int32_t* popcounts) {
+        check_launch("pack", pack({rows.data, rows.dtype, rows.m, k, rows.stride, strict,
+                                   threshold ? round_to(*threshold, rows.dtype) : 0, words_of(x_words), words_for(k),
+                                   threshold ? words_of(in_range) : nullptr, popcounts},
+                                  launch.stream()));
+    };
+    Tensor y = multiply(rows.m, weights, {sizes_with_last(x, weights.n), given.weight.out_type, bias, scale}, launch,
+                        [&](const KernelRecord& kernel) -> Factor {
+                            if (!kernel.aligned || prepared_holds_words(k)) {
+                                pack_x(nullptr);
+                                return factor_of_words(words_of(x_words), rows.m, k, kernel, launch);
+                            }
+                            Factor factor = allocate_factor(rows.m, k, false, launch);
+                            pack_x(const_cast<int32_t*>(factor.operand.popcounts));
+                            factor.operand = {words_of(x_words), words_for(k), factor.operand.popcounts};
+                            return factor;
+                        });
+    return {y, x_words, in_range};
+}
+
+}  // namespace
+}  // namespace bitorch_qlinear::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(bitorch_qlinear, CUDA, library) {
+    library.impl("pack_bits", TORCH_BOX(&bitorch_qlinear::cuda::pack_bits));
+    library.impl("unpack_bits", TORCH_BOX(&bitorch_qlinear::cuda::unpack_bits));
+    library.impl("prepare_weight", TORCH_BOX(&bitorch_qlinear::cuda::prepare_weight));
+    library.impl("binary_linear", TORCH_BOX(&bitorch_qlinear::cuda::binary_linear));
+    library.impl("linear", TORCH_BOX(&bitorch_qlinear::cuda::linear));
+    library.impl("sign_linear", TORCH_BOX(&bitorch_qlinear::cuda::sign_linear));
+    library.impl("linear_train", TORCH_BOX(&bitorch_qlinear::cuda::linear_train));
+}

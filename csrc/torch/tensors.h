@@ -1,0 +1,232 @@
+// Tensors as the operators of every device take and make them.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../rows.h"
+#include "check.h"
+
+namespace bitorch_qlinear {
+
+// A contiguous tensor of memory as it comes.
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Device& device) {
+    std::vector<int64_t> strides(sizes.size());
+    int64_t stride = 1;
+    bool overflows = false;
+    for (size_t d = sizes.size(); d-- > 0;) {
+        strides[d] = stride;
+        overflows |= __builtin_mul_overflow(stride, std::max<int64_t>(sizes[d], 1), &stride);
+    }
+    AtenTensorHandle handle = nullptr;
+    if (overflows || aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                              torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                              device.type, std::max(device.index, 0), &handle)) {
+        std::string shape;
+        for (const int64_t size : sizes) shape += std::to_string(size) + ", ";
+        fail("result", "cannot allocate shape (", shape, ") of ", dtype_name(type));
+    }
+    return Tensor(handle);
+}
+
+// Whether each element lies at a multiple of its size, as the kernels read it; torch.frombuffer can give others.
+inline bool is_aligned(const Tensor& tensor) {
+    return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % tensor.element_size() == 0;
+}
+
+// Whether rows can be read where they are, and the leading dimensions walk through them with one stride; if so, which.
+inline std::optional<int64_t> row_stride(const Tensor& x) {
+    const auto sizes = x.sizes();
+    const auto strides = x.strides();
+    const int64_t last = x.dim() - 1;
+    if (!is_aligned(x)) return std::nullopt;
+    if (sizes[last] > 1 && strides[last] != 1) return std::nullopt;
+    int64_t stride = sizes[last], expected = -1;
+    for (int64_t d = last - 1; d >= 0; --d) {
+        if (sizes[d] == 1) continue;
+        if (expected < 0) {
+            stride = strides[d];
+        } else if (strides[d] != expected) {
+            return std::nullopt;
+        }
+        if (__builtin_mul_overflow(strides[d], sizes[d], &expected)) return std::nullopt;  // of no elements
+    }
+    return stride;
+}
+
+// Not torch::stable's, which where it fails prints a backtrace (torch 2.14) and names a file of the build.
+inline Tensor contiguous_copy(const char* argument, const Tensor& x) {
+    using torch::headeronly::MemoryFormat;
+    std::array<StableIValue, 2> stack{torch::stable::detail::from(x),
+                                      torch::stable::detail::from(std::optional(MemoryFormat::Contiguous))};
+    if (torch_call_dispatcher("aten::clone", "", stack.data(), TORCH_ABI_VERSION)) {
+        fail(argument, "cannot allocate a contiguous copy of it");
+    }
+    return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline Tensor aligned(const char* argument, const Tensor& tensor) {
+    return is_aligned(tensor) ? tensor : contiguous_copy(argument, tensor);
+}
+
+// The number of rows: the product of the leading dimensions.
+inline int64_t count_rows(const Tensor& tensor) {
+    int64_t m = 1;
+    for (int64_t d = 0; d + 1 < tensor.dim(); ++d) m *= tensor.size(d);
+    return m;
+}
+
+// The rows of a tensor, or of a contiguous copy of it.
+struct TensorRows : Rows {
+    Tensor tensor;  // keeps the memory alive
+};
+
+inline TensorRows check_rows(const char* argument, const Tensor& x, int64_t k, const Device& device) {
+    check_values(k);
+    check_given(argument, x);
+    const DType dtype = check_float(argument, scalar_type(x));
+    check_dimensions(argument, x, 1, "(..., k)");
+    if (x.size(x.dim() - 1) != k)
+        fail(argument, "expected k = ", k, " values in the last dimension, got ", x.size(x.dim() - 1));
+    check_memory(argument, x, device, element_size(dtype));
+    const int64_t m = count_rows(x);
+    std::optional<int64_t> stride = m == 0 || k == 0 ? k : row_stride(x);
+    Tensor rows = stride ? x : contiguous_copy(argument, x);
+    const uint8_t* data = static_cast<const uint8_t*>(rows.data_ptr());
+    return {{data, dtype, m, k, stride.value_or(k)}, std::move(rows)};
+}
+
+// The sizes of a tensor with at least one dimension, with another last one.
+inline std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) {
+    std::vector<int64_t> result;
+    result.reserve(static_cast<size_t>(tensor.dim()));
+    for (int64_t d = 0; d + 1 < tensor.dim(); ++d) result.push_back(tensor.size(d));
+    result.push_back(last);
+    return result;
+}
+
+inline uint32_t* words_of(const Tensor& words) { return static_cast<uint32_t*>(words.data_ptr()); }
+
+// What every product takes beside its factors: n values of bias and scale, and the type of the outputs.
+inline void check_epilogue(int64_t n, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
+                           ScalarType out_type, const Device& device) {
+    check_vector("bias", bias, n, device);
+    check_vector("scale", scale, n, device);
+    if (out_type != ScalarType::Int) {
+        check_float("out_dtype", out_type);
+    } else if (bias || scale) {
+        fail("out_dtype", "int32 is the product itself, and takes neither bias nor scale");
+    }
+}
+
+// Checks what of a prepared form every device can check without reading its memory.
+inline void check_prepared_vector(const char* argument, const Tensor& prepared, const Device& device) {
+    if (scalar_type(prepared) != ScalarType::Byte || prepared.dim() != 1 || !prepared.is_contiguous()) {
+        fail(argument, "expected the contiguous uint8 vector that prepare_weight makes, got ",
+             dtype_name(scalar_type(prepared)), " with ", prepared.dim(), " dimensions");
+    }
+    check_memory(argument, prepared, device, 1);
+    const int64_t header_bytes = sizeof(PreparedHeader);
+    if (prepared.numel() < header_bytes) {
+        fail(argument, "expected at least ", header_bytes, " bytes, got ", prepared.numel());
+    }
+}
+
+// The arguments that every operator with packed weights has beside x, checked. They refer to the operator's arguments.
+struct WeightArguments {
+    const Tensor& words;
+    int64_t n, k;
+    const std::optional<Tensor>& bias;
+    const std::optional<Tensor>& prepared;
+    const std::optional<Tensor>& scale;
+    ScalarType out_type;
+};
+
+inline WeightArguments check_weight(const Tensor& words, int64_t k, const std::optional<Tensor>& bias,
+                                    const std::optional<Tensor>& prepared, const std::optional<Tensor>& scale,
+                                    ScalarType out_type, const Device& device) {
+    check_values(k);
+    check_weight_words(words, k, device);
+    check_epilogue(words.size(0), bias, scale, out_type, device);
+    if (prepared) check_prepared_vector("weight_prepared", *prepared, device);
+    return {words, words.size(0), k, bias, prepared, scale, out_type};
+}
+
+// The arguments of a product of real rows by packed weights, checked.
+struct LinearArguments {
+    TensorRows x;
+    WeightArguments weight;
+};
+
+inline LinearArguments check_linear(const Tensor& x, const Tensor& weight_words, int64_t k,
+                                    const std::optional<Tensor>& bias, const std::optional<Tensor>& weight_prepared,
+                                    const std::optional<Tensor>& scale, std::optional<ScalarType> out_dtype,
+                                    const Device& device) {
+    TensorRows rows = check_rows("x", x, k, device);
+    return {std::move(rows),
+            check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(x.scalar_type()), device)};
+}
+
+// The arguments of a product of real rows by real weights, checked.
+struct SignLinearArguments {
+    TensorRows x, weight;
+    ScalarType out_type;
+};
+
+inline SignLinearArguments check_sign_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                             const std::optional<Tensor>& scale, std::optional<ScalarType> out_dtype,
+                                             const Device& device) {
+    check_given("weight", weight);
+    if (weight.dim() != 2) fail("weight", "expected shape (n, k), got ", weight.dim(), " dimensions");
+    const int64_t n = weight.size(0), k = weight.size(1);
+    TensorRows rows = check_rows("x", x, k, device), weight_rows = check_rows("weight", weight, k, device);
+    const ScalarType out_type = out_dtype.value_or(x.scalar_type());
+    check_epilogue(n, bias, scale, out_type, device);
+    return {std::move(rows), std::move(weight_rows), out_type};
+}
+
+// Checks the dtype of unpacked values.
+inline DType check_unpacked(ScalarType type) {
+    const std::optional<DType> dtype = dtype_of(type);
+    if (!dtype) fail("dtype", "expected a float type, int32, int8 or bool, got ", dtype_name(type));
+    return *dtype;
+}
+
+// The layout that a caller of prepare_weight counts on, if any.
+inline void check_layout(const std::optional<int64_t>& layout, int64_t present) {
+    if (layout && *layout != present) {
+        fail("layout", "expected ", present, ", that of the kernel that runs here, or None, got ", *layout);
+    }
+}
+
+inline void check_threshold(const std::optional<double>& threshold) {
+    if (threshold && !(*threshold >= 0)) fail("threshold", "expected a number >= 0 or None, got ", *threshold);
+}
+
+// The threshold as x's dtype holds it: the comparison is then exact in the wider type of the kernel.
+inline double round_to(double threshold, DType dtype) {
+    switch (dtype) {
+        case DType::float64: return threshold;
+        case DType::float32: return static_cast<float>(threshold);
+        case DType::float16: {
+            Half half;
+            narrow(static_cast<float>(threshold), &half);
+            return widen(half);
+        }
+        default: {
+            BFloat16 value;
+            narrow(static_cast<float>(threshold), &value);
+            return widen(value);
+        }
+    }
+}
+
+}  // namespace bitorch_qlinear
