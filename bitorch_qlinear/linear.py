@@ -48,7 +48,7 @@ def _warn_of_packing(rows: int) -> None:
 def path_name(weight: Tensor) -> str:
     """Return what computes a binary product with this weight on its device, in words, for a layer's repr."""
     if is_dtensor(weight):
-        return "float (sharded weights; packed where FSDP2 has gathered them)"
+        return "float (sharded weights; packed once FSDP2 has gathered them)"
     if weight.is_cuda:
         return "packed (CUDA)" if has_kernels(weight) else f"float (no kernels for cuda: {_library.no_cuda_reason})"
     if not has_kernels(weight):

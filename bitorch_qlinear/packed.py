@@ -158,7 +158,7 @@ class PackedQLinear(nn.Module):
         if isinstance(weight_quantization, str):
             self.weight_quantization.eval()
         self._input_rule = input_rule_of(quantization)
-        # A packed layer is always in inference, so progressive_sign is Sign here, whatever the mode.
+        # A packed layer is always in inference, so its progressive_sign is Sign in both modes.
         if depends_on_mode(quantization):
             quantization = Sign()
         if depends_on_mode(self.weight_quantization):
