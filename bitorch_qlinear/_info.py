@@ -75,7 +75,7 @@ def info() -> Info:
     """Describe the installation and the machine: versions, compiler, CUDA, processor, and the kernels that compute.
 
     Returns:
-        What is true at this moment: a kernel that is forced later is not in it.
+        A snapshot, in which a kernel that is forced later is missing.
     """
     build = _library.build_info
     return Info(
