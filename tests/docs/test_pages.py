@@ -86,6 +86,14 @@ def test_make_targets_can_be_planned(target):
     subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True, env=environment)
 
 
+def test_readme_quotes_the_page_on_training():
+    sentence = re.search(r"The default, None.*?\)", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    without, with_threshold = re.findall(r"(\d+\.\d %)", sentence)
+    page = (ROOT / "docs" / "training.md").read_text()
+    assert re.search(rf"^\| None, 0.01 \| .* \| {without}", page, re.MULTILINE)
+    assert re.search(rf"^\| \*\*1.0, 0.01\*\* \| .* \| {with_threshold}", page, re.MULTILINE)
+
+
 def test_readme_is_short():
     assert (ROOT / "README.md").read_text().count("\n") <= 150
 
