@@ -34,7 +34,7 @@ nitpick_ignore_regex = [
     (
         r"py:class",
         r"bitorch_qlinear\..*\.(_\w+|BinaryQuantization)",
-    ),  # what is not public: base classes, type variables
+    ),  # private
     (r"py:.*", r"(Any|Callable|Dropout|Iterator|Module|Mapping|Parameter|Tensor|_Class|_Model|T_destination)"),
     # Attributes' types and "Returns" sections are words, which napoleon takes for references.
     (r"py:class", r"optional|(Shape|At most|One of).*"),

@@ -1,4 +1,4 @@
-"""The pages: their Python runs, their commands and paths exist, and their figures are those of the committed results."""
+"""The pages' Python runs, the paths and commands that they name exist, and their figures are the committed ones."""
 
 import json
 import os

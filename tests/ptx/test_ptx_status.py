@@ -1,4 +1,4 @@
-"""The table of what ran where in docs/cuda.md says what these tests do, what the build compiles, and what a GPU measured."""
+"""The table in docs/cuda.md says what these tests do, what the build compiles, and what a GPU measured."""
 
 import importlib
 import json
