@@ -20,7 +20,7 @@ class BinaryRule:
     Attributes:
         strict: True gives +1 exactly if v > 0, so that 0 and NaN become -1. False gives -1 exactly if v < 0, so that 0
             and NaN become +1.
-        limit: The gradient is 0 unless ``|v| <= limit``, compared in v's dtype; NaN is out of range. None sets no limit.
+        limit: The gradient is 0 unless ``|v| <= limit``, compared in v's dtype; NaN is out of range. None is no limit.
         derivative: An elementwise function of v that the gradient is multiplied by. None passes it unchanged.
     """
 
