@@ -22,7 +22,7 @@ CXX_SOURCES = $(shell find csrc benchmarks tests/native tests/ptx -name __pycach
 # A shell function for recipes: end with one sentence.
 DIE := die() { echo "make: $$*" >&2; exit 1; }
 
-.PHONY: help demo test fuzz sanitize neon simde benchmark benchmark-check lint format build gpu ptx-full ptx-report clean
+.PHONY: help demo test docs fuzz sanitize neon simde benchmark benchmark-check lint format build gpu ptx-full ptx-report clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -127,6 +127,10 @@ lint: build  ## check style and types
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+docs: build  ## build the pages of docs/ into build/docs; warnings are errors
+	@$(PY) -c 'import furo, myst_parser' 2>/dev/null || $(PIP) install --quiet sphinx furo myst-parser
+	$(PY) -m sphinx -W --keep-going -n -q -b html docs build/docs
 
 format: build  ## rewrite the code in the style that lint checks
 	$(PY) -m ruff check --select I --fix
