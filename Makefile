@@ -61,7 +61,7 @@ ptx-report: build  ## count what the CUDA kernels' PTX does with memory; wants n
 	cd tests && CI=true ../$(PY) -m ptx.report
 
 fuzz: build  ## call the operators with 100,000 sets of hostile arguments
-	$(PY) tests/fuzz.py $(or $(ARGS),--cases 100000)
+	PYTHONPATH=tests $(PY) -m fuzz $(or $(ARGS),--cases 100000)
 
 # Beside what the compilers' sanitizers see in the standalone tests, what gcc's see in the operators while they are fuzzed:
 # the package as it is, but for its operators. Preloaded as Python itself is not compiled so, the C++ library because
@@ -81,8 +81,8 @@ sanitize: build  ## run the standalone tests and the fuzz test under the compile
 	@mkdir -p $(SANITIZED)
 	@ln -sfn $(CURDIR)/bitorch_qlinear/*.py $(CURDIR)/bitorch_qlinear/convert $(CURDIR)/bitorch_qlinear/_C*.so \
 		$(CURDIR)/build/sanitize/g++-address-undefined/_ops_cpu.so $(SANITIZED)
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" PYTHONPATH=build/sanitize \
-	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(PY) tests/fuzz.py --cases 5000
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" PYTHONPATH=build/sanitize:tests \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(PY) -m fuzz --cases 5000
 
 # The kernels' own tests without torch: what they have in common with the library's build is the standard and the flags that
 # results depend on.

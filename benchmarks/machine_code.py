@@ -1,7 +1,7 @@
 """Reads the machine code of a library of CUDA kernels, by NVIDIA's cuobjdump: no GPU is needed, and nothing is run.
 
 What a kernel's loops and registers say is in here; what is made of it: benchmarks/gpu_model.py, which estimates, and
-tests/test_machine_code.py, which holds each target's machine code to what the kernels' sources promise.
+tests/build/test_machine_code.py, which holds each target's machine code to what the kernels' sources promise.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The private names of torch that this package uses, each with what serves where a torch lacks it.
 
-No other file of the package has any; ``tests/test_private_names.py`` looks.
+No other file of the package has any; ``tests/build/test_private_names.py`` looks.
 """
 
 from __future__ import annotations

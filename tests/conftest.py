@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import without_hypothesis
+from support import without_hypothesis
 
 from bitorch_qlinear import kernels
 

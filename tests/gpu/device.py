@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import assert_equal
+from support.reference import assert_equal
 from torch import Tensor
 
 from bitorch_qlinear import _library

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings
-from reference import FLOATS, random_values, random_words, special_values
-from test_operators import (
+from support.operators import (
     BROKEN,
     CPU_ONLY,
     LINEAR,
@@ -27,6 +26,7 @@ from test_operators import (
     operator,
     problems,
 )
+from support.reference import FLOATS, random_values, random_words, special_values
 
 from bitorch_qlinear import _library
 from bitorch_qlinear import functional as F

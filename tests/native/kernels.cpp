@@ -1,5 +1,5 @@
 // Every CPU kernel that this processor (or the emulator of one) runs against the scalar one, bit for bit, without torch:
-// what runs where torch does not, under qemu-user and under sanitizers. tests/test_kernels.py compares with a reference.
+// what runs where torch does not, under qemu-user and under sanitizers. tests/operators/test_kernels.py compares with a reference.
 #include <cmath>
 #include <limits>
 

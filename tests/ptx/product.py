@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference import BITS, assert_equal, epilogue, pack, product, random_values, unpack
+from support.reference import BITS, assert_equal, epilogue, pack, product, random_values, unpack
 
 from .machine import In, Module, Out, Struct, compile_cached, nvcc
 from .mutate import Mutant

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from reference import assert_equal, pack, unpack
+from support.reference import assert_equal, pack, unpack
 
 from .machine import In, Module, Out, Report, Struct
 from .mutate import assert_caught, remove_barriers

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from reference import FLOATS
+from support.reference import FLOATS
 
 from . import (
     test_ptx_mma_sm75 as mma_sm75,

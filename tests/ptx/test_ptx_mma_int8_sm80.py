@@ -5,7 +5,7 @@ What it shares with gemm_mma_sm80.cu (csrc/cuda/mma_tiles.cuh) is mutated there;
 
 import pytest
 import torch
-from reference import FLOATS
+from support.reference import FLOATS
 
 from . import test_ptx_mma_sm80 as mma_sm80
 from .machine import Module, PtxFault

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from reference import FLOATS, assert_equal, in_range, pack, random_values, signs, unpack
+from support.reference import FLOATS, assert_equal, in_range, pack, random_values, signs, unpack
 
 from .machine import In, Module, Out, Report, Struct
 from .mutate import assert_caught, remove_barriers

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from reference import FLOATS, random_values
+from support.reference import FLOATS, random_values
 
 from .machine import Module, Report
 from .mutate import assert_caught, remove_barriers

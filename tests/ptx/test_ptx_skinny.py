@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from reference import FLOATS
+from support.reference import FLOATS
 
 from .machine import In, Module, PtxFault, Report
 from .mutate import assert_caught, remove_barriers

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from reference import FLOATS, assert_equal, unpack, unpack_signs
+from support.reference import FLOATS, assert_equal, unpack, unpack_signs
 
 from .machine import In, Module, Out, Report, Struct
 from .mutate import assert_caught

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import shapes
 import torch
-from reference import (
+from support import shapes
+from support.reference import (
     BITS,
     FLOATS,
     assert_equal,

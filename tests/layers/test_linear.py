@@ -11,8 +11,8 @@ import bitorch.quantizations as bitorch_quantizations
 import pytest
 import torch
 from bitorch.layers import QLinear as BitorchQLinear
-from calls import Calls
-from devices import take_kernels_away
+from support.calls import Calls
+from support.devices import take_kernels_away
 from torch import nn
 
 from bitorch_qlinear import QLinear, quantization_names, quantizations, register_quantization

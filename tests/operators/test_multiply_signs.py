@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from calls import Calls
-from reference import FLOATS, assert_equal, random_values, random_words, unpack_signs
-from shapes import around
+from support.calls import Calls
+from support.reference import FLOATS, assert_equal, random_values, random_words, unpack_signs
+from support.shapes import around
 from torch.func import vmap
 
 from bitorch_qlinear import QLinear, _library

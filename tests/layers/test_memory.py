@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import shapes
 import torch
-from reference import (
+from support import shapes
+from support.reference import (
     FLOATS,
     assert_equal,
     epilogue,
@@ -40,7 +40,7 @@ def test_guard_pages(kernel, side):
     environment["OMP_NUM_THREADS"] = "1"
     environment["LD_PRELOAD"] = "libc_malloc_debug.so.0"  # ignored with a warning where there is none
     command = [sys.executable, __file__, kernel, side]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
     assert result.stdout.splitlines()[-1] == f"{kernel} checked"
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import assert_equal
+from support.reference import assert_equal
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx

@@ -22,7 +22,7 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from reference import assert_equal, epilogue, product, signs, unpack_signs
+from support.reference import assert_equal, epilogue, product, signs, unpack_signs
 from torch import nn
 from torch.func import functional_call
 

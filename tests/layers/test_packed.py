@@ -9,10 +9,10 @@ import weakref
 import pytest
 import torch
 from bitorch.layers import QLinear as BitorchQLinear
-from calls import Calls
-from devices import take_kernels_away
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from support.calls import Calls
+from support.devices import take_kernels_away
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap

@@ -1,27 +1,28 @@
-"""Calls every operator with hostile arguments, in a process of its own; tests/test_fuzz.py and `make fuzz` run it.
+"""Calls every operator with hostile arguments, in a process of its own; test_fuzz.py and `make fuzz` run it.
 
 A case follows from its seed. The process says each seed before it begins, so that a crash has a name too:
 
-    python tests/fuzz.py --first 0 --cases 100000
-    python tests/fuzz.py --first 4711 --cases 1     (one case again)
-    python tests/fuzz.py --large                    (the hand-chosen ones of fuzz_large.py)
+    PYTHONPATH=tests python -m fuzz --first 0 --cases 100000
+    PYTHONPATH=tests python -m fuzz --first 4711 --cases 1     (one case again)
+    PYTHONPATH=tests python -m fuzz --large                    (the hand-chosen ones of large.py)
 """
 
 from __future__ import annotations
 
 import argparse
 import faulthandler
+import os
 import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
-import fuzz_arguments
-import fuzz_large
-import fuzz_oracle
 import torch
 
 from bitorch_qlinear import _library
+
+from . import arguments, large, oracle
 
 BATCH = 10_000  # cases a process
 MOST_FAILURES = 10
@@ -30,17 +31,17 @@ FAILED = 3  # the process' exit status: neither that of a traceback nor of a usa
 
 def check_case(seed: int) -> bool:
     """Raises AssertionError, which describes the case, where its outcome is wrong; whether it was carried out."""
-    case = fuzz_arguments.make_case(seed)
+    case = arguments.make_case(seed)
     try:
-        return fuzz_oracle.check(case)
+        return oracle.check(case)
     except AssertionError as error:
-        raise AssertionError(f"{fuzz_arguments.describe(case)}\n  {error}") from error
+        raise AssertionError(f"{arguments.describe(case)}\n  {error}") from error
 
 
 def check_large(name: str) -> bool:
-    """Likewise of fuzz_large.py."""
+    """Likewise of large.py."""
     _library.force_kernel(None)
-    fuzz_large.CHECKS[name]()
+    large.CHECKS[name]()
     return True
 
 
@@ -69,8 +70,11 @@ def run(options: list[str], timeout: float | None = None) -> tuple[str, str]:
     Returns:
         What went wrong, or ""; and the last line that the process said.
     """
-    command = [sys.executable, "-W", "ignore", __file__, "--here", *options]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Other paths come after, such as that of a sanitized build of the package.
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-W", "ignore", "-m", "fuzz", "--here", *options]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         said, errors = child.communicate(timeout=timeout)
         end = f"ended with {child.returncode}"
@@ -81,7 +85,7 @@ def run(options: list[str], timeout: float | None = None) -> tuple[str, str]:
     last = said.strip().rpartition("\n")[2]
     if child.returncode in (0, FAILED):
         return errors, last
-    what = fuzz_arguments.describe(fuzz_arguments.make_case(int(last))) if last.isdigit() else ""
+    what = arguments.describe(arguments.make_case(int(last))) if last.isdigit() else ""
     return f"{errors}\n{last}: the process {end}: {what}", last
 
 
@@ -94,7 +98,7 @@ def main() -> int:
     options = parser.parse_args()
     end = options.first + options.cases
     if options.here:
-        return work(iter(fuzz_large.CHECKS) if options.large else map(str, range(options.first, end)))
+        return work(iter(large.CHECKS) if options.large else map(str, range(options.first, end)))
     batches = [["--large"]]
     if not options.large:
         firsts = range(options.first, end, BATCH)

@@ -12,8 +12,8 @@ import weakref
 import pytest
 import torch
 from bitorch.layers.extensions.layer_container import LayerContainer
-from calls import Calls
-from reference import assert_equal
+from support.calls import Calls
+from support.reference import assert_equal
 from torch import nn
 from torch.nn.utils import prune
 

@@ -5,15 +5,14 @@ import faulthandler
 import os
 import signal
 
-import fuzz
-import fuzz_arguments
-import fuzz_large
-import fuzz_oracle
 import pytest
 import torch
-from fuzz_memory import guarded
 
 from bitorch_qlinear import _library
+
+from . import __main__ as fuzz
+from . import arguments, large, oracle
+from .memory import guarded
 
 CASES = 10_000
 BATCHES = 4
@@ -37,18 +36,18 @@ def test_hostile_arguments(batch):
 def test_more_elements_than_an_int32_counts():
     errors, last = fuzz.run(["--large"], timeout=600)
     assert not errors, errors
-    assert len(fuzz_large.CHECKS) == 20 and last.startswith("20 carried out"), last
+    assert len(large.CHECKS) == 20 and last.startswith("20 carried out"), last
 
 
 def test_a_case_follows_from_its_seed():
     for seed in range(50):
-        first, second = (fuzz_arguments.describe(fuzz_arguments.make_case(seed)) for _ in range(2))
+        first, second = (arguments.describe(arguments.make_case(seed)) for _ in range(2))
         assert first == second
 
 
 def test_every_operator_is_carried_out_and_refused():
-    outcomes = {(c.operator, bool(fuzz_oracle.find_faults(c))) for c in map(fuzz_arguments.make_case, range(500))}
-    assert outcomes == {(name, refused) for name in fuzz_arguments.OPERATORS for refused in (False, True)}
+    outcomes = {(c.operator, bool(oracle.find_faults(c))) for c in map(arguments.make_case, range(500))}
+    assert outcomes == {(name, refused) for name in arguments.OPERATORS for refused in (False, True)}
 
 
 def signal_of(function):

@@ -20,7 +20,7 @@ from bitorch_qlinear import _C, _library, _sources
 
 PACKAGE = Path(bitorch_qlinear.__file__).parent
 ROOT = PACKAGE.parent
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]
 OPERATOR_LIBRARIES = sorted(PACKAGE.glob("_ops_*.so"))
 
 
@@ -319,7 +319,7 @@ def test_sdist_holds_every_file_whatever_torch_makes_it(tmp_path):
         pytest.skip("there is no git checkout to compare with")
     listed = subprocess.run(["git", "ls-files"], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     tracked = {name for name in listed.stdout.splitlines() if (CHECKOUT / name).exists()}
-    assert {"csrc/cuda/pack.cu", "tests/reference.py", "Makefile"} <= tracked
+    assert {"csrc/cuda/pack.cu", "tests/support/reference.py", "Makefile"} <= tracked
     for name in tracked:
         (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(CHECKOUT / name, tmp_path / "copy" / name)

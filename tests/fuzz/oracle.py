@@ -6,9 +6,7 @@ import re
 from typing import Any
 
 import torch
-from fuzz_arguments import HEADER_BYTES, MAGIC, PANELS_OFFSET, WORDS, Case, schema
-from fuzz_memory import is_inside
-from reference import (
+from support.reference import (
     FLOATS,
     assert_equal,
     epilogue,
@@ -22,6 +20,9 @@ from reference import (
 from torch import Tensor
 
 from bitorch_qlinear import _library, kernels
+
+from .arguments import HEADER_BYTES, MAGIC, PANELS_OFFSET, WORDS, Case, schema
+from .memory import is_inside
 
 MOST_VALUES = 2**31 - 1
 MOST_BYTES = 2**28  # of all results of a case: what follows from a seed must run anywhere

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from fuzz_memory import extent, guarded, is_inside
-from reference import FLOATS, random_values
-from shapes import PANEL, UNIT, around
+from support.reference import FLOATS, random_values
+from support.shapes import PANEL, UNIT, around
 from torch import Tensor
 
 from bitorch_qlinear import _library, kernels
+
+from .memory import extent, guarded, is_inside
 
 NAMESPACE = "bitorch_qlinear::"
 OPERATORS = sorted(n[len(NAMESPACE) :] for n in torch._C._dispatch_get_all_op_names() if n.startswith(NAMESPACE))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from fuzz_arguments import HEADER_BYTES, KERNELS, PANELS_OFFSET
-from fuzz_memory import lazy_zeros
-from reference import assert_equal, random_words
+from support.reference import assert_equal, random_words
 from torch import Tensor
 
 from bitorch_qlinear import _library
 from bitorch_qlinear import functional as F
+
+from .arguments import HEADER_BYTES, KERNELS, PANELS_OFFSET
+from .memory import lazy_zeros
 
 FAR = 2**31
 HALF = torch.float16

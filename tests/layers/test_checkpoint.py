@@ -4,8 +4,8 @@ import io
 
 import pytest
 import torch
-from reference import assert_equal
 from safetensors.torch import load_file, save_file
+from support.reference import assert_equal
 from torch import nn
 
 from bitorch_qlinear import PackedQLinear, QLinear, pack, unpack

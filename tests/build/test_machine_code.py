@@ -16,7 +16,7 @@ from benchmarks.machine_code import CHIPS, Bounds, Instruction, Kernel, Resource
 from bitorch_qlinear import _library
 
 LIBRARY = Path(bitorch_qlinear.__file__).with_name("_ops_cuda.so")
-HEURISTICS = Path(__file__).parents[1] / "csrc" / "cuda" / "heuristics.h"
+HEURISTICS = Path(__file__).parents[2] / "csrc" / "cuda" / "heuristics.h"
 TARGETS = list(CHIPS)
 # Where the kernels of tensor cores have code (kKernels of heuristics.h); the others have some everywhere.
 TENSOR_CORES = {

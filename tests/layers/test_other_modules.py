@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from reference import assert_equal, linear_reference
+from support.reference import assert_equal, linear_reference
 from torch import nn
 from torch.nn.utils import fusion, parametrizations, parametrize, prune
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from calls import Calls
 from gpu.tiles import DEPTHS, TILES, shapes_of
+from support.calls import Calls
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bitorch_qlinear

@@ -1,0 +1,1 @@
+"""The operators called with hostile arguments, and an oracle of the contract."""

@@ -1,0 +1,236 @@
+"""What the operators refuse: which argument, in which words, with and without memory."""
+
+import itertools
+import re
+from contextlib import nullcontext
+
+import pytest
+import torch
+from support.operators import (
+    BROKEN,
+    CPU_ONLY,
+    INVISIBLE,
+    LINEAR,
+    OF_ANOTHER,
+    OPERATORS,
+    PREPARED,
+    SINGLE,
+    TENSORS,
+    arguments,
+    assert_refused,
+    breakages,
+    call_arguments,
+    named_for,
+    operator,
+)
+from support.reference import (
+    assert_equal,
+    pack_signs,
+    product,
+    signs,
+    unpack_signs,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bitorch_qlinear import _library
+from bitorch_qlinear import functional as F
+
+
+@pytest.mark.parametrize(("name", "argument", "what"), list(breakages()))
+def test_wrong_arguments_are_refused(kernel, name, argument, what):
+    values = arguments()
+    values[argument] = BROKEN[argument][what](values[argument])
+    assert_refused(name, values, *named_for(name, argument))
+
+
+@pytest.mark.parametrize("name", PREPARED)
+@pytest.mark.parametrize("what", OF_ANOTHER)
+def test_forms_of_another_are_prepared_anew(kernel, name, what):
+    values = arguments()
+    args, kwargs = call_arguments(name, values | {"weight_prepared": None})
+    expected = operator(name)(*args, **kwargs)
+    args, kwargs = call_arguments(name, values | {"weight_prepared": OF_ANOTHER[what](values["weight_prepared"])})
+    result = operator(name)(*args, **kwargs)
+    results, wanted = ([r] if isinstance(r, torch.Tensor) else r for r in (result, expected))
+    for r, w in zip(results, wanted, strict=True):
+        assert_equal(r, w)
+
+
+def without_memory(way):
+    """(mode, function): a mode to be in, and what makes a tensor of the same form there."""
+    mode = FakeTensorMode()
+    if way == "fake cpu":
+        return mode, mode.from_tensor
+    device = way.removeprefix("fake ")
+
+    def made(tensor):
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+    return nullcontext() if way == "meta" else mode, made
+
+
+def refusal(name, values):
+    args, kwargs = call_arguments(name, values)
+    with pytest.raises(RuntimeError) as caught:
+        operator(name)(*args, **kwargs)
+    return str(caught.value)
+
+
+def needs_cpu(name, way):
+    return way == "fake cuda" and name in CPU_ONLY
+
+
+WITHOUT_MEMORY = ["meta", "fake cpu", "fake cuda"]
+
+
+@pytest.mark.parametrize("way", WITHOUT_MEMORY)
+@pytest.mark.parametrize(("name", "argument", "what"), [p for p in breakages() if p.values[2] not in INVISIBLE])
+def test_tensors_without_memory_are_refused_alike(name, argument, what, way):
+    """So that what is wrong is found, and named, while a model is traced."""
+    values = arguments()
+    values[argument] = BROKEN[argument][what](values[argument])
+    expected = refusal(name, values)
+    if needs_cpu(name, way):
+        expected = "bitorch_qlinear: reals: expected a tensor on the CPU, where alone multiply_signs computes"
+    if argument == "layout" and way == "fake cuda":
+        expected = expected.replace(
+            f"expected {_library.prepared_layout().number},", f"expected {_library.CUDA_LAYOUT},"
+        )
+    elif way == "fake cuda":
+        values["layout"] = _library.CUDA_LAYOUT
+    mode, made = without_memory(way)
+    with mode:
+        values = {n: made(v) if isinstance(v, torch.Tensor) else v for n, v in values.items()}
+        assert refusal(name, values) == expected
+
+
+@pytest.mark.parametrize("way", ["cpu", *WITHOUT_MEMORY])
+def test_layout_of_another_device_is_refused(way):
+    there, elsewhere = _library.prepared_layout().number, _library.CUDA_LAYOUT
+    if way == "fake cuda":
+        there, elsewhere = elsewhere, there
+    mode, made = without_memory(way) if way != "cpu" else (nullcontext(), lambda tensor: tensor)
+    words = arguments()["weight_words"]
+    with mode:
+        F.prepare_weight(made(words), 40, layout=there)
+        with pytest.raises(RuntimeError, match=f"layout: expected {there}, .*, got {elsewhere}$"):
+            F.prepare_weight(made(words), 40, layout=elsewhere)
+
+
+@pytest.mark.parametrize("name", sorted(set(OPERATORS) - set(SINGLE)))
+@pytest.mark.parametrize("argument", TENSORS)
+def test_tensors_on_different_devices_are_refused(name, argument):
+    values = arguments()
+    names = [a.name for a in operator(name)._schema.arguments]
+    if argument in names:
+        values[argument] = values[argument].to("meta")
+        assert_refused(name, values, *([argument] if argument != names[0] else TENSORS))
+
+
+@pytest.mark.parametrize("name", sorted(set(OPERATORS) - set(SINGLE)))
+@pytest.mark.parametrize("way", ["cpu", *WITHOUT_MEMORY])
+def test_none_for_a_tensor_is_refused(name, way):
+    if needs_cpu(name, way):
+        pytest.skip("computes on the CPU only")
+    mode, made = without_memory(way) if way != "cpu" else (nullcontext(), lambda tensor: tensor)
+    values = arguments()
+    with mode:
+        values = {n: made(v) if isinstance(v, torch.Tensor) else v for n, v in values.items()}
+        for argument in operator(name)._schema.arguments:
+            if str(argument.type) == "Tensor":
+                said = refusal(name, values | {argument.name: None})
+                assert said == f"bitorch_qlinear: {argument.name}: expected a tensor, got None"
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_int32_is_the_product_alone(name):
+    values = arguments() | {"out_dtype": torch.int32}
+    for vector in ("bias", "scale"):
+        assert_refused(name, values | {"bias": None, "scale": None} | {vector: torch.ones(5)}, "out_dtype")
+    args, kwargs = call_arguments(name, values | {"bias": None, "scale": None})
+    y = operator(name)(*args, **kwargs)
+    weight = signs(values["weight"], True) if name == "sign_linear" else unpack_signs(values["weight_words"], 40)
+    expected = product(signs(values["x"]), weight)
+    assert_equal(y if isinstance(y, torch.Tensor) else y[0], expected.to(torch.int32))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_tensors_of_another_layout_are_refused():
+    """Sparse and mkldnn tensors have no kernels: an error of torch's, never a number."""
+    x, words = torch.randn(3, 40), arguments()["weight_words"]
+    for wrong in (x.to_sparse(), x.to_sparse_csr(), x.to_mkldnn()):
+        with pytest.raises(RuntimeError):
+            F.pack_bits(wrong)
+        with pytest.raises(RuntimeError):
+            F.linear(wrong, words, 40)
+    with pytest.raises(RuntimeError):
+        F.linear(x, words, 40, torch.ones(5).to_sparse())
+
+
+def test_layout_that_is_here(kernel):
+    words, layout = arguments()["weight_words"], _library.prepared_layout().number
+    assert_equal(F.prepare_weight(words, 40, layout=layout), F.prepare_weight(words, 40))
+
+
+@pytest.mark.parametrize(("made_for", "used_by"), [*itertools.permutations(_library.available_kernels(), 2)])
+def test_weights_prepared_for_another_kernel_are_prepared_anew(made_for, used_by):
+    try:
+        _library.force_kernel(made_for)
+        values = arguments()
+        _library.force_kernel(used_by)
+        expected = product(signs(values["x"]), unpack_signs(values["weight_words"], 40))
+        values |= {"bias": None, "scale": None, "out_dtype": torch.int32}
+        for name in PREPARED:
+            args, kwargs = call_arguments(name, values)
+            y = operator(name)(*args, **kwargs)
+            assert_equal(y if isinstance(y, torch.Tensor) else y[0], expected.to(torch.int32))
+    finally:
+        _library.force_kernel(None)
+
+
+def test_unknown_kernel_is_refused_and_changes_nothing():
+    before = _library.active_kernel()
+    with pytest.raises(RuntimeError, match=r"expected one of .*scalar.*got \"avx1024\""):
+        _library.force_kernel("avx1024")
+    assert _library.active_kernel() == before
+
+
+HUGE_WORDS = torch.empty(2**62, 0, dtype=torch.int32)
+ONE = pack_signs(torch.ones(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (lambda: F.pack_bits(torch.zeros(1).expand(2**31)), "k"),
+        (lambda: F.pack_bits(torch.zeros(1, 1).expand(2**62, 1)), "result"),
+        (lambda: F.pack_bits(torch.zeros(1, 1).expand(2**45, 3)), "x"),
+        (lambda: F.linear(torch.zeros(1, 1).expand(2**62, 1), ONE, 1), "out of memory"),
+        (lambda: F.linear_train(torch.zeros(1, 1).expand(2**62, 1), ONE, 1), "result"),
+        (lambda: F.linear(torch.zeros(1, 0), HUGE_WORDS, 0), "result"),
+        (lambda: F.binary_linear(HUGE_WORDS, HUGE_WORDS, 0), "result"),
+        (lambda: F.multiply_signs(torch.zeros(1, 1).expand(2**62, 1), ONE, 1), "result"),
+        (lambda: F.multiply_signs(torch.zeros(1, 0), HUGE_WORDS, 0, True), "result"),
+    ],
+)
+def test_sizes_beyond_memory_are_refused(kernel, function, name):
+    """Shapes that take no memory themselves, but whose results would: no wrapped-around size, no crash."""
+    with pytest.raises(RuntimeError, match=f"bitorch_qlinear: {name}") as caught:
+        function()
+    assert not re.search(r"/\w|\.cpp|\.h\b", str(caught.value))
+
+
+def test_huge_sizes_without_elements(kernel):
+    bias = torch.zeros(1).expand(2**62)
+    assert F.linear(torch.empty(0, 0), HUGE_WORDS, 0, bias, scale=bias).shape == (0, 2**62)
+    assert F.unpack_bits(HUGE_WORDS, 0).shape == (2**62, 0)
+    assert F.binary_linear(HUGE_WORDS, torch.empty(0, 0, dtype=torch.int32), 0).shape == (2**62, 0)
+    rows = torch.empty(2**50, 0)
+    assert F.pack_bits(rows).shape == (2**50, 0)
+    assert F.multiply_signs(torch.zeros(1).expand(1, 2**62), HUGE_WORDS, 0).shape == (1, 0)
+    no_words = torch.empty(0, 0, dtype=torch.int32)
+    assert F.multiply_signs(rows, no_words, 0).shape == (2**50, 0)
+    assert F.linear(rows, no_words, 0).shape == (2**50, 0)
+    assert F.linear_train(rows, no_words, 0, threshold=1.0)[1].shape == (2**50, 0)
+    prepared = F.prepare_weight(HUGE_WORDS, 0)
+    assert F.binary_linear(HUGE_WORDS[:0], HUGE_WORDS, 0, weight_prepared=prepared).shape == (0, 2**62)
