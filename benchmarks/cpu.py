@@ -151,7 +151,7 @@ def table(results: list[dict[str, Any]], style: str = "simple") -> str:
         rows.append([result["name"], str(Shape.of(result)), *where, baseline, *cells])
     means = [f"{geometric_mean(ratios[name]):.2f}" if ratios[name] else "" for name in present[1:]]
     rows.append(["geometric mean", "", "", "", "", *means])
-    headers = ["", "shape", "type", "threads", f"{LINEAR}, µs", *(f"{name}, ×" for name in present[1:])]
+    headers = ["name", "shape", "dtype", "threads", f"{LINEAR}, µs", *(f"{name}, ×" for name in present[1:])]
     sides = ["left"] * 3 + ["right"] * (len(headers) - 3)
     text: str = tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True, colalign=sides)
     return text

@@ -52,8 +52,7 @@ def save(
     path: Path,
     title: str,
     machine: str,
-    handles: list[Any] | None = None,
-    labels: list[str] | None = None,
+    legend: tuple[list[Any], list[str]],
 ) -> None:
     """Save a picture with its title and the machine above the axes and the legend below them.
 
@@ -63,17 +62,15 @@ def save(
         path: The PNG file. Its folder is made if it is missing.
         title: What the picture shows.
         machine: The machine and the versions that were measured.
-        handles: What the legend explains; all labelled parts if it is left out.
-        labels: The texts of the legend, one for each handle.
+        legend: What the legend explains, and the text of each entry.
     """
-    small = textwrap.fill(machine, 130)
+    small = textwrap.fill(machine, 150)
     inches = figure.get_size_inches()[1]
     head = 0.35 + 0.14 * (small.count("\n") + 1)
-    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - head / inches))
+    figure.set_layout_engine("constrained", rect=(0, 0, 0.985, 1 - head / inches))
     figure.text(0.012, 1 - 0.08 / inches, title, fontsize=11, fontweight="bold", va="top")
     figure.text(0.012, 1 - 0.32 / inches, small, fontsize=7.5, color="#555555", va="top")
-    given = {} if handles is None else {"handles": handles, "labels": labels}
-    figure.legend(loc="outside lower center", ncols=2 if handles is None else 3, fontsize=8, frameon=False, **given)
+    figure.legend(*legend, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=PIXELS)
     pyplot.close(figure)
@@ -105,9 +102,9 @@ def ratios(figures: Figures, path: Path) -> None:
         )
     # The numbers stand in columns beside the bars, because no bar then runs through them.
     for column, name in enumerate(name for name in (QLINEAR, PACKED_LAYER) if name in names):
-        place = 1.06 + 0.13 * column
+        place = 1.07 + 0.16 * column
         text = {"transform": axes.get_yaxis_transform(), "ha": "center", "va": "center", "fontsize": 8}
-        axes.text(place, -0.75, name, color=COLOURS[name], fontweight="bold", **text)
+        axes.text(place, -0.7, name, color=COLOURS[name], fontweight="bold", **text)
         for row, result in enumerate(results):
             if name in result["seconds_quartiles"]:
                 axes.text(place, row, f"{ratio(result['seconds_quartiles'], LINEAR, name):.3g} ×", **text)
@@ -121,7 +118,7 @@ def ratios(figures: Figures, path: Path) -> None:
     axes.set_axisbelow(True)
     axes.set_xlabel("times as fast as nn.Linear (products are rows × inputs → outputs)")
     title = "Speed of binary layers and of int8 on a CPU, as a multiple of nn.Linear's"
-    save(pyplot, figure, path, title, describe(figures["setting"]))
+    save(pyplot, figure, path, title, describe(figures["setting"]), axes.get_legend_handles_labels())
 
 
 def errors(several: list[Times], name: str) -> list[list[float]]:
@@ -163,16 +160,15 @@ def sizes(figures: Figures, path: Path) -> None:
     axes.set_xticks(edges, [f"{edge} × {edge} → {edge}" for edge in edges])
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else "")
-    axes.set_ylabel("time of a multiply-add, ps")
+    axes.set_ylabel("picoseconds a multiply-add")
     axes.set_xlabel("rows × inputs → outputs")
     axes.grid(alpha=0.3)
-    save(
-        pyplot,
-        figure,
-        path,
-        "Time of one multiply-add on a CPU, by the size of the product",
-        describe(figures["setting"]),
-    )
+    title = "Time of one multiply-add on a CPU, by the size of the product"
+    handles, labels = axes.get_legend_handles_labels()
+    measured = [labels.index(LEGEND[name]) for name in (LINEAR, PACKED_LAYER, PACKED)]
+    order = measured + [i for i in range(len(labels)) if i not in measured]
+    legend = [handles[i] for i in order], [labels[i] for i in order]
+    save(pyplot, figure, path, title, describe(figures["setting"]), legend)
 
 
 def picoseconds(result: dict[str, Any], name: str) -> list[float]:

@@ -40,7 +40,7 @@ def plot(path: Path, figures: Results) -> None:
             axes.axhline(1, color="black", linewidth=0.8)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log", base=2)
-            axes.set_xticks(batches, [str(m) if m != 2 else "" for m in batches])
+            axes.set_xticks(batches, [str(m) for m in batches])
             axes.minorticks_off()
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_tick_params(labelleft=True)
@@ -50,7 +50,7 @@ def plot(path: Path, figures: Results) -> None:
         axes.set_xlabel("rows of x")
     figure.supylabel("times as fast as nn.Linear in bf16", fontsize=9)
     where = figures.setting
-    machine = [str(where[name]) for name in ("device", "torch", "date") if name in where]
+    versions = [f"{name} {where[name]}" for name in ("torch", "cuda") if name in where]
+    machine = [str(where.get("device", "")), *versions, str(where.get("date", ""))[:10]]
     title = "Speed of binary products on a GPU, as a multiple of nn.Linear's in bf16"
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    plots.save(pyplot, figure, path, title, ", ".join(machine), handles, labels)
+    plots.save(pyplot, figure, path, title, ", ".join(machine), grid[0, 0].get_legend_handles_labels())
