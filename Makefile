@@ -38,7 +38,7 @@ help:  ## list the targets
 	@echo '  RESULTS=FOLDER             where make gpu writes ($(RESULTS))'
 
 demo: build  ## train, pack and time a binarized classifier
-	$(PY) -m bitorch_qlinear.demo $(ARGS)
+	$(PY) -m examples.digits $(ARGS)
 
 # A selection of tests covers less: only the whole run is held to the coverage that pyproject.toml asks for.
 COVERAGE := --cov $(if $(ARGS),--cov-fail-under=0)
@@ -105,7 +105,7 @@ simde:  ## test the AVX-512 kernel through SIMDe, on any x86-64 with AVX2; wants
 	@$(DIE); echo '#include <simde/x86/avx512.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1 || \
 		die "there is no SIMDe: install it (Debian, Ubuntu: apt install libsimde-dev)."
 	@mkdir -p build
-	for name in gemm float_by_bits; do \
+	for name in gemm sign_gemm; do \
 		$(CXX) $(NATIVE_FLAGS) -w -DBITORCH_QLINEAR_SIMDE -Itests/native/simde -c -o build/$${name}_avx512-simde.o \
 			csrc/cpu/$${name}_avx512.cpp || exit 1; \
 	done

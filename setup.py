@@ -200,7 +200,7 @@ def operator_library(name: str, sources: list[str], libraries: list[str], cuda: 
 EXTENSIONS = [
     operator_library(
         "_ops_cpu",
-        ["csrc/ops.cpp", "csrc/ops_cpu.cpp", "csrc/sources.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+        ["csrc/torch/ops.cpp", "csrc/torch/ops_cpu.cpp", "csrc/sources.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
         ["torch", "torch_cpu"],
     ),
     Extension(
@@ -223,7 +223,11 @@ if BUILD_CUDA:
     EXTENSIONS.append(
         operator_library(
             "_ops_cuda",
-            ["csrc/sources.cpp", *sorted([*glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")])],
+            [
+                "csrc/torch/ops_cuda.cpp",
+                "csrc/sources.cpp",
+                *sorted([*glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")]),
+            ],
             ["torch", "torch_cpu", "torch_cuda", "cudart"],
             cuda=True,
         )

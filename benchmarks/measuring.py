@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch.utils.benchmark import Timer, set_torch_threads
 
-from bitorch_qlinear.demo import environment
+from examples.digits.costs import environment
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bitorch_qlinear import PackedQLinear, QLinear
-from bitorch_qlinear.demo import resident_bytes
+from examples.digits.costs import resident_bytes
 
 KINDS = {"float32 nn.Linear": nn.Linear, "QLinear (eval)": QLinear, "PackedQLinear": PackedQLinear}
 

@@ -122,13 +122,16 @@ def ratios(figures: Figures, path: Path) -> None:
 
 
 def errors(several: list[Times], name: str) -> list[list[float]]:
-    """Return how far the ratios at a contestant's quartiles lie below and above those at its medians."""
+    """Return how far the ratios at a contestant's quartiles lie below and above those at its medians.
+
+    The quartiles of two turns are extrapolated, and the lower one may not be positive. Then the upper end is left out.
+    """
     below, above = [], []
     for times in several:
         low, _, high = times[name]
         middle = ratio(times, LINEAR, name)
         below.append(middle - median(times, LINEAR) / high)
-        above.append(median(times, LINEAR) / low - middle)
+        above.append(median(times, LINEAR) / low - middle if low > 0 else 0.0)
     return [below, above]
 
 

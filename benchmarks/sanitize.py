@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from bitorch_qlinear import _library
+from bitorch_qlinear import _kernels
 from bitorch_qlinear import functional as F
 from bitorch_qlinear.kernels import forced
 
@@ -71,7 +71,7 @@ def inside() -> None:
     """The program that runs under a tool."""
     torch.manual_seed(0)
     device = torch.device("cuda")
-    kernels = _library.available_cuda_kernels(torch.cuda.get_device_capability(device))
+    kernels = _kernels.available_cuda_kernels(torch.cuda.get_device_capability(device))
     shapes = selection(torch.cuda.get_device_properties(device).multi_processor_count)
     for kernel in kernels:
         with forced(kernel):

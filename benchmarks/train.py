@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
-from bitorch_qlinear import QLinear, demo
+from bitorch_qlinear import QLinear
+from examples.digits import model as demo
 
 from .measuring import (
     ROUNDS,

@@ -2,6 +2,9 @@
 
 import torch
 
+from . import _fake as _fake  # registers the shapes of the operators' results, for torch.compile and torch.export
+from . import _flops as _flops  # registers the number of operations, for torch.utils.flop_counter
+from . import _vmap as _vmap  # registers the batching rules, for torch.func.vmap
 from . import functional, kernels, quantizations
 from ._info import Info, info
 from ._version import __version__
@@ -29,6 +32,5 @@ __all__ = [
     "unpack",
 ]
 
-# A whole model that torch.save wrote loads with weights_only=True as far as it is ours; its other classes are the
-# user's to allow.
+# torch.load(weights_only=True) may build this package's classes of a whole saved model. The user allows all others.
 torch.serialization.add_safe_globals([*safe_globals(), PackedQLinear])

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _library, functional, kernels
+from . import _kernels, _library, functional, kernels
 from ._info import info
 
 SCALAR = "scalar"
@@ -171,7 +171,7 @@ def self_test() -> bool:
     for device in _cuda_devices():
         # The CPU has one more operator than CUDA.
         on_cuda = [{name: want for name, want in results.items() if "multiply" not in name} for results in expected]
-        for name in _library.available_cuda_kernels(torch.cuda.get_device_capability(device)):
+        for name in _kernels.available_cuda_kernels(torch.cuda.get_device_capability(device)):
             wrong[f"{device} {name}"] = check(name, device, on_cuda)
     width = max(map(len, wrong)) + 2
     for name, text in wrong.items():

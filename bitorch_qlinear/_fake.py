@@ -1,23 +1,25 @@
 """Shapes and dtypes of the operators' results without data, for torch.compile, torch.export and meta tensors.
 
-The checks are those of csrc/check.h and csrc/tensors.h, in their order and with their messages: what an operator
-refuses when it runs is refused while it is traced. Not visible here are memory and what stands in it: a storage that is
-too short, and of a prepared form all but its dtype, its dimensions and that it has room for a header.
+The checks are those of the operators in csrc, in their order and with their messages, so that tracing refuses what a
+run would refuse. Memory cannot be checked here: a storage may be too short, and of a prepared form only the dtype, the
+dimensions and room for a header are known.
 
-Sizes can be symbolic. A check that compares two sizes holds for all that the graph will be run with, and so may narrow
-them to each other; every other check refuses only what is wrong whatever the symbols stand for, for a comparison of
-Python's would be a guard, and bind a graph or an exported program to the batch that it was traced with.
+Sizes can be symbolic. A check that compares two sizes may make them equal for all runs of the graph. Every other check
+refuses only sizes that are wrong for all values of their symbols, because a comparison in Python would add a guard: it
+would bind a graph or an exported program to the batch that it was traced with.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _kernels, functional
 from ._torch import is_known
 
 _FLOATS = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -29,7 +31,7 @@ _MAX_VALUES = 2**31 - 1  # csrc/packed.h's kMaxValues
 _HEADER_BYTES = 64  # csrc/packed.h's PreparedHeader
 
 
-# ---- how a check fails, and what it may ask ------------------------------------------------------------------------
+# ---- the tools of a check ------------------------------------------------------------------------------------------
 
 
 def _fail(argument: str, message: str, error: type[RuntimeError] = RuntimeError) -> NoReturn:
@@ -41,7 +43,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _check_equal(argument: str, got: int, expected: int, message: Callable[[], str]) -> None:
-    """Symbols that are not equal yet become so: the graph then belongs to sizes of which it is true."""
+    """Fail if the sizes differ; symbolic sizes that may differ become equal, and the graph then assumes it."""
     equal: bool | torch.SymBool = got == expected
     if isinstance(equal, bool):
         if not equal:
@@ -51,9 +53,9 @@ def _check_equal(argument: str, got: int, expected: int, message: Callable[[], s
 
 
 def _is_strided(tensor: Tensor) -> bool:
-    """Whether it is known not to be contiguous."""
+    """Whether the tensor is known not to be contiguous."""
     if not all(is_known(size > 0) for size in tensor.shape):
-        return False  # without elements it is contiguous
+        return False  # a tensor without elements is contiguous
     expected = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         if is_known(size == 1):
@@ -76,13 +78,13 @@ def _words_for(k: int) -> int:
 
 
 def _check_given(argument: str, tensor: Tensor | None) -> None:
-    """Torch passes None through even where one of several tensors is required."""
+    """Fail for None, which torch passes through even for a required tensor if there are several."""
     if tensor is None:
         _fail(argument, "expected a tensor, got None")
 
 
 def _check_first(argument: str, first: Tensor, *others: Tensor | None) -> None:
-    """The first tensor says where to compute; torch calls the CUDA operator where any tensor is on CUDA."""
+    """Fail if only a later tensor is on CUDA: the first one decides where to compute, torch's dispatch looks at all."""
     if first is None or first.device.type == "cuda":
         return
     if any(tensor is not None and tensor.device.type == "cuda" for tensor in others):
@@ -164,7 +166,7 @@ def _check_epilogue(n: int, bias: Tensor | None, scale: Tensor | None, out_dtype
 
 
 def _check_prepared(prepared: Tensor | None, first: Tensor) -> None:
-    """A form for another kernel is prepared anew by the operator, so that its size says little."""
+    """Check all of a prepared form but its size: the operator replaces a form that was made for another kernel."""
     if prepared is None:
         return
     if prepared.dtype is not torch.uint8 or prepared.dim() != 1 or _is_strided(prepared):
@@ -178,19 +180,11 @@ def _check_prepared(prepared: Tensor | None, first: Tensor) -> None:
         _fail("weight_prepared", f"expected at least {_HEADER_BYTES} bytes, got {prepared.shape[0]}")
 
 
-def _check_weight(
-    words: Tensor,
-    k: int,
-    bias: Tensor | None,
-    prepared: Tensor | None,
-    scale: Tensor | None,
-    out_dtype: torch.dtype,
-    first: Tensor,
-) -> None:
-    """Of the operators that multiply by packed weights, all that they have in common."""
-    _check_word_rows("weight_words", words, k, first)
-    _check_epilogue(words.shape[0], bias, scale, out_dtype, first)
-    _check_prepared(prepared, first)
+def _check_packed_weight(a: Any, out_dtype: torch.dtype, first: Tensor) -> None:
+    """Check the arguments that all products with packed weights have in common."""
+    _check_word_rows("weight_words", a.weight_words, a.k, first)
+    _check_epilogue(a.weight_words.shape[0], a.bias, a.scale, out_dtype, first)
+    _check_prepared(a.weight_prepared, first)
 
 
 # ---- the operators -------------------------------------------------------------------------------------------------
@@ -200,142 +194,123 @@ def _with_last(shape: Sequence[int], last: int) -> tuple[int, ...]:
     return (*shape[:-1], last)
 
 
-@torch.library.register_fake("bitorch_qlinear::pack_bits")
-def _(x: Tensor, strict: bool = False) -> Tensor:
-    _check_dimensions("x", x, "(..., k)")
-    _check_rows("x", x, x.shape[-1], x)
-    return x.new_empty(_with_last(x.shape, _words_for(x.shape[-1])), dtype=torch.int32)
+def _result_of(operator: Callable[..., Any]) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+    """Register the decorated function as the one that makes an operator's results without data.
+
+    Args:
+        operator: The function of :mod:`bitorch_qlinear.functional`. Its signature is the only one in Python: the
+            decorated function gets one namespace with all arguments by name, defaults included.
+    """
+    signature = inspect.signature(operator)
+
+    def register(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        @torch.library.register_fake(f"bitorch_qlinear::{operator.__name__}")
+        def fake(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return make(SimpleNamespace(**bound.arguments))
+
+        return make
+
+    return register
 
 
-@torch.library.register_fake("bitorch_qlinear::unpack_bits")
-def _(words: Tensor, k: int, dtype: torch.dtype) -> Tensor:
-    _check_values(k)
-    _check_words("words", words, k, words)
-    if dtype not in _UNPACKED:
-        _fail("dtype", f"expected a float type, int32, int8 or bool, got {_dtype_name(dtype)}")
-    return words.new_empty(_with_last(words.shape, k), dtype=dtype)
+@_result_of(functional.pack_bits)
+def _(a: Any) -> Tensor:
+    _check_dimensions("x", a.x, "(..., k)")
+    _check_rows("x", a.x, a.x.shape[-1], a.x)
+    return a.x.new_empty(_with_last(a.x.shape, _words_for(a.x.shape[-1])), dtype=torch.int32)  # type: ignore[no-any-return]
+
+
+@_result_of(functional.unpack_bits)
+def _(a: Any) -> Tensor:
+    _check_values(a.k)
+    _check_words("words", a.words, a.k, a.words)
+    if a.dtype not in _UNPACKED:
+        _fail("dtype", f"expected a float type, int32, int8 or bool, got {_dtype_name(a.dtype)}")
+    return a.words.new_empty(_with_last(a.words.shape, a.k), dtype=a.dtype)  # type: ignore[no-any-return]
 
 
 def _prepared_bytes(device_type: str, n: int | torch.SymInt, k: int | torch.SymInt) -> int | torch.SymInt:
-    """As C++ has it. What symbols stand for is not told to C++: the size is then one more symbol."""
+    """Return the size that C++ computes; C++ cannot take symbols, so for symbolic n or k it is a new symbol."""
     if isinstance(n, torch.SymInt) or isinstance(k, torch.SymInt):
         try:
             size: torch.SymInt = torch.library.get_ctx().new_dynamic_size(min=_HEADER_BYTES)
             return size
-        except RuntimeError:  # where torch.compile must know the size: the graph then belongs to these n and k
+        except RuntimeError:  # torch.compile may need to know the size: the graph then belongs to these n and k
             pass
-    return _library.prepared_bytes(device_type, int(n), int(k))
+    return _kernels.prepared_bytes(device_type, int(n), int(k))
 
 
-@torch.library.register_fake("bitorch_qlinear::prepare_weight")
-def _(weight_words: Tensor, k: int, *, layout: int | None = None) -> Tensor:
-    _check_values(k)
-    _check_word_rows("weight_words", weight_words, k, weight_words)
-    device_type = weight_words.device.type
-    present = _library.CUDA_LAYOUT if device_type == "cuda" else _library.prepared_layout().number
-    if layout is not None and layout != present:
-        _fail("layout", f"expected {present}, that of the kernel that runs here, or None, got {layout}")
-    return weight_words.new_empty((_prepared_bytes(device_type, weight_words.shape[0], k),), dtype=torch.uint8)
+@_result_of(functional.prepare_weight)
+def _(a: Any) -> Tensor:
+    _check_values(a.k)
+    _check_word_rows("weight_words", a.weight_words, a.k, a.weight_words)
+    device_type = a.weight_words.device.type
+    present = _kernels.CUDA_LAYOUT if device_type == "cuda" else _kernels.prepared_layout().number
+    if a.layout is not None and a.layout != present:
+        _fail("layout", f"expected {present}, that of the kernel that runs here, or None, got {a.layout}")
+    size = _prepared_bytes(device_type, a.weight_words.shape[0], a.k)
+    return a.weight_words.new_empty((size,), dtype=torch.uint8)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("bitorch_qlinear::binary_linear")
-def _(
-    x_words: Tensor,
-    weight_words: Tensor,
-    k: int,
-    bias: Tensor | None = None,
-    *,
-    weight_prepared: Tensor | None = None,
-    scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    out_dtype = out_dtype or torch.float32
-    _check_first("x_words", x_words, weight_words, bias, weight_prepared, scale)
-    _check_values(k)
-    _check_words("x_words", x_words, k, x_words)
-    _check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype, x_words)
-    return x_words.new_empty(_with_last(x_words.shape, weight_words.shape[0]), dtype=out_dtype)
+@_result_of(functional.binary_linear)
+def _(a: Any) -> Tensor:
+    out_dtype = a.out_dtype or torch.float32
+    _check_first("x_words", a.x_words, a.weight_words, a.bias, a.weight_prepared, a.scale)
+    _check_values(a.k)
+    _check_words("x_words", a.x_words, a.k, a.x_words)
+    _check_packed_weight(a, out_dtype, a.x_words)
+    return a.x_words.new_empty(_with_last(a.x_words.shape, a.weight_words.shape[0]), dtype=out_dtype)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("bitorch_qlinear::linear")
-def _linear(
-    x: Tensor,
-    weight_words: Tensor,
-    k: int,
-    bias: Tensor | None = None,
-    *,
-    weight_prepared: Tensor | None = None,
-    scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    strict: bool = False,
-) -> Tensor:
-    _check_first("x", x, weight_words, bias, weight_prepared, scale)
-    _check_rows("x", x, k, x)
-    out_dtype = out_dtype or x.dtype
-    _check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype, x)
-    return x.new_empty(_with_last(x.shape, weight_words.shape[0]), dtype=out_dtype)
+@_result_of(functional.linear)
+def _linear(a: Any) -> Tensor:
+    _check_first("x", a.x, a.weight_words, a.bias, a.weight_prepared, a.scale)
+    _check_rows("x", a.x, a.k, a.x)
+    out_dtype = a.out_dtype or a.x.dtype
+    _check_packed_weight(a, out_dtype, a.x)
+    return a.x.new_empty(_with_last(a.x.shape, a.weight_words.shape[0]), dtype=out_dtype)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("bitorch_qlinear::sign_linear")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    strict: bool = False,
-    strict_weight: bool = False,
-) -> Tensor:
-    _check_first("x", x, weight, bias, scale)
-    _check_given("weight", weight)
-    if weight.dim() != 2:
-        _fail("weight", f"expected shape (n, k), got {weight.dim()} dimensions")
-    n, k = weight.shape
-    _check_rows("x", x, k, x)
-    _check_rows("weight", weight, k, x)
-    out_dtype = out_dtype or x.dtype
-    _check_epilogue(n, bias, scale, out_dtype, x)
-    return x.new_empty(_with_last(x.shape, n), dtype=out_dtype)
+@_result_of(functional.sign_linear)
+def _(a: Any) -> Tensor:
+    _check_first("x", a.x, a.weight, a.bias, a.scale)
+    _check_given("weight", a.weight)
+    if a.weight.dim() != 2:
+        _fail("weight", f"expected shape (n, k), got {a.weight.dim()} dimensions")
+    n, k = a.weight.shape
+    _check_rows("x", a.x, k, a.x)
+    _check_rows("weight", a.weight, k, a.x)
+    out_dtype = a.out_dtype or a.x.dtype
+    _check_epilogue(n, a.bias, a.scale, out_dtype, a.x)
+    return a.x.new_empty(_with_last(a.x.shape, n), dtype=out_dtype)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("bitorch_qlinear::linear_train")
-def _(
-    x: Tensor,
-    weight_words: Tensor,
-    k: int,
-    bias: Tensor | None = None,
-    *,
-    weight_prepared: Tensor | None = None,
-    scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    strict: bool = False,
-    threshold: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = _linear(
-        x, weight_words, k, bias, weight_prepared=weight_prepared, scale=scale, out_dtype=out_dtype, strict=strict
-    )
-    if threshold is not None and not threshold >= 0:
-        _fail("threshold", f"expected a number >= 0 or None, got {threshold:g}")
-    shape = _with_last(x.shape, _words_for(k))
-    x_words = x.new_empty(shape, dtype=torch.int32)
-    in_range_words = x.new_empty((0,) if threshold is None else shape, dtype=torch.int32)
+@_result_of(functional.linear_train)
+def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y = _linear(a)
+    if a.threshold is not None and not a.threshold >= 0:
+        _fail("threshold", f"expected a number >= 0 or None, got {a.threshold:g}")
+    shape = _with_last(a.x.shape, _words_for(a.k))
+    x_words = a.x.new_empty(shape, dtype=torch.int32)
+    in_range_words = a.x.new_empty((0,) if a.threshold is None else shape, dtype=torch.int32)
     return y, x_words, in_range_words
 
 
-@torch.library.register_fake("bitorch_qlinear::multiply_signs")
-def _(reals: Tensor, sign_words: Tensor, k: int, transpose: bool = False) -> Tensor:
-    if any(tensor is not None and tensor.device.type == "cuda" for tensor in (reals, sign_words)):
-        _fail("reals", "expected a tensor on the CPU, where alone multiply_signs computes", NotImplementedError)
-    _check_values(k)
-    _check_word_rows("sign_words", sign_words, k, sign_words if reals is None else reals)
-    n = sign_words.shape[0]
-    summed, outputs = (k, n) if transpose else (n, k)
-    _check_given("reals", reals)
-    _check_float("reals", reals.dtype)
-    _check_dimensions("reals", reals, "(..., n)")
-    got = reals.shape[-1]
+@_result_of(functional.multiply_signs)
+def _(a: Any) -> Tensor:
+    if any(tensor is not None and tensor.device.type == "cuda" for tensor in (a.reals, a.sign_words)):
+        _fail("reals", "expected a tensor on the CPU, the only device of multiply_signs", NotImplementedError)
+    _check_values(a.k)
+    _check_word_rows("sign_words", a.sign_words, a.k, a.sign_words if a.reals is None else a.reals)
+    n = a.sign_words.shape[0]
+    summed, outputs = (a.k, n) if a.transpose else (n, a.k)
+    _check_given("reals", a.reals)
+    _check_float("reals", a.reals.dtype)
+    _check_dimensions("reals", a.reals, "(..., n)")
+    got = a.reals.shape[-1]
     _check_equal(
         "reals", got, summed, lambda: f"expected {summed} values in the last dimension, as many as signs, got {got}"
     )
-    return reals.new_empty(_with_last(reals.shape, outputs))
+    return a.reals.new_empty(_with_last(a.reals.shape, outputs))  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ import textwrap
 
 import torch
 
-from . import _C, _library
+from . import _C, _kernels, _library
 from ._version import __version__
 
 __all__ = ["Info", "info"]
@@ -85,13 +85,13 @@ def info() -> Info:
         torch_running=torch.__version__,
         cuda=_library.no_cuda_reason or build["cuda_targets"],
         cuda_devices=_cuda_devices(),
-        cuda_kernel=(_library.forced_cuda_kernel() or "chosen by each product's sizes")
+        cuda_kernel=(_kernels.forced_cuda_kernel() or "chosen by each product's sizes")
         if _library.has_cuda
         else "none",
         cpu_capability=_C.cpu_capability(),
-        kernels=tuple(_library.available_kernels()),
-        kernel=_library.active_kernel(),
-        kernel_reason=_library.active_kernel_reason(),
+        kernels=tuple(_kernels.available_kernels()),
+        kernel=_kernels.active_kernel(),
+        kernel_reason=_kernels.active_kernel_reason(),
     )
 
 
@@ -104,12 +104,12 @@ def _cuda_devices() -> tuple[str, ...]:
 def _cuda_device(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
     capability = properties.major, properties.minor
-    kernels = ", ".join(_library.available_cuda_kernels(capability))
+    kernels = ", ".join(_kernels.available_cuda_kernels(capability))
     device = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
     if not kernels:
         return f"{device}: no kernel, 7.5 or later is needed"
     choices = "; ".join(
-        f"{rows} × 4096 → 4096: " + _library.cuda_choice(capability, properties.multi_processor_count, rows, 4096, 4096)
+        f"{rows} × 4096 → 4096: " + _kernels.cuda_choice(capability, properties.multi_processor_count, rows, 4096, 4096)
         for rows in (1, 16, 4096)
     )
     return f"{device}: {kernels}; {choices}"

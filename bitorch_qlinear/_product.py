@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library, functional
+from . import _kernels, _library, functional
 from ._torch import (
     HAS_AMX,
     any_autocast,
@@ -394,7 +394,7 @@ def tables_win(reals: Tensor, outputs: int) -> bool:
     times slower; bfloat16's BLAS has instructions of its own (AVX512_BF16): from 256 and 192 on 0.99 to 3 times, but
     with AMX the BLAS is 2 to 4 times as fast; float16's has none: from 8 and 16 on 1.5 times and more.
     """
-    least = _library.least_sign_outputs()
+    least = _kernels.least_sign_outputs()
     if least >= _NEVER:
         return False
     if is_known(reals.numel() <= _FEW_ROWS.get(reals.dtype, 32) * reals.shape[-1]):

@@ -24,7 +24,7 @@ def digest(root: Path) -> str | None:
     """
     csrc = os.path.join(root, "csrc")
     # Another package may have installed a folder csrc beside this one.
-    if not os.path.isfile(os.path.join(csrc, "ops_cpu.cpp")):
+    if not os.path.isfile(os.path.join(csrc, "torch", "ops_cpu.cpp")):
         return None
     paths = [os.path.join(root, "setup.py")]
     for folder, _, names in os.walk(csrc):

@@ -4,11 +4,11 @@ Packed words hold K values of ±1 in ``ceil(K / 32)`` words of 32 bits along the
 is element ``32 * w + i``, 1 means +1, and bits past K are 0. They are uint32 bit patterns in an int32 tensor
 (``words.view(torch.uint32)`` is free; the operators take both).
 
-The sign rule is ``+1 unless v < 0`` (so ±0 and NaN are +1), or with ``strict=True`` ``+1 only where v > 0``.
+The sign of v is +1 unless v < 0 (so ±0 and NaN become +1); with ``strict=True`` it is +1 only if v > 0.
 
-All operators raise RuntimeError, before anything is written, where an argument has a wrong shape, dtype or device; the
-message names the argument, what was expected and what came. They compute no gradients: that is
-:class:`bitorch_qlinear.QLinear`'s part.
+All operators raise RuntimeError, before anything is written, if an argument has a wrong shape, dtype or device; the
+message names the argument, what was expected and what was given. They have no gradients;
+:class:`bitorch_qlinear.QLinear` has.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _fake as _fake  # registers the results' shapes, for torch.compile and torch.export
-from . import _flops as _flops  # registers the operations, for torch.utils.flop_counter
-from . import _library
-from . import _vmap as _vmap  # registers the batching rules, for torch.func.vmap
+from ._library import operators as _ops
 
 __all__ = [
     "binary_linear",
@@ -32,18 +29,16 @@ __all__ = [
     "unpack_bits",
 ]
 
-_ops = _library.operators
-
 
 def pack_bits(x: Tensor, strict: bool = False) -> Tensor:
     """Pack the signs of x.
 
     Args:
         x: Shape ``(..., k)``, any strides, float64, float32, float16 or bfloat16.
-        strict: The sign rule.
+        strict: +1 only if v > 0, instead of +1 unless v < 0.
 
     Returns:
-        Words, int32, shape ``(..., ceil(k / 32))``.
+        Packed words, int32, shape ``(..., ceil(k / 32))``.
     """
     words: Tensor = _ops.pack_bits(x, strict)
     return words
@@ -55,7 +50,7 @@ def unpack_bits(words: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Te
     Args:
         words: Shape ``(..., ceil(k / 32))``, int32 or uint32, contiguous.
         k: Number of values.
-        dtype: A float type, int32 or int8 for ±1; bool for the bits.
+        dtype: A float type, int32 or int8 gives ±1; bool gives the bits.
 
     Returns:
         Shape ``(..., k)``.
@@ -65,17 +60,18 @@ def unpack_bits(words: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Te
 
 
 def prepare_weight(weight_words: Tensor, k: int, *, layout: int | None = None) -> Tensor:
-    """Lay packed weights out as the active kernel of their device wants to read them.
+    """Rearrange packed weights into the order in which the active kernel of their device reads them.
 
-    The result belongs to this process: it is neither portable nor part of any checkpoint. It says which kernel, n, k
-    and words it was made for; where an operator's are others, a CPU operator prepares its weights anew, and one of CUDA
-    refuses the form.
+    The result belongs to this process: it is not portable and never part of a checkpoint. It records the kernel, n, k
+    and words that it was made for. If one of them differs, a CPU operator prepares the weights again in that call, and
+    a CUDA operator raises.
 
     Args:
         weight_words: Shape ``(n, ceil(k / 32))``.
         k: Number of values in a row.
-        layout: The layout that the caller counts on: where it is another, this is an error. A compiled graph has it as
-            a constant, for graphs are cached on disk, and with another kernel the result has another size.
+        layout: The layout number that the caller expects; if the active kernel reads another layout, this raises. A
+            compiled graph stores the number, because graphs are cached on disk and the size of the result depends on
+            the kernel.
 
     Returns:
         An opaque uint8 vector, on the same device.
@@ -94,7 +90,7 @@ def binary_linear(
     scale: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """``y = s(x) · s(W)ᵀ · scale + bias`` of two packed factors.
+    """Compute ``y = s(x) · s(W)ᵀ · scale + bias`` from two packed factors.
 
     The product is the exact integer ``k - 2 · popcount(x ^ w)``. With T = float64 for a float64 output and float32
     otherwise, ``y = cast(T(product) · T(scale) + T(bias))``, each operation rounded once.
@@ -104,10 +100,11 @@ def binary_linear(
         weight_words: Shape ``(n, ceil(k / 32))``.
         k: Number of values in a row, at most 2³¹ - 1.
         bias: Shape ``(n,)``, any float type.
-        weight_prepared: :func:`prepare_weight` of the weights; without it they are prepared in every call, and also
-            where it was made for another kernel or of other words.
-        scale: A factor per output, shape ``(n,)``, any float type (XNOR-Net's α, https://arxiv.org/abs/1603.05279).
-        out_dtype: A float type; or int32, without bias and scale, for the integer itself.
+        weight_prepared: The result of :func:`prepare_weight` for these weights. Without it, or if it was made for
+            another kernel or from other words, a CPU operator prepares the weights in this call.
+        scale: A factor for each output, shape ``(n,)``, any float type (XNOR-Net's α,
+            https://arxiv.org/abs/1603.05279).
+        out_dtype: A float type; or int32, without bias and scale, for the integer product itself.
 
     Returns:
         Shape ``(..., n)`` in ``out_dtype``.
@@ -129,20 +126,17 @@ def linear(
     out_dtype: torch.dtype | None = None,
     strict: bool = False,
 ) -> Tensor:
-    """:func:`binary_linear` of a float x, which is packed on the way.
+    """Compute :func:`binary_linear` of a float x, which is packed in this call.
+
+    The arguments that are not listed here are those of :func:`binary_linear`.
 
     Args:
         x: Shape ``(..., k)``, any strides, any float type.
-        weight_words: As in :func:`binary_linear`.
-        k: As in :func:`binary_linear`.
-        bias: As in :func:`binary_linear`.
-        weight_prepared: As in :func:`binary_linear`.
-        scale: As in :func:`binary_linear`.
-        out_dtype: As in :func:`binary_linear`; by default that of x.
-        strict: The sign rule for x.
+        out_dtype: As in :func:`binary_linear`, but None means the dtype of x.
+        strict: The sign of x is +1 only if x > 0, instead of +1 unless x < 0.
 
     Returns:
-        Shape ``(..., n)``.
+        Shape ``(..., n)`` in ``out_dtype``.
     """
     y: Tensor = _ops.linear(
         x, weight_words, k, bias, weight_prepared=weight_prepared, scale=scale, out_dtype=out_dtype, strict=strict
@@ -160,19 +154,16 @@ def sign_linear(
     strict: bool = False,
     strict_weight: bool = False,
 ) -> Tensor:
-    """:func:`linear` of float weights, which are packed on the way too, for this product alone.
+    """Compute :func:`linear` of float weights, which are packed in this call, too.
+
+    The arguments that are not listed here are those of :func:`linear`.
 
     Args:
-        x: As in :func:`linear`.
         weight: Shape ``(n, k)``, any strides, any float type.
-        bias: As in :func:`binary_linear`.
-        scale: As in :func:`binary_linear`.
-        out_dtype: As in :func:`linear`.
-        strict: The sign rule for x.
-        strict_weight: The sign rule for the weights.
+        strict_weight: The sign of a weight is +1 only if w > 0, instead of +1 unless w < 0.
 
     Returns:
-        Shape ``(..., n)``.
+        Shape ``(..., n)`` in ``out_dtype``.
     """
     y: Tensor = _ops.sign_linear(
         x, weight, bias, scale=scale, out_dtype=out_dtype, strict=strict, strict_weight=strict_weight
@@ -192,23 +183,17 @@ def linear_train(
     strict: bool = False,
     threshold: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`linear`, which also returns of x what backward needs: two bits an element.
+    """Compute :func:`linear`, and return also the two bits of each element of x that backward needs.
+
+    The arguments that are not listed here are those of :func:`linear`.
 
     Args:
-        x: As in :func:`linear`.
-        weight_words: As in :func:`linear`.
-        k: As in :func:`linear`.
-        bias: As in :func:`linear`.
-        weight_prepared: As in :func:`linear`.
-        scale: As in :func:`linear`.
-        out_dtype: As in :func:`linear`.
-        strict: As in :func:`linear`.
-        threshold: An element is in range where ``|x| <= threshold``, compared in x's dtype; NaN is not. None keeps no
-            such bits.
+        threshold: An element is in range if ``|x| <= threshold``, compared in x's dtype; NaN is out of range. None
+            computes no in-range bits.
 
     Returns:
-        y of shape ``(..., n)``; the packed signs of x and its packed in-range bits, each ``(..., ceil(k / 32))`` (the
-        latter of shape ``(0,)`` without a threshold).
+        y of shape ``(..., n)``, the packed signs of x, and its packed in-range bits. Both kinds of bits have shape
+        ``(..., ceil(k / 32))``; without a threshold the in-range bits have shape ``(0,)``.
     """
     y, x_words, in_range_words = _ops.linear_train(
         x,
@@ -225,24 +210,24 @@ def linear_train(
 
 
 def multiply_signs(reals: Tensor, sign_words: Tensor, k: int, transpose: bool = False) -> Tensor:
-    """``reals · s`` of real values and packed signs ±1, or ``reals · sᵀ``; on the CPU only.
+    """Compute ``reals · s`` from real values and packed signs ±1, or ``reals · sᵀ``; on the CPU only.
 
     Half types are summed in float32. The order of summation is fixed: no bit of the result depends on the kernel or the
     number of threads. The error is at most ``d · u · sum(|reals|)`` with ``d = 69 + ceil(summed / 1920)`` additions
-    and u the rounding unit of the sum. Infinities and NaN come out as of a product in float.
+    and u the rounding unit of the sum. Infinities and NaN spread as in a float product.
 
-    It is fast where there are many outputs: with the AVX2 kernel and in float32 it beats ``reals @ unpack_bits(...)``
-    from 128 outputs and 64 values to sum on.
+    It is fast if there are many outputs: with the AVX2 kernel and in float32 it beats ``reals @ unpack_bits(...)`` if
+    there are at least 128 outputs of at least 64 summed values each.
 
     Args:
-        reals: Shape ``(..., n)``, or ``(..., k)`` where transposed; any float type. Rows or columns are read in place,
-            other strides copied.
+        reals: Shape ``(..., n)``, or ``(..., k)`` if `transpose`; any float type. If its rows or its columns are
+            contiguous it is read in place, otherwise it is copied.
         sign_words: Shape ``(n, ceil(k / 32))``.
         k: Number of values in a row of the signs.
         transpose: Multiply by the transposed signs.
 
     Returns:
-        Shape ``(..., k)``, or ``(..., n)`` where transposed, in the dtype of `reals`.
+        Shape ``(..., k)``, or ``(..., n)`` if `transpose`, in the dtype of `reals`.
     """
     product: Tensor = _ops.multiply_signs(reals, sign_words, k, transpose)
     return product

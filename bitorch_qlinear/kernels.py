@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from . import _library
+from . import _kernels, _library
 
 __all__ = ["active", "available", "forced"]
 
@@ -22,7 +22,7 @@ def available() -> list[str]:
     Returns:
         Their names, best first; the last is "scalar", which every processor can run.
     """
-    return _library.available_kernels()
+    return _kernels.available_kernels()
 
 
 def active() -> str:
@@ -31,7 +31,7 @@ def active() -> str:
     Returns:
         One of :func:`available`.
     """
-    return _library.active_kernel()
+    return _kernels.active_kernel()
 
 
 @contextlib.contextmanager
@@ -60,18 +60,18 @@ def forced(name: str | None) -> Iterator[None]:
         yield
     elif name in available():
         before = active()
-        _library.force_kernel(name)
+        _kernels.force_kernel(name)
         try:
             yield
         finally:
-            _library.force_kernel(before)
-    elif name in _library.CUDA_KERNELS and _library.has_cuda:
-        before = _library.forced_cuda_kernel()
-        _library.force_cuda_kernel(name)
+            _kernels.force_kernel(before)
+    elif name in _kernels.CUDA_KERNELS and _library.has_cuda:
+        before = _kernels.forced_cuda_kernel()
+        _kernels.force_cuda_kernel(name)
         try:
             yield
         finally:
-            _library.force_cuda_kernel(before)
+            _kernels.force_cuda_kernel(before)
     else:
         raise ValueError(_refusal(name))
 
@@ -79,8 +79,8 @@ def forced(name: str | None) -> Iterator[None]:
 def _refusal(name: object) -> str:
     choices = f"a CPU kernel that this processor can run ({', '.join(available())})"
     if _library.has_cuda:
-        choices += f" or a CUDA kernel ({', '.join(_library.CUDA_KERNELS)})"
-    elif name in _library.CUDA_KERNELS:
+        choices += f" or a CUDA kernel ({', '.join(_kernels.CUDA_KERNELS)})"
+    elif name in _kernels.CUDA_KERNELS:
         return (
             f"name: expected {choices}, got {name!r}, a CUDA kernel; there are no CUDA operators here: "
             f"{_library.no_cuda_reason}"

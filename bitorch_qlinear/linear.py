@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _library, functional, quantizations
+from . import _kernels, _library, functional, quantizations
 from ._product import (
     apply_to_no_tensor,
     apply_to_values,
@@ -61,7 +61,7 @@ def path_name(weight: Tensor) -> str:
         return "packed (CUDA)" if has_kernels(weight) else f"float (no kernels for cuda: {_library.no_cuda_reason})"
     if not has_kernels(weight):
         return f"float (no kernels for {weight.device.type})"
-    return f"packed ({_library.active_kernel()})"
+    return f"packed ({_kernels.active_kernel()})"
 
 
 def _check_threshold(threshold: float | None) -> float | None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional
 from torch import Tensor
 
-from bitorch_qlinear import PackedQLinear, _library
+from bitorch_qlinear import PackedQLinear, _kernels
 from bitorch_qlinear import functional as F
 
 from ..measuring import Shape
@@ -129,4 +129,4 @@ def kernels(device: torch.device) -> list[str]:
     """List the CUDA kernels that a device can run; for the CPU there are none."""
     if device.type != "cuda":
         return []
-    return _library.available_cuda_kernels(torch.cuda.get_device_capability(device))
+    return _kernels.available_cuda_kernels(torch.cuda.get_device_capability(device))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitorch_qlinear import _library
-from bitorch_qlinear.demo import environment
+from examples.digits.costs import environment
 
 from ..sanitize import find_tool
 from .contestants import random_rows

@@ -2,7 +2,7 @@
 #pragma once
 
 // Included inside the AVX2 region, behind the intrinsics.
-#include "bits.h"
+#include "pack_portable.h"
 
 namespace bitorch_qlinear {
 namespace {

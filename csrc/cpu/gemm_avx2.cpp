@@ -1,5 +1,5 @@
 // Binary matrix product by product tables (AVX2). Its slow twin is gemm_scalar.cpp. Many rows go by the tables of
-// four_russians_avx2.h instead.
+// gemm_tables_avx2.h instead.
 //
 // popcount(a ^ b) is summed over K by table lookups that keep the *output index* in the byte lane, so
 // that no sum ever goes across lanes. A nibble (4 values of K) of two rows of x, p and q, selects a
@@ -43,12 +43,12 @@
 
 // Our own headers too are compiled for AVX2 here; what they define has internal linkage.
 BITORCH_QLINEAR_AVX2_BEGIN
-#include "bits.h"
 #include "byte_sums_avx2.h"
-#include "four_russians_avx2.h"
+#include "gemm_tables_avx2.h"
 #include "hash.h"
 #include "kernel.h"
 #include "pack_avx2.h"
+#include "pack_portable.h"
 
 namespace bitorch_qlinear {
 namespace {
@@ -375,12 +375,12 @@ void prepare(const uint32_t* words, int64_t n, int64_t k, Range panels, uint8_t*
 }
 
 int64_t workspace_bytes(int64_t rows, int64_t k) {
-    return std::max(workspace_layout(rows, k).end, four_russians::workspace_bytes(k));
+    return std::max(workspace_layout(rows, k).end, gemm_tables::workspace_bytes(k));
 }
 
 void gemm(const Product& product, Range rows, Range columns, uint8_t* memory) {
-    const int64_t taken = four_russians::rows_worth(size(rows), size(columns), product.k);
-    if (taken) four_russians::multiply(product, {rows.begin, rows.begin + taken}, columns, memory);
+    const int64_t taken = gemm_tables::rows_worth(size(rows), size(columns), product.k);
+    if (taken) gemm_tables::multiply(product, {rows.begin, rows.begin + taken}, columns, memory);
     rows.begin += taken;
     if (size(rows)) multiply_by_pair_tables(product, rows, columns, memory);
 }
@@ -408,7 +408,7 @@ const Kernel kAvx2Kernel = {
     .column_tile = kColumns,
     .workspace_bytes = workspace_bytes,
     .gemm = gemm,
-    .float_by_bits = &kAvx2FloatByBits,
+    .sign_gemm = &kAvx2SignGemm,
 };
 
 }  // namespace bitorch_qlinear

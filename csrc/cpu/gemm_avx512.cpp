@@ -37,10 +37,10 @@
 
 // Our own headers too are compiled for AVX-512 here; what they define has internal linkage.
 BITORCH_QLINEAR_AVX512_BEGIN
-#include "bits.h"
 #include "hash.h"
 #include "kernel.h"
 #include "pack_avx512.h"
+#include "pack_portable.h"
 
 namespace bitorch_qlinear {
 namespace {
@@ -267,7 +267,7 @@ const Kernel kAvx512Kernel = {
     .workspace_bytes = workspace_bytes,
     .gemm = gemm,
     // With 512-bit loads 7.9 cycles for 30 bits against 7.5 (Zen 4, which splits them), so the AVX2 one.
-    .float_by_bits = &kAvx512FloatByBits,
+    .sign_gemm = &kAvx512SignGemm,
 };
 
 }  // namespace bitorch_qlinear

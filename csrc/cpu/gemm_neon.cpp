@@ -17,11 +17,11 @@
 
 #include <cstdint>
 
-#include "bits.h"
-#include "gemm_words.h"
+#include "gemm_unprepared.h"
 #include "hash.h"
 #include "kernel.h"
 #include "pack_neon.h"
+#include "pack_portable.h"
 
 namespace bitorch_qlinear {
 namespace {
@@ -98,7 +98,7 @@ const Kernel kNeonKernel = {
     .column_tile = Tile::kColumns,
     .workspace_bytes = [](int64_t, int64_t) -> int64_t { return 0; },
     .gemm = gemm_by_words<Tile>,
-    .float_by_bits = &kScalarFloatByBits,
+    .sign_gemm = &kScalarSignGemm,
 };
 
 }  // namespace bitorch_qlinear

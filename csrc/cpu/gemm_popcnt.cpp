@@ -13,10 +13,10 @@
 
 // Our own headers too are compiled for POPCNT here; what they define has internal linkage.
 BITORCH_QLINEAR_POPCNT_BEGIN
-#include "bits.h"
-#include "gemm_words.h"
+#include "gemm_unprepared.h"
 #include "hash.h"
 #include "kernel.h"
+#include "pack_portable.h"
 
 namespace bitorch_qlinear {
 namespace {
@@ -77,7 +77,7 @@ const Kernel kPopcntKernel = {
     .column_tile = Tile::kColumns,
     .workspace_bytes = [](int64_t, int64_t) -> int64_t { return 0; },
     .gemm = gemm_by_words<Tile>,
-    .float_by_bits = &kScalarFloatByBits,
+    .sign_gemm = &kScalarSignGemm,
 };
 
 }  // namespace bitorch_qlinear

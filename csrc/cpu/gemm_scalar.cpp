@@ -1,8 +1,8 @@
 // The portable kernel and the slow twin of all others: XOR and popcount over the interchange form,
 // one 32-bit word at a time, as packed.h and epilogue.h define it.
-#include "bits.h"
 #include "hash.h"
 #include "kernel.h"
+#include "pack_portable.h"
 
 namespace bitorch_qlinear {
 namespace {
@@ -39,7 +39,7 @@ const Kernel kScalarKernel = {
     .column_tile = 1,
     .workspace_bytes = [](int64_t, int64_t) -> int64_t { return 0; },
     .gemm = gemm,
-    .float_by_bits = &kScalarFloatByBits,
+    .sign_gemm = &kScalarSignGemm,
 };
 
 }  // namespace bitorch_qlinear

@@ -7,8 +7,8 @@
 #include "../epilogue.h"
 #include "../packed.h"
 #include "cpu_features.h"
-#include "float_by_bits.h"
 #include "range.h"
+#include "sign_gemm.h"
 
 namespace bitorch_qlinear {
 
@@ -63,7 +63,7 @@ struct Kernel {
     // Computes y[rows][columns]; workspace is aligned to 64 bytes and private to the call.
     void (*gemm)(const Product&, Range rows, Range columns, uint8_t* workspace);
     // The product where one factor stays real.
-    const FloatByBits* float_by_bits;
+    const SignGemm* sign_gemm;
 };
 
 extern const Kernel kScalarKernel;

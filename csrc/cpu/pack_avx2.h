@@ -1,9 +1,9 @@
 // Packing a row with AVX2, 32 values at a time. The twin that says what it computes is pack_row_portable
-// in bits.h.
+// in pack_portable.h.
 #pragma once
 
 // Included inside the AVX2 region, behind the intrinsics.
-#include "bits.h"
+#include "pack_portable.h"
 
 namespace bitorch_qlinear {
 namespace {
@@ -104,4 +104,4 @@ inline uint32_t in_range(const double* x, double threshold) {
 }  // namespace
 }  // namespace bitorch_qlinear
 
-#include "pack_words.h"
+#include "pack_whole_words.h"

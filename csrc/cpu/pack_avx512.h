@@ -1,5 +1,5 @@
 // Packing a row with AVX-512, 32 values at a time: comparisons give the bits themselves. The twin that says
-// what it computes is pack_row_portable in bits.h.
+// what it computes is pack_row_portable in pack_portable.h.
 //
 // Against pack_avx2.h on Zen 4, float32: 0.94 of the time for 1 MiB in L2, 1.00 for 8 MiB in L3, 1.01 to 1.08 from
 // memory, where loads of 32 bytes in any form are the better ones and software prefetch costs 20 % more. torch.sum over
@@ -7,7 +7,7 @@
 #pragma once
 
 // Included inside the AVX-512 region, behind the intrinsics.
-#include "bits.h"
+#include "pack_portable.h"
 
 namespace bitorch_qlinear {
 namespace {
@@ -77,4 +77,4 @@ inline uint32_t in_range(const double* x, double threshold) {
 }  // namespace
 }  // namespace bitorch_qlinear
 
-#include "pack_words.h"
+#include "pack_whole_words.h"

@@ -1,8 +1,8 @@
-// Packing a row with NEON, 32 values at a time. The twin that says what it computes is pack_row_portable in bits.h.
+// Packing a row with NEON, 32 values at a time. The twin that says what it computes is pack_row_portable in pack_portable.h.
 #pragma once
 
 // Included behind arm_neon.h.
-#include "bits.h"
+#include "pack_portable.h"
 
 namespace bitorch_qlinear {
 namespace {
@@ -103,4 +103,4 @@ inline uint32_t in_range(const double* x, double threshold) {
 }  // namespace
 }  // namespace bitorch_qlinear
 
-#include "pack_words.h"
+#include "pack_whole_words.h"

@@ -9,7 +9,7 @@
 
 #include "bits.cuh"
 #include "kernels.h"
-#include "prepared.cuh"
+#include "check_prepared.cuh"
 
 namespace bitorch_qlinear::cuda {
 namespace {

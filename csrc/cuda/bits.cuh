@@ -27,7 +27,7 @@ __device__ __forceinline__ uint32_t valid_bits(int left) {
 
 // A floating type's pattern as it is stored (Bits), and moved up to fill a Word of 32 or 64 bits, the sign on top, so
 // that one piece of code tests all types: the word of infinity, and the distance of neighbouring patterns.
-// All tests are of integers, as on the CPU (cpu/bits.h), so that no mode for denormals matters.
+// All tests are of integers, as on the CPU (cpu/pack_portable.h), so that no mode for denormals matters.
 template <class T>
 struct Pattern;
 template <>

@@ -11,7 +11,7 @@
 // data sheet) that is 96 bytes of shared memory a clock.
 #include "epilogue.cuh"
 #include "mma.cuh"
-#include "prepared.cuh"
+#include "check_prepared.cuh"
 
 namespace bitorch_qlinear::cuda {
 namespace {

@@ -24,7 +24,7 @@
 
 #include "epilogue.cuh"
 #include "load.cuh"
-#include "prepared.cuh"
+#include "check_prepared.cuh"
 
 namespace bitorch_qlinear::cuda {
 namespace {

@@ -27,7 +27,7 @@
 #include "epilogue.cuh"
 #include "load.cuh"
 #include "mma.cuh"
-#include "prepared.cuh"
+#include "check_prepared.cuh"
 
 namespace bitorch_qlinear::cuda {
 namespace {

@@ -15,11 +15,11 @@
 #include "../dtype.h"
 #include "../packed.h"
 #include "heuristics.h"
-#include "prepared_size.h"
+#include "prepared.h"
 
 namespace bitorch_qlinear::cuda {
 
-// Rows of x to packed words; the twin that says what it computes is pack_row_portable (cpu/bits.h).
+// Rows of x to packed words; the twin that says what it computes is pack_row_portable (cpu/pack_portable.h).
 struct Pack {
     const void* x;  // m rows of k contiguous values, `stride` values apart
     DType dtype;
@@ -73,7 +73,7 @@ struct Output {
 };
 
 // y = x . weight^T. `prepared` is the header of the prepared form that the weights or their popcounts are taken from,
-// or null: a kernel that reads them traps where it is another than n and k ask for (prepared.cuh), for the host cannot
+// or null: a kernel that reads them traps where it is another than n and k ask for (check_prepared.cuh), for the host cannot
 // look without waiting for the device.
 struct Product {
     Operand x, weight;

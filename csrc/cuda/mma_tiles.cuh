@@ -30,7 +30,7 @@
 
 #include "async_copy.cuh"
 #include "epilogue.cuh"
-#include "prepared.cuh"
+#include "check_prepared.cuh"
 
 namespace bitorch_qlinear::cuda {
 namespace {

@@ -1,4 +1,4 @@
-// Unpacks words of the interchange form to values: unpack_row_portable (cpu/bits.h) says what it computes.
+// Unpacks words of the interchange form to values: unpack_row_portable (cpu/pack_portable.h) says what it computes.
 //
 // The types differ only in size and in the patterns of bit 0 and bit 1, so the kernels know just those. As in pack.cu
 // a warp takes a segment of a row, kSteps steps of 512 bytes; in a step it reads V words, each by 32 / V lanes, and a

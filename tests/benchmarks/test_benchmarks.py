@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import check, cpu, measuring, memory, peers, plots, tables, targets, train
 from benchmarks.measuring import Shape
-from bitorch_qlinear import _library
+from bitorch_qlinear import _kernels
 
 TINY = Shape(3, 33, 5, "tiny")
 SETTING = {
@@ -56,7 +56,7 @@ def _threads_and_kernel():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    _library.force_kernel(None)
+    _kernels.force_kernel(None)
 
 
 def test_shapes_are_named_once_and_the_quick_ones_are_among_them():
@@ -169,6 +169,11 @@ def test_plots_are_pictures(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"cpu_ratio.png", "cpu_time.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
     assert len(plots.alike(figures)) == 2
+
+
+def test_error_bars_end_at_the_quartiles():
+    times = [{peers.LINEAR: [1.0, 2.0, 3.0], "a": [0.25, 0.5, 1.0]}, {peers.LINEAR: [1.0] * 3, "a": [-0.1, 0.5, 1.0]}]
+    assert plots.errors(times, "a") == [[2.0, 1.0], [4.0, 0.0]]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import bitorch_qlinear
-from bitorch_qlinear import _C, _library, _sources
+from bitorch_qlinear import _C, _kernels, _library, _sources
 
 PACKAGE = Path(bitorch_qlinear.__file__).parent
 ROOT = PACKAGE.parent
@@ -120,30 +120,30 @@ def test_info_prints_as_an_aligned_list():
 
 WHICH = """
 import torch, bitorch_qlinear
-from bitorch_qlinear import _library, functional
+from bitorch_qlinear import _kernels, functional
 words = functional.pack_bits(torch.ones(3, 70))
 layout = int.from_bytes(bytes(functional.prepare_weight(words, 70)[8:12].tolist()), "little")
-print(bitorch_qlinear.info().kernel, _library.prepared_layout()[0], layout, bitorch_qlinear.info().kernel_reason)
+print(bitorch_qlinear.info().kernel, _kernels.prepared_layout()[0], layout, bitorch_qlinear.info().kernel_reason)
 """
 
 
-@pytest.mark.parametrize("name", [*_library.available_kernels(), ""])
+@pytest.mark.parametrize("name", [*_kernels.available_kernels(), ""])
 def test_kernel_by_environment(name):
-    expected = name or _library.available_kernels()[0]
+    expected = name or _kernels.available_kernels()[0]
     result = run_python(WHICH, BITORCH_QLINEAR_CPU_KERNEL=name)
     assert result.returncode == 0, result.stderr
     kernel, panel, layout, reason = last_line(result).split(" ", 3)
     # Proven by the form that it gives to weights, not by its word alone.
     forms = {"avx2": (64, 3), "avx512": (64, 4)}
     assert (kernel, int(panel), int(layout)) == (expected, *forms.get(expected, (1, 0)))
-    automatic = expected == _library.available_kernels()[0]
+    automatic = expected == _kernels.available_kernels()[0]
     assert ("forced" in reason) != automatic
 
 
 @pytest.mark.parametrize("name", ["avx1024", "AVX2", "scalar "])
 def test_unknown_kernel_is_an_error_at_import(name):
     result = run_python("import bitorch_qlinear", BITORCH_QLINEAR_CPU_KERNEL=name)
-    kernels = ", ".join(_library.available_kernels())
+    kernels = ", ".join(_kernels.available_kernels())
     assert result.returncode != 0
     assert last_line(result) == (
         f"RuntimeError: BITORCH_QLINEAR_CPU_KERNEL: expected one of the kernels that this processor can run "
@@ -220,7 +220,7 @@ OTHER_SOURCES = (
 )
 
 
-@pytest.mark.parametrize("changed", ["csrc/cpu/bits.h", "csrc/cuda/pack.cu", "csrc/new.cpp", "setup.py", None])
+@pytest.mark.parametrize("changed", ["csrc/cpu/pack_portable.h", "csrc/cuda/pack.cu", "csrc/new.cpp", "setup.py", None])
 def test_stale_build_of_the_same_version(tmp_path, changed):
     copy_of_the_package(tmp_path, with_sources=True)
     if changed:
@@ -268,7 +268,7 @@ def test_module_that_had_no_digest(tmp_path):
 def test_digest_is_of_names_and_contents(tmp_path):
     def digest(**files):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        for name, content in {"setup.py": "", "csrc/ops_cpu.cpp": "", **files}.items():
+        for name, content in {"setup.py": "", "csrc/torch/ops_cpu.cpp": "", **files}.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(content)
         return _sources.digest(folder)
@@ -276,7 +276,7 @@ def test_digest_is_of_names_and_contents(tmp_path):
     different = [
         digest(),
         digest(**{"setup.py": "x"}),
-        digest(**{"csrc/ops_cpu.cpp": "x"}),
+        digest(**{"csrc/torch/ops_cpu.cpp": "x"}),
         digest(**{"csrc/a.h": "ab", "csrc/b.h": "c"}),
         digest(**{"csrc/a.h": "a", "csrc/b.h": "bc"}),
         digest(**{"csrc/b.h": "a", "csrc/a.h": "bc"}),
@@ -289,10 +289,10 @@ def test_digest_is_of_names_and_contents(tmp_path):
 
 def test_no_digest_beside_an_installed_package(tmp_path):
     assert _sources.digest(tmp_path) is None
-    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "torch").mkdir(parents=True)
     (tmp_path / "csrc" / "foreign.cpp").touch()
     assert _sources.digest(tmp_path) is None
-    (tmp_path / "csrc" / "ops_cpu.cpp").touch()
+    (tmp_path / "csrc" / "torch" / "ops_cpu.cpp").touch()
     assert _sources.digest(tmp_path) is None  # there is no setup.py
 
 
@@ -412,9 +412,9 @@ def made(tmp_path):
     """A checkout with two environments in which make was run, the second time in .venv-b; nothing is really there."""
     for name in ("Makefile", "setup.py", "pyproject.toml"):
         shutil.copy(CHECKOUT / name, tmp_path)
-    for folder in ("csrc", "bitorch_qlinear", "build", ".venv-a", ".venv-b"):
-        (tmp_path / folder).mkdir()
-    for name in ("csrc/ops.cpp", "bitorch_qlinear/_version.py", "bitorch_qlinear/_sources.py"):
+    for folder in ("csrc/torch", "bitorch_qlinear", "build", ".venv-a", ".venv-b"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("csrc/torch/ops.cpp", "bitorch_qlinear/_version.py", "bitorch_qlinear/_sources.py"):
         (tmp_path / name).write_text("x")
     for path in (tmp_path, *tmp_path.rglob("*")):
         os.utime(path, (1e9, 1e9))
@@ -541,7 +541,7 @@ def test_no_exception_leaves_a_plain_c_function():
     [
         ("multiply_tile<", r"vpopcntd .*%zmm"),  # gemm_avx512.cpp, whether or not the processor has AVX-512
         ("pair_planar", r"vpshufb .*%ymm"),  # gemm_avx2.cpp
-        ("four_russians.*add_block", r"vpaddb 0x[0-9a-f]*\(.*%ymm"),
+        ("gemm_tables.*add_block", r"vpaddb 0x[0-9a-f]*\(.*%ymm"),
         ("gemm_by_words.*Tile", r"popcnt .*%r"),  # gemm_popcnt.cpp
     ],
 )

@@ -9,7 +9,7 @@ import torch
 
 import bitorch_qlinear
 from bitorch_qlinear import __main__ as program
-from bitorch_qlinear import _library, functional, info, kernels
+from bitorch_qlinear import _kernels, _library, functional, info, kernels
 
 CPU = torch.device("cpu")
 KERNELS = kernels.available()
@@ -96,9 +96,9 @@ def test_every_cuda_kernel_of_every_device_is_checked(monkeypatch, capsys):
     forced = []
     compute = program.compute
     monkeypatch.setattr(_library, "has_cuda", True)
-    monkeypatch.setattr(_library, "forced_cuda_kernel", lambda: "")
-    monkeypatch.setattr(_library, "force_cuda_kernel", forced.append)
-    monkeypatch.setattr(_library, "available_cuda_kernels", lambda capability: ["popc", "skinny"][: capability[0] - 6])
+    monkeypatch.setattr(_kernels, "forced_cuda_kernel", lambda: "")
+    monkeypatch.setattr(_kernels, "force_cuda_kernel", forced.append)
+    monkeypatch.setattr(_kernels, "available_cuda_kernels", lambda capability: ["popc", "skinny"][: capability[0] - 6])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7 + device.index, 5))
 

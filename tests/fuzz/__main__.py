@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from bitorch_qlinear import _library
+from bitorch_qlinear import _kernels
 
 from . import arguments, large, oracle
 
@@ -40,7 +40,7 @@ def check_case(seed: int) -> bool:
 
 def check_large(name: str) -> bool:
     """Likewise of large.py."""
-    _library.force_kernel(None)
+    _kernels.force_kernel(None)
     large.CHECKS[name]()
     return True
 

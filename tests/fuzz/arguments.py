@@ -12,13 +12,13 @@ from support.reference import FLOATS, random_values
 from support.shapes import PANEL, UNIT, around
 from torch import Tensor
 
-from bitorch_qlinear import _library, kernels
+from bitorch_qlinear import _kernels, kernels
 
 from .memory import extent, guarded, is_inside
 
 NAMESPACE = "bitorch_qlinear::"
 OPERATORS = sorted(n[len(NAMESPACE) :] for n in torch._C._dispatch_get_all_op_names() if n.startswith(NAMESPACE))
-KERNELS = _library.available_kernels()
+KERNELS = _kernels.available_kernels()
 HEADER_BYTES = 64
 PANELS_OFFSET = 192  # behind the header and the fingerprint
 MAGIC = b"bitorchq"
@@ -129,7 +129,7 @@ class Maker:
             "strict_weight": self.chance(0.5),
             "transpose": self.transpose,
             "threshold": pick([None, 0.0, -0.0, 0.3, 1, 1e300, math.inf]),
-            "layout": pick([None, _library.prepared_layout().number]),
+            "layout": pick([None, _kernels.prepared_layout().number]),
         }
         return values[argument]
 
@@ -241,7 +241,7 @@ def make_case(seed: int) -> Case:
     """The same arguments for the same seed. Makes the case's kernel the active one."""
     maker = Maker(seed)
     operator, kernel = maker.random.choice(OPERATORS), maker.random.choice(KERNELS)
-    _library.force_kernel(kernel)
+    _kernels.force_kernel(kernel)
     values: dict[str, Any] = {}
     for argument in schema(operator):
         values[argument.name] = maker.valid(argument.name, values)

@@ -8,7 +8,7 @@ import torch
 from support.reference import assert_equal, random_words
 from torch import Tensor
 
-from bitorch_qlinear import _library
+from bitorch_qlinear import _kernels
 from bitorch_qlinear import functional as F
 
 from .arguments import HEADER_BYTES, KERNELS, PANELS_OFFSET
@@ -89,7 +89,7 @@ def check_most_values_in_a_row() -> None:
 def check_most_values_in_a_product() -> None:
     k = 2**31 - 1
     words = lazy_zeros(2**26, torch.int32)[None]
-    _library.force_kernel("scalar")  # the others would prepare 64 rows of weights for the one
+    _kernels.force_kernel("scalar")  # the others would prepare 64 rows of weights for the one
     assert F.binary_linear(words, words, k, out_dtype=torch.int32).item() == k
     assert F.binary_linear(words, words, k).item() == 2.0**31
 
@@ -130,8 +130,8 @@ def check_prepared_weights_beyond_an_int32() -> None:
     words = lazy_zeros(n * k // 32, torch.int32).view(n, -1)
     words[-64:] = -1
     for kernel in KERNELS:
-        _library.force_kernel(kernel)
-        panel, unit, unit_bytes, _ = _library.prepared_layout()
+        _kernels.force_kernel(kernel)
+        panel, unit, unit_bytes, _ = _kernels.prepared_layout()
         prepared = lazy_zeros(PANELS_OFFSET + n // panel * -(-k // unit) * unit_bytes, torch.uint8)
         last = F.prepare_weight(words[-64:], k)
         prepared[:HEADER_BYTES] = last[:HEADER_BYTES]

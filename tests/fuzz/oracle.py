@@ -19,7 +19,7 @@ from support.reference import (
 )
 from torch import Tensor
 
-from bitorch_qlinear import _library, kernels
+from bitorch_qlinear import _kernels, kernels
 
 from .arguments import HEADER_BYTES, MAGIC, PANELS_OFFSET, WORDS, Case, schema
 from .memory import is_inside
@@ -115,7 +115,7 @@ def find_faults(case: Case) -> set[str]:
         wrong.add("x")
     if "dtype" in v and v["dtype"] not in UNPACKED:
         wrong.add("dtype")
-    if v.get("layout") not in (None, _library.prepared_layout().number):
+    if v.get("layout") not in (None, _kernels.prepared_layout().number):
         wrong.add("layout")
     if v.get("threshold") is not None and not v["threshold"] >= 0:
         wrong.add("threshold")
@@ -155,7 +155,7 @@ def plain(tensor: Tensor | None) -> Tensor | None:
 def check_prepared(case: Case, prepared: Tensor) -> None:
     """The header and the size; the payload is right where the product is."""
     n, k = case.values["weight_words"].shape[0], case.values["k"]
-    panel, unit, unit_bytes, number = _library.prepared_layout()
+    panel, unit, unit_bytes, number = _kernels.prepared_layout()
     header = bytes(prepared[:HEADER_BYTES].tolist())
     numbers = [int.from_bytes(header[at : at + size], "little", signed=True) for at, size in ((8, 4), (16, 8), (24, 8))]
     assert header[:8] == MAGIC and numbers == [number, n, k], "not the header of these words"

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-from bitorch_qlinear import _library
+from bitorch_qlinear import _kernels
 
 from . import __main__ as fuzz
 from . import arguments, large, oracle
@@ -22,7 +22,7 @@ BATCHES = 4
 def _automatic_kernel():
     """Each case has a kernel of its own, and leaves it the active one."""
     yield
-    _library.force_kernel(None)
+    _kernels.force_kernel(None)
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bitorch_qlinear import _library, kernels
+from bitorch_qlinear import _kernels, kernels
 
 
 @pytest.fixture(autouse=True)
@@ -20,5 +20,5 @@ def _scalar_twin() -> Iterator[None]:
 def cuda_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """The CUDA kernel of this name, forced."""
     with kernels.forced(request.param):
-        assert _library.forced_cuda_kernel() == request.param
+        assert _kernels.forced_cuda_kernel() == request.param
         yield request.param

@@ -11,7 +11,7 @@ import torch
 from support.reference import assert_equal
 from torch import Tensor
 
-from bitorch_qlinear import _library
+from bitorch_qlinear import _kernels, _library
 
 CUDA = torch.device("cuda", 0)
 
@@ -22,7 +22,7 @@ def why_not() -> str:
         return "there is no NVIDIA GPU that this torch can use"
     if not _library.has_cuda:
         return f"there are no CUDA operators: {_library.no_cuda_reason}"
-    if not _library.available_cuda_kernels(torch.cuda.get_device_capability(CUDA)):
+    if not _kernels.available_cuda_kernels(torch.cuda.get_device_capability(CUDA)):
         return "the GPU is older than compute capability 7.5"
     return ""
 
@@ -32,7 +32,7 @@ if reason := why_not():
 
 CAPABILITY = torch.cuda.get_device_capability(CUDA)
 MULTIPROCESSORS = torch.cuda.get_device_properties(CUDA).multi_processor_count
-KERNELS = _library.available_cuda_kernels(CAPABILITY)
+KERNELS = _kernels.available_cuda_kernels(CAPABILITY)
 
 every_kernel = pytest.mark.parametrize("cuda_kernel", KERNELS, indirect=True)
 several_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
@@ -40,7 +40,7 @@ several_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="ther
 
 def choice(m: int, n: int, k: int) -> str:
     """What computes such a product here, in the library's words: kernel, tile, reason."""
-    return _library.cuda_choice(CAPABILITY, MULTIPROCESSORS, m, n, k)
+    return _kernels.cuda_choice(CAPABILITY, MULTIPROCESSORS, m, n, k)
 
 
 def moved(tensor: Tensor, device: torch.device = CUDA) -> Tensor:

@@ -28,7 +28,7 @@ from support.operators import (
 )
 from support.reference import FLOATS, random_values, random_words, special_values
 
-from bitorch_qlinear import _library
+from bitorch_qlinear import _kernels
 from bitorch_qlinear import functional as F
 from bitorch_qlinear.kernels import available, forced
 
@@ -225,11 +225,11 @@ def test_every_edge_of_every_tile(tile, k):
 
 def test_a_forced_kernel_is_the_one_that_runs():
     shapes = {name: (8, 300, 512) if name.startswith("skinny") else (300, 300, 512) for name in KERNELS}
-    before = _library.forced_cuda_kernel()
+    before = _kernels.forced_cuda_kernel()
     for kernel, shape in shapes.items():
         with forced(kernel):
             assert re.match(rf"{kernel}\b", choice(*shape))
-    assert _library.forced_cuda_kernel() == before
+    assert _kernels.forced_cuda_kernel() == before
     with pytest.raises(ValueError, match="popc"), forced("popcorn"):
         pass
 
@@ -275,7 +275,7 @@ def test_unpacking(dtype):
 
 
 def test_the_prepared_form():
-    """Header, popcounts padded to 16 bytes, and aligned words where k is no multiple of 128 (prepared.cuh)."""
+    """Header, popcounts padded to 16 bytes, and aligned words where k is no multiple of 128 (check_prepared.cuh)."""
     for n, k in itertools.product([1, 3, 4, 5, 66], DEPTHS):
         words = random_words(n, k, generator(8), stray=True)
         bits = F.unpack_bits(words, k, torch.bool)
@@ -425,7 +425,7 @@ def gpu_arguments():
     """Those of the CPU's tests, with what is the device's own."""
     values = moved_all(arguments())
     prepared = F.prepare_weight(values["weight_words"], values["k"])
-    return values | {"weight_prepared": prepared, "layout": _library.CUDA_LAYOUT}
+    return values | {"weight_prepared": prepared, "layout": _kernels.CUDA_LAYOUT}
 
 
 def seen_by_the_host(name, argument, what):
@@ -465,12 +465,12 @@ def test_weights_prepared_by_the_cpu_or_for_another_size_are_refused():
 
 TRAP = """
 import torch
-from bitorch_qlinear import _library
+from bitorch_qlinear import _kernels
 from bitorch_qlinear import functional as F
 from bitorch_qlinear.kernels import available, forced
 words = F.pack_bits(torch.randn(5, 40, device="cuda"))
 other = F.prepare_weight(F.pack_bits(torch.randn(5, 41, device="cuda")), 41)  # as many bytes
-_library.force_cuda_kernel({kernel!r})
+_kernels.force_cuda_kernel({kernel!r})
 y = F.linear(torch.randn(3, 40, device="cuda"), words, 40, weight_prepared=other)
 print("computed", y.cpu())
 """

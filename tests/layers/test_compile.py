@@ -11,7 +11,7 @@ import torch._dynamo
 from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from bitorch_qlinear import PackedQLinear, QLinear, _library, pack
+from bitorch_qlinear import PackedQLinear, QLinear, _kernels, pack
 from bitorch_qlinear.checkpoint import NUMBERS
 
 K, N = 70, 9
@@ -246,7 +246,7 @@ with torch.no_grad():
 
 def test_graphs_cached_on_disk_belong_to_one_kernel(tmp_path):
     """Inductor finds what a process with another kernel, and so another prepared form, left there."""
-    for kernel in reversed(_library.available_kernels()):
+    for kernel in reversed(_kernels.available_kernels()):
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "BITORCH_QLINEAR_CPU_KERNEL": kernel}
         subprocess.run([sys.executable, "-c", COMPILED], env=environment, check=True, timeout=300)
 

@@ -13,6 +13,7 @@ import torch
 from bitorch.layers import QLinear as BitorchQLinear
 from support.calls import Calls
 from support.devices import take_kernels_away
+from support.reference import signs
 from torch import nn
 
 from bitorch_qlinear import QLinear, quantization_names, quantizations, register_quantization
@@ -30,10 +31,6 @@ def packs(name, training):
     return name in SIGN_LIKE or (name == "progressive_sign" and not training)
 
 
-def signs(v, strict=False):
-    return torch.where(v > 0, 1.0, -1.0).double() if strict else torch.where(v < 0, -1.0, 1.0).double()
-
-
 def expected(x, layer, strict_input=False, strict_weight=False):
     """The formula of csrc/DESIGN.md."""
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
@@ -44,11 +41,6 @@ def expected(x, layer, strict_input=False, strict_weight=False):
 
 def layer_like(k=45, n=7, *, bias=True, training=True, dtype=None, **options):
     return QLinear(k, n, bias=bias, dtype=dtype, **options).train(training)
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 # ---- bitorch ----
@@ -165,7 +157,7 @@ def test_quantizations_by_name_module_and_none(name):
 
 
 def test_registered_quantization(monkeypatch):
-    monkeypatch.setattr(quantizations, "_classes", dict(quantizations._classes))
+    monkeypatch.setattr(quantizations.registry, "_classes", dict(quantizations.registry._classes))
 
     @register_quantization
     class Halves(quantizations.Quantization):

@@ -29,12 +29,12 @@ from support.reference import (
     unpack_signs,
 )
 
-from bitorch_qlinear import _library
+from bitorch_qlinear import _kernels
 from bitorch_qlinear import functional as F
 
 
 @pytest.mark.parametrize("side", ["end", "begin"])
-@pytest.mark.parametrize("kernel", _library.available_kernels())
+@pytest.mark.parametrize("kernel", _kernels.available_kernels())
 def test_guard_pages(kernel, side):
     environment = {**os.environ, "BITORCH_QLINEAR_CPU_KERNEL": kernel, "MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "165"}
     environment["OMP_NUM_THREADS"] = "1"
@@ -79,7 +79,7 @@ class Guarded:
 
 
 def check(kernel: str, side: str) -> None:
-    assert _library.active_kernel() == kernel
+    assert _kernels.active_kernel() == kernel
     generator = torch.Generator().manual_seed(0)
     guarded = Guarded(side)
     ks = [0, 1, 7, 8, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 191, 255, 256, 257, 300, 479, 481, 600, 1023]

@@ -17,18 +17,13 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 
-from bitorch_qlinear import PackedQLinear, QLinear, _library, pack, quantizations
+from bitorch_qlinear import PackedQLinear, QLinear, _kernels, _library, pack, quantizations
 from bitorch_qlinear.checkpoint import NUMBERS
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SIGN_LIKE = ["sign", "approxsign", "swishsign", "steheaviside", "progressive_sign"]
 K, N = 70, 400  # enough words for a layer to keep their form
 X = torch.linspace(-1, 1, 3 * K).reshape(3, K).mul(1e3).sin()
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def layer_like(k=K, n=N, **options):
@@ -254,7 +249,7 @@ def test_memory_is_two_thirty_seconds(k, n):
 
 def test_memory_of_odd_sizes():
     """The prepared form rounds up to the kernel's tiles."""
-    panel, unit, unit_bytes, _ = _library.prepared_layout()
+    panel, unit, unit_bytes, _ = _kernels.prepared_layout()
     assert resident(PackedQLinear.from_float(QLinear(1, 1))) == 4  # few words are prepared in each call
     for k, n in ((K, N), (1000, 1000), (4096, 4096)):
         packed = PackedQLinear.from_float(QLinear(k, n))
@@ -560,13 +555,13 @@ def test_switching_kernels():
     packed = PackedQLinear.from_float(layer)
     want = packed(X)
     try:
-        for kernel in [*_library.available_kernels(), "scalar", None]:
-            _library.force_kernel(kernel)
+        for kernel in [*_kernels.available_kernels(), "scalar", None]:
+            _kernels.force_kernel(kernel)
             assert torch.equal(packed(X), want)
             assert torch.equal(PackedQLinear.from_float(layer)(X), want)
-            assert f"path=packed ({_library.active_kernel()})" in repr(packed)
+            assert f"path=packed ({_kernels.active_kernel()})" in repr(packed)
     finally:
-        _library.force_kernel(None)
+        _kernels.force_kernel(None)
     assert torch.equal(packed(X), want)
 
 

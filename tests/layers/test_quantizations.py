@@ -349,7 +349,7 @@ def test_wrong_threshold_is_refused(threshold):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(ours, "_classes", dict(ours._classes))
+    monkeypatch.setattr(ours.registry, "_classes", dict(ours.registry._classes))
 
 
 def test_names():
@@ -417,3 +417,10 @@ def test_base_class_computes_nothing():
 def test_all_is_complete():
     assert sorted(ours.__all__) == ours.__all__
     assert all(hasattr(ours, name) for name in ours.__all__)
+
+
+def test_pickles_name_the_package_and_not_a_file_in_it():
+    for name in ours.__all__:
+        if isinstance(cls := getattr(ours, name), type):
+            assert cls.__module__ == "bitorch_qlinear.quantizations", name
+    assert b"cbitorch_qlinear.quantizations\nSign\n" in pickle.dumps(ours.Sign(), protocol=2)

@@ -1,6 +1,6 @@
 // The operators' argument checks and the parsing of prepared weights' headers, on memory that a sanitizer watches: its
 // end is the end of the tensor. The operators' file is included, for all that it has is internal.
-#include "../../csrc/ops_cpu.cpp"
+#include "../../csrc/torch/ops_cpu.cpp"
 
 #include <memory>
 

@@ -128,7 +128,7 @@ struct Case {
 // Aligned as a kernel may expect it, and no larger than it asked for.
 Buffer<uint8_t> make_workspace(int64_t bytes) { return {Use::Output, bytes, 0, 64}; }
 
-// The product by one kernel, in tiles as csrc/ops_cpu.cpp makes them, of at most so many rows and columns.
+// The product by one kernel, in tiles as csrc/torch/ops_cpu.cpp makes them, of at most so many rows and columns.
 void multiply(const Kernel& kernel, Product product, int64_t most_rows, int64_t most_columns) {
     Buffer<uint8_t> prepared(Use::Output, prepared_bytes(kernel.layout, product.n, product.k));
     if (kernel.prepare && product.k > 0) {
@@ -217,7 +217,7 @@ void check_products(const Kernel& kernel) {
         check_random_product(kernel, {1 + below(4), 1 + below(6), k, epilogue()});
         check_extreme_product(kernel, {1 + below(5), 1 + below(20), k, epilogue()});
     }
-    // csrc/cpu/four_russians_avx2.h: rows, outputs and values that it takes, and those just below.
+    // csrc/cpu/gemm_tables_avx2.h: rows, outputs and values that it takes, and those just below.
     for (int64_t m : around({58, 64, 122, 128})) {
         const int64_t k = 766 + below(300);
         check_random_product(kernel, {m, 511 + below(4), k, epilogue()});
@@ -286,7 +286,7 @@ void check_unpacking(const Kernel& kernel) {
 
 // ---- real values by signs ------------------------------------------------------------------------
 
-void multiply_reals(const FloatByBits& kernel, const SignProduct& product) {
+void multiply_by_signs(const SignGemm& kernel, const SignProduct& product) {
     const int64_t rows = row_tile(product.dtype);
     Buffer<uint32_t> codes(Use::Output, count_passes(product) * product.n);
     kernel.make_codes(product, {0, product.n}, codes.data());
@@ -300,7 +300,7 @@ void multiply_reals(const FloatByBits& kernel, const SignProduct& product) {
 }
 
 // The same by the function for few rows, in tiles of at most so many rows and columns.
-void multiply_few_reals(const FloatByBits& kernel, const SignProduct& product, int64_t rows, int64_t columns) {
+void multiply_few_by_signs(const SignGemm& kernel, const SignProduct& product, int64_t rows, int64_t columns) {
     Buffer<uint8_t> workspace = make_workspace(kernel.few_workspace_bytes(product, rows, columns));
     for (int64_t row = 0; row < product.m; row += rows) {
         for (int64_t column = 0; column < product.n; column += columns) {
@@ -337,15 +337,15 @@ void check_reals(const Kernel& kernel, DType dtype) {
             return SignProduct{x.data(),     dtype,      m, k,       by_columns ? 1 : stride, by_columns ? stride : 1,
                                words.data(), transposed, n, y.data()};
         };
-        multiply_reals(*kScalarKernel.float_by_bits, product(expected));
-        multiply_reals(*kernel.float_by_bits, product(got));
+        multiply_by_signs(*kScalarKernel.sign_gemm, product(expected));
+        multiply_by_signs(*kernel.sign_gemm, product(got));
         const std::string what = describe(kernel, "reals", m, n, k, by_columns, transposed, static_cast<int>(dtype));
         got.check_guards(what);
         expect(std::memcmp(expected.data(), got.data(), got.bytes()) == 0, what);
-        if (!kernel.float_by_bits->multiply_few) continue;
+        if (!kernel.sign_gemm->multiply_few) continue;
         const int64_t rows = 1 + below(row_tile(dtype)), columns = kCodeColumns * (1 + below(5));
         Buffer<T> few(Use::Output, m * n);
-        multiply_few_reals(*kernel.float_by_bits, product(few), rows, columns);
+        multiply_few_by_signs(*kernel.sign_gemm, product(few), rows, columns);
         few.check_guards(what);
         expect(std::memcmp(expected.data(), few.data(), few.bytes()) == 0,
                what + describe(kernel, ", few rows", rows, columns));

@@ -30,9 +30,9 @@ $(FOLDER)/%.o: %.cpp
 	$(CXX) $(FLAGS) -MMD -c $< -o $@
 $(FOLDER)/kernels $(FOLDER)/threads: $(FOLDER)/%: $(FOLDER)/tests/native/%.o $(KERNELS)
 	$(LINK) -pthread
-$(FOLDER)/checks: $(FOLDER)/tests/native/checks.o $(FOLDER)/csrc/ops.o $(FOLDER)/csrc/sources.o $(KERNELS)
+$(FOLDER)/checks: $(FOLDER)/tests/native/checks.o $(FOLDER)/csrc/torch/ops.o $(FOLDER)/csrc/sources.o $(KERNELS)
 	$(LINK) $(WITH_TORCH) -pthread
-$(FOLDER)/_ops_cpu.so: $(FOLDER)/csrc/ops.o $(FOLDER)/csrc/ops_cpu.o $(FOLDER)/csrc/sources.o $(KERNELS)
+$(FOLDER)/_ops_cpu.so: $(FOLDER)/csrc/torch/ops.o $(FOLDER)/csrc/torch/ops_cpu.o $(FOLDER)/csrc/sources.o $(KERNELS)
 	$(LINK) $(WITH_TORCH) -shared
 
 -include $(shell find $(FOLDER) -name '*.d' 2>/dev/null)

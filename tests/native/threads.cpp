@@ -1,4 +1,4 @@
-// The sharing of work (csrc/cpu/share.h) by threads that a race detector sees; torch's pool waits in ways that it does
+// The sharing of work (csrc/cpu/product.h) by threads that a race detector sees; torch's pool waits in ways that it does
 // not. Every kernel that the processor can run, compared with the plainest loops.
 #include <atomic>
 #include <bit>
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "../../csrc/cpu/dispatch.h"
-#include "../../csrc/cpu/share.h"
+#include "../../csrc/cpu/product.h"
 #include "check.h"
 
 namespace bitorch_qlinear {
@@ -104,8 +104,8 @@ std::vector<float> multiply_signs(const StdThreads& threads, const Kernel& kerne
     const std::vector<float> x = some_reals(p);
     const std::vector<uint32_t> words = transposed ? random_words(p.n, p.k) : random_words(p.k, p.n);
     std::vector<float> y(static_cast<size_t>(p.m * p.n), -0.5f);
-    multiply_reals(threads, *kernel.float_by_bits,
-                   {x.data(), DType::float32, p.m, p.k, p.k, 1, words.data(), transposed, p.n, y.data()});
+    multiply_by_signs(threads, *kernel.sign_gemm,
+                      {x.data(), DType::float32, p.m, p.k, p.k, 1, words.data(), transposed, p.n, y.data()});
     return y;
 }
 

@@ -14,7 +14,7 @@ from support.calls import Calls
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bitorch_qlinear
-from bitorch_qlinear import PackedQLinear, QLinear, _library, _product, functional, kernels, pack
+from bitorch_qlinear import PackedQLinear, QLinear, _kernels, _library, _product, functional, kernels, pack
 
 OPERATORS = ["pack_bits", "unpack_bits", "prepare_weight", "binary_linear", "linear", "sign_linear", "linear_train"]
 K, N = 70, 10
@@ -176,7 +176,7 @@ def test_layer_without_kernels(fake):
         y = layer(on_cuda(4, K))
     assert calls.names == [] and (y.shape, y.device.type) == ((4, N), "cuda")
     with pytest.raises(RuntimeError, match=re.escape(f"no CUDA kernels here: {_library.no_cuda_reason}")):
-        _library.force_cuda_kernel("popc")
+        _kernels.force_cuda_kernel("popc")
     message = rf"got 'popc', a CUDA kernel; there are no CUDA operators here: {re.escape(_library.no_cuda_reason)}$"
     with pytest.raises(ValueError, match=message), kernels.forced("popc"):
         pass
@@ -205,16 +205,16 @@ def test_kernel_by_environment(kernel):
 
 @needs_cuda_build
 def test_a_forced_kernel_is_the_former_one_afterwards():
-    before = _library.forced_cuda_kernel(), kernels.active()
+    before = _kernels.forced_cuda_kernel(), kernels.active()
     with kernels.forced("skinny"):
         with kernels.forced("scalar"), pytest.raises(ZeroDivisionError), kernels.forced("mma_sm80"):
             assert (bitorch_qlinear.info().cuda_kernel, kernels.active()) == ("mma_sm80", "scalar")
             raise ZeroDivisionError
-        assert (_library.forced_cuda_kernel(), kernels.active()) == ("skinny", before[1])
+        assert (_kernels.forced_cuda_kernel(), kernels.active()) == ("skinny", before[1])
         with pytest.raises(ValueError, match=r"CUDA kernel \(popc, .*, got 'popcorn'$"), kernels.forced("popcorn"):
             pass
-        assert _library.forced_cuda_kernel() == "skinny"
-    assert (_library.forced_cuda_kernel(), kernels.active()) == before
+        assert _kernels.forced_cuda_kernel() == "skinny"
+    assert (_kernels.forced_cuda_kernel(), kernels.active()) == before
 
 
 @needs_cuda_build
@@ -241,15 +241,15 @@ def test_unknown_kernel_is_an_error_at_import(name):
     ],
 )
 def test_choice_of_devices_that_are_not_here(capability, rows, kernel):
-    choice = _library.cuda_choice(capability, 100, rows, 4096, 4096)
+    choice = _kernels.cuda_choice(capability, 100, rows, 4096, 4096)
     assert re.match(rf"{kernel}( with tiles of \d+ x \d+)?: \w", choice)
-    assert kernel in _library.available_cuda_kernels(capability)
+    assert kernel in _kernels.available_cuda_kernels(capability)
 
 
 @needs_cuda_build
 def test_choice_of_a_device_that_is_too_old():
-    assert _library.available_cuda_kernels((7, 0)) == []
-    choice = _library.cuda_choice((7, 0), 80, 1, 4096, 4096)
+    assert _kernels.available_cuda_kernels((7, 0)) == []
+    choice = _kernels.cuda_choice((7, 0), 80, 1, 4096, 4096)
     assert choice == "bitorch_qlinear: compute capability 7.0 is not supported: the CUDA kernels need 7.5 or later"
 
 
@@ -260,7 +260,7 @@ def test_every_tile_has_edges_to_be_tested(capability, tile):
     """What tests/gpu compares with the CPU on a device: the tile's edges, in products that are small enough."""
 
     def choice(m, n, k):
-        return _library.cuda_choice(capability, DEVICES[capability], m, n, k)
+        return _kernels.cuda_choice(capability, DEVICES[capability], m, n, k)
 
     with kernels.forced("mma_sm80"):
         shapes = shapes_of(tile, choice, DEVICES[capability], DEPTHS)

@@ -31,7 +31,7 @@ from support.reference import (
     unpack_signs,
 )
 
-from bitorch_qlinear import _library, kernels
+from bitorch_qlinear import _kernels, _library, kernels
 from bitorch_qlinear import functional as F
 
 KERNELS = kernels.available()
@@ -332,8 +332,8 @@ def test_real_weights(kernel):
 
 
 def test_kernels_are_those_of_the_library():
-    assert kernels.available() == _library.available_kernels() and kernels.available()[-1] == "scalar"
-    assert kernels.active() == _library.active_kernel() == kernels.available()[0]
+    assert kernels.available() == _kernels.available_kernels() and kernels.available()[-1] == "scalar"
+    assert kernels.active() == _kernels.active_kernel() == kernels.available()[0]
 
 
 @pytest.mark.parametrize("inner", [*KERNELS, None])
@@ -369,7 +369,7 @@ def test_an_unknown_kernel_is_refused_and_changes_nothing(kernel, name):
     assert not entered and kernels.active() == kernel
 
 
-@pytest.mark.parametrize("name", _library.CUDA_KERNELS)
+@pytest.mark.parametrize("name", _kernels.CUDA_KERNELS)
 def test_a_cuda_kernel_is_refused_where_there_are_no_cuda_operators(monkeypatch, name):
     monkeypatch.setattr(_library, "has_cuda", False)
     monkeypatch.setattr(_library, "no_cuda_reason", "this torch was made of wood")
@@ -382,8 +382,8 @@ def test_forced_passes_cuda_kernels_to_the_cuda_library(monkeypatch):
     """Beside the CPU's choice, which it leaves alone; without a GPU or a build with CUDA."""
     state = ["mma_sm75"]
     monkeypatch.setattr(_library, "has_cuda", True)
-    monkeypatch.setattr(_library, "forced_cuda_kernel", lambda: state[-1])
-    monkeypatch.setattr(_library, "force_cuda_kernel", lambda name: state.append(name))
+    monkeypatch.setattr(_kernels, "forced_cuda_kernel", lambda: state[-1])
+    monkeypatch.setattr(_kernels, "force_cuda_kernel", lambda name: state.append(name))
     before = kernels.active()
     with kernels.forced("popc"), kernels.forced("scalar"), pytest.raises(ZeroDivisionError), kernels.forced("skinny"):
         assert (state[-1], kernels.active()) == ("skinny", "scalar")

@@ -10,11 +10,11 @@ from support.reference import FLOATS, assert_equal, random_values, random_words,
 from support.shapes import around
 from torch.func import vmap
 
-from bitorch_qlinear import QLinear, _library
+from bitorch_qlinear import QLinear, _kernels
 from bitorch_qlinear import functional as F
 
-# csrc/cpu/float_by_bits.h: values a group and a pass, passes a span, passes and columns whose codes are made together;
-# rows of a tile; csrc/cpu/share.h: columns of one.
+# csrc/cpu/sign_gemm.h: values a group and a pass, passes a span, passes and columns whose codes are made together;
+# rows of a tile; csrc/cpu/product.h: columns of one.
 GROUP, PASS, PASSES_PER_SPAN, CODE_PASSES, CODE_COLUMNS, ROW_TILE, MOST_COLUMNS = 6, 30, 64, 16, 32, 16, 4096
 # Beyond the rows that any kernel computes one after the other.
 FEW_ROWS = range(1, 12)
@@ -225,7 +225,7 @@ def test_backward_takes_it_where_it_is_faster(kernel):
             layer(torch.randn(batch, k, requires_grad=True)).sum().backward()
         assert calls.names.count("multiply_signs") == count * by_tables
         assert calls.names.count("unpack_bits") == 2 - count * by_tables
-    assert (_library.least_sign_outputs() > 2**62) == (not by_tables)
+    assert (_kernels.least_sign_outputs() > 2**62) == (not by_tables)
 
 
 def identity_layer(k=200, n=300, **options):
@@ -256,7 +256,7 @@ def test_identity_input_by_sign_weights(kernel, dtype, bias):
 
 def test_identity_input_in_float_where_it_must_be():
     layer, x = identity_layer()
-    assert operators_of(layer, x)[1] == ["multiply_signs"] * (_library.active_kernel() in BY_TABLES)
+    assert operators_of(layer, x)[1] == ["multiply_signs"] * (_kernels.active_kernel() in BY_TABLES)
     assert operators_of(layer, x.clone().requires_grad_())[1] == []
     assert operators_of(layer.train(), x)[1] == []
     layer.eval().weight.requires_grad_()
@@ -264,7 +264,7 @@ def test_identity_input_in_float_where_it_must_be():
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             y, names = operators_of(layer, x)
-        assert names == ["multiply_signs"] * (_library.active_kernel() in BY_TABLES) and y.dtype is torch.bfloat16
+        assert names == ["multiply_signs"] * (_kernels.active_kernel() in BY_TABLES) and y.dtype is torch.bfloat16
         with pytest.raises(RuntimeError):
             layer(x.double())
         assert vmap(layer)(x).shape == (3, 5, 300)

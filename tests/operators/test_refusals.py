@@ -32,7 +32,7 @@ from support.reference import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bitorch_qlinear import _library
+from bitorch_qlinear import _kernels
 from bitorch_qlinear import functional as F
 
 
@@ -91,13 +91,13 @@ def test_tensors_without_memory_are_refused_alike(name, argument, what, way):
     values[argument] = BROKEN[argument][what](values[argument])
     expected = refusal(name, values)
     if needs_cpu(name, way):
-        expected = "bitorch_qlinear: reals: expected a tensor on the CPU, where alone multiply_signs computes"
+        expected = "bitorch_qlinear: reals: expected a tensor on the CPU, the only device of multiply_signs"
     if argument == "layout" and way == "fake cuda":
         expected = expected.replace(
-            f"expected {_library.prepared_layout().number},", f"expected {_library.CUDA_LAYOUT},"
+            f"expected {_kernels.prepared_layout().number},", f"expected {_kernels.CUDA_LAYOUT},"
         )
     elif way == "fake cuda":
-        values["layout"] = _library.CUDA_LAYOUT
+        values["layout"] = _kernels.CUDA_LAYOUT
     mode, made = without_memory(way)
     with mode:
         values = {n: made(v) if isinstance(v, torch.Tensor) else v for n, v in values.items()}
@@ -106,7 +106,7 @@ def test_tensors_without_memory_are_refused_alike(name, argument, what, way):
 
 @pytest.mark.parametrize("way", ["cpu", *WITHOUT_MEMORY])
 def test_layout_of_another_device_is_refused(way):
-    there, elsewhere = _library.prepared_layout().number, _library.CUDA_LAYOUT
+    there, elsewhere = _kernels.prepared_layout().number, _kernels.CUDA_LAYOUT
     if way == "fake cuda":
         there, elsewhere = elsewhere, there
     mode, made = without_memory(way) if way != "cpu" else (nullcontext(), lambda tensor: tensor)
@@ -168,16 +168,16 @@ def test_tensors_of_another_layout_are_refused():
 
 
 def test_layout_that_is_here(kernel):
-    words, layout = arguments()["weight_words"], _library.prepared_layout().number
+    words, layout = arguments()["weight_words"], _kernels.prepared_layout().number
     assert_equal(F.prepare_weight(words, 40, layout=layout), F.prepare_weight(words, 40))
 
 
-@pytest.mark.parametrize(("made_for", "used_by"), [*itertools.permutations(_library.available_kernels(), 2)])
+@pytest.mark.parametrize(("made_for", "used_by"), [*itertools.permutations(_kernels.available_kernels(), 2)])
 def test_weights_prepared_for_another_kernel_are_prepared_anew(made_for, used_by):
     try:
-        _library.force_kernel(made_for)
+        _kernels.force_kernel(made_for)
         values = arguments()
-        _library.force_kernel(used_by)
+        _kernels.force_kernel(used_by)
         expected = product(signs(values["x"]), unpack_signs(values["weight_words"], 40))
         values |= {"bias": None, "scale": None, "out_dtype": torch.int32}
         for name in PREPARED:
@@ -185,14 +185,14 @@ def test_weights_prepared_for_another_kernel_are_prepared_anew(made_for, used_by
             y = operator(name)(*args, **kwargs)
             assert_equal(y if isinstance(y, torch.Tensor) else y[0], expected.to(torch.int32))
     finally:
-        _library.force_kernel(None)
+        _kernels.force_kernel(None)
 
 
 def test_unknown_kernel_is_refused_and_changes_nothing():
-    before = _library.active_kernel()
+    before = _kernels.active_kernel()
     with pytest.raises(RuntimeError, match=r"expected one of .*scalar.*got \"avx1024\""):
-        _library.force_kernel("avx1024")
-    assert _library.active_kernel() == before
+        _kernels.force_kernel("avx1024")
+    assert _kernels.active_kernel() == before
 
 
 HUGE_WORDS = torch.empty(2**62, 0, dtype=torch.int32)

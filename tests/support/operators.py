@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from bitorch_qlinear import _library
+from bitorch_qlinear import _kernels
 from bitorch_qlinear import functional as F
 
 from .reference import FLOATS, pack_signs, random_values, random_words
@@ -99,7 +99,7 @@ def arguments(m=(3,), n=5, k=40, dtype=torch.float32, transpose=False):
         "weight_prepared": F.prepare_weight(weight_words, k),
         "out_dtype": torch.float64,
         "threshold": 0.5,
-        "layout": _library.prepared_layout().number,
+        "layout": _kernels.prepared_layout().number,
         "reals": torch.randn(*m, k if transpose else n).to(dtype),
         "sign_words": weight_words,
         "transpose": transpose,

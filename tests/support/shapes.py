@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import random
 
-from bitorch_qlinear import _library
+from bitorch_qlinear import _kernels
 
 # csrc/cpu/gemm_avx2.cpp: values a group, a unit, a block (byte counts) and a span (16-bit counts); rows a tile.
 GROUP, UNIT, BLOCK, SPAN = 12, 24, 240, 65520
 ROW_TILE = 128
 PANEL = 64
-# csrc/cpu/four_russians_avx2.h: rows a table, the fewest that are worth one, and outputs, and values (and the most);
+# csrc/cpu/gemm_tables_avx2.h: rows a table, the fewest that are worth one, and outputs, and values (and the most);
 # values a block; outputs a strip and those that are finished together.
 TABLE_ROWS, FEWEST_ROWS, FEWEST_OUTPUTS, FEWEST_VALUES, MOST_VALUES = 64, 58, 512, 768, 16384
 TABLE_BLOCK, STRIP, FINISHED = 120, 1024, 128
 # csrc/cpu/gemm_avx512.cpp has the same panel and row tile; its unit is a word. Values of K a cache block.
 CACHE_BLOCK = 16384
-# csrc/ops_cpu.cpp: multiply-adds below which one thread works.
+# csrc/torch/ops_cpu.cpp: multiply-adds below which one thread works.
 SERIAL_PRODUCTS = 1 << 24
 SERIAL_VALUES = 1 << 16
 
@@ -31,8 +31,8 @@ def around(*bounds: int) -> list[int]:
 
 def tile(kernel: str) -> tuple[int, int]:
     """Outputs a panel and values a unit of the kernel, which must be active."""
-    assert _library.active_kernel() == kernel
-    panel, unit, *_ = _library.prepared_layout()
+    assert _kernels.active_kernel() == kernel
+    panel, unit, *_ = _kernels.prepared_layout()
     return panel, unit
 
 

@@ -1,5 +1,5 @@
-// Real values by signs by the method of four Russians, and few rows by float_by_bits_few.h (AVX2). Its slow twin is
-// float_by_bits_scalar.cpp, and float_by_bits.h says in which order both add.
+// Real values by signs by the method of four Russians, and few rows by sign_gemm_few.h (AVX2). Its slow twin is
+// sign_gemm_scalar.cpp, and sign_gemm.h says in which order both add.
 //
 // An ENTRY is one cache line, the same sum for 16 rows of x (8 of float64). For each group of 6 values of K a table
 // holds all 64 signed sums, 4 KiB; the five tables of a pass, 20 KiB, stay in L1. An output's code has 30 bits, 6 for
@@ -13,7 +13,7 @@
 // What binds beside the loads is the number of operations: gcc's own addressing (lea, mov + shr) took 8.2 cycles,
 // offsets by rotation and operands with a displacement take 7.5. Measured and rejected, cycles for the same 30 bits:
 // offsets read as 16 bits 8.8; 5 bits x 6 tables 10; 7 + 7 + 6 + 6 + 6 bits (28 KiB) 8.6 where their sums stay in L1,
-// 9.2 else; AVX-512 with one load a line 7.9 (a Zen 4 splits it; float_by_bits_avx512.cpp has it for others).
+// 9.2 else; AVX-512 with one load a line 7.9 (a Zen 4 splits it; sign_gemm_avx512.cpp has it for others).
 //
 // llvm-mca (znver3, which counts the load of the code too) has 7.1 cycles for the loop, its 28 operations 4.7.
 //
@@ -29,7 +29,7 @@
 
 // Our own headers too are compiled for AVX2 here; what they define has internal linkage.
 BITORCH_QLINEAR_AVX2_BEGIN
-#include "float_by_bits_few.h"
+#include "sign_gemm_few.h"
 
 namespace bitorch_qlinear {
 namespace {
@@ -498,7 +498,7 @@ struct DoubleLookup {
     }
 };
 
-// Where float_by_bits_few.h meets the time of a whole tile of tables.
+// Where sign_gemm_few.h meets the time of a whole tile of tables.
 int64_t most_few_rows(DType dtype) { return dtype == DType::float64 ? 2 : 6; }
 
 void multiply_few_rows(const SignProduct& product, Range rows, Range columns, uint8_t* workspace) {
@@ -522,7 +522,7 @@ BITORCH_QLINEAR_TARGET_END
 
 namespace bitorch_qlinear {
 
-const FloatByBits kAvx2FloatByBits = {
+const SignGemm kAvx2SignGemm = {
     .least_outputs = 128,
     .make_codes = make_codes,
     .workspace_bytes = workspace_bytes,

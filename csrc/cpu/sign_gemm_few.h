@@ -1,6 +1,6 @@
 // Real values by signs for few rows of x, by tables of half sums: the algorithm, for any instruction set that permutes.
 //
-// The tables of float_by_bits_avx2.cpp serve a cache line of rows, and few rows leave most of it empty. Here a vector
+// The tables of sign_gemm_avx2.cpp serve a cache line of rows, and few rows leave most of it empty. Here a vector
 // holds the sums of one row for several outputs. A half sum has three signs, so its eight values are a vector, and one
 // permutation by the lanes' lowest three bits looks them up for all the outputs:
 //
@@ -26,7 +26,7 @@
 #include <cstring>
 
 // Included inside the region of the instruction set, which has AVX2 at least.
-#include "float_by_bits.h"
+#include "sign_gemm.h"
 
 namespace bitorch_qlinear {
 namespace {

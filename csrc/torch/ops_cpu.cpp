@@ -15,11 +15,11 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "cpu/share.h"
-#include "cuda/prepared_size.h"
-#include "epilogue.h"
-#include "sources.h"
+#include "../cpu/dispatch.h"
+#include "../cpu/product.h"
+#include "../cuda/prepared.h"
+#include "../epilogue.h"
+#include "../sources.h"
 #include "tensors.h"
 
 #define BITORCH_QLINEAR_EXPORT extern "C" __attribute__((visibility("default")))
@@ -33,7 +33,7 @@ __attribute__((visibility("default"))) std::atomic<uint64_t> bitorch_qlinear_sta
 namespace bitorch_qlinear {
 namespace {
 
-// As share.h wants them.
+// As product.h wants them.
 struct TorchThreads {
     static int64_t count() { return torch::stable::get_num_threads(); }
     template <class Function>
@@ -403,9 +403,9 @@ Tensor multiply_signs(const Tensor& reals, const Tensor& sign_words, int64_t k, 
     if (m == 0 || outputs == 0) return y;
     const Reals x = read_reals(reals);
     const Tensor words = aligned("sign_words", sign_words);
-    multiply_reals(Threads(), *active_kernel().float_by_bits,
-                   {x.tensor.data_ptr(), *dtype_of(reals.scalar_type()), m, summed, x.row_stride, x.value_stride,
-                    words_of(words), transpose, outputs, y.data_ptr()});
+    multiply_by_signs(Threads(), *active_kernel().sign_gemm,
+                      {x.tensor.data_ptr(), *dtype_of(reals.scalar_type()), m, summed, x.row_stride, x.value_stride,
+                       words_of(words), transpose, outputs, y.data_ptr()});
     return y;
 }
 
@@ -495,10 +495,10 @@ BITORCH_QLINEAR_EXPORT int64_t bitorch_qlinear_prepared_bytes(bool on_cuda, int6
 // The number of the prepared form on CUDA.
 BITORCH_QLINEAR_EXPORT int64_t bitorch_qlinear_cuda_layout() { return bitorch_qlinear::cuda::kPreparedLayout; }
 
-// FloatByBits::least_outputs. -1 if no kernel is active.
+// SignGemm::least_outputs. -1 if no kernel is active.
 BITORCH_QLINEAR_EXPORT int64_t bitorch_qlinear_least_sign_outputs() {
     try {
-        return bitorch_qlinear::active_kernel().float_by_bits->least_outputs;
+        return bitorch_qlinear::active_kernel().sign_gemm->least_outputs;
     } catch (const std::exception&) {
         return -1;
     }

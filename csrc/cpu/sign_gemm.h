@@ -55,7 +55,7 @@ static inline int64_t count_passes(const SignProduct& product) { return ceil_div
 // `column` is a multiple of 32, passes.begin of 16.
 using BlockCodes = void (*)(const SignProduct&, Range passes, int64_t column, uint32_t* codes);
 
-struct FloatByBits {
+struct SignGemm {
     // From this many outputs on, and half as many values of K, it is faster than unpacking the signs and the BLAS.
     int64_t least_outputs;
     // codes[pass][n], as BlockCodes has them, of all passes and these columns, which begin at a multiple of 32.
@@ -70,10 +70,10 @@ struct FloatByBits {
     void (*multiply_few)(const SignProduct&, Range rows, Range columns, uint8_t* workspace);
 };
 
-extern const FloatByBits kScalarFloatByBits;
+extern const SignGemm kScalarSignGemm;
 #if defined(__x86_64__)
-extern const FloatByBits kAvx2FloatByBits;
-extern const FloatByBits kAvx512FloatByBits;
+extern const SignGemm kAvx2SignGemm;
+extern const SignGemm kAvx512SignGemm;
 
 // Adds a pass's entries, a cache line each, to the sums of `count` outputs; writes them where it is the first.
 using AddPass = void (*)(const uint8_t* tables, const uint32_t* codes, int64_t count, bool first, void* sums);

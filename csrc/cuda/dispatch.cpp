@@ -1,4 +1,4 @@
-#include "choice.h"
+#include "dispatch.h"
 
 #include <cuda_runtime_api.h>
 

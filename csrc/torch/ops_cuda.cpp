@@ -10,11 +10,11 @@
 #include <tuple>
 #include <vector>
 
-#include "../tensors.h"
-#include "choice.h"
-#include "kernels.h"
-#include "prepared.cuh"
-#include "stream.h"
+#include "../cuda/check_prepared.cuh"
+#include "../cuda/dispatch.h"
+#include "../cuda/kernels.h"
+#include "cuda_stream.h"
+#include "tensors.h"
 
 namespace bitorch_qlinear::cuda {
 namespace {

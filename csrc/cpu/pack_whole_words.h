@@ -2,7 +2,7 @@
 #pragma once
 
 // Included behind these two, inside the region of the instruction set.
-#include "bits.h"
+#include "pack_portable.h"
 
 namespace bitorch_qlinear {
 namespace {

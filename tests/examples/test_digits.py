@@ -1,4 +1,4 @@
-"""The demo, small: what it claims, what it writes, and its errors. Nothing here depends on how fast it ran."""
+"""A small run of the example does what it claims; its files and its errors. No test depends on how fast it ran."""
 
 import contextlib
 import io
@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from bitorch_qlinear import PackedQLinear, QLinear, _library, demo, info, linear
+from bitorch_qlinear import PackedQLinear, QLinear, _kernels, info, linear, pack
+from examples.digits import __main__ as command
+from examples.digits import costs, model, report
 
 EPOCHS, HIDDEN, SEED = 3, 256, 1
 
@@ -28,31 +30,31 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     png, results = folder / "demo.png", folder / "demo.json"
     flags = {"epochs": EPOCHS, "hidden": HIDDEN, "seed": SEED, "device": "cpu", "plot": png, "json": results}
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
-        patch.setattr(demo, "ROUNDS", 2)
-        patch.setattr(demo, "BLOCK_SECONDS", 0.0)
-        demo.main([part for name, value in flags.items() for part in (f"--{name}", str(value))])
+        patch.setattr(costs, "ROUNDS", 2)
+        patch.setattr(costs, "BLOCK_SECONDS", 0.0)
+        command.main([part for name, value in flags.items() for part in (f"--{name}", str(value))])
     return Run(output.getvalue(), json.loads(results.read_text()), png.read_bytes())
 
 
 def test_learns_and_packs_without_a_difference(run: Run) -> None:
-    assert run.results["test_accuracy"] > 0.85
+    assert run.results["test_accuracy"]["binary"] > 0.85
     assert run.results["identical_predictions"] is True
-    assert f"{demo.HIDDEN_LAYERS} binary layers: {demo.HIDDEN_LAYERS} packed" in run.output
+    assert f"{model.HIDDEN_LAYERS} binary layers: {model.HIDDEN_LAYERS} packed" in run.output
     assert "identical for all 450 test images" in run.output
 
 
 def test_tables_name_all_models(run: Run) -> None:
-    for name in (demo.FLOAT32, demo.QLINEAR, demo.PACKED):
+    for name in (costs.FLOAT32, costs.QLINEAR, costs.PACKED):
         rows = [line for line in run.output.splitlines() if line.startswith(name)]
         assert len(rows) == 2, f"one row of sizes and one of latencies for {name}"
-        assert all(row.count("×") == (0 if name == demo.FLOAT32 else 4) for row in rows)
+        assert all(row.count("×") == (0 if name == costs.FLOAT32 else 4) for row in rows)
     for word in (
         "[kB]",
         "[µs]",
         "batch 256",
         f"kernel: {info().kernel}",
         f"threads: {torch.get_num_threads()}",
-        demo.processor_name(),
+        costs.processor_name(),
     ):
         assert word in run.output
 
@@ -62,35 +64,38 @@ def test_json_holds_what_was_measured_and_where(run: Run) -> None:
     assert results["settings"] == {
         "epochs": EPOCHS,
         "hidden": HIDDEN,
-        "hidden_layers": demo.HIDDEN_LAYERS,
+        "hidden_layers": model.HIDDEN_LAYERS,
         "seed": SEED,
     }
-    assert len(results["training"]["loss"]) == len(results["training"]["test_accuracy"]) == EPOCHS
+    assert set(results["training"]) == set(results["test_accuracy"]) == {"binary", "float32"}
+    for name, training in results["training"].items():
+        assert len(training["loss"]) == len(training["test_accuracy"]) == EPOCHS and training["seconds"] > 0
+        assert results["test_accuracy"][name] == training["test_accuracy"][-1]
     environment = results["environment"]
     assert environment["kernel"] == info().kernel
     assert environment["cpu_capability"] == info().cpu_capability
     assert environment["torch"] == torch.__version__
     assert environment["threads"] == torch.get_num_threads()
     assert environment["processor"] and environment["date"]
-    assert list(results["models"]) == [demo.FLOAT32, demo.QLINEAR, demo.PACKED]
-    for costs in results["models"].values():
-        assert len(costs) == 8 and all(value > 0 for value in costs.values())
+    assert list(results["models"]) == [costs.FLOAT32, costs.QLINEAR, costs.PACKED]
+    for values in results["models"].values():
+        assert len(values) == 8 and all(value > 0 for value in values.values())
 
 
 def test_sizes_are_those_of_the_weights(run: Run) -> None:
     floats, qlinear, packed = run.results["models"].values()
-    weights = demo.HIDDEN_LAYERS * HIDDEN * HIDDEN
+    weights = model.HIDDEN_LAYERS * HIDDEN * HIDDEN
     assert floats["resident_hidden_bytes"] == 4 * weights
     assert qlinear["resident_hidden_bytes"] == 4 * weights  # it keeps nothing else
     # The words, and the form that a kernel reads where it wants another: 1/32 or 2/32 of the floats, and a header and
     # four numbers a layer.
-    forms = 2 if _library.prepared_layout().unit_bytes else 1
+    forms = 2 if _kernels.prepared_layout().unit_bytes else 1
     assert 0 <= packed["resident_hidden_bytes"] - forms * weights // 8 <= 1024
     assert 0 < packed["checkpoint_hidden_bytes"] - weights // 8 < 16384
     assert floats["checkpoint_hidden_bytes"] > 4 * weights
-    for costs in (floats, qlinear, packed):
-        assert costs["checkpoint_model_bytes"] > costs["checkpoint_hidden_bytes"]
-        assert costs["resident_model_bytes"] > costs["resident_hidden_bytes"]
+    for values in (floats, qlinear, packed):
+        assert values["checkpoint_model_bytes"] > values["checkpoint_hidden_bytes"]
+        assert values["resident_model_bytes"] > values["resident_hidden_bytes"]
 
 
 def test_plot_is_a_png(run: Run) -> None:
@@ -98,40 +103,87 @@ def test_plot_is_a_png(run: Run) -> None:
 
 
 def test_default_model_is_binarized_inside() -> None:
-    arguments = demo.parse_arguments([])
-    model = demo.build_model(64, arguments.hidden)
-    layers = list(demo.hidden_layers(model))
+    arguments = command.parse_arguments([])
+    classifier = model.build_model(64, arguments.hidden)
+    layers = list(model.hidden_layers(classifier))
     assert len(layers) >= 2 and all(type(layer) is QLinear for layer in layers)
     assert all(layer.in_features == layer.out_features >= 1024 for layer in layers)
-    assert type(model.first) is type(model.last) is nn.Linear
+    assert type(classifier.first) is type(classifier.last) is nn.Linear
 
 
 def test_same_seed_same_training() -> None:
-    def curve() -> demo.Curve:
-        digits = demo.load_digits(SEED, torch.device("cpu"))
+    def curve() -> tuple[list[float], list[float]]:
+        digits = model.load_digits(SEED, torch.device("cpu"))
         torch.manual_seed(SEED)
-        return demo.train(demo.build_model(64, 32), digits, 2)
+        training = model.train(model.build_model(64, 32), digits, 2)
+        return training.loss, training.test_accuracy
 
     assert curve() == curve()
 
 
+def test_twin_begins_with_the_same_weights_and_sees_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = model.load_digits(SEED, torch.device("cpu"))
+    arguments = command.parse_arguments(["--hidden", "32", "--epochs", "2", "--seed", str(SEED), "--device", "cpu"])
+    seen: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for binary in (True, False):
+
+        def keep(network: nn.Module, *_: object, kept: list[torch.Tensor] = seen[binary]) -> model.Training:
+            kept += [tensor.clone() for tensor in network.parameters()]
+            kept.append(torch.randperm(100))  # train_epoch draws its batches from here on
+            return model.Training([0.0], [0.0], 0.0)
+
+        monkeypatch.setattr(command, "train", keep)
+        network, _ = command.train_from_seed(binary, digits, arguments)
+        assert all(isinstance(layer, QLinear) is binary for layer in model.hidden_layers(network))
+    assert len(seen[True]) == len(seen[False]) > 1
+    assert all(map(torch.equal, seen[True], seen[False]))
+
+
+def test_report_needs_only_the_json(run: Run, tmp_path: Path) -> None:
+    assert report.text(run.results) in run.output
+    report.plot(tmp_path / "again.png", run.results)
+    assert (tmp_path / "again.png").stat().st_size > 0
+
+
+def test_accuracies_are_side_by_side(run: Run) -> None:
+    for name, title in report.TRAINED.items():
+        (row,) = [line for line in run.output.splitlines() if line.startswith(title)]
+        recognized = round(450 * run.results["test_accuracy"][name])
+        assert f"{recognized / 450:.2%}" in row and f"{recognized} of 450" in row
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "shown"), [(io.StringIO, False), (Terminal, True)])
+def test_progress_bar_only_in_a_terminal(
+    stream: type[io.StringIO], shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = stream()
+    monkeypatch.setattr(sys, "stderr", written)
+    assert list(model.progress_bar(3, "training", "epoch")) == [0, 1, 2]
+    assert ("training" in written.getvalue()) is shown
+
+
 def test_every_class_is_split_alike() -> None:
-    digits = demo.load_digits(SEED, torch.device("cpu"))
+    digits = model.load_digits(SEED, torch.device("cpu"))
     assert (len(digits.x_train), len(digits.x_test)) == (1347, 450)
     assert digits.x_train.min() == -1 and digits.x_train.max() == 1
-    train, test = (labels.bincount(minlength=demo.CLASSES) / len(labels) for labels in (digits.y_train, digits.y_test))
+    train, test = (labels.bincount(minlength=model.CLASSES) / len(labels) for labels in (digits.y_train, digits.y_test))
     torch.testing.assert_close(train, test, atol=0.005, rtol=0)
 
 
 def test_difference_of_the_packed_model_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = nn.Sequential(QLinear(64, 10)), torch.randn(5, 64)
+    trained, x = nn.Sequential(QLinear(64, 10)), torch.randn(5, 64)
 
-    def pack_badly(model: nn.Module) -> nn.Module:
+    def pack_badly(_: nn.Module) -> nn.Module:
         return nn.Sequential(PackedQLinear(64, 10))
 
-    monkeypatch.setattr(demo, "pack", pack_badly)
+    monkeypatch.setattr(model, "pack", pack_badly)
     with pytest.raises(RuntimeError, match=r"differs from the trained one in \d+ of 50 logits"):
-        demo.pack_and_check(model, x)
+        model.pack_and_check(trained, x)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +203,7 @@ def test_difference_of_the_packed_model_is_an_error(monkeypatch: pytest.MonkeyPa
 )
 def test_bad_flag(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
-        demo.main(flags)
+        command.main(flags)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -160,32 +212,33 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "train", interrupt)
+    monkeypatch.setattr(command, "train", interrupt)
     with pytest.raises(SystemExit) as error:
-        demo.main(["--hidden", "8"])
+        command.main(["--hidden", "8"])
     assert error.value.code == 130
     assert capsys.readouterr().err.strip() == "demo: interrupted"
 
 
 def test_the_timed_qlinear_does_not_warn(recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "ROUNDS", 1)
-    monkeypatch.setattr(demo, "BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(costs, "ROUNDS", 1)
+    monkeypatch.setattr(costs, "BLOCK_SECONDS", 0.0)
     monkeypatch.setattr(linear, "_warned_of_packing", False)
-    model = demo.build_model(64, 512).eval()  # large enough to be warned of
-    demo.measure(model, demo.pack(model), torch.randn(256, 64))
+    twin = model.build_model(64, 512, binary=False).eval()
+    binary = model.build_model(64, 512).eval()  # large enough to be warned of
+    costs.measure(twin, binary, pack(binary), torch.randn(256, 64))
     assert not [warning for warning in recwarn if "packs its weights" in str(warning.message)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
 def test_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        demo.main(["--device", "cuda"])
+        command.main(["--device", "cuda"])
     assert "cannot compute on 'cuda' here" in capsys.readouterr().err
 
 
 def test_help_documents_each_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
-        demo.main(["--help"])
+        command.main(["--help"])
     assert error.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{flag} " in text for flag in ("epochs", "hidden", "seed", "device", "plot", "json"))
@@ -203,7 +256,7 @@ def test_help_documents_each_flag(capsys: pytest.CaptureFixture[str]) -> None:
 def test_missing_package(module: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit) as error:
-        demo.main(["--plot", str(tmp_path / "demo.png")])
+        command.main(["--plot", str(tmp_path / "demo.png")])
     assert str(error.value).startswith(f"The demo needs {package} (")
     assert str(error.value).endswith("pip install 'bitorch_qlinear[demo]'")
 
@@ -213,4 +266,4 @@ def test_processor_without_cpuinfo(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    assert demo.processor_name()
+    assert costs.processor_name()

@@ -26,7 +26,7 @@
 
 namespace bitorch_qlinear {
 namespace {
-namespace four_russians {
+namespace gemm_tables {
 
 constexpr int64_t kRows = 64;
 constexpr int kIndexBits = 5;
@@ -249,6 +249,6 @@ void multiply(const Product& product, Range rows, Range columns, uint8_t* memory
     }
 }
 
-}  // namespace four_russians
+}  // namespace gemm_tables
 }  // namespace
 }  // namespace bitorch_qlinear

@@ -1,4 +1,4 @@
-// How large the prepared form of the weights is on CUDA (prepared.cuh): plain C++, which a build without CUDA reads too.
+// How large the prepared form of the weights is on CUDA (check_prepared.cuh): plain C++, which a build without CUDA reads too.
 #pragma once
 
 #include <cstdint>

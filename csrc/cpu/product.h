@@ -145,7 +145,7 @@ constexpr int64_t kMostColumns = 4096, kFewestColumns = 512;
 // Tiles of row_tile rows by equal shares of the columns: one share, unless there are fewer rows than threads. Few rows,
 // and few that are left over, are another function's.
 template <class Threads>
-void multiply_reals(const Threads& threads, const FloatByBits& kernel, const SignProduct& product) {
+void multiply_by_signs(const Threads& threads, const SignGemm& kernel, const SignProduct& product) {
     const bool serial = static_cast<double>(product.m) * product.n * product.k < kSerialSignProducts;
     const int64_t workers = serial ? 1 : threads.count(), rows = row_tile(product.dtype);
     const int64_t rest = product.m % rows, few = rest <= kernel.most_few_rows(product.dtype) ? rest : 0;

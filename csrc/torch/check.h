@@ -11,8 +11,8 @@
 #include <string>
 #include <type_traits>
 
-#include "dtype.h"
-#include "packed.h"
+#include "../dtype.h"
+#include "../packed.h"
 
 namespace bitorch_qlinear {
 

@@ -1,5 +1,5 @@
-// Real values by signs (AVX-512). Few rows are float_by_bits_few.h with 16 sums of float, or 8 of double, a vector. More
-// rows go by the tables of float_by_bits_avx2.cpp, of which an entry is one vector here.
+// Real values by signs (AVX-512). Few rows are sign_gemm_few.h with 16 sums of float, or 8 of double, a vector. More
+// rows go by the tables of sign_gemm_avx2.cpp, of which an entry is one vector here.
 //
 // Few rows: Intel has two ports for 512 bits, of which one alone permutes. 16 outputs by 30 values take 20 operations a
 // row, 9 shifts for all the rows of a tile and 7 to make the codes, so at least 18 cycles for one row and 10 to 12 for
@@ -22,7 +22,7 @@
 
 // Our own headers too are compiled for AVX-512 here; what they define has internal linkage.
 BITORCH_QLINEAR_AVX512_BEGIN
-#include "float_by_bits_few.h"
+#include "sign_gemm_few.h"
 
 namespace bitorch_qlinear {
 namespace {
@@ -78,7 +78,7 @@ inline void transpose_halves(__m512i* rows) {
     for (int w = 8; w < 16; ++w) rows[w] = _mm512_setzero_si512();
 }
 
-// As in float_by_bits_avx2.cpp, 16 rows at a time.
+// As in sign_gemm_avx2.cpp, 16 rows at a time.
 void make_codes_of_rows(const SignProduct& product, Range passes, int64_t column, uint32_t* codes) {
     constexpr int64_t kWords = kCodePasses * kPassValues / kWordBits;
     const int64_t width = words_for(product.k);
@@ -204,7 +204,7 @@ struct DoubleLookup {
 };
 
 int64_t workspace_bytes(const SignProduct& product, int64_t columns) {
-    return kAvx2FloatByBits.workspace_bytes(product, columns);
+    return kAvx2SignGemm.workspace_bytes(product, columns);
 }
 
 // ---- many rows ------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ void multiply(const SignProduct& product, const uint32_t* codes, Range rows, Ran
                        product.dtype == DType::float64 ? add_double_pass : add_float_pass, workspace);
 }
 
-// Where float_by_bits_few.h meets the time of a whole tile of tables.
+// Where sign_gemm_few.h meets the time of a whole tile of tables.
 int64_t most_few_rows(DType dtype) { return dtype == DType::float64 ? 4 : 10; }
 
 void multiply_few_rows(const SignProduct& product, Range rows, Range columns, uint8_t* workspace) {
@@ -268,7 +268,7 @@ BITORCH_QLINEAR_TARGET_END
 
 namespace bitorch_qlinear {
 
-const FloatByBits kAvx512FloatByBits = {
+const SignGemm kAvx512SignGemm = {
     .least_outputs = 128,
     .make_codes = make_codes,
     .workspace_bytes = workspace_bytes,

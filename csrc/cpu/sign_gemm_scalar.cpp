@@ -1,6 +1,6 @@
 // Real values by signs, one value at a time: the twin of the other instruction sets' versions, which says what they
 // compute and in which order they add.
-#include "float_by_bits.h"
+#include "sign_gemm.h"
 
 namespace bitorch_qlinear {
 namespace {
@@ -92,7 +92,7 @@ void multiply_any(const SignProduct& product, const uint32_t* codes, Range rows,
 
 }  // namespace
 
-const FloatByBits kScalarFloatByBits = {
+const SignGemm kScalarSignGemm = {
     .least_outputs = INT64_MAX,  // never faster than the BLAS
     .make_codes = make_codes,
     .workspace_bytes = [](const SignProduct&, int64_t) -> int64_t { return 0; },

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "prepared_size.h"
+#include "prepared.h"
 
 namespace bitorch_qlinear::cuda {
 

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "choice.h"
+#include "../cuda/dispatch.h"
 
 namespace bitorch_qlinear::cuda {
 

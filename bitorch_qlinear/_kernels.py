@@ -1,0 +1,151 @@
+"""The questions that Python asks the compiled libraries: which kernels exist and compute, and how a form is laid out.
+
+:mod:`bitorch_qlinear.kernels` is the public part of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+from ._library import cpu_library, cuda_library, no_cuda_reason
+
+# ---- CPU kernels ----------------------------------------------------------------------------------------------------
+
+
+def available_kernels() -> list[str]:
+    """Return the names of the CPU kernels that this processor can run, best first."""
+    return str(cpu_library.bitorch_qlinear_kernels().decode()).split(", ")
+
+
+def active_kernel() -> str:
+    """Return the name of the CPU kernel that computes."""
+    return str(cpu_library.bitorch_qlinear_kernel().decode())
+
+
+def active_kernel_reason() -> str:
+    """Return the reason why this CPU kernel computes, in words."""
+    return str(cpu_library.bitorch_qlinear_kernel_reason().decode())
+
+
+def force_kernel(name: str | None) -> None:
+    """Make one CPU kernel compute in the whole process; for tests and benchmarks.
+
+    Weights that were prepared for another kernel are then prepared again in each call; a packed layer prepares its own
+    weights once more, after its next eager call.
+
+    Args:
+        name: One of :func:`available_kernels`, or None for the automatic choice.
+
+    Raises:
+        RuntimeError: The processor cannot run the kernel, or no kernel has that name. Nothing has changed then.
+    """
+    global _least_sign_outputs
+    error = cpu_library.bitorch_qlinear_force_kernel((name or "").encode()).decode()
+    if error:
+        raise RuntimeError(error)
+    _least_sign_outputs = cpu_library.bitorch_qlinear_least_sign_outputs()
+
+
+# torch.compile can read a plain number; it cannot call the library.
+_least_sign_outputs: int = cpu_library.bitorch_qlinear_least_sign_outputs()
+
+
+def least_sign_outputs() -> int:
+    """Return the smallest number of outputs for which the active kernel's ``multiply_signs`` beats the BLAS.
+
+    The number holds for float32, and half as many summed values suffice. For the other dtypes see
+    `_sign_gemm.beats_blas`.
+    """
+    return _least_sign_outputs
+
+
+# ---- prepared forms -------------------------------------------------------------------------------------------------
+
+
+class PreparedLayout(NamedTuple):
+    """The prepared form of the active CPU kernel.
+
+    Attributes:
+        panel: Outputs in a panel.
+        unit: Values of K in a unit.
+        unit_bytes: Bytes that a panel takes for a unit.
+        number: The layout number in the form's header.
+    """
+
+    panel: int
+    unit: int
+    unit_bytes: int
+    number: int
+
+
+CUDA_LAYOUT: int = cpu_library.bitorch_qlinear_cuda_layout()
+"""The layout number of CUDA's prepared form, which all CUDA kernels read."""
+
+
+def prepared_layout() -> PreparedLayout:
+    """Return the layout of the active CPU kernel's prepared form."""
+    layout = (ctypes.c_int64 * 4)()
+    cpu_library.bitorch_qlinear_layout(layout)
+    return PreparedLayout(*layout)
+
+
+def prepared_bytes(device_type: str, n: int, k: int) -> int:
+    """Return the size of the prepared form of n rows of k values, in bytes.
+
+    Args:
+        device_type: "cuda" for CUDA's form; all other types mean that of the active CPU kernel.
+        n: Rows of the weight.
+        k: Values in a row.
+    """
+    return int(cpu_library.bitorch_qlinear_prepared_bytes(device_type == "cuda", n, k))
+
+
+# ---- CUDA kernels ---------------------------------------------------------------------------------------------------
+
+CUDA_KERNELS = ("popc", "skinny", "skinny_mma_sm80", "mma_sm75", "mma_sm80", "mma_int8_sm80")
+"""Names of all CUDA kernels, which a build without CUDA operators has nowhere else. A test compares them with csrc."""
+
+
+def available_cuda_kernels(capability: tuple[int, int]) -> list[str]:
+    """Return the names of the CUDA kernels that a compute capability can run; none without CUDA operators."""
+    if cuda_library is None:
+        return []
+    names = str(cuda_library.bitorch_qlinear_cuda_kernels(10 * capability[0] + capability[1]).decode())
+    return names.split(", ") if names else []
+
+
+def cuda_choice(capability: tuple[int, int], multiprocessors: int, m: int, n: int, k: int) -> str:
+    """Return which CUDA kernel computes a product on such a device and why, or what is wrong, in words.
+
+    Raises:
+        RuntimeError: This installation has no CUDA operators.
+    """
+    if cuda_library is None:
+        raise RuntimeError(f"bitorch_qlinear has no CUDA kernels here: {no_cuda_reason}.")
+    number = 10 * capability[0] + capability[1]
+    return str(cuda_library.bitorch_qlinear_cuda_choice(number, multiprocessors, m, n, k).decode())
+
+
+def forced_cuda_kernel() -> str:
+    """Return the name of the forced CUDA kernel, or "" if the sizes of each product choose the kernel."""
+    return "" if cuda_library is None else str(cuda_library.bitorch_qlinear_cuda_kernel().decode())
+
+
+def force_cuda_kernel(name: str | None) -> None:
+    """Make one CUDA kernel compute all products that it can, in the whole process; for tests and benchmarks.
+
+    All CUDA kernels read one prepared form, so prepared weights stay valid.
+
+    Args:
+        name: One of :func:`available_cuda_kernels`, or None for the automatic choice. On a device that lacks the
+            kernel, products raise RuntimeError.
+
+    Raises:
+        RuntimeError: This installation has no CUDA operators, or no kernel has that name. Nothing has changed then.
+    """
+    if cuda_library is None:
+        raise RuntimeError(f"bitorch_qlinear has no CUDA kernels here: {no_cuda_reason}.")
+    error = cuda_library.bitorch_qlinear_cuda_force_kernel((name or "").encode()).decode()
+    if error:
+        raise RuntimeError(error)

@@ -1,0 +1,42 @@
+"""The quantizations of QLinear: the values that a real tensor becomes before the product, and their gradients.
+
+Values and gradients are those of bitorch 0.4.1 in every floating dtype, and the dtype is kept. A `BinaryRule` says all
+that the packed path must know of a sign-like quantization. The float path computes from the same rule, so each
+derivative is written once.
+"""
+
+from .base import Identity, Quantization
+from .dorefa import InputDoReFa, WeightDoReFa
+from .progressive_sign import ProgressiveSign, progressive_sign_scale, set_progressive_sign_scale
+from .recognition import binary_rule, depends_on_mode, is_identity
+from .registry import get_quantization, quantization_names, register_quantization
+from .rule import BinaryRule, cancel_gradient
+from .sign_family import ApproxSign, Sign, SteHeaviside, SwishSign
+
+__all__ = [
+    "ApproxSign",
+    "BinaryRule",
+    "Identity",
+    "InputDoReFa",
+    "ProgressiveSign",
+    "Quantization",
+    "Sign",
+    "SteHeaviside",
+    "SwishSign",
+    "WeightDoReFa",
+    "binary_rule",
+    "cancel_gradient",
+    "depends_on_mode",
+    "get_quantization",
+    "is_identity",
+    "progressive_sign_scale",
+    "quantization_names",
+    "register_quantization",
+    "set_progressive_sign_scale",
+]
+
+# Pickles, and the list of classes that torch.load(weights_only=True) allows, name a class by its module. With this
+# folder as the module of them all, a saved model does not depend on which file defines a class.
+for _name in __all__:
+    if isinstance(globals()[_name], type):
+        globals()[_name].__module__ = __name__

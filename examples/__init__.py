@@ -1,0 +1,1 @@
+"""Programs that use bitorch_qlinear as an application would; they are not part of the installed package."""

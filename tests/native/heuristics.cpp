@@ -1,0 +1,61 @@
+// csrc/cuda/heuristics.h as a shared library, so that tests/operators/test_heuristics.py can ask it about any device.
+
+#include "cuda/heuristics.h"
+#include <cstring>
+using namespace bitorch_qlinear::cuda;
+
+extern "C" {
+void choose_all(int64_t count, const int64_t (*queries)[5], int32_t* kernels, int32_t* tiles, const char** reasons) {
+    for (int64_t i = 0; i < count; ++i) {
+        const auto& [capability, multiprocessors, m, n, k] = queries[i];
+        const Device device{static_cast<int>(capability), static_cast<int>(multiprocessors)};
+        const Choice choice = choose(device, m, n, k);
+        kernels[i] = static_cast<int>(choice.kernel);
+        tiles[i] = static_cast<int>(choice.tile);
+        reasons[i] = choice.reason;
+    }
+}
+void estimate_all(int64_t count, const int64_t (*queries)[5], double (*clocks)[kTiles]) {
+    for (int64_t i = 0; i < count; ++i) {
+        const auto& [capability, multiprocessors, m, n, k] = queries[i];
+        const Device device{static_cast<int>(capability), static_cast<int>(multiprocessors)};
+        for (int tile = 0; tile < kTiles; ++tile) {
+            clocks[i][tile] = estimated_clocks(static_cast<Tile>(tile), device, m, n, k);
+        }
+    }
+}
+const char* decide_in_words(const char* name, int capability, int multiprocessors, int64_t m, int64_t n, int64_t k) {
+    static std::string text;
+    const auto kernel = find_kernel(name);
+    if (const auto* error = std::get_if<std::string>(&kernel)) return (text = "error: " + *error).c_str();
+    const auto choice = decide(std::get<const KernelRecord*>(kernel), {capability, multiprocessors}, m, n, k);
+    if (const auto* error = std::get_if<std::string>(&choice)) return (text = "error: " + *error).c_str();
+    return (text = describe(std::get<Choice>(choice))).c_str();
+}
+const char* names_of(int capability) {
+    static std::string text;
+    return (text = kernel_names(capability)).c_str();
+}
+int is_legal(int kernel, int capability, int64_t m) {
+    return legal(static_cast<GemmKernel>(kernel), {capability, 1}, m);
+}
+int is_supported(int capability) { return supported(capability); }
+void read_record(int i, const char** name, int64_t* values) {
+    const KernelRecord& kernel = record(static_cast<GemmKernel>(i));
+    *name = kernel.name;
+    const int64_t all[] = {static_cast<int>(kernel.kernel),
+                           kernel.lowest,
+                           kernel.highest,
+                           kernel.aligned,
+                           kernel.popcounts,
+                           kernel.most_rows};
+    std::memcpy(values, all, sizeof all);
+}
+void read_tile(int i, int capability, int64_t* shape, double* clocks, int64_t* blocks) {
+    const Tile tile = static_cast<Tile>(i);
+    const int64_t all[] = {kTileRows[i], kTileColumns[i], kTileSide[i], kTileBlocks[i], kTileStageBits, kTileStages};
+    std::memcpy(shape, all, sizeof all);
+    *clocks = stage_clocks(tile, multiprocessor(capability));
+    *blocks = resident_blocks(tile, multiprocessor(capability));
+}
+}
