@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -433,3 +434,17 @@ def test_tables_are_filled_in_between_their_markers():
 def test_an_unknown_or_open_table_is_an_error(page, said):
     with pytest.raises(ValueError, match=said):
         tables.fill(page, {"x": "new"})
+
+
+def test_the_import_s_time_is_that_of_both_imports():
+    """A statement that looks unused is easily removed, and then nothing is imported."""
+    command = [
+        sys.executable,
+        "-c",
+        "import runpy, sys; runpy.run_module('benchmarks.import_process'); print(*sys.modules)",
+    ]
+    seconds, modules = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=tables.ROOT
+    ).stdout.splitlines()
+    assert all(float(each) > 0 for each in seconds.split())
+    assert {"torch", "bitorch_qlinear"} <= set(modules.split())
