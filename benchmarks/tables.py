@@ -227,11 +227,13 @@ def training_run(figures: Figures | None) -> str:
     )
 
 
-def demo_output(figures: Figures) -> str:
+def demo_output(figures: Figures | None) -> str:
     """Return the demo's own report, and what the binary layers cost in accuracy over several splits of the images.
 
     One split decides nothing: the networks differ by fewer images than two splits do.
     """
+    if figures is None:
+        return f"Not measured yet: `{COMMAND} --demo`."
     accuracies = figures["test_accuracy_by_seed"]
     seeds = len(accuracies[demo.BINARY])
     shown = {

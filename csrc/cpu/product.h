@@ -1,129 +1,98 @@
-// How work is shared among threads: products in equal tiles, each with a workspace of its own. It is told which threads,
-// torch's or others, so that a race detector can watch the sharing without torch:
-//
-//     threads.count()                     how many work at the same time
-//     threads.for_each(count, grain, f)   f(begin, end) for parts of [0, count) of at least `grain`; f does not throw
+// The products, from checked pointers and sizes down to the kernel's calls: packing, panels of weights that came without
+// a prepared form, and the tiles that threads compute.
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
 
-#include "fingerprint.h"
+#include "../rows.h"
 #include "kernel.h"
+#include "prepared.h"
 #include "scratch.h"
+#include "threads.h"
 
 namespace bitorch_qlinear {
 
-// Below this many multiply-adds (about 20 us), or values to pack or unpack, waking threads costs more
-// than they save.
+// Products of fewer multiply-adds than this take about 20 us, and waking threads costs more than they save.
 constexpr int64_t kSerialProducts = int64_t{1} << 24;
 constexpr int64_t kSerialSignProducts = int64_t{1} << 22;
-constexpr int64_t kSerialValues = int64_t{1} << 16;
 
-// Threads that one call of the process at a time has the use of; callers in other threads meanwhile do all of their
-// work themselves. A pool of OpenMP has a team for each of its callers, together more threads than there are processors.
-// An object belongs to one call, and gives the threads back at its end.
+// ---- packing -----------------------------------------------------------------------------------------
+
+// Packs rows into words [m][words_for(k)], and their gradient mask into in_range if it is not null (PackRow).
 template <class Threads>
-class OneAtATime {
-  public:
-    explicit OneAtATime(const Threads& threads = {}) : threads_(threads) {}
-    OneAtATime(const OneAtATime&) = delete;
-    OneAtATime& operator=(const OneAtATime&) = delete;
-    ~OneAtATime() {
-        if (taken_) busy_.clear(std::memory_order_release);
-    }
-
-    int64_t count() const { return take() ? threads_.count() : 1; }
-    template <class Function>
-    void for_each(int64_t count, int64_t grain, const Function& function) const {
-        take() ? threads_.for_each(count, grain, function) : function(int64_t{0}, count);
-    }
-
-  private:
-    bool take() const { return taken_ = taken_ || !busy_.test_and_set(std::memory_order_acquire); }
-
-    static inline std::atomic_flag busy_;
-    Threads threads_;
-    mutable bool taken_ = false;  // not before work is to be shared: most calls are too small
-};
-
-template <class Threads, class Function>
-void share(const Threads& threads, int64_t count, int64_t grain, const Function& function) {
-    count > grain ? threads.for_each(count, grain, function) : function(int64_t{0}, count);
-}
-
-// y[m][n] in tiles of at most so many rows and columns.
-struct Tiles {
-    int64_t m, n, rows, columns;
-};
-
-// compute(rows, columns, workspace) for each tile; in this thread where `serial`.
-template <class Threads, class Compute>
-void for_each_tile(const Threads& threads, bool serial, const Tiles& tiles, int64_t workspace_bytes,
-                   const Compute& compute) {
-    const int64_t column_tiles = ceil_div(tiles.n, tiles.columns);
-    const int64_t count = ceil_div(tiles.m, tiles.rows) * column_tiles;
-    std::atomic<bool> out_of_memory{false};
-    const auto work = [&](int64_t begin, int64_t end) {
-        const Scratch workspace = allocate(workspace_bytes);
-        if (!workspace) {
-            out_of_memory = true;
-            return;
+void pack_rows(const Threads& threads, const Kernel& kernel, const Rows& x, bool strict, double threshold,
+               uint32_t* words, uint32_t* in_range) {
+    if (x.k == 0) return;  // m may then be any number
+    const PackRow pack_row = kernel.pack_row[static_cast<int>(x.dtype)];
+    const int64_t width = words_for(x.k);
+    const int64_t grain = std::max<int64_t>(1, kSerialValues / x.k);
+    share(threads, x.m, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            pack_row(x.row(i), x.k, strict, threshold, words + i * width, in_range ? in_range + i * width : nullptr);
         }
-        for (int64_t tile = begin; tile < end; ++tile) {
-            const int64_t row = tile / column_tiles * tiles.rows, column = tile % column_tiles * tiles.columns;
-            compute(Range{row, std::min(row + tiles.rows, tiles.m)},
-                    Range{column, std::min(column + tiles.columns, tiles.n)}, workspace.get());
+    });
+}
+
+// Unpacks words [m][words_for(k)] into values [m][k]; k is not 0.
+template <class Threads>
+void unpack_rows(const Threads& threads, const Kernel& kernel, const uint32_t* words, int64_t m, int64_t k,
+                 uint8_t* values, DType dtype) {
+    const int64_t width = words_for(k), grain = std::max<int64_t>(1, kSerialValues / k);
+    share(threads, m, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            kernel.unpack_row(words + i * width, k, values + i * k * element_size(dtype), dtype);
         }
-    };
-    share(threads, count, serial ? count : 1, work);
-    if (out_of_memory) fail_memory();
+    });
 }
 
-// The panels of a prepared form; none where the kernel reads the words themselves.
+// Packs real weights and writes their panels in one pass: a panel is made while its words are still in cache.
 template <class Threads>
-void write_panels(const Threads& threads, const Kernel& kernel, const uint32_t* words, int64_t n, int64_t k,
-                  uint8_t* panels) {
-    if (!kernel.prepare || k == 0) return;
-    const int64_t grain = std::max<int64_t>(1, kSerialValues * 8 / (kernel.layout.panel * k));
-    share(threads, ceil_div(n, kernel.layout.panel), grain,
-          [&](int64_t begin, int64_t end) { kernel.prepare(words, n, k, {begin, end}, panels); });
-}
-
-// The whole prepared form of these words.
-template <class Threads>
-void write_prepared(const Threads& threads, const Kernel& kernel, const uint32_t* words, int64_t n, int64_t k,
-                    const Fingerprint& fingerprint, uint8_t* out) {
-    PreparedHeader header{};
-    std::copy(std::begin(kPreparedMagic), std::end(kPreparedMagic), header.magic);
-    header.layout = kernel.layout.id;
-    header.n = n;
-    header.k = k;
-    std::memcpy(out, &header, sizeof header);
-    std::memcpy(out + sizeof header, &fingerprint, sizeof fingerprint);
-    write_panels(threads, kernel, words, n, k, out + kPanelsOffset);
-}
-
-// Words and panels of real weights in one pass over them: a panel is made while its words are still in cache.
-// pack_row(i) writes the words of row i.
-template <class Threads, class PackRow>
-void pack_panels(const Threads& threads, const Kernel& kernel, int64_t n, int64_t k, const PackRow& pack_row,
-                 const uint32_t* words, uint8_t* panels) {
+void pack_panels(const Threads& threads, const Kernel& kernel, const Rows& weight, bool strict, uint32_t* words,
+                 uint8_t* panels) {
+    const int64_t n = weight.m, k = weight.k, width = words_for(k);
     if (k == 0) return;
+    const PackRow pack_row = kernel.pack_row[static_cast<int>(weight.dtype)];
     const int64_t height = kernel.layout.panel, grain = std::max<int64_t>(1, kSerialValues / (height * k));
     share(threads, ceil_div(n, height), grain, [&](int64_t begin, int64_t end) {
         for (int64_t panel = begin; panel < end; ++panel) {
-            for (int64_t row = panel * height; row < std::min(n, (panel + 1) * height); ++row) pack_row(row);
+            for (int64_t row = panel * height; row < std::min(n, (panel + 1) * height); ++row) {
+                pack_row(weight.row(row), k, strict, 0, words + row * width, nullptr);
+            }
             if (kernel.prepare) kernel.prepare(words, n, k, {panel, panel + 1}, panels);
         }
     });
 }
 
-// As many tiles as a multiple of the threads. Every element is an integer sum, so the result does not depend on the
-// split.
+// Packs rows into memory of its own.
+class PackedRows {
+  public:
+    template <class Threads>
+    PackedRows(const Threads& threads, const Kernel& kernel, const Rows& rows, bool strict) {
+        if (static_cast<double>(rows.m) * words_for(rows.k) > kFew) {
+            memory_ = allocate(rows.m, words_for(rows.k) * kWordBytes);
+            if (!memory_) fail_memory();
+            words_ = reinterpret_cast<uint32_t*>(memory_.get());
+        }
+        pack_rows(threads, kernel, rows, strict, 0, words_, nullptr);
+    }
+    PackedRows(const PackedRows&) = delete;
+    PackedRows& operator=(const PackedRows&) = delete;
+    const uint32_t* words() const { return words_; }
+
+  private:
+    static constexpr int64_t kFew = 256;  // a row or two need no allocation
+    alignas(64) uint32_t few_[kFew];
+    Scratch memory_;
+    uint32_t* words_ = few_;
+};
+
+// ---- bits by bits ------------------------------------------------------------------------------------
+
+// Computes a product in a number of tiles that is a multiple of the number of threads. Every element is an integer sum,
+// so the result does not depend on the split.
 template <class Threads>
 void multiply(const Threads& threads, const Kernel& kernel, const Product& product) {
     const bool serial = static_cast<double>(product.m) * product.n * product.k < kSerialProducts;
@@ -139,11 +108,119 @@ void multiply(const Threads& threads, const Kernel& kernel, const Product& produ
                   });
 }
 
-// The sums of a tile, 64 bytes a column, stay in L2; fewer columns make the tables more often.
+// n values of a float type, `stride` values apart, at any address; or none, if data is null.
+struct Channels {
+    const uint8_t* data;
+    DType dtype;
+    int64_t stride;
+};
+
+// Bias or scale as n contiguous values of `type`, float64 or float32: converted if they are stored in another way.
+class ConvertedChannels {
+  public:
+    ConvertedChannels(const Channels& channels, int64_t n, DType type) : values_(channels.data) {
+        const int64_t item_bytes = element_size(channels.dtype);
+        const bool is_aligned = reinterpret_cast<uintptr_t>(channels.data) % static_cast<uintptr_t>(item_bytes) == 0;
+        if (!channels.data || n == 0 || (channels.dtype == type && channels.stride == 1 && is_aligned)) return;
+        converted_ = allocate(n, element_size(type));
+        if (!converted_) fail_memory();
+        for (int64_t i = 0; i < n; ++i) {
+            const uint8_t* value = channels.data + i * channels.stride * item_bytes;
+            if (type == DType::float64) {
+                reinterpret_cast<double*>(converted_.get())[i] = read(value, channels.dtype);
+            } else {
+                reinterpret_cast<float*>(converted_.get())[i] = static_cast<float>(read(value, channels.dtype));
+            }
+        }
+        values_ = converted_.get();
+    }
+    const void* get() const { return values_; }
+
+  private:
+    // double holds every value of the other types exactly.
+    static double read(const void* value, DType dtype) {
+        switch (dtype) {
+            case DType::float64: return read<double>(value);
+            case DType::float32: return read<float>(value);
+            case DType::float16: return read<Half>(value);
+            default: return read<BFloat16>(value);
+        }
+    }
+    // The value may lie at any address.
+    template <class T>
+    static double read(const void* from) {
+        T value;
+        std::memcpy(&value, from, sizeof value);
+        return widen(value);
+    }
+
+    const void* values_;
+    Scratch converted_;
+};
+
+// Packed weights [n][words_for(k)]. `panels` is null if they have no prepared form, or the kernel needs none.
+struct Weights {
+    const uint32_t* words;
+    const uint8_t* panels;
+    int64_t n, k;
+};
+
+// y[m][n], contiguous, with its bias and scale.
+struct Outputs {
+    void* data;
+    DType dtype;
+    Channels bias, scale;
+};
+
+// Computes the product of words [m][words_for(k)] by packed weights, whose panels it writes if they are missing.
+template <class Threads>
+void multiply_words(const Threads& threads, const Kernel& kernel, const uint32_t* x, int64_t m, const Weights& weights,
+                    const Outputs& y) {
+    const int64_t n = weights.n, k = weights.k;
+    if (m == 0 || n == 0) return;
+    const Scratch own_panels = weights.panels ? nullptr : allocate_panels(kernel, n, k);
+    if (own_panels) write_panels(threads, kernel, weights.words, n, k, own_panels.get());
+    const DType sum = y.dtype == DType::float64 ? DType::float64 : DType::float32;
+    const ConvertedChannels bias(y.bias, n, sum), scale(y.scale, n, sum);
+    multiply(threads, kernel,
+             {x,
+              weights.words,
+              weights.panels ? weights.panels : own_panels.get(),
+              m,
+              n,
+              k,
+              {y.data, y.dtype, n, static_cast<int32_t>(k), bias.get(), scale.get()}});
+}
+
+// Computes the product of real values' signs by packed weights.
+template <class Threads>
+void multiply_rows(const Threads& threads, const Kernel& kernel, const Rows& x, bool strict, const Weights& weights,
+                   const Outputs& y) {
+    if (x.m == 0 || weights.n == 0) return;
+    multiply_words(threads, kernel, PackedRows(threads, kernel, x, strict).words(), x.m, weights, y);
+}
+
+// Computes the product of real values' signs by the signs of real weights, which are packed for this product alone.
+template <class Threads>
+void multiply_rows(const Threads& threads, const Kernel& kernel, const Rows& x, bool strict, const Rows& weight,
+                   bool strict_weight, const Outputs& y) {
+    if (x.m == 0 || weight.m == 0) return;
+    const Scratch memory = allocate(weight.m, words_for(weight.k) * kWordBytes);
+    const Scratch panels = allocate_panels(kernel, weight.m, weight.k);
+    if (!memory) fail_memory();
+    uint32_t* words = reinterpret_cast<uint32_t*>(memory.get());
+    pack_panels(threads, kernel, weight, strict_weight, words, panels.get());
+    multiply_rows(threads, kernel, x, strict, Weights{words, panels.get(), weight.m, weight.k}, y);
+}
+
+// ---- real values by signs ----------------------------------------------------------------------------
+
+// A tile has at most kMostColumns, so that its sums, 64 bytes a column, stay in L2. Tiles of fewer columns than
+// kFewestColumns would make the same tables too often.
 constexpr int64_t kMostColumns = 4096, kFewestColumns = 512;
 
-// Tiles of row_tile rows by equal shares of the columns: one share, unless there are fewer rows than threads. Few rows,
-// and few that are left over, are another function's.
+// Computes a product of real values by signs in tiles of row_tile rows by equal shares of the columns: one share, unless
+// there are fewer rows than threads. Few rows, also those that whole tiles leave over, are computed by multiply_few.
 template <class Threads>
 void multiply_by_signs(const Threads& threads, const SignGemm& kernel, const SignProduct& product) {
     const bool serial = static_cast<double>(product.m) * product.n * product.k < kSerialSignProducts;

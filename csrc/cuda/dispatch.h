@@ -1,4 +1,4 @@
-// The kernel of each product: what heuristics.h says for the device that is there, or what was forced.
+// Which kernel computes a product on a device: the choice of heuristics.h, or the kernel that is forced.
 #pragma once
 
 #include <cstdint>
@@ -8,14 +8,18 @@
 
 namespace bitorch_qlinear::cuda {
 
-// Throws where the device is too old for any kernel.
+// Throws std::runtime_error if the device is too old for any kernel.
 void check_supported(int32_t device_index);
 
-// Throws where the device is too old, or lacks the kernel that is forced.
+// Throws std::runtime_error if the device is too old, or lacks the kernel that is forced.
 Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k);
+Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k);
 
-// Makes the named kernel the one of all products that it takes; "" for the automatic choice. Throws if there is none of
-// that name. Until the first call it is what BITORCH_QLINEAR_CUDA_KERNEL says.
+// Makes the named kernel compute all products that it takes; "" selects the automatic choice. Throws std::runtime_error
+// if there is no kernel of that name. Until the first call, BITORCH_QLINEAR_CUDA_KERNEL decides.
 void force_kernel(const std::string& name);
+
+// The name of the kernel that is forced, or "". Throws if BITORCH_QLINEAR_CUDA_KERNEL names no kernel.
+std::string forced_kernel();
 
 }  // namespace bitorch_qlinear::cuda

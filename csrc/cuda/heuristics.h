@@ -73,13 +73,13 @@ static constexpr bool runs_on(const KernelRecord& kernel, int capability) {
 // Whether any kernel runs there.
 static constexpr bool supported(int capability) { return runs_on(record(GemmKernel::popc), capability); }
 
-struct Device {
+struct Gpu {
     int capability;
     int multiprocessors;
 };
 
-static constexpr bool legal(GemmKernel kernel, const Device& device, int64_t m) {
-    return runs_on(record(kernel), device.capability) && m <= record(kernel).most_rows;
+static constexpr bool legal(GemmKernel kernel, const Gpu& gpu, int64_t m) {
+    return runs_on(record(kernel), gpu.capability) && m <= record(kernel).most_rows;
 }
 
 // ---- tiles of mma_sm80 ----------------------------------------------------------------------------------------------
@@ -156,20 +156,20 @@ static constexpr int64_t resident_blocks(Tile tile, const Multiprocessor& chip) 
 // Estimated clocks of a product. Blocks that share a multiprocessor share its tensor cores and its part of L2 too, so
 // it is the tiles of the busiest one that count; only the time around is one for all that it holds at once.
 // As doubles: with k = 2^31 and m n = 2^40 the clocks pass an int64.
-static inline double estimated_clocks(Tile tile, const Device& device, int64_t m, int64_t n, int64_t k) {
+static inline double estimated_clocks(Tile tile, const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
     const int64_t i = static_cast<int64_t>(tile);
-    const Multiprocessor chip = multiprocessor(device.capability);
+    const Multiprocessor chip = multiprocessor(gpu.capability);
     const int64_t tiles = ceil_div(m, kTileRows[i]) * ceil_div(n, kTileColumns[i]);
-    const int64_t of_one = ceil_div(tiles, std::max(device.multiprocessors, 1));
+    const int64_t of_one = ceil_div(tiles, std::max(gpu.multiprocessors, 1));
     const double rounds = static_cast<double>(ceil_div(of_one, resident_blocks(tile, chip)));
     const double stages = static_cast<double>(ceil_div(k, kTileStageBits));
     const double clocks = rounds * kClocksAround + static_cast<double>(of_one) * stages * stage_clocks(tile, chip);
     return clocks * kDoubt[i];
 }
 
-static inline Tile best_tile(const Device& device, int64_t m, int64_t n, int64_t k) {
+static inline Tile best_tile(const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
     const auto faster = [&](Tile a, Tile b) {
-        return estimated_clocks(a, device, m, n, k) < estimated_clocks(b, device, m, n, k);
+        return estimated_clocks(a, gpu, m, n, k) < estimated_clocks(b, gpu, m, n, k);
     };
     return std::min({Tile::m128n256, Tile::m128n128, Tile::m64n64}, faster);
 }
@@ -196,8 +196,8 @@ constexpr int64_t kCountedRows = 4;
 // brings 1.3 words a clock, 16 rows are 20. From 10.0 on: a B200's brings 7.3, so that 4 rows hardly keep up, and an RTX
 // 5090's 1.1; but gemm_mma_int8_sm80 multiplies 64 rows, there or not: 1 clock for a word of weights (2 on a 12.0), where
 // 16 rows of gemm_skinny take 0.6.
-static inline Choice choose(const Device& device, int64_t m, int64_t n, int64_t k) {
-    const auto takes = [&](GemmKernel kernel) { return legal(kernel, device, m); };
+static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
+    const auto takes = [&](GemmKernel kernel) { return legal(kernel, gpu, m); };
     const auto choice = [](GemmKernel kernel, const char* reason) { return Choice{kernel, Tile::m64n64, reason}; };
     if (m <= kCountedRows) {
         return choice(GemmKernel::skinny, "up to 4 rows are counted on CUDA cores while memory brings the weights");
@@ -209,7 +209,7 @@ static inline Choice choose(const Device& device, int64_t m, int64_t n, int64_t 
         return choice(GemmKernel::skinny, "up to 16 rows, which a tile of more would leave mostly empty");
     }
     if (takes(GemmKernel::mma_sm80)) {
-        const Tile tile = best_tile(device, m, n, k);
+        const Tile tile = best_tile(gpu, m, n, k);
         return {GemmKernel::mma_sm80, tile, kTileReasons[static_cast<int>(tile)]};
     }
     if (takes(GemmKernel::mma_sm75)) return choice(GemmKernel::mma_sm75, "the tensor cores of compute capability 7.5");
@@ -254,23 +254,21 @@ static inline OrError<const KernelRecord*> find_kernel(std::string_view name) {
 
 // The choice for a product where `forced`, or null, is the kernel of find_kernel. A device that lacks it is an error. A
 // product of more rows than it takes is none, for a model has layers of many batch sizes: it gets the automatic choice.
-static inline OrError<Choice> decide(const KernelRecord* forced, const Device& device, int64_t m, int64_t n,
-                                     int64_t k) {
-    if (!supported(device.capability)) {
-        return in_words(device.capability) + " is not supported: the CUDA kernels need 7.5 or later";
+static inline OrError<Choice> decide(const KernelRecord* forced, const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
+    if (!supported(gpu.capability)) {
+        return in_words(gpu.capability) + " is not supported: the CUDA kernels need 7.5 or later";
     }
-    if (!forced) return choose(device, m, n, k);
-    if (!runs_on(*forced, device.capability)) {
-        return std::string(kKernelVariable) + ": expected one of the kernels that " + in_words(device.capability) +
-               " has (" + kernel_names(device.capability) + "), got \"" + forced->name + "\"";
+    if (!forced) return choose(gpu, m, n, k);
+    if (!runs_on(*forced, gpu.capability)) {
+        return std::string(kKernelVariable) + ": expected one of the kernels that " + in_words(gpu.capability) +
+               " has (" + kernel_names(gpu.capability) + "), got \"" + forced->name + "\"";
     }
-    if (!legal(forced->kernel, device, m)) {
-        Choice choice = choose(device, m, n, k);
+    if (!legal(forced->kernel, gpu, m)) {
+        Choice choice = choose(gpu, m, n, k);
         choice.reason = "the automatic choice: the kernel that is forced takes at most 16 rows";
         return choice;
     }
-    return Choice{forced->kernel, best_tile(device, m, n, k),
-                  "forced, by BITORCH_QLINEAR_CUDA_KERNEL or by the program"};
+    return Choice{forced->kernel, best_tile(gpu, m, n, k), "forced, by BITORCH_QLINEAR_CUDA_KERNEL or by the program"};
 }
 
 // In words.

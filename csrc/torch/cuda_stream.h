@@ -1,4 +1,4 @@
-// Where an operator launches: on its tensors' device, in the stream that torch has current there.
+// The device and the stream that an operator launches its kernels on.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../cuda/dispatch.h"
+#include "check.h"
 
 namespace bitorch_qlinear::cuda {
 
@@ -18,13 +19,14 @@ inline cudaStream_t current_stream(int32_t device_index) {
     return static_cast<cudaStream_t>(stream);
 }
 
-// While it lives, launches go to this device. Throws where no kernel runs there.
+// Where an operator launches: its device and the stream that torch has current there. While the object lives, the device
+// is the current one. The constructor throws if no kernel runs on the device.
 class Launch {
   public:
-    explicit Launch(int32_t device_index)
-        : guard_(checked(device_index)), device_index_(device_index), stream_(current_stream(device_index)) {}
+    explicit Launch(const Device& device)
+        : guard_(checked(device.index)), device_(device), stream_(current_stream(device.index)) {}
 
-    int32_t device_index() const { return device_index_; }
+    const Device& device() const { return device_; }
     cudaStream_t stream() const { return stream_; }
 
   private:
@@ -34,7 +36,7 @@ class Launch {
     }
 
     torch::stable::accelerator::DeviceGuard guard_;
-    int32_t device_index_;
+    Device device_;
     cudaStream_t stream_;
 };
 

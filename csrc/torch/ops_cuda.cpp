@@ -4,24 +4,21 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstdlib>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "../cuda/check_prepared.cuh"
 #include "../cuda/dispatch.h"
 #include "../cuda/kernels.h"
+#include "../cuda/prepared.h"
 #include "cuda_stream.h"
 #include "tensors.h"
 
 namespace bitorch_qlinear::cuda {
 namespace {
 
-using bitorch_qlinear::Device;  // of torch; that of heuristics.h says what a device can do
-
-// That of an operator's first argument; the dispatcher comes here for any argument on CUDA.
+// The first argument's device. torch dispatches to CUDA if any tensor is on it, so this one may be elsewhere.
 Device device_of(const char* argument, const Tensor& tensor) {
     Device device{aoti_torch_device_type_cuda(), -1};
     int32_t type = 0;
@@ -37,7 +34,7 @@ void check_launch(const char* kernel, cudaError_t error) {
     throw std::runtime_error(std::string("bitorch_qlinear: CUDA kernel ") + kernel + ": " + cudaGetErrorString(error));
 }
 
-Tensor scratch(int64_t bytes, const Device& device) { return empty({bytes}, ScalarType::Byte, device); }
+Tensor scratch(int64_t bytes, const Launch& launch) { return empty({bytes}, ScalarType::Byte, launch.device()); }
 
 bool starts_on_16_bytes(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
@@ -50,21 +47,20 @@ struct Factor {
 };
 
 // Memory for the popcounts of m rows, and for their aligned words behind them where these are wanted.
-Factor allocate_factor(int64_t m, int64_t k, bool aligned, const Device& device) {
+Factor allocate_factor(int64_t m, int64_t k, bool aligned, const Launch& launch) {
     const int64_t count_bytes = prepared_popcount_bytes(m), stride = aligned_words_for(k);
-    Tensor memory = scratch(count_bytes + (aligned ? m * stride * kWordBytes : 0), device);
+    Tensor memory = scratch(count_bytes + (aligned ? m * stride * kWordBytes : 0), launch);
     uint8_t* data = static_cast<uint8_t*>(memory.data_ptr());
     const Operand operand{reinterpret_cast<uint32_t*>(data + count_bytes), stride, reinterpret_cast<int32_t*>(data)};
     return {operand, nullptr, std::move(memory)};
 }
 
 // From words [m][words_for(k)] of the interchange form.
-Factor factor_of_words(const uint32_t* words, int64_t m, int64_t k, const KernelRecord& kernel, const Launch& launch,
-                       const Device& device) {
+Factor factor_of_words(const uint32_t* words, int64_t m, int64_t k, const KernelRecord& kernel, const Launch& launch) {
     const bool realign = kernel.aligned && (prepared_holds_words(k) || !starts_on_16_bytes(words));
     const Operand as_it_is{words, words_for(k), nullptr};
     if (!realign && !kernel.popcounts) return {as_it_is};
-    Factor factor = allocate_factor(m, k, realign, device);
+    Factor factor = allocate_factor(m, k, realign, launch);
     uint32_t* aligned = realign ? const_cast<uint32_t*>(factor.operand.words) : nullptr;
     check_launch("align", align({words, m, k, aligned, const_cast<int32_t*>(factor.operand.popcounts), nullptr},
                                 launch.stream()));
@@ -73,9 +69,8 @@ Factor factor_of_words(const uint32_t* words, int64_t m, int64_t k, const Kernel
 }
 
 // From values, which are packed in the very form.
-Factor factor_of_rows(const Rows& x, bool strict, const KernelRecord& kernel, const Launch& launch,
-                      const Device& device) {
-    Factor factor = allocate_factor(x.m, x.k, true, device);
+Factor factor_of_rows(const Rows& x, bool strict, const KernelRecord& kernel, const Launch& launch) {
+    Factor factor = allocate_factor(x.m, x.k, true, launch);
     if (!kernel.aligned) factor.operand.stride = words_for(x.k);
     if (!kernel.popcounts) factor.operand.popcounts = nullptr;
     check_launch("pack",
@@ -87,27 +82,10 @@ Factor factor_of_rows(const Rows& x, bool strict, const KernelRecord& kernel, co
 
 // ---- the right-hand side ---------------------------------------------------------------------------------------------
 
-struct Weight {
-    const uint32_t* words;
-    const uint8_t* prepared;  // its header, or null
-    int64_t n, k;
-    const std::optional<Tensor>& bias;
-    const std::optional<Tensor>& scale;
-    ScalarType out_type;
-};
-
-// What can be told without waiting for the device; its header the kernel looks at.
-const uint8_t* check_prepared_sizes(const Tensor& prepared, int64_t n, int64_t k, const Device& device) {
+// Returns the memory of a prepared form, after the checks that need no waiting for the device: the kernel that reads it
+// checks its header.
+const uint8_t* check_prepared(const Tensor& prepared, int64_t n, int64_t k) {
     constexpr const char* kName = "weight_prepared";
-    if (scalar_type(prepared) != ScalarType::Byte || prepared.dim() != 1 || !prepared.is_contiguous()) {
-        fail(kName, "expected the contiguous uint8 vector that prepare_weight makes, got ",
-             dtype_name(scalar_type(prepared)), " with ", prepared.dim(), " dimensions");
-    }
-    check_memory(kName, prepared, device, 1);
-    const int64_t header_bytes = sizeof(PreparedHeader);
-    if (prepared.numel() < header_bytes) {
-        fail(kName, "expected at least ", header_bytes, " bytes, got ", prepared.numel());
-    }
     if (prepared.numel() != prepared_bytes(n, k)) {
         fail(kName, "expected the ", prepared_bytes(n, k), " bytes of weights prepared on this device for n = ", n,
              " and k = ", k, ", got ", prepared.numel());
@@ -117,19 +95,22 @@ const uint8_t* check_prepared_sizes(const Tensor& prepared, int64_t n, int64_t k
     return data;
 }
 
-Weight check_weight(const Tensor& words, int64_t k, const std::optional<Tensor>& bias,
-                    const std::optional<Tensor>& prepared, const std::optional<Tensor>& scale, ScalarType out_type,
-                    const Device& device) {
-    check_weight_arguments(words, k, bias, scale, out_type, device);
-    const int64_t n = words.size(0);
-    return {words_of(words), prepared ? check_prepared_sizes(*prepared, n, k, device) : nullptr, n, k, bias, scale,
-            out_type};
+// Packed weights, checked.
+struct Weights {
+    const uint32_t* words;
+    const uint8_t* prepared;  // its header, or null
+    int64_t n, k;
+};
+
+Weights read_weights(const WeightArguments& weight) {
+    const int64_t n = weight.n, k = weight.k;
+    return {words_of(weight.words), weight.prepared ? check_prepared(*weight.prepared, n, k) : nullptr, n, k};
 }
 
-Factor factor_of_weight(const Weight& weight, const KernelRecord& kernel, const Launch& launch, const Device& device) {
+Factor factor_of_weights(const Weights& weight, const KernelRecord& kernel, const Launch& launch) {
     const bool words_fit = !prepared_holds_words(weight.k) && starts_on_16_bytes(weight.words);
     if (!weight.prepared || !kernel.aligned || !(prepared_holds_words(weight.k) || words_fit)) {
-        return factor_of_words(weight.words, weight.n, weight.k, kernel, launch, device);
+        return factor_of_words(weight.words, weight.n, weight.k, kernel, launch);
     }
     const uint8_t* popcounts = weight.prepared + sizeof(PreparedHeader);
     const uint8_t* aligned = popcounts + prepared_popcount_bytes(weight.n);
@@ -140,10 +121,10 @@ Factor factor_of_weight(const Weight& weight, const KernelRecord& kernel, const 
 
 // ---- the product -----------------------------------------------------------------------------------------------------
 
-// bias or scale, contiguous.
-class Vector {
+// Bias or scale as contiguous values, copied if they are strided.
+class ContiguousChannels {
   public:
-    explicit Vector(const std::optional<Tensor>& vector) {
+    explicit ContiguousChannels(const std::optional<Tensor>& vector) {
         if (!vector || vector->numel() == 0) return;
         values_ = vector->stride(0) == 1 || vector->numel() == 1 ? *vector : contiguous_copy("bias or scale", *vector);
     }
@@ -167,31 +148,37 @@ cudaError_t launch_product(const Choice& choice, const Product& product, cudaStr
     }
 }
 
-// y of the factors that make_x(record) and make_weight(record) give in the form of the kernel that is chosen here.
+// How the outputs are made of the product: their sizes, dtype, bias and scale.
+struct Outputs {
+    std::vector<int64_t> sizes;
+    ScalarType type;
+    const std::optional<Tensor>& bias;
+    const std::optional<Tensor>& scale;
+};
+
+// Computes y[m][n] from the factors that make_x(record) and make_weight(record) give in the chosen kernel's form.
 template <class MakeX, class MakeWeight>
-Tensor multiply(int64_t m, const Weight& weight, const std::vector<int64_t>& sizes, const Launch& launch,
-                const Device& device, MakeX make_x, MakeWeight make_weight) {
-    Tensor y = empty(sizes, weight.out_type, device);
-    const Choice choice = choose_kernel(device.index, m, weight.n, weight.k);
+Tensor multiply(int64_t m, int64_t n, int64_t k, const Outputs& outputs, const Launch& launch, MakeX make_x,
+                MakeWeight make_weight) {
+    Tensor y = empty(outputs.sizes, outputs.type, launch.device());
+    const Choice choice = choose_kernel(launch.device().index, m, n, k);
     const KernelRecord& kernel = record(choice.kernel);
     const Factor x = make_x(kernel);
-    if (m == 0 || weight.n == 0) return y;
+    if (m == 0 || n == 0) return y;
     const Factor w = make_weight(kernel);
-    const Vector scale(weight.scale), bias(weight.bias);
-    const Product product{x.operand, w.operand,
-                          m,         weight.n,
-                          weight.k,  {y.data_ptr(), *dtype_of(weight.out_type), scale.channels(), bias.channels()},
-                          w.prepared};
+    const ContiguousChannels scale(outputs.scale), bias(outputs.bias);
+    const Product product{
+        x.operand, w.operand, m, n, k, {y.data_ptr(), *dtype_of(outputs.type), scale.channels(), bias.channels()},
+        w.prepared};
     check_launch(kernel.name, launch_product(choice, product, launch.stream()));
     return y;
 }
 
-// The same with packed weights.
+// Computes y[m][n] from packed weights.
 template <class MakeX>
-Tensor multiply(int64_t m, const Weight& weight, const std::vector<int64_t>& sizes, const Launch& launch,
-                const Device& device, MakeX make_x) {
-    return multiply(m, weight, sizes, launch, device, make_x,
-                    [&](const KernelRecord& kernel) { return factor_of_weight(weight, kernel, launch, device); });
+Tensor multiply(int64_t m, const Weights& weights, const Outputs& outputs, const Launch& launch, MakeX make_x) {
+    return multiply(m, weights.n, weights.k, outputs, launch, make_x,
+                    [&](const KernelRecord& kernel) { return factor_of_weights(weights, kernel, launch); });
 }
 
 // ---- operators -------------------------------------------------------------------------------------------------------
@@ -199,9 +186,9 @@ Tensor multiply(int64_t m, const Weight& weight, const std::vector<int64_t>& siz
 Tensor pack_bits(const Tensor& x, bool strict) {
     const Device device = device_of("x", x);
     check_dimensions("x", x, 1, "(..., k)");
-    const Rows rows = check_rows("x", x, x.size(x.dim() - 1), device);
+    const TensorRows rows = check_rows("x", x, x.size(x.dim() - 1), device);
     Tensor words = empty(sizes_with_last(x, words_for(rows.k)), ScalarType::Int, device);
-    const Launch launch(device.index);
+    const Launch launch(device);
     check_launch("pack", pack({rows.data, rows.dtype, rows.m, rows.k, rows.stride, strict, 0, words_of(words),
                                words_for(rows.k), nullptr, nullptr},
                               launch.stream()));
@@ -212,11 +199,10 @@ Tensor unpack_bits(const Tensor& words, int64_t k, ScalarType type) {
     const Device device = device_of("words", words);
     check_values(k);
     check_words("words", words, k, device);
-    const std::optional<DType> dtype = dtype_of(type);
-    if (!dtype) fail("dtype", "expected a float type, int32, int8 or bool, got ", dtype_name(type));
+    const DType dtype = check_unpacked(type);
     Tensor values = empty(sizes_with_last(words, k), type, device);
-    const Launch launch(device.index);
-    check_launch("unpack", unpack({words_of(words), count_rows(words), k, values.data_ptr(), *dtype}, launch.stream()));
+    const Launch launch(device);
+    check_launch("unpack", unpack({words_of(words), count_rows(words), k, values.data_ptr(), dtype}, launch.stream()));
     return values;
 }
 
@@ -226,11 +212,11 @@ Tensor prepare_weight(const Tensor& words, int64_t k, std::optional<int64_t> lay
     check_weight_words(words, k, device);
     check_layout(layout, kPreparedLayout);
     const int64_t n = words.size(0);
-    Tensor prepared = scratch(prepared_bytes(n, k), device);
+    const Launch launch(device);
+    Tensor prepared = scratch(prepared_bytes(n, k), launch);
     uint8_t* data = static_cast<uint8_t*>(prepared.data_ptr());
     uint8_t* popcounts = data + sizeof(PreparedHeader);
     uint8_t* aligned = prepared_holds_words(k) ? popcounts + prepared_popcount_bytes(n) : nullptr;
-    const Launch launch(device.index);
     check_launch("align", align({words_of(words), n, k, reinterpret_cast<uint32_t*>(aligned),
                                  reinterpret_cast<int32_t*>(popcounts), reinterpret_cast<PreparedHeader*>(data)},
                                 launch.stream()));
@@ -243,71 +229,67 @@ Tensor binary_linear(const Tensor& x_words, const Tensor& weight_words, int64_t 
     const Device device = device_of("x_words", x_words);
     check_values(k);
     check_words("x_words", x_words, k, device);
-    const Weight weight =
-        check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(ScalarType::Float), device);
+    const ScalarType out_type = out_dtype.value_or(ScalarType::Float);
+    const Weights weights = read_weights(check_weight(weight_words, k, bias, weight_prepared, scale, out_type, device));
     const int64_t m = count_rows(x_words);
-    const Launch launch(device.index);
-    return multiply(m, weight, sizes_with_last(x_words, weight.n), launch, device, [&](const KernelRecord& kernel) {
-        return factor_of_words(words_of(x_words), m, k, kernel, launch, device);
-    });
+    const Launch launch(device);
+    return multiply(
+        m, weights, {sizes_with_last(x_words, weights.n), out_type, bias, scale}, launch,
+        [&](const KernelRecord& kernel) { return factor_of_words(words_of(x_words), m, k, kernel, launch); });
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std::optional<Tensor>& bias,
               const std::optional<Tensor>& weight_prepared, const std::optional<Tensor>& scale,
               std::optional<ScalarType> out_dtype, bool strict) {
     const Device device = device_of("x", x);
-    const Rows rows = check_rows("x", x, k, device);
-    const Weight weight =
-        check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(x.scalar_type()), device);
-    const Launch launch(device.index);
-    return multiply(rows.m, weight, sizes_with_last(x, weight.n), launch, device,
-                    [&](const KernelRecord& kernel) { return factor_of_rows(rows, strict, kernel, launch, device); });
+    const LinearArguments given = check_linear(x, weight_words, k, bias, weight_prepared, scale, out_dtype, device);
+    const Weights weights = read_weights(given.weight);
+    const Launch launch(device);
+    return multiply(given.x.m, weights, {sizes_with_last(x, weights.n), given.weight.out_type, bias, scale}, launch,
+                    [&](const KernelRecord& kernel) { return factor_of_rows(given.x, strict, kernel, launch); });
 }
 
 Tensor sign_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                    const std::optional<Tensor>& scale, std::optional<ScalarType> out_dtype, bool strict,
                    bool strict_weight) {
     const Device device = device_of("x", x);
-    check_weight_matrix(weight);
-    const int64_t n = weight.size(0), k = weight.size(1);
-    const Rows rows = check_rows("x", x, k, device), weight_rows = check_rows("weight", weight, k, device);
-    const Weight packed{nullptr, nullptr, n, k, bias, scale, out_dtype.value_or(x.scalar_type())};
-    check_epilogue(n, bias, scale, packed.out_type, device);
-    const Launch launch(device.index);
+    const SignLinearArguments given = check_sign_linear(x, weight, bias, scale, out_dtype, device);
+    const int64_t m = given.x.m, n = given.weight.m, k = given.x.k;
+    const Launch launch(device);
     return multiply(
-        rows.m, packed, sizes_with_last(x, n), launch, device,
-        [&](const KernelRecord& kernel) { return factor_of_rows(rows, strict, kernel, launch, device); },
-        [&](const KernelRecord& kernel) { return factor_of_rows(weight_rows, strict_weight, kernel, launch, device); });
+        m, n, k, {sizes_with_last(x, n), given.out_type, bias, scale}, launch,
+        [&](const KernelRecord& kernel) { return factor_of_rows(given.x, strict, kernel, launch); },
+        [&](const KernelRecord& kernel) { return factor_of_rows(given.weight, strict_weight, kernel, launch); });
 }
 
-// The words of x are an output, in the interchange form: what a kernel wants in another is made of them.
+// The words of x are an output in the interchange form. If the kernel needs another form, it is made of them.
 std::tuple<Tensor, Tensor, Tensor> linear_train(const Tensor& x, const Tensor& weight_words, int64_t k,
                                                 const std::optional<Tensor>& bias,
                                                 const std::optional<Tensor>& weight_prepared,
                                                 const std::optional<Tensor>& scale, std::optional<ScalarType> out_dtype,
                                                 bool strict, std::optional<double> threshold) {
     const Device device = device_of("x", x);
-    const Rows rows = check_rows("x", x, k, device);
-    const Weight weight =
-        check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(x.scalar_type()), device);
+    const LinearArguments given = check_linear(x, weight_words, k, bias, weight_prepared, scale, out_dtype, device);
+    const TensorRows& rows = given.x;
+    const Weights weights = read_weights(given.weight);
     check_threshold(threshold);
     const std::vector<int64_t> word_sizes = sizes_with_last(x, words_for(k));
     Tensor x_words = empty(word_sizes, ScalarType::Int, device);
     Tensor in_range = empty(threshold ? word_sizes : std::vector<int64_t>{0}, ScalarType::Int, device);
-    const Launch launch(device.index);
+    const Launch launch(device);
     const auto pack_x = [&](int32_t* popcounts) {
         check_launch("pack", pack({rows.data, rows.dtype, rows.m, k, rows.stride, strict,
                                    threshold ? round_to(*threshold, rows.dtype) : 0, words_of(x_words), words_for(k),
                                    threshold ? words_of(in_range) : nullptr, popcounts},
                                   launch.stream()));
     };
-    Tensor y = multiply(rows.m, weight, sizes_with_last(x, weight.n), launch, device,
+    Tensor y = multiply(rows.m, weights, {sizes_with_last(x, weights.n), given.weight.out_type, bias, scale}, launch,
                         [&](const KernelRecord& kernel) -> Factor {
                             if (!kernel.aligned || prepared_holds_words(k)) {
                                 pack_x(nullptr);
-                                return factor_of_words(words_of(x_words), rows.m, k, kernel, launch, device);
+                                return factor_of_words(words_of(x_words), rows.m, k, kernel, launch);
                             }
-                            Factor factor = allocate_factor(rows.m, k, false, device);
+                            Factor factor = allocate_factor(rows.m, k, false, launch);
                             pack_x(const_cast<int32_t*>(factor.operand.popcounts));
                             factor.operand = {words_of(x_words), words_for(k), factor.operand.popcounts};
                             return factor;

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "../rows.h"
 #include "check.h"
 
 namespace bitorch_qlinear {
@@ -35,16 +36,6 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const De
     }
     return Tensor(handle);
 }
-
-// x as rows of k contiguous values, `stride` values apart.
-struct Rows {
-    Tensor tensor;  // keeps the memory alive
-    const uint8_t* data;
-    DType dtype;
-    int64_t m, k, stride;
-
-    const void* row(int64_t i) const { return data + i * stride * element_size(dtype); }
-};
 
 // Whether each element lies at a multiple of its size, as the kernels read it; torch.frombuffer can give others.
 inline bool is_aligned(const Tensor& tensor) {
@@ -86,14 +77,19 @@ inline Tensor aligned(const char* argument, const Tensor& tensor) {
     return is_aligned(tensor) ? tensor : contiguous_copy(argument, tensor);
 }
 
-// Of the tensor's leading dimensions.
+// The number of rows: the product of the leading dimensions.
 inline int64_t count_rows(const Tensor& tensor) {
     int64_t m = 1;
     for (int64_t d = 0; d + 1 < tensor.dim(); ++d) m *= tensor.size(d);
     return m;
 }
 
-inline Rows check_rows(const char* argument, const Tensor& x, int64_t k, const Device& device) {
+// The rows of a tensor, or of a contiguous copy of it.
+struct TensorRows : Rows {
+    Tensor tensor;  // keeps the memory alive
+};
+
+inline TensorRows check_rows(const char* argument, const Tensor& x, int64_t k, const Device& device) {
     check_values(k);
     check_given(argument, x);
     const DType dtype = check_float(argument, scalar_type(x));
@@ -105,7 +101,7 @@ inline Rows check_rows(const char* argument, const Tensor& x, int64_t k, const D
     std::optional<int64_t> stride = m == 0 || k == 0 ? k : row_stride(x);
     Tensor rows = stride ? x : contiguous_copy(argument, x);
     const uint8_t* data = static_cast<const uint8_t*>(rows.data_ptr());
-    return {std::move(rows), data, dtype, m, k, stride.value_or(k)};
+    return {{data, dtype, m, k, stride.value_or(k)}, std::move(rows)};
 }
 
 // The sizes of a tensor with at least one dimension, with another last one.
@@ -119,12 +115,6 @@ inline std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) 
 
 inline uint32_t* words_of(const Tensor& words) { return static_cast<uint32_t*>(words.data_ptr()); }
 
-// Weights as they came, real: a matrix, whose rows check_rows looks at.
-inline void check_weight_matrix(const Tensor& weight) {
-    check_given("weight", weight);
-    if (weight.dim() != 2) fail("weight", "expected shape (n, k), got ", weight.dim(), " dimensions");
-}
-
 // What every product takes beside its factors: n values of bias and scale, and the type of the outputs.
 inline void check_epilogue(int64_t n, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
                            ScalarType out_type, const Device& device) {
@@ -137,12 +127,77 @@ inline void check_epilogue(int64_t n, const std::optional<Tensor>& bias, const s
     }
 }
 
-// The right-hand side's arguments that every operator with packed weights has.
-inline void check_weight_arguments(const Tensor& words, int64_t k, const std::optional<Tensor>& bias,
-                                   const std::optional<Tensor>& scale, ScalarType out_type, const Device& device) {
+// Checks what of a prepared form every device can check without reading its memory.
+inline void check_prepared_vector(const char* argument, const Tensor& prepared, const Device& device) {
+    if (scalar_type(prepared) != ScalarType::Byte || prepared.dim() != 1 || !prepared.is_contiguous()) {
+        fail(argument, "expected the contiguous uint8 vector that prepare_weight makes, got ",
+             dtype_name(scalar_type(prepared)), " with ", prepared.dim(), " dimensions");
+    }
+    check_memory(argument, prepared, device, 1);
+    const int64_t header_bytes = sizeof(PreparedHeader);
+    if (prepared.numel() < header_bytes) {
+        fail(argument, "expected at least ", header_bytes, " bytes, got ", prepared.numel());
+    }
+}
+
+// The arguments that every operator with packed weights has beside x, checked. They refer to the operator's arguments.
+struct WeightArguments {
+    const Tensor& words;
+    int64_t n, k;
+    const std::optional<Tensor>& bias;
+    const std::optional<Tensor>& prepared;
+    const std::optional<Tensor>& scale;
+    ScalarType out_type;
+};
+
+inline WeightArguments check_weight(const Tensor& words, int64_t k, const std::optional<Tensor>& bias,
+                                    const std::optional<Tensor>& prepared, const std::optional<Tensor>& scale,
+                                    ScalarType out_type, const Device& device) {
     check_values(k);
     check_weight_words(words, k, device);
     check_epilogue(words.size(0), bias, scale, out_type, device);
+    if (prepared) check_prepared_vector("weight_prepared", *prepared, device);
+    return {words, words.size(0), k, bias, prepared, scale, out_type};
+}
+
+// The arguments of a product of real rows by packed weights, checked.
+struct LinearArguments {
+    TensorRows x;
+    WeightArguments weight;
+};
+
+inline LinearArguments check_linear(const Tensor& x, const Tensor& weight_words, int64_t k,
+                                    const std::optional<Tensor>& bias, const std::optional<Tensor>& weight_prepared,
+                                    const std::optional<Tensor>& scale, std::optional<ScalarType> out_dtype,
+                                    const Device& device) {
+    TensorRows rows = check_rows("x", x, k, device);
+    return {std::move(rows),
+            check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(x.scalar_type()), device)};
+}
+
+// The arguments of a product of real rows by real weights, checked.
+struct SignLinearArguments {
+    TensorRows x, weight;
+    ScalarType out_type;
+};
+
+inline SignLinearArguments check_sign_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                             const std::optional<Tensor>& scale, std::optional<ScalarType> out_dtype,
+                                             const Device& device) {
+    check_given("weight", weight);
+    if (weight.dim() != 2) fail("weight", "expected shape (n, k), got ", weight.dim(), " dimensions");
+    const int64_t n = weight.size(0), k = weight.size(1);
+    TensorRows rows = check_rows("x", x, k, device), weight_rows = check_rows("weight", weight, k, device);
+    const ScalarType out_type = out_dtype.value_or(x.scalar_type());
+    check_epilogue(n, bias, scale, out_type, device);
+    return {std::move(rows), std::move(weight_rows), out_type};
+}
+
+// Checks the dtype of unpacked values.
+inline DType check_unpacked(ScalarType type) {
+    const std::optional<DType> dtype = dtype_of(type);
+    if (!dtype) fail("dtype", "expected a float type, int32, int8 or bool, got ", dtype_name(type));
+    return *dtype;
 }
 
 // The layout that a caller of prepare_weight counts on, if any.

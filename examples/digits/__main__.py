@@ -134,7 +134,8 @@ def train_from_seed(binary: bool, digits: Digits, arguments: argparse.Namespace)
     name = report.BINARY if binary else report.FLOAT
     training = train(model, digits, arguments.epochs, f"training ({name})")
     print(
-        f"{name}: test accuracy {training.test_accuracy[-1]:.2%} after {training.seconds:.1f} s of training", flush=True
+        f"{name}: test accuracy {training.test_accuracy[-1]:.2%} after {sum(training.epoch_seconds):.1f} s of training",
+        flush=True,
     )
     return model, training
 

@@ -55,12 +55,12 @@ class Training(NamedTuple):
     Attributes:
         loss: Mean cross entropy of the training images in each epoch.
         test_accuracy: Share of the test images that the model recognizes after each epoch.
-        seconds: Time of all epochs, without the evaluations between them.
+        epoch_seconds: Time of each epoch, without the evaluation after it.
     """
 
     loss: list[float]
     test_accuracy: list[float]
-    seconds: float
+    epoch_seconds: list[float]
 
 
 def require(module: str, package: str) -> Any:
@@ -158,12 +158,12 @@ def train(model: nn.Module, digits: Digits, epochs: int, what: str = "training")
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     loss: list[float] = []
     test_accuracy: list[float] = []
-    seconds = 0.0
+    seconds: list[float] = []
     with progress_bar(epochs, what, "epoch") as progress:
         for _ in progress:
             start = time.perf_counter()
             loss.append(train_epoch(model, digits, optimizer, schedule))
-            seconds += time.perf_counter() - start
+            seconds.append(time.perf_counter() - start)
             test_accuracy.append(accuracy(model, digits.x_test, digits.y_test))
             progress.set_postfix(loss=f"{loss[-1]:.3f}", test_accuracy=f"{test_accuracy[-1]:.1%}")
     model.zero_grad()  # the next model's training needs the memory of these gradients

@@ -38,9 +38,11 @@ from bitorch_qlinear import functional as F
 def test_guard_pages(kernel, side):
     environment = {**os.environ, "BITORCH_QLINEAR_CPU_KERNEL": kernel, "MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "165"}
     environment["OMP_NUM_THREADS"] = "1"
+    tests = Path(__file__).parents[1]  # for the modules in tests/support
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tests), os.environ.get("PYTHONPATH")]))
     environment["LD_PRELOAD"] = "libc_malloc_debug.so.0"  # ignored with a warning where there is none
     command = [sys.executable, __file__, kernel, side]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tests.parent)
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
     assert result.stdout.splitlines()[-1] == f"{kernel} checked"
 

@@ -8,8 +8,8 @@ extern "C" {
 void choose_all(int64_t count, const int64_t (*queries)[5], int32_t* kernels, int32_t* tiles, const char** reasons) {
     for (int64_t i = 0; i < count; ++i) {
         const auto& [capability, multiprocessors, m, n, k] = queries[i];
-        const Device device{static_cast<int>(capability), static_cast<int>(multiprocessors)};
-        const Choice choice = choose(device, m, n, k);
+        const Gpu gpu{static_cast<int>(capability), static_cast<int>(multiprocessors)};
+        const Choice choice = choose(gpu, m, n, k);
         kernels[i] = static_cast<int>(choice.kernel);
         tiles[i] = static_cast<int>(choice.tile);
         reasons[i] = choice.reason;
@@ -18,9 +18,9 @@ void choose_all(int64_t count, const int64_t (*queries)[5], int32_t* kernels, in
 void estimate_all(int64_t count, const int64_t (*queries)[5], double (*clocks)[kTiles]) {
     for (int64_t i = 0; i < count; ++i) {
         const auto& [capability, multiprocessors, m, n, k] = queries[i];
-        const Device device{static_cast<int>(capability), static_cast<int>(multiprocessors)};
+        const Gpu gpu{static_cast<int>(capability), static_cast<int>(multiprocessors)};
         for (int tile = 0; tile < kTiles; ++tile) {
-            clocks[i][tile] = estimated_clocks(static_cast<Tile>(tile), device, m, n, k);
+            clocks[i][tile] = estimated_clocks(static_cast<Tile>(tile), gpu, m, n, k);
         }
     }
 }

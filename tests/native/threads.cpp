@@ -1,4 +1,4 @@
-// The sharing of work (csrc/cpu/product.h) by threads that a race detector sees; torch's pool waits in ways that it does
+// The sharing of work (csrc/cpu/threads.h) by threads that a race detector sees; torch's pool waits in ways that it does
 // not. Every kernel that the processor can run, compared with the plainest loops.
 #include <atomic>
 #include <bit>

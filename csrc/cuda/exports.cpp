@@ -1,0 +1,41 @@
+// What Python asks the CUDA operators' library about its kernels.
+#include "../exports.h"
+
+#include <cstdint>
+
+#include "../sources.h"
+#include "dispatch.h"
+
+namespace {
+
+using namespace bitorch_qlinear::cuda;
+using bitorch_qlinear::hold;
+
+}  // namespace
+
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_version() { return BITORCH_QLINEAR_VERSION; }
+
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_sources() { return bitorch_qlinear::sources_digest(); }
+
+// Returns the names of the kernels that run on a compute capability (86 for 8.6).
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_kernels(int capability) {
+    return hold([&] { return kernel_names(capability); });
+}
+
+// Returns the name of the kernel that is forced, or "".
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_kernel() { return hold(forced_kernel); }
+
+// Forces the named kernel. "" selects the automatic choice, and null changes nothing but raises the error that a wrong
+// environment variable causes. Returns "" or the error.
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_force_kernel(const char* name) {
+    return hold([&] {
+        name ? force_kernel(name) : static_cast<void>(forced_kernel());
+        return "";
+    });
+}
+
+// Returns which kernel computes a product on such a device and why, or the error.
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_choice(int capability, int multiprocessors, int64_t m,
+                                                               int64_t n, int64_t k) {
+    return hold([&] { return describe(choose_kernel({capability, multiprocessors}, m, n, k)); });
+}
