@@ -212,6 +212,7 @@ def inference_table(inference: Figures) -> str:
     return (
         f"{cpu.table(inference['results'], 'pipe')}\n\n"
         f"For square layers, {'; '.join(crossover)}. Measured on {describe(inference['setting'])}."
+        f"{absent(inference, {'absent': {}})}"
     )
 
 
