@@ -86,7 +86,7 @@ sanitize: build  ## run the standalone tests and the fuzz test under the compile
 
 # The kernels' own tests without torch: what they have in common with the library's build is the standard and the flags that
 # results depend on.
-NATIVE_SOURCES := tests/native/kernels.cpp $(wildcard csrc/cpu/*.cpp)
+NATIVE_SOURCES := tests/native/kernels.cpp $(filter-out %/exports.cpp,$(wildcard csrc/cpu/*.cpp))
 NATIVE_FLAGS := -std=c++20 -O2 -g -Wall -Wextra -ffp-contract=off
 
 # As it is, then watched for reads past an end and undefined behaviour, which an emulator does not see. Leaks are looked
