@@ -282,7 +282,7 @@ def load(name: str) -> Figures | None:
 def blocks() -> dict[str, str]:
     """Return the content of each table by its name."""
     inference, training, resident = load("cpu"), load("train"), load("memory")
-    contents = {
+    return {
         "comparison": comparison(inference, training),
         "targets": target_table(load("targets")),
         "targets avx2": avx2_table(load("targets_avx2")),
@@ -293,8 +293,6 @@ def blocks() -> dict[str, str]:
         "training run": training_run(load("train_run")),
         "demo": demo_output(load("demo")),
     }
-    together = (contents[name] for name in ("inference", "training steps", "memory"))
-    return contents | {"benchmarks": "\n\n".join(together)}
 
 
 def main(argv: list[str] | None = None) -> None:
