@@ -66,10 +66,10 @@ format:  ## rewrite the code in the style that lint checks
 benchmark:  ## measure for some three minutes and write the tables and plots
 	@$(SETUP) benchmark
 	@$(PY) -c 'import bnn' 2>/dev/null || $(PY) -m pip install -q --no-deps bnn-lab==1.0.0 || echo "make: going on without bnn-lab"
-	$(PY) -m benchmarks.readme --measure
+	$(PY) -m benchmarks tables --measure
 benchmark-check:  ## compare the committed figures with a fresh run
 	@$(SETUP) benchmark
-	$(PY) -m benchmarks.check
+	$(PY) -m benchmarks check
 gpu:  ## build for the GPU here, test it and time it, in less than 8 minutes
 	@start=$$(date +%s); ($(SETUP) gpu) && $(PY) -m tools.gpu_run --results '$(RESULTS)' --start $$start
 fuzz:  ## call the operators with 100,000 sets of hostile arguments

@@ -77,7 +77,7 @@ def test_another_rule_is_refused(argument, assign):
     packed = pack(layer_like(**{argument: "steheaviside"}))
     for other in (PackedQLinear(K, N), PackedQLinear(K, N, **{argument: "approxsign"})):
         before = other(X)
-        with pytest.raises(RuntimeError, match=rf"{key}: expected \+1 where not . < 0.*got \+1 where . > 0"):
+        with pytest.raises(RuntimeError, match=rf"{key}: expected \+1 unless . < 0.*got \+1 if . > 0"):
             other.load_state_dict(packed.state_dict(), assign=assign)
         assert_equal(other(X), before)
     with pytest.raises(RuntimeError, match=f"layer.{key}: expected"):

@@ -79,9 +79,9 @@ def test_constructor():
     assert PackedQLinear(K, N, dtype=torch.float64).bias.dtype is torch.float64
     assert not any(parameter.requires_grad for parameter in packed.parameters())
     text = repr(packed)
-    assert "in_features=70, out_features=400, bias=False, input='+1 where x > 0, else -1', " in text
+    assert "in_features=70, out_features=400, bias=False, input='+1 if x > 0, else -1', " in text
     assert "gradient_cancellation_threshold=None, path=packed (" in text
-    assert "input='+1 where not x < 0, else -1'" in repr(PackedQLinear(K, N))
+    assert "input='+1 unless x < 0, else -1'" in repr(PackedQLinear(K, N))
     assert "input='real values as they are'" in repr(PackedQLinear(K, N, input_quantization="identity"))
 
 

@@ -295,9 +295,9 @@ def test_what_is_out_of_range_becomes_zero(monkeypatch, dtype):
     words = functional.pack_bits(torch.where(kept, 1.0, -1.0))
     wanted = torch.where(kept, values, torch.zeros((), dtype=dtype))
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)
-    batched = torch.func.vmap(_product._keep, in_dims=(None, 0, None))(values[0], words, K)
+    batched = torch.func.vmap(_product._apply_mask, in_dims=(None, 0, None))(values[0], words, K)
     assert torch.equal(bits(batched[0]), bits(wanted[0])) and batched.shape == values.shape
-    assert torch.equal(bits(_product._keep(values, words, K)), bits(wanted))
+    assert torch.equal(bits(_product._apply_mask(values, words, K)), bits(wanted))
 
 
 def bits(values):
