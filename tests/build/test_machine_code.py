@@ -346,7 +346,7 @@ def test_rates_are_those_of_the_heuristics():
 
 
 def test_without_a_library(tmp_path):
-    with pytest.raises(SystemExit, match=r"none\.so is not there: the CUDA operators are not built"):
+    with pytest.raises(SystemExit, match=r"none\.so does not exist: the CUDA operators are not built"):
         gpu_model.main(["--library", str(tmp_path / "none.so")])
 
 
