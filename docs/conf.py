@@ -29,7 +29,7 @@ napoleon_use_ivar = True  # an attribute is part of its class's text, not an obj
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|collections|contextlib|typing|dataclasses)\..*"),
-    (r"py:class", r"bitorch_qlinear\..*\._\w+"),  # private base classes and type variables
+    (r"py:class", r"bitorch_qlinear\..*\.(_\w+|BinaryQuantization)"),  # private base classes and type variables
     (r"py:.*", r"(Any|Callable|Dropout|Iterator|Module|Mapping|Parameter|Tensor|_Class|_Model|T_destination)"),
     # Attributes' types and "Returns" sections are words, which napoleon takes for references.
     (r"py:class", r"optional|(Shape|At most|One of).*"),
