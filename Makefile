@@ -22,7 +22,7 @@ CXX_SOURCES = $(shell find csrc benchmarks tests/native tests/ptx -name __pycach
 # A shell function for recipes: end with one sentence.
 DIE := die() { echo "make: $$*" >&2; exit 1; }
 
-.PHONY: help demo test fuzz sanitize neon simde benchmark benchmark-check lint format build gpu ptx-full ptx-report clean
+.PHONY: help demo test docs fuzz sanitize neon simde benchmark benchmark-check lint format build gpu ptx-full ptx-report clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -86,7 +86,7 @@ sanitize: build  ## run the standalone tests and the fuzz test under the compile
 
 # The kernels' own tests without torch: what they have in common with the library's build is the standard and the flags that
 # results depend on.
-NATIVE_SOURCES := tests/native/kernels.cpp $(wildcard csrc/cpu/*.cpp)
+NATIVE_SOURCES := tests/native/kernels.cpp $(filter-out %/exports.cpp,$(wildcard csrc/cpu/*.cpp))
 NATIVE_FLAGS := -std=c++20 -O2 -g -Wall -Wextra -ffp-contract=off
 
 # As it is, then watched for reads past an end and undefined behaviour, which an emulator does not see. Leaks are looked
@@ -127,6 +127,10 @@ lint: build  ## check style and types
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+docs: build  ## build the pages of docs/ into build/docs; warnings are errors
+	@$(PY) -c 'import furo, myst_parser' 2>/dev/null || $(PIP) install --quiet sphinx furo myst-parser
+	$(PY) -m sphinx -W --keep-going -n -q -b html docs build/docs
 
 format: build  ## rewrite the code in the style that lint checks
 	$(PY) -m ruff check --select I --fix

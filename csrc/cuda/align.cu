@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <iterator>
 
-#include "bits.cuh"
-#include "kernels.h"
 #include "check_prepared.cuh"
+#include "kernels.h"
+#include "row_grid.cuh"
 
 namespace bitorch_qlinear::cuda {
 namespace {
@@ -20,7 +20,8 @@ static_assert(kSegment % kAlignedWords == 0, "a row's padding words belong to it
 
 // Words [first, first + kSegment) of a row, as far as it has them; their set bits, in the lanes' sum.
 __device__ __forceinline__ int32_t align_segment(const Align& job, int64_t row, int64_t first) {
-    const int64_t width = words_of(job.k), aligned_width = (width + kAlignedWords - 1) / kAlignedWords * kAlignedWords;
+    const int64_t width = word_count(job.k),
+                  aligned_width = (width + kAlignedWords - 1) / kAlignedWords * kAlignedWords;
     const int values = static_cast<int>(min(job.k - first * kWordBits, int64_t{kSegment} * kWordBits));
     const int aligned = static_cast<int>(min(aligned_width - first, int64_t{kSegment}));
     const uint32_t* from = job.words + row * width + first;
@@ -43,7 +44,7 @@ __device__ __forceinline__ int32_t align_segment(const Align& job, int64_t row, 
 
 // popcounts has `rows` elements: zeros from m on.
 __global__ void __launch_bounds__(kRowThreads) align_rows(const Align job, int64_t rows, const PreparedHeader header) {
-    const int64_t row = row_of_warp(), width = words_of(job.k);
+    const int64_t row = row_of_warp(), width = word_count(job.k);
     int32_t count = 0;
     if (row < job.m) {
         for (int64_t first = first_segment() * kSegment; first < width; first += segment_step() * kSegment) {

@@ -4,10 +4,13 @@
 // All of it modulo 2^32, unsigned, so that the sum may pass 2^31 on its way: k - 2 popcount itself fits in an int32.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <type_traits>
 
-#include "bits.cuh"
 #include "kernels.h"
+#include "warp.cuh"
 
 namespace bitorch_qlinear::cuda {
 

@@ -9,9 +9,10 @@
 // An estimate, not measured: an instruction is 8192 multiply-adds, and a warp reads 4 KiB for its 64 of a stage, 64
 // bytes each; the block writes 32 more. At 8192 multiply-adds of bits a clock and SM (8 times a T4's int8 rate in its
 // data sheet) that is 96 bytes of shared memory a clock.
+#include "check_prepared.cuh"
 #include "epilogue.cuh"
 #include "mma.cuh"
-#include "check_prepared.cuh"
+#include "mma_square.cuh"
 
 namespace bitorch_qlinear::cuda {
 namespace {
@@ -27,9 +28,6 @@ constexpr int kChunkBits = 128;                      // 16 bytes, the widest loa
 constexpr int kChunks = 4;                           // of a row in a stage: one for each lane q
 constexpr int kCopies = kTile * kChunks / kThreads;  // chunks of each operand that a thread copies
 
-template <class As>
-constexpr int kVector = 16 / static_cast<int>(sizeof(typename As::Out));  // outputs that a lane stores at once
-
 struct Stage {
     uint4 x[kTile][kChunks], weight[kTile][kChunks];
 };
@@ -39,21 +37,10 @@ struct Copies {
     uint4 x[kCopies], weight[kCopies];
 };
 
-// Where a block's tile begins, and a warp's square in it.
-struct Place {
-    int64_t row, column;
-    int warp_row, warp_column, g, q;
-};
-
 __device__ __forceinline__ Place place(int64_t column_tiles) {
     const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-    constexpr int kAcross = kTile / kSide;
-    return {blockIdx.x / column_tiles * kTile,
-            blockIdx.x % column_tiles * kTile,
-            warp / kAcross * kSide,
-            warp % kAcross * kSide,
-            lane / 4,
-            lane % 4};
+    return place_in_tile<kTile, kSide>(blockIdx.x / column_tiles * kTile, blockIdx.x % column_tiles * kTile, warp,
+                                       lane);
 }
 
 __device__ __forceinline__ void load_rows(const Operand& operand, int64_t begin, int64_t rows, int64_t first,
@@ -81,13 +68,6 @@ __device__ __forceinline__ void store_stage(const Copies& copies, Stage& stage) 
         stage.x[row][chunk] = copies.x[i];
         stage.weight[row][chunk] = copies.weight[i];
     }
-}
-
-// Which of a warp's columns, and weight rows, is column 2 q of instruction j; column 2 q + 1 is the next.
-template <int Vector>
-__device__ __forceinline__ int column_of(int j, int q) {
-    constexpr int kEach = Vector / 2;  // instructions that fill a vector
-    return j / kEach * 4 * Vector + Vector * q + j % kEach * 2;
 }
 
 // Set bits of a ^ b: of a warp's outputs those that a lane holds, as c[2] of 4 x 4 instructions.

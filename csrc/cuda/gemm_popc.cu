@@ -26,7 +26,7 @@ using Stage = uint32_t[kStage][kTile + 1];
 // bits past k.
 __device__ __forceinline__ void load_stage(const Operand& operand, int64_t begin, int64_t rows, int64_t first,
                                            int64_t k, Stage& stage) {
-    const int64_t width = words_of(k);
+    const int64_t width = word_count(k);
 #pragma unroll 4  // 8 in flight at once would spill at two blocks an SM
     for (int i = 0; i < kTile * kStage / kThreads; ++i) {
         const int index = i * kThreads + static_cast<int>(threadIdx.x), row = index / kStage, word = index % kStage;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 2) multiply_tiles(const Product prod
     __shared__ ChannelTile<As, kTile> channels;
     const int64_t row = blockIdx.x / column_tiles * kTile, column = blockIdx.x % column_tiles * kTile;
     const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-    const int64_t width = words_of(product.k);
+    const int64_t width = word_count(product.k);
     uint32_t popcounts[kEach][kEach] = {};
     channels.load(product.y, product.n, column);
     __syncthreads();

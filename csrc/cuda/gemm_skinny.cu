@@ -22,9 +22,9 @@
 // takes longer.)
 #include <algorithm>
 
+#include "check_prepared.cuh"
 #include "epilogue.cuh"
 #include "load.cuh"
-#include "check_prepared.cuh"
 
 namespace bitorch_qlinear::cuda {
 namespace {

@@ -24,10 +24,10 @@
 // us, where all SMs together would need 0.5 us, and the second launch.
 #include <algorithm>
 
+#include "check_prepared.cuh"
 #include "epilogue.cuh"
 #include "load.cuh"
 #include "mma.cuh"
-#include "check_prepared.cuh"
 
 namespace bitorch_qlinear::cuda {
 namespace {

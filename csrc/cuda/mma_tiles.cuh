@@ -29,8 +29,9 @@
 #pragma once
 
 #include "async_copy.cuh"
-#include "epilogue.cuh"
 #include "check_prepared.cuh"
+#include "epilogue.cuh"
+#include "mma_square.cuh"
 
 namespace bitorch_qlinear::cuda {
 namespace {
@@ -41,9 +42,6 @@ constexpr int kChunks = kStageBits / kChunkBits;
 static_assert(kChunks == 4, "a lane q = 0 ... 3 of each fragment row reads one chunk");
 
 constexpr int kGroup = 32;  // columns of four instructions, which are shuffled
-
-template <class As>
-constexpr int kVector = 16 / static_cast<int>(sizeof(typename As::Out));  // outputs that a lane stores at once
 
 // A tile of y and the warps that compute it. Blocks: how many share an SM, for which registers must suffice.
 template <int Rows, int Columns, int Side, int Blocks>
@@ -82,12 +80,6 @@ constexpr int kFragments = Shape::kSide / 16;
 template <class Shape>
 constexpr int kGroups = Shape::kSide / kGroup;
 
-// Where a block's tile begins, and a warp's square in it.
-struct Place {
-    int64_t row, column;
-    int warp_row, warp_column, g, q;
-};
-
 // Neighbouring blocks, which run at the same time, take tiles of 8 tile rows by some tile columns rather than of one
 // tile row: the nearer to a square, the fewer rows of x and weight they have to bring into L2.
 template <class Shape>
@@ -96,13 +88,8 @@ __device__ __forceinline__ Place place(int64_t row_tiles, int64_t column_tiles) 
     const int64_t band = blockIdx.x / (kTall * column_tiles), index = blockIdx.x % (kTall * column_tiles);
     const int64_t height = row_tiles - band * kTall < kTall ? row_tiles - band * kTall : kTall;
     const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-    constexpr int kAcross = Shape::kColumns / Shape::kSide;
-    return {(band * kTall + index % height) * Shape::kRows,
-            index / height * Shape::kColumns,
-            warp / kAcross * Shape::kSide,
-            warp % kAcross * Shape::kSide,
-            lane / 4,
-            lane % 4};
+    const int64_t row = (band * kTall + index % height) * Shape::kRows, column = index / height * Shape::kColumns;
+    return place_in_tile<Shape::kColumns, Shape::kSide>(row, column, warp, lane);
 }
 
 // Rows from `begin` on, chunks from `first` on; zeros for those that do not exist.
@@ -137,13 +124,6 @@ template <int InFlight>
 __device__ __forceinline__ void wait_for_stage() {
     wait_for_copies<InFlight>();
     __syncthreads();
-}
-
-// Which of a group's columns, and weight rows, is column 2 q of instruction j; column 2 q + 1 is the next.
-template <int Vector>
-__device__ __forceinline__ int column_of(int j, int q) {
-    constexpr int kEach = Vector / 2;  // instructions that fill a vector
-    return j / kEach * 4 * Vector + Vector * q + j % kEach * 2;
 }
 
 // A lane's chunks of a warp's fragment rows in one stage.

@@ -9,8 +9,9 @@
 // Estimates, not measured (`python -m benchmarks gpu-model`): of an H200's memory an SM gets the bytes of a segment of
 // bfloat16 Vectors in 105 clocks. For its 205 instructions the units of logic, which take two of a warp in a clock, need
 // 72, so memory binds; with in-range bits it is 144 against 111, so these units do, at 77 % of the memory's rate.
-#include "bits.cuh"
 #include "kernels.h"
+#include "row_grid.cuh"
+#include "sign_tests.cuh"
 
 namespace bitorch_qlinear::cuda {
 namespace {
@@ -90,7 +91,7 @@ __device__ __forceinline__ int32_t pack_segment(const Pack& job, int64_t row, in
                                                 typename Pattern<T>::Word limit) {
     using Word = typename Pattern<T>::Word;
     constexpr int kWords = kSteps * kVector<T>, kStep = kVector<T> * kWordBits;
-    const int64_t width = words_of(job.k);
+    const int64_t width = word_count(job.k);
     const int values = static_cast<int>(min(job.k - first * kWordBits, int64_t{kWords} * kWordBits));
     const int words = static_cast<int>(min(job.word_stride - first, int64_t{kWords}));
     const T* from = static_cast<const T*>(job.x) + row * job.stride + first * kWordBits;

@@ -12,8 +12,8 @@
 // are 46 to 116, and 211 for one-byte values, which so reach half the memory's rate.
 #include <type_traits>
 
-#include "bits.cuh"
 #include "kernels.h"
+#include "row_grid.cuh"
 
 namespace bitorch_qlinear::cuda {
 namespace {
@@ -84,7 +84,7 @@ __device__ __forceinline__ void write_step(uint32_t word, int left, const Patter
 template <class Value, bool Whole>
 __global__ void __launch_bounds__(kRowThreads) unpack_rows(const Unpack job, const Patterns<Value> patterns) {
     constexpr int kWords = kSteps * kVector<Value>, kStep = kVector<Value> * kWarp;
-    const int64_t row = row_of_warp(), width = words_of(job.k);
+    const int64_t row = row_of_warp(), width = word_count(job.k);
     if (row >= job.m) return;
     for (int64_t first = first_segment() * kWords; first < width; first += segment_step() * kWords) {
         const int values = static_cast<int>(min(job.k - first * kWordBits, int64_t{kWords} * kWordBits));

@@ -5,7 +5,7 @@
 SANITIZERS := address,undefined
 comma := ,
 FOLDER := build/sanitize/$(notdir $(CXX))-$(subst $(comma),-,$(SANITIZERS))
-KERNELS := $(patsubst %.cpp,$(FOLDER)/%.o,$(wildcard csrc/cpu/*.cpp))
+KERNELS := $(patsubst %.cpp,$(FOLDER)/%.o,$(filter-out %/exports.cpp,$(wildcard csrc/cpu/*.cpp)))
 # Without warnings: sanitizers cause false ones, and the library's own build has none.
 FLAGS := -std=c++20 -O1 -g -fPIC -fvisibility=hidden -ffp-contract=off -w \
 	-fsanitize=$(SANITIZERS) -fno-sanitize-recover=all -fno-omit-frame-pointer \
@@ -32,7 +32,7 @@ $(FOLDER)/kernels $(FOLDER)/threads: $(FOLDER)/%: $(FOLDER)/tests/native/%.o $(K
 	$(LINK) -pthread
 $(FOLDER)/checks: $(FOLDER)/tests/native/checks.o $(FOLDER)/csrc/torch/ops.o $(FOLDER)/csrc/sources.o $(KERNELS)
 	$(LINK) $(WITH_TORCH) -pthread
-$(FOLDER)/_ops_cpu.so: $(FOLDER)/csrc/torch/ops.o $(FOLDER)/csrc/torch/ops_cpu.o $(FOLDER)/csrc/sources.o $(KERNELS)
+$(FOLDER)/_ops_cpu.so: $(FOLDER)/csrc/torch/ops.o $(FOLDER)/csrc/torch/ops_cpu.o $(FOLDER)/csrc/cpu/exports.o $(FOLDER)/csrc/sources.o $(KERNELS)
 	$(LINK) $(WITH_TORCH) -shared
 
 -include $(shell find $(FOLDER) -name '*.d' 2>/dev/null)

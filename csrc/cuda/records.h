@@ -1,0 +1,98 @@
+// The records of the CUDA kernels: names, devices and operands. Plain C++ without a CUDA header, which tests compile too.
+#pragma once
+
+#include <cstdint>
+#ifndef __CUDACC__
+#include <string>
+#include <string_view>
+#include <variant>
+#endif
+
+namespace bitorch_qlinear::cuda {
+
+// Rows of x that a skinny kernel takes at most.
+constexpr int64_t kSkinnyRows = 16;
+
+enum class GemmKernel : int { popc, skinny, skinny_mma_sm80, mma_sm75, mma_sm80, mma_int8_sm80 };
+constexpr int kGemmKernels = 6;
+
+// A compute capability is one number here: 86 is 8.6, 120 is 12.0.
+struct KernelRecord {
+    GemmKernel kernel;
+    const char* name;     // for BITORCH_QLINEAR_CUDA_KERNEL; the launcher is gemm_<name>
+    int lowest, highest;  // compute capabilities that it runs on
+    bool aligned;         // reads the aligned form of the words (kernels.h)
+    bool popcounts;       // counts a & b, and so reads the set bits of each row
+    int64_t most_rows;    // of x
+};
+constexpr int kNewest = INT32_MAX;
+constexpr int64_t kAnyRows = INT64_MAX;
+
+// mma_sm80 stops at 9.0: sm_90 still has the BMMA instruction, but for sm_100 and sm_120 nvcc emulates it by eight IMMA on
+// unpacked bytes. mma_int8_sm80 unpacks in a better way; on devices with BMMA it has an eighth of mma_sm80's rate and
+// exists for tests. mma_sm75 stops before 9.0, where xor is no longer a single instruction (mma.cuh).
+constexpr KernelRecord kKernels[kGemmKernels] = {
+    {GemmKernel::popc, "popc", 75, kNewest, false, false, kAnyRows},
+    {GemmKernel::skinny, "skinny", 75, kNewest, true, false, kSkinnyRows},
+    {GemmKernel::skinny_mma_sm80, "skinny_mma_sm80", 80, 90, true, true, kSkinnyRows},
+    {GemmKernel::mma_sm75, "mma_sm75", 75, 89, true, false, kAnyRows},
+    {GemmKernel::mma_sm80, "mma_sm80", 80, 90, true, true, kAnyRows},
+    {GemmKernel::mma_int8_sm80, "mma_int8_sm80", 80, kNewest, true, true, kAnyRows},
+};
+
+static constexpr const KernelRecord& record(GemmKernel kernel) { return kKernels[static_cast<int>(kernel)]; }
+
+static constexpr bool runs_on(const KernelRecord& kernel, int capability) {
+    return kernel.lowest <= capability && capability <= kernel.highest;
+}
+
+// Returns whether any kernel runs on it.
+static constexpr bool supported(int capability) { return runs_on(record(GemmKernel::popc), capability); }
+
+// What the choice of a kernel depends on.
+struct Gpu {
+    int capability;
+    int multiprocessors;
+};
+
+static constexpr bool legal(GemmKernel kernel, const Gpu& gpu, int64_t m) {
+    return runs_on(record(kernel), gpu.capability) && m <= record(kernel).most_rows;
+}
+
+#ifndef __CUDACC__  // kernels do not need strings, which would cost nvcc two seconds for each file and target
+
+constexpr char kKernelVariable[] = "BITORCH_QLINEAR_CUDA_KERNEL";
+
+// A value, or a sentence that says why there is none.
+template <class T>
+using OrError = std::variant<T, std::string>;
+
+// Returns the names of the kernels that run on a compute capability, separated by ", ".
+static inline std::string kernel_names(int capability) {
+    std::string names;
+    for (const KernelRecord& kernel : kKernels) {
+        if (!runs_on(kernel, capability)) continue;
+        if (!names.empty()) names += ", ";
+        names += kernel.name;
+    }
+    return names;
+}
+
+static inline std::string in_words(int capability) {
+    return "compute capability " + std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+}
+
+// Returns the record of that name, or null for "", which is the automatic choice.
+static inline OrError<const KernelRecord*> find_kernel(std::string_view name) {
+    if (name.empty()) return nullptr;
+    std::string names;
+    for (const KernelRecord& kernel : kKernels) {
+        if (name == kernel.name) return &kernel;
+        names += (names.empty() ? "" : ", ") + std::string(kernel.name);
+    }
+    return std::string(kKernelVariable) + ": expected one of " + names + ", got \"" + std::string(name) + "\"";
+}
+
+#endif
+
+}  // namespace bitorch_qlinear::cuda
