@@ -115,12 +115,12 @@ simde:  ## test the AVX-512 kernel through SIMDe, on any x86-64 with AVX2; wants
 	build/kernels-simde
 
 # bnn-lab's own needs include another torch.
-benchmark: build  ## measure for some three minutes, and write the README's tables and plots
+benchmark: build  ## measure for some three minutes, and write the tables and plots of README.md and docs
 	@$(PY) -c 'import bnn' 2>/dev/null || $(PIP) install --quiet --no-deps bnn-lab==1.0.0 || echo "make: going on without bnn-lab"
-	$(PY) -m benchmarks.readme --measure
+	$(PY) -m benchmarks tables --measure
 
 benchmark-check: build  ## compare the committed figures with a fresh run
-	$(PY) -m benchmarks.check
+	$(PY) -m benchmarks check
 
 lint: build  ## check style and types
 	$(PY) -m ruff check

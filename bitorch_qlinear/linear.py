@@ -368,7 +368,7 @@ class QLinear(nn.Linear):
 
     @property
     def path(self) -> str:
-        """What computes the layer's output (packed or float, the kernel, and why it is float), in words."""
+        """What computes the layer's output, in words; for float computation with the reason."""
         if self._rules() is not None:
             return path_name(self.weight)
         real = type(self.activation) is Activation and is_identity(self.activation.activation_function)

@@ -473,7 +473,7 @@ class PackedQLinear(nn.Module):
 
     @property
     def path(self) -> str:
-        """What computes the layer's output (packed or float, the kernel, and why it is float), in words."""
+        """What computes the layer's output, in words; for float computation with the reason."""
         if self._input_rule == REAL_INPUT:
             return "packed weights, real input"
         return path_name(self.weight)

@@ -16,7 +16,7 @@ TABLE_ROWS, FEWEST_ROWS, FEWEST_OUTPUTS, FEWEST_VALUES, MOST_VALUES = 64, 58, 51
 TABLE_BLOCK, STRIP, FINISHED = 120, 1024, 128
 # csrc/cpu/gemm_avx512.cpp has the same panel and row tile; its unit is a word. Values of K a cache block.
 CACHE_BLOCK = 16384
-# csrc/torch/ops_cpu.cpp: multiply-adds below which one thread works.
+# csrc/cpu/product.h: multiply-adds below which one thread works.
 SERIAL_PRODUCTS = 1 << 24
 SERIAL_VALUES = 1 << 16
 
