@@ -296,8 +296,8 @@ def _apply_mask(values: Tensor, words: Tensor, k: int) -> Tensor:
     if not values.is_cpu:
         return values.masked_fill_(functional.unpack_bits(~words, k, torch.bool), 0)
     # torch.where on the CPU branches for each element, and random bits mispredict half of the branches: 8 times slower
-    # (Zen 4). Unpacked from the inverted words, a bit 1 is -1 and a bit 0 is +1. Halved and rounded down these are masks:
-    # -1 keeps a value, and 0 makes it zero.
+    # (Zen 4). Unpacked from the inverted words, a bit 1 is -1 and a bit 0 is +1. Halved and rounded down, these are
+    # masks: -1 keeps a value, and 0 makes it zero.
     integers = _INTEGERS[values.element_size()]
     masks = functional.unpack_bits(~words, k, torch.int8) >> 1
     return (values.view(integers) & masks.to(integers)).view(values.dtype)
