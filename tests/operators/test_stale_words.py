@@ -376,6 +376,22 @@ def test_an_unnoticed_change_gives_the_old_or_the_new_product(kernel):
     assert_right(layer, words, layer.bias, x)
 
 
+def test_rows_of_words_that_change_places():
+    """The differences have opposite signs and equal distances, which a hash with evenly spaced keys does not notice."""
+    layer = packed_layer((512, 512))
+    with torch.no_grad():
+        layer.weight[4], layer.weight[2] = layer.weight[2].clone(), layer.weight[2]
+        layer.weight[6], layer.weight[4] = layer.weight[0].clone(), layer.weight[2].clone()
+        x = torch.randn(512, 512)
+        layer(x)
+        order = torch.arange(512)
+        order[[0, 2, 4, 6]] = torch.tensor([2, 0, 6, 4])
+        layer.weight.copy_(layer.weight[order])
+        want = packed_layer((512, 512))
+        want.weight, want.bias.data = layer.weight.clone(), layer.bias.data
+        assert_equal(layer(x), want(x))
+
+
 # ---- a QLinear ----
 
 
