@@ -79,7 +79,7 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
         return True
     if not transforms_active():
         return False
-    # Inside a transform torch.compile does not say what requires a gradient.
+    # While torch.compile traces inside a transform, requires_grad does not tell which tensors need a gradient.
     return not _compiling() or (_grad_enabled() and functorch_active())
 
 
@@ -222,7 +222,8 @@ class BinaryProduct(torch.autograd.Function):
         ctx.mark_non_differentiable(x_words, in_range_words)
         ctx.set_materialize_grads(False)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, weight, bias)]
-        # It is referenced only so that a second derivative can find it. Its values are not needed, so it is not saved.
+        # The weight is referenced only so that a second derivative can find it. Its values are not needed, so it is not
+        # saved.
         ctx.weight = None if _compiling() else weight
         ctx.save_for_backward(
             x_words,
@@ -264,7 +265,7 @@ class BinaryProduct(torch.autograd.Function):
 
 
 class BinaryProductEager(BinaryProduct):
-    """Adds a clear error for forward mode, in its own class: torch.compile takes the presence of jvp as support."""
+    """Adds a clear error for forward mode, in a class of its own, because torch.compile refuses a jvp."""
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
@@ -295,7 +296,8 @@ def _apply_mask(values: Tensor, words: Tensor, k: int) -> Tensor:
     if not values.is_cpu:
         return values.masked_fill_(functional.unpack_bits(~words, k, torch.bool), 0)
     # torch.where on the CPU branches for each element, and random bits mispredict half of the branches: 8 times slower
-    # (Zen 4). unpack_bits gives -1 for bit 0 and +1 for bit 1; halved and rounded down these are the masks -1 and 0.
+    # (Zen 4). Unpacked from the inverted words, a bit 1 is -1 and a bit 0 is +1. Halved and rounded down, these are
+    # masks: -1 keeps a value, and 0 makes it zero.
     integers = _INTEGERS[values.element_size()]
     masks = functional.unpack_bits(~words, k, torch.int8) >> 1
     return (values.view(integers) & masks.to(integers)).view(values.dtype)

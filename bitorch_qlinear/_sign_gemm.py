@@ -122,7 +122,7 @@ class SignGemm(torch.autograd.Function):
 
 
 class SignGemmEager(SignGemm):
-    """Adds forward mode, in its own class: torch.compile takes the presence of jvp as support."""
+    """Adds forward mode, in a class of its own, because torch.compile does not support a Function that has jvp."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:

@@ -416,6 +416,13 @@ def test_every_table_is_on_a_page():
     assert all(f"<!-- {name}: written by" in text for name in tables.blocks())
 
 
+def test_accuracy_of_the_demo_is_the_mean_over_its_seeds():
+    figures = {"test_accuracy_by_seed": {"binary": [0.9, 0.98, 0.97], "float32": [0.99, 0.97, 0.98]}}
+    cells = [[cell.strip() for cell in row.split("|")[2:-1]] for row in tables.demo_accuracy(figures).splitlines()]
+    assert cells[2:4] == [["98.00%", "97.00%", "99.00%"], ["95.00%", "90.00%", "98.00%"]]
+    assert "3 splits" in tables.demo_accuracy(figures) and "Not measured" in tables.demo_accuracy(None)
+
+
 def test_tables_are_filled_in_between_their_markers():
     page = "a\n<!-- x: written by y -->\nold\n<!-- /x -->\nb <!-- z: checked by t -->\n"
     filled = tables.fill(page, {"x": "new"})

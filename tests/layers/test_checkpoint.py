@@ -124,6 +124,22 @@ def test_a_checkpoint_from_before_there_was_a_format(assign, strict):
     PackedQLinear(K, N).load_state_dict(skeleton.state_dict())
 
 
+@pytest.mark.parametrize("state", ["float", "without a format"])
+def test_a_layer_of_skip_init_saves_what_it_has_loaded(state):
+    layer = nn.utils.skip_init(PackedQLinear, K, N)
+    old = {name: value for name, value in pack(layer_like()).state_dict().items() if name not in RULES}
+    layer.load_state_dict(QLinear(K, N).state_dict() if state == "float" else old)
+    PackedQLinear(K, N).load_state_dict(layer.state_dict())
+
+
+def test_progressive_sign_weights_load_in_training_mode():
+    layer = PackedQLinear(K, N, weight_quantization="progressive_sign").train()
+    trained = layer_like(weight_quantization="progressive_sign")
+    for state in (trained.state_dict(), pack(trained).state_dict()):
+        layer.load_state_dict(state)
+        assert_equal(layer(X), trained(X).detach())
+
+
 DAMAGE = {
     "bias-uint32": ("bias", lambda b: b.to(torch.uint32)),
     "bias-complex": ("bias", lambda b: b.to(torch.complex64)),

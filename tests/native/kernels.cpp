@@ -128,7 +128,7 @@ struct Case {
 // Aligned as a kernel may expect it, and no larger than it asked for.
 Buffer<uint8_t> make_workspace(int64_t bytes) { return {Use::Output, bytes, 0, 64}; }
 
-// The product by one kernel, in tiles as csrc/torch/ops_cpu.cpp makes them, of at most so many rows and columns.
+// The product by one kernel, in tiles as csrc/cpu/product.h makes them, of at most so many rows and columns.
 void multiply(const Kernel& kernel, Product product, int64_t most_rows, int64_t most_columns) {
     Buffer<uint8_t> prepared(Use::Output, prepared_bytes(kernel.layout, product.n, product.k));
     if (kernel.prepare && product.k > 0) {

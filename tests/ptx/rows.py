@@ -1,4 +1,4 @@
-"""Grids of the kernels that work row by row: launch_rows of csrc/cuda/bits.cuh."""
+"""Grids of the kernels that work row by row: launch_rows of csrc/cuda/row_grid.cuh."""
 
 from .product import ceil_div
 
