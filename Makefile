@@ -49,9 +49,9 @@ check:  ## lint and one quick case of each test, in less than a minute; leaves o
 	@$(SETUP) check
 	@$(MAKE) -s lint
 	$(PY) -m pytest -q -r fE $$($(PY) tools/environment.py parallel-options) --quick --ignore=tests/ptx tests
-docs:  ## build the documentation, with warnings as errors
+docs:  ## build the pages of docs/ into build/docs; warnings are errors
 	@$(SETUP) docs
-	$(PY) -m sphinx -W --keep-going -q -b html docs build/docs $(ARGS)
+	$(PY) -m sphinx -W --keep-going -n -q -b html docs build/docs $(ARGS)
 lint:  ## check style and types
 	@$(SETUP) lint
 	$(PY) -m ruff check
@@ -63,7 +63,7 @@ format:  ## rewrite the code in the style that lint checks
 	$(PY) -m ruff check --select I --fix
 	$(PY) -m ruff format
 	@$(VENV)/bin/clang-format -i $(CXX_FILES)
-benchmark:  ## measure for some three minutes and write the tables and plots
+benchmark:  ## measure for some three minutes and write the tables and plots of README.md and docs
 	@$(SETUP) benchmark
 	@$(PY) -c 'import bnn' 2>/dev/null || $(PY) -m pip install -q --no-deps bnn-lab==1.0.0 || echo "make: going on without bnn-lab"
 	$(PY) -m benchmarks tables --measure

@@ -3,7 +3,7 @@
 
 DIE := die() { echo "make: $$*" >&2; exit 1; }
 # The language and the flags that results depend on are those of the library's build.
-SOURCES := tests/native/kernels.cpp $(wildcard csrc/cpu/*.cpp)
+SOURCES := tests/native/kernels.cpp $(filter-out %/exports.cpp,$(wildcard csrc/cpu/*.cpp))
 FLAGS := -std=c++20 -O2 -g -Wall -Wextra -ffp-contract=off
 
 .PHONY: neon simde sanitize
