@@ -1,1 +1,1 @@
-"""Speed of the layers, as ratios inside one process run: ``python -m benchmarks``."""
+"""Benchmarks of the layers against nn.Linear and other libraries: ``python -m benchmarks``."""

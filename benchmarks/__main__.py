@@ -1,4 +1,4 @@
-"""The benchmarks: ``python -m benchmarks NAME``; each has a ``--help`` of its own."""
+"""The benchmarks: ``python -m benchmarks NAME``. Each has a ``--help`` of its own."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import importlib
 import sys
 
 COMMANDS = {
-    "cpu": ("benchmarks.cpu", "inference on the CPU against nn.Linear, bitorch, bnn-lab and int8"),
-    "train": ("benchmarks.train", "training steps and saved bytes, and a whole run"),
-    "memory": ("benchmarks.memory", "resident weights and peaks of a packed model"),
-    "targets": ("benchmarks.targets", "what the CPU path aims at, and what it reaches"),
-    "gpu": ("benchmarks.gpu", "the CUDA kernels against cuBLAS"),
-    "gpu-model": ("benchmarks.gpu_model", "estimates from the CUDA kernels' machine code; nothing is measured"),
+    "cpu": ("benchmarks.cpu", "time inference on the CPU against nn.Linear, bitorch, bnn-lab and int8"),
+    "train": ("benchmarks.train", "time training steps and count saved bytes, or time a whole training run"),
+    "memory": ("benchmarks.memory", "measure the resident weights and the peak memory of a packed model"),
+    "targets": ("benchmarks.targets", "measure the targets of the CPU path and say which ones are met"),
+    "check": ("benchmarks.check", "compare the committed results with a fresh run"),
+    "tables": ("benchmarks.tables", "write the tables in README.md and docs/ from the committed results"),
+    "gpu": ("benchmarks.gpu.__main__", "time the CUDA kernels against cuBLAS"),
 }
 
 

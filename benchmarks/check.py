@@ -1,26 +1,24 @@
-"""Compares the committed figures with a fresh run: ``python -m benchmarks.check`` (``make benchmark-check``).
+"""Compares the committed results with a fresh run: ``python -m benchmarks check`` (``make benchmark-check``).
 
-On the processor and with the kernel that the figures name, it is an error if QLinear or PackedQLinear lost more than
-30 % of its ratio to nn.Linear at any shape, in inference or training; elsewhere both are printed.
+On the processor and with the kernel that the results name, it is an error if QLinear or PackedQLinear lost more than
+30 % of its ratio to nn.Linear at any shape, in inference or training. On another machine the ratios are only printed.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from typing import Any
 
 from tabulate import tabulate
 from tqdm import tqdm
 
 from . import cpu, train
-from .measuring import RESULTS, Shape, describe, prepare, ratio, setting
+from .measuring import RESULTS, Figures, Shape, describe, prepare, ratio, setting
 from .peers import LINEAR, PACKED_LAYER, QLINEAR
 
 TOLERANCE = 0.3
 ROUNDS = 9
 NAMES = [LINEAR, QLINEAR, PACKED_LAYER]
-
-Figures = dict[str, Any]
 
 
 def load(name: str) -> Figures:
@@ -29,21 +27,17 @@ def load(name: str) -> Figures:
 
 
 def again(inference: Figures, training: Figures) -> tuple[list[Figures], list[Figures]]:
-    """The contestants at the shapes, types and numbers of threads of the figures."""
-
-    def shape(result: Figures) -> Shape:
-        return Shape(*(result[field] for field in Shape._fields))
-
+    """Time the shapes, types and numbers of threads of committed results again."""
     forward = [
-        cpu.measure([shape(result)], [result["dtype"]], [result["threads"]], ROUNDS, NAMES)["results"][0]
+        cpu.measure([Shape.of(result)], [result["dtype"]], [result["threads"]], ROUNDS, NAMES)["results"][0]
         for result in tqdm(inference["results"], leave=False, unit="shape")
     ]
     prepare(training["setting"]["threads"])
-    return forward, train.measure([shape(result) for result in training["results"]], ROUNDS, NAMES)["results"]
+    return forward, train.measure([Shape.of(result) for result in training["results"]], ROUNDS, NAMES)["results"]
 
 
 def title(result: Figures, layer: str) -> str:
-    """A layer's and a shape's name, with what differs from the plain case."""
+    """Return the name of a layer and a shape, with the type and the threads if they are not the usual ones."""
     if "dtype" not in result:
         return f"{layer}, training step, {result['name']}"
     threads = "" if result["threads"] == 1 else f", {result['threads']} threads"
@@ -52,7 +46,7 @@ def title(result: Figures, layer: str) -> str:
 
 
 def compare(committed: list[Figures], fresh: list[Figures]) -> list[tuple[str, float, float]]:
-    """Title, committed and fresh ratio of each shape, for each layer that was timed."""
+    """Return a title, the committed and the fresh ratio for each shape and each layer that was timed."""
     rows = []
     for old, new in zip(committed, fresh, strict=True):
         before, now = old["seconds_quartiles"], new["seconds_quartiles"]
@@ -62,17 +56,20 @@ def compare(committed: list[Figures], fresh: list[Figures]) -> list[tuple[str, f
 
 
 def fallen(rows: list[tuple[str, float, float]]) -> list[str]:
-    """The shapes that lost more than the tolerance."""
+    """Return the titles of those that lost more than the tolerance."""
     return [name for name, old, new in rows if new < old * (1 - TOLERANCE)]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    argparse.ArgumentParser(
+        prog="python -m benchmarks check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(argv)
     inference, training = load("cpu"), load("train")
     prepare(inference["setting"]["threads"])
     here = setting()
     forward, steps = again(inference, training)
     rows = compare(inference["results"], forward) + compare(training["results"], steps)
-    print(tabulate(rows, headers=["× nn.Linear", "committed", "now"], floatfmt=".2f"))
+    print(tabulate(rows, headers=["times as fast as nn.Linear", "committed", "now"], floatfmt=".2f"))
     print(f"committed: {describe(inference['setting'])}\nnow: {describe(here)}")
     if any(here[key] != inference["setting"][key] for key in ("processor", "kernel")):
         print("Another processor or kernel: nothing is judged.")

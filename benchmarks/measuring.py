@@ -1,4 +1,4 @@
-"""What the CPU benchmarks share: shapes, interleaved times, the setting that goes with every figure, and its file."""
+"""The common parts of the CPU benchmarks: shapes, interleaved times, the machine's description, JSON files."""
 
 from __future__ import annotations
 
@@ -22,30 +22,44 @@ from examples.digits.costs import environment
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+# A benchmark writes these paths of the repository.
+WRITTEN = ("benchmarks/results", "README.md", "docs/benchmarks.md")
 
 Call = Callable[[], object]
 Quartiles = list[float]
 Times = dict[str, Quartiles]
-"""Quartiles of the seconds a call, by contestant: the median is in the middle."""
+"""Quartiles of the seconds a call, by contestant, with the median in the middle."""
+
+Figures = dict[str, Any]
+"""The results of one benchmark, or of one shape in it, in the form of its JSON file."""
 
 Key = TypeVar("Key", bound=Hashable)
 
-# Turns of a contestant, unless it is asked for another number.
+# By default a contestant takes so many turns.
 ROUNDS = 15
-# A turn of a contestant: long enough for the clock, short enough that a busy neighbour hits all alike.
+# A turn lasts about this long: enough for the clock's resolution, and so short that other load on the machine slows all
+# contestants alike.
 TURN_SECONDS = 2e-3
-# torch's Timer makes two calls more to warm up in each turn. A call as long as this one needs none.
+# torch's Timer makes two more calls in each turn to warm up. A call of at least this length is timed without them.
 LONG_SECONDS = 5e-2
 
 
 class Shape(NamedTuple):
-    """y[m][n] of a product over k, and what the figures call it."""
+    """The sizes of a product, m × k by k × n, and the name that results give it."""
 
-    name: str
-    group: str
     m: int
     k: int
     n: int
+    name: str = ""
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Shape:
+        """Return the shape of a result that was read from a JSON file."""
+        return cls(result["m"], result["k"], result["n"], result.get("name", ""))
+
+    def fields(self) -> dict[str, Any]:
+        """Return what a JSON file says of the shape: :meth:`of` reads it."""
+        return ({"name": self.name} if self.name else {}) | {"m": self.m, "k": self.k, "n": self.n}
 
     def __str__(self) -> str:
         return f"{self.m} × {self.k} → {self.n}"
@@ -56,20 +70,20 @@ class Shape(NamedTuple):
 
 
 def load_shapes(quick: bool = False) -> list[Shape]:
-    """The shapes of ``shapes.csv``, or those of the quick selection."""
+    """Return the shapes of ``shapes.csv``, or only those of the quick selection."""
     with (HERE / "shapes.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["quick"] or not quick]
-    return [Shape(row["name"], row["group"], int(row["m"]), int(row["k"]), int(row["n"])) for row in rows]
+    return [Shape(int(row["m"]), int(row["k"]), int(row["n"]), row["name"]) for row in rows]
 
 
 def named(names: Iterable[str]) -> list[Shape]:
-    """The shapes of these names, in the list's order."""
+    """Return the shapes of these names, in the order of ``shapes.csv``."""
     wanted = set(names)
     return [shape for shape in load_shapes() if shape.name in wanted]
 
 
 class Turns:
-    """One contestant, which warms up when it is made."""
+    """One contestant. Its call is made once here, to warm up and to choose the calls of a turn."""
 
     def __init__(self, call: Call, threads: int) -> None:
         self.call, self.threads = call, threads
@@ -78,7 +92,7 @@ class Turns:
         self.long, self.calls = once > LONG_SECONDS, max(1, round(TURN_SECONDS / once))
 
     def take(self) -> float:
-        """The seconds a call of one turn."""
+        """Take one turn, and return its seconds a call."""
         if not self.long:
             return self.timer.timeit(self.calls).mean
         with set_torch_threads(self.threads):
@@ -88,7 +102,13 @@ class Turns:
 def interleaved(
     contestants: Mapping[Key, Call], rounds: int, threads: Mapping[Key, int] | None = None
 ) -> dict[Key, Quartiles]:
-    """Time the contestants in turns, with torch's present number of threads or their own."""
+    """Time the contestants in turns and return the quartiles of each one's seconds a call.
+
+    Args:
+        contestants: The calls, by any key.
+        rounds: The number of turns.
+        threads: The number of threads of each contestant; by default all have torch's present number.
+    """
     own = threads or dict.fromkeys(contestants, torch.get_num_threads())
     turns = {name: Turns(call, own[name]) for name, call in contestants.items()}
     seconds: dict[Key, list[float]] = {name: [] for name in contestants}
@@ -103,12 +123,12 @@ def median(times: Times, name: str) -> float:
 
 
 def ratio(times: Times, baseline: str, name: str) -> float:
-    """How many times as fast as the baseline, by medians."""
+    """Return how many times as fast as the baseline a contestant is, by medians."""
     return median(times, baseline) / median(times, name)
 
 
 def spread(times: Times, name: str) -> str:
-    """Half the distance between the quartiles, as a share of the median."""
+    """Return half the distance between the quartiles, as a share of the median, in words."""
     low, middle, high = times[name]
     return f"± {50 * (high - low) / middle:.1f}%"
 
@@ -118,8 +138,8 @@ def git(*arguments: str) -> str:
 
 
 def commit() -> str:
-    """The commit that was measured, with a + where files differ from it; not those that measuring writes."""
-    written = [f":(top,exclude){path}" for path in ("benchmarks/results", "README.md")]
+    """Return the commit that is measured, with a + if other files differ from it than those that a benchmark writes."""
+    written = [f":(top,exclude){path}" for path in WRITTEN]
     try:
         differ = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *written)
         return git("rev-parse", "--short", "HEAD") + ("+" if differ else "")
@@ -128,7 +148,7 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the installed peers; torch's is among the demo's own figures."""
+    """Return the versions of Python and of the installed peers. (``environment`` has torch's.)"""
     found = {"python": platform.python_version()}
     for peer in ("bitorch", "bnn-lab"):
         try:
@@ -139,12 +159,12 @@ def versions() -> dict[str, str]:
 
 
 def setting() -> dict[str, str | int]:
-    """What the figures depend on: processor, capability, kernel, threads, versions, commit, date."""
+    """Return what results depend on: processor, capability, kernel, threads, versions, commit and date."""
     return environment(torch.device("cpu")) | versions() | {"commit": commit()}
 
 
 def describe(where: Mapping[str, str | int]) -> str:
-    """The setting in a line."""
+    """Return the setting in one line."""
     return (
         f"{where['processor']}, capability {where['cpu_capability']}, kernel {where['kernel']}, "
         f"{where['threads']} thread{'s' if where['threads'] != 1 else ''}, torch {where['torch']}, "
@@ -153,15 +173,15 @@ def describe(where: Mapping[str, str | int]) -> str:
 
 
 def prepare(threads: int) -> None:
-    """Pin the threads and the seed. (A kernel is chosen by ``bitorch_qlinear.kernels.forced``.)"""
+    """Set the number of threads and the seed, and silence a warning."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    # The tables show what this warns of.
+    # The warning says that packing in every call is slow, which the tables show.
     warnings.filterwarnings("ignore", message="bitorch_qlinear: a QLinear packs its weights")
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Make the type of a command line's argument that is a whole number."""
+    """Return the type of a command-line option that is a whole number of at least ``least``."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:

@@ -1,11 +1,11 @@
-"""The contestants on the CPU. What is not installed is named, with the reason, instead of timed.
+"""The contestants on the CPU. A peer that is not installed is listed with the reason instead of being timed.
 
-nn.Linear           float32 or whichever type is asked for, by torch's BLAS
-QLinear             ours in eval mode: it packs input and weights in every call
-PackedQLinear       what pack() makes of it: it packs the input in every call, its weights are packed
-packed × packed     our product alone, of inputs packed before
-bitorch QLinear     bitorch 0.4.1's layer
-bnn-lab GEMM        bnn-lab 1.0.0's packed product alone, without the packing of its inputs; by AVX2 where ours is
+nn.Linear           torch's layer, in float32 or the type that is asked for
+QLinear             our layer in eval mode, which packs its input and its weights in every call
+PackedQLinear       the layer that pack() makes of it, which packs only its input in every call
+packed × packed     our product alone; both operands are packed before
+bitorch QLinear     the layer of bitorch 0.4.1
+bnn-lab GEMM        the packed product of bnn-lab 1.0.0 alone, with its AVX2 kernel if ours is the AVX2 one
 int8 dynamic        torch's dynamic quantization of nn.Linear
 """
 
@@ -29,14 +29,14 @@ NAMES = [LINEAR, QLINEAR, PACKED_LAYER, PACKED, BITORCH, BNN, INT8]
 
 
 class Contestants(NamedTuple):
-    """What computes one shape, by name, and why others do not."""
+    """The calls that compute one shape, by name, and the reasons why others are absent."""
 
     calls: dict[str, Call]
     absent: dict[str, str]
 
 
 def evaluation(layer: nn.Module, x: Tensor) -> Call:
-    """A forward without gradients."""
+    """Return a call that computes a forward without gradients, in eval mode."""
     layer.eval()
 
     def call() -> Tensor:
@@ -47,6 +47,7 @@ def evaluation(layer: nn.Module, x: Tensor) -> Call:
 
 
 def packed_product(layer: QLinear, x: Tensor) -> Call:
+    """Return a call that multiplies what is packed and prepared here."""
     words, k = F.pack_bits(layer.weight.detach()), layer.in_features
     prepared, x_words = F.prepare_weight(words, k), F.pack_bits(x)
     bias = layer.bias.detach() if layer.bias is not None else None
@@ -54,13 +55,14 @@ def packed_product(layer: QLinear, x: Tensor) -> Call:
 
 
 def bitorch_layer(shape: Shape, dtype: torch.dtype) -> nn.Module:
+    """Return bitorch's layer; ImportError if it is not installed."""
     from bitorch.layers import QLinear as BitorchQLinear
 
     return BitorchQLinear(shape.k, shape.n).to(dtype)
 
 
 def bnn_product(shape: Shape) -> Call:
-    """Raises ImportError without its compiled kernel: the NumPy one is not what it is known for."""
+    """Return bnn-lab's product; ImportError without its compiled kernel, because the NumPy one is no fair peer."""
     from bnn.kernels import packed
 
     if not packed.native_kernel_available():
@@ -72,14 +74,15 @@ def bnn_product(shape: Shape) -> Call:
 
 
 def int8_layer(linear: nn.Linear) -> nn.Module:
+    """Return torch's dynamically quantized layer."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and still the int8 that torch itself has
+        warnings.simplefilter("ignore")  # It is deprecated, but torch itself has no other int8 layer.
         quantized: nn.Module = torch.ao.quantization.quantize_dynamic(nn.Sequential(linear), {nn.Linear}, torch.qint8)
     return quantized
 
 
 def contestants(shape: Shape, dtype: torch.dtype = torch.float32, names: Collection[str] = tuple(NAMES)) -> Contestants:
-    """The contestants of these names for one shape and type, with bias, on the same input."""
+    """Make the contestants of these names for one shape and type, with bias and on the same input."""
     x = torch.randn(shape.m, shape.k, dtype=dtype)
     linear = nn.Linear(shape.k, shape.n, dtype=dtype)
     binary = QLinear.from_linear(linear)
@@ -99,7 +102,7 @@ def contestants(shape: Shape, dtype: torch.dtype = torch.float32, names: Collect
         if name not in names:
             continue
         if dtype != torch.float32 and name != BITORCH:
-            absent[name] = f"not of {str(dtype)[6:]}"
+            absent[name] = f"does not take {str(dtype)[6:]}"
             continue
         try:
             calls[name] = make()

@@ -1,8 +1,9 @@
 """Times training on the CPU: ``python -m benchmarks train``.
 
-A step is a forward and all gradients, of float32 layers with bias, ours with a gradient threshold of 1.0 like
-bitorch's; saved bytes are what the forward keeps for the backward beside the weights. ``--run`` trains the demo's
-network instead, wider, with QLinear and with bitorch's, until each recognizes so many of the test images.
+A step is a forward and all gradients of a float32 layer with bias. QLinear has a gradient threshold of 1.0, like
+bitorch's layer. The saved bytes are what the forward keeps for the backward, without the parameters. ``--run`` trains a
+wide version of the demo's network instead, once with QLinear and once with bitorch's, until each recognizes a given
+share of the test images.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ from .measuring import (
 from .peers import BITORCH, LINEAR, QLINEAR, bitorch_layer
 
 NAMES = [LINEAR, QLINEAR, BITORCH]
-# Of shapes.csv.
+# The names of shapes in shapes.csv.
 STEPS = ["large batch", "medium batch", "small batch", "one row", "odd sizes", "64 cubed", "BERT-base attention"]
 QUICK = ["large batch", "medium batch", "small batch", "one row", "64 cubed"]
 MOST_EPOCHS = 12
 
 
 def layers(shape: Shape, names: Collection[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Layers in training mode, and why others are absent."""
+    """Return layers in training mode, and why others are absent."""
     linear = nn.Linear(shape.k, shape.n)
     made: dict[str, nn.Module] = {
         LINEAR: linear,
@@ -66,7 +67,7 @@ def layers(shape: Shape, names: Collection[str]) -> tuple[dict[str, nn.Module], 
 
 
 def step(layer: nn.Module, x: Tensor, gradient: Tensor) -> Call:
-    """A forward and all gradients."""
+    """Return a call that computes a forward and all gradients."""
     x = x.clone().requires_grad_()
     return lambda: torch.autograd.grad(layer(x), [x, *layer.parameters()], gradient)
 
@@ -78,7 +79,7 @@ def step_times(shape: Shape, rounds: int, names: Collection[str]) -> tuple[Times
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
-    """What a forward keeps for the backward, each piece of memory once, without the parameters."""
+    """Count the bytes that a forward keeps for the backward, each storage once, without the parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     kept: dict[int, int] = {}
 
@@ -95,7 +96,7 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
 
 
 def measure(shapes: list[Shape], rounds: int, names: Collection[str] = tuple(NAMES)) -> dict[str, Any]:
-    """Quartiles of a step's seconds, and the saved bytes, by shape and layer."""
+    """Time a step and count the saved bytes for each shape and layer."""
     results: list[dict[str, Any]] = []
     absent: dict[str, str] = {}
     for shape in tqdm(shapes, leave=False, unit="shape"):
@@ -103,7 +104,7 @@ def measure(shapes: list[Shape], rounds: int, names: Collection[str] = tuple(NAM
         absent |= missing
         made, _ = layers(shape, names)
         saved = {name: saved_bytes(layer, torch.randn(shape.m, shape.k)) for name, layer in made.items()}
-        results.append({**shape._asdict(), "seconds_quartiles": times, "saved_bytes": saved})
+        results.append({**shape.fields(), "seconds_quartiles": times, "saved_bytes": saved})
     return {"results": results, "absent": absent}
 
 
@@ -111,7 +112,7 @@ def measure(shapes: list[Shape], rounds: int, names: Collection[str] = tuple(NAM
 
 
 def network(features: int, hidden: int, name: str) -> nn.Module:
-    """The demo's network, its hidden layers of one kind or the other, from the same random numbers."""
+    """Return the demo's network with hidden layers of one kind or the other, initialized with the same numbers."""
     torch.manual_seed(0)
     model = demo.build_model(features, hidden)
     if name == BITORCH:
@@ -122,12 +123,12 @@ def network(features: int, hidden: int, name: str) -> nn.Module:
                 other = BitorchQLinear(hidden, hidden, bias=False, gradient_cancellation_threshold=1.0)
                 other.load_state_dict(layer.state_dict())
                 setattr(model, child, other)
-    torch.manual_seed(0)  # making bitorch's layers took numbers: the same batches for both
+    torch.manual_seed(0)  # bitorch's layers drew numbers; this gives both runs the same batches.
     return model
 
 
 def train_until(name: str, hidden: int, accuracy: float, most_epochs: int) -> dict[str, Any]:
-    """Seconds and epochs of training until the accuracy, the evaluation of each epoch included."""
+    """Train until the accuracy is reached; return the seconds (evaluations included), the epochs and the accuracy."""
     digits = demo.load_digits(0, torch.device("cpu"))
     model = network(digits.x_train.shape[1], hidden, name)
     batches = -(-len(digits.x_train) // demo.TRAINING_BATCH)
@@ -143,7 +144,7 @@ def train_until(name: str, hidden: int, accuracy: float, most_epochs: int) -> di
 
 
 def train_both(hidden: int, accuracy: float) -> dict[str, Any]:
-    """One run each, one after the other."""
+    """Train with each of the two layers, one run after the other."""
     runs: dict[str, Any] = {}
     for name in (QLINEAR, BITORCH):
         try:
@@ -157,15 +158,14 @@ def train_both(hidden: int, accuracy: float) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]], style: str = "simple") -> str:
-    """Times and saved bytes of a step, and how many times as fast as nn.Linear's."""
+    """Return a table of nn.Linear's times, the others' ratios and the bytes saved by all."""
     present = [name for name in NAMES if any(name in result["seconds_quartiles"] for result in results)]
     rows = []
     for result in results:
         times, saved = result["seconds_quartiles"], result["saved_bytes"]
         cells = [f"{microseconds(median(times, LINEAR))} {spread(times, LINEAR)}"]
         cells += [f"{ratio(times, LINEAR, name):.2f} {spread(times, name)}" for name in present[1:]]
-        shape = f"{result['m']} × {result['k']} → {result['n']}"
-        rows.append([shape, *cells, *(f"{saved[name] / 1000:,.1f}" for name in present)])
+        rows.append([str(Shape.of(result)), *cells, *(f"{saved[name] / 1000:,.1f}" for name in present)])
     headers = ["training step", f"{LINEAR}, µs", *(f"{name}, ×" for name in present[1:])]
     headers += [f"{name}, kB saved" for name in present]
     text: str = tabulate(
@@ -175,13 +175,13 @@ def table(results: list[dict[str, Any]], style: str = "simple") -> str:
 
 
 def report(figures: dict[str, Any]) -> str:
-    """The steps, as text."""
+    """Return the results of the steps, as text."""
     absent = [f"absent: {name}: {why}" for name, why in figures["absent"].items()]
     return "\n".join([table(figures["results"]), *absent])
 
 
 def run_table(run: dict[str, Any], style: str = "simple") -> str:
-    """Both runs to the same accuracy."""
+    """Return a table of both runs to the same accuracy."""
     rows = []
     for name, result in run["runs"].items():
         if "absent" in result:
@@ -203,12 +203,14 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m benchmarks train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=THREADS, default=1, help="torch's threads (1)")
-    parser.add_argument("--rounds", type=TURNS, default=ROUNDS, help=f"turns of each layer ({ROUNDS})")
-    parser.add_argument("--quick", action="store_true", help="a selection of the shapes")
-    parser.add_argument("--only", choices=STEPS, metavar="NAME", help="one shape of shapes.csv")
-    parser.add_argument("--run", action="store_true", help="train the demo's network instead: minutes")
+    parser.add_argument("--rounds", type=TURNS, default=ROUNDS, help=f"the turns of each layer ({ROUNDS})")
+    parser.add_argument("--quick", action="store_true", help="time a selection of the shapes")
+    parser.add_argument("--only", choices=STEPS, metavar="NAME", help="time one shape of shapes.csv")
+    parser.add_argument("--run", action="store_true", help="train the demo's network instead, which takes minutes")
     parser.add_argument("--hidden", type=at_least(1), default=4096, help="its width (4096)")
-    parser.add_argument("--accuracy", type=float, default=0.97, help="of the test images, where a run ends (0.97)")
+    parser.add_argument(
+        "--accuracy", type=float, default=0.97, help="the share of the test images at which a run ends (0.97)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args(argv)
     prepare(options.threads)

@@ -1,8 +1,8 @@
 """Prints what is installed and checks every kernel that can run here: ``python -m bitorch_qlinear``.
 
-Each CPU kernel, and each CUDA kernel of each device, computes a handful of odd shapes in all dtypes: packing, products
-and real values × signs. Its results must be those of the scalar kernel bit for bit, and the scalar kernel's those of
-plain torch. The exit code is 0 if they are, and 1 otherwise.
+Each CPU kernel, and each CUDA kernel of each device, computes some odd shapes in all dtypes: packing, products, and on
+the CPU also real values × signs. The results must equal those of the scalar kernel bit for bit, and those of the scalar
+kernel must equal plain torch's. The exit code is 0 if they do, and 1 otherwise.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ SCALAR = "scalar"
 
 
 class Case(NamedTuple):
-    """The sizes of a product of a handful, and the dtype of its input.
+    """The sizes of a small product and the dtype of its input.
 
     Attributes:
         rows: Rows of x.
         outputs: Rows of the weight.
-        k: Values in a row of either.
-        dtype: Of x and of the result.
+        k: Values in a row of x and of the weight.
+        dtype: Dtype of x and of the result.
     """
 
     rows: int
@@ -39,8 +39,8 @@ class Case(NamedTuple):
     dtype: torch.dtype
 
 
-# Kernels compute one row, a few and many in different ways, use tables from 58 rows and 512 outputs on and sums of 16
-# bits up to 65,520 values, and their loops end at different multiples of k.
+# Kernels compute one row, a few rows and many rows in different ways. They use tables from 58 rows and 512 outputs on,
+# and sums of 16 bits up to 65,520 values. Their loops end at different multiples of k.
 CASES = (
     Case(1, 1, 1, torch.float32),
     Case(1, 67, 129, torch.bfloat16),
@@ -56,10 +56,10 @@ Results = dict[str, Tensor]
 
 
 class Inputs(NamedTuple):
-    """Random operands of a case, with values that are easily got wrong among them.
+    """Random operands of a case, and among them values that are easily treated wrongly.
 
     Attributes:
-        x: Shape ``(rows, k)``, its rows apart in memory; with ±0, infinities and NaN.
+        x: Shape ``(rows, k)``, with gaps between its rows in memory; it contains ±0, infinities and NaN.
         weight: Shape ``(outputs, k)``.
         bias: Shape ``(outputs,)``.
         scale: Shape ``(outputs,)``.
@@ -75,7 +75,7 @@ class Inputs(NamedTuple):
 
 @functools.cache
 def inputs(case: Case) -> Inputs:
-    """The same operands for the same case, made once."""
+    """Return the operands of a case, which are made once and are the same in every run."""
     generator = torch.Generator().manual_seed(case.rows + case.outputs + case.k)
 
     def normal(*shape: int) -> Tensor:
@@ -89,7 +89,7 @@ def inputs(case: Case) -> Inputs:
 
 
 def compute(case: Case, device: torch.device) -> Results:
-    """What the operators make of a case on a device, with the kernel that is active there; brought to the CPU."""
+    """Compute a case on a device with all operators and the kernel that is active there; return CPU tensors."""
     x, weight, bias, scale, reals = (operand.to(device) for operand in inputs(case))
     words = functional.pack_bits(weight)
     prepared = functional.prepare_weight(words, case.k)
@@ -105,7 +105,7 @@ def compute(case: Case, device: torch.device) -> Results:
         "linear": y,
     }
     if device.type == "cpu":
-        few = slice(0, 11)  # rows, for the scalar kernel needs a tenth of a second for all those of the largest case
+        few = slice(0, 11)  # the scalar kernel would take a tenth of a second for all rows of the largest case
         finite = x[few].nan_to_num(0, 1, -1)
         results["multiply_signs"] = functional.multiply_signs(reals[few], words, case.k)
         results["multiply_signs, transposed"] = functional.multiply_signs(finite, words, case.k, True)
@@ -113,18 +113,18 @@ def compute(case: Case, device: torch.device) -> Results:
 
 
 def compute_by_torch(case: Case) -> Results:
-    """The results that torch computes exactly in its own ways, whatever the scalar kernel does."""
+    """Return the results that plain torch can compute exactly, as the reference for the scalar kernel."""
     x, weight, *_ = inputs(case)
     x_signs, weight_signs = (torch.where(values < 0, -1.0, 1.0) for values in (x, weight))
     return {
         "unpack_bits": x_signs.to(torch.int8),
-        # Sums of at most 2²⁴ times ±1 are exact in float32, in any order.
+        # A sum of at most 2²⁴ terms ±1 is exact in float32, in any order.
         "binary_linear": (x_signs @ weight_signs.T).to(torch.int32),
     }
 
 
 def difference(actual: Results, expected: Results) -> str | None:
-    """The first expected result that is not there bit for bit, in words; None if all are."""
+    """Return the first result that differs from the expected one in any bit, in words, or None if none does."""
     for name, want in expected.items():
         got = actual[name]
         if (got.shape, got.dtype) != (want.shape, want.dtype):
@@ -152,7 +152,7 @@ def check(kernel: str, device: torch.device, expected: Sequence[Results]) -> str
         with kernels.forced(kernel):
             try:
                 wrong = difference(compute(case, device), want)
-            except RuntimeError as error:  # of a device, say; the other kernels are checked all the same
+            except RuntimeError as error:  # for example of a device; the other kernels are still checked
                 wrong = str(error).partition("\n")[0]
         if wrong:
             return f"{case.rows} × {case.k} → {case.outputs}, {str(case.dtype).removeprefix('torch.')}: {wrong}"
@@ -160,7 +160,11 @@ def check(kernel: str, device: torch.device, expected: Sequence[Results]) -> str
 
 
 def self_test() -> bool:
-    """Check all kernels of this machine and print a line for each; whether all are right."""
+    """Check all kernels of this machine and print a line for each.
+
+    Returns:
+        Whether all kernels are right.
+    """
     cpu = torch.device("cpu")
     with kernels.forced(SCALAR):
         expected = [compute(case, cpu) for case in CASES]
@@ -169,7 +173,7 @@ def self_test() -> bool:
         if name != SCALAR:
             wrong[name] = check(name, cpu, expected)
     for device in _cuda_devices():
-        # The CPU has one more operator than CUDA.
+        # The operator multiply_signs exists only on the CPU.
         on_cuda = [{name: want for name, want in results.items() if "multiply" not in name} for results in expected]
         for name in _kernels.available_cuda_kernels(torch.cuda.get_device_capability(device)):
             wrong[f"{device} {name}"] = check(name, device, on_cuda)
@@ -189,10 +193,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print :func:`bitorch_qlinear.info` and check the kernels.
 
     Args:
-        arguments: Those of the command line, by default the process's; none are taken but ``--help``.
+        arguments: The command line's arguments, by default those of the process. ``--help`` is the only one.
 
     Returns:
-        The exit code: 0, or 1 if a kernel is wrong.
+        The exit code, which is 1 if a kernel is wrong and 0 otherwise.
     """
     parser = argparse.ArgumentParser(
         prog="python -m bitorch_qlinear", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

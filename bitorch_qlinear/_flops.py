@@ -1,4 +1,4 @@
-"""The products' operations for torch.utils.flop_counter: as many as it counts of the float layers they replace."""
+"""Numbers of operations for torch.utils.flop_counter: a binary layer counts as much as the float layer it replaces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COUNTER = "torch.utils.flop_counter"
 
 
 def _product(rows: Sequence[int], words: Sequence[int], k: int, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """2 m n k of a product of m rows and (n, ...) words, as torch counts addmm; torch hands shapes in for tensors."""
+    """Return 2 m n k for m rows and n rows of words, as torch counts addmm; torch passes shapes instead of tensors."""
     return 2 * math.prod(rows[:-1]) * words[0] * k
 
 
@@ -31,13 +31,14 @@ def _register(counter: ModuleType) -> None:
 
 
 class _AtImport:
-    """Registers when the counter is imported: it imports triton where that is installed, which we must not do.
+    """Registers the formulas when torch's counter is imported, because this package must not import it itself.
 
-    triton takes 0.25 s, a fifth of `import torch` (torch 2.11 for CUDA).
+    The counter imports triton if that is installed, which takes 0.25 s, a fifth of `import torch` (torch 2.11 for
+    CUDA).
     """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """None of any module but the counter, and of that what the other finders say."""
+        """Return None for all modules except the counter, whose spec the other finders return."""
         if name != _COUNTER:
             return None
         sys.meta_path.remove(self)

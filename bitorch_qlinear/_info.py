@@ -1,4 +1,4 @@
-"""What this installation is made of and which kernels run here."""
+"""A description of this installation, of the machine, and of the kernels that compute on it."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ __all__ = ["Info", "info"]
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """An installation and the machine that it runs on; ``str`` is an aligned list, a field a line.
+    """An installation and the machine that it runs on; ``str`` gives an aligned list of the fields.
 
     Attributes:
         version: Version of bitorch_qlinear.
         compiler: Name and version of the C++ compiler.
-        torch_built: Version of the torch that it was compiled against.
-        torch_running: Version of the torch that runs.
-        cuda: The targets that the CUDA operators were compiled for, or why there are none.
-        cuda_devices: Each CUDA device's name and compute capability, the kernels that it can run, and which of them
-            computes some products and why. Empty without CUDA operators.
-        cuda_kernel: The CUDA kernel that is forced, "chosen by each product's sizes", or "none" without CUDA operators.
-        cpu_capability: What processor and operating system offer: "AVX512", "AVX2", "NEON" or "DEFAULT".
+        torch_built: Version of torch that the package was compiled against.
+        torch_running: Version of torch in this process.
+        cuda: Targets that the CUDA operators were compiled for, or the reason why there are no CUDA operators.
+        cuda_devices: One text for each CUDA device: its name, compute capability and kernels, and which of them
+            computes some example products and why. Empty without CUDA operators.
+        cuda_kernel: The forced CUDA kernel, "chosen by each product's sizes", or "none" without CUDA operators.
+        cpu_capability: Best instruction set of processor and operating system: "AVX512", "AVX2", "NEON" or "DEFAULT".
         kernels: The CPU kernels that this processor can run, best first.
         kernel: The CPU kernel that computes.
-        kernel_reason: Why it is this one.
+        kernel_reason: The reason why this CPU kernel computes.
     """
 
     version: str
@@ -45,7 +45,7 @@ class Info:
     kernel_reason: str
 
     def __str__(self) -> str:
-        """The fields in an aligned list; long values go on in the next line, below their beginning."""
+        """Return the fields as an aligned list; a long value continues below its beginning."""
         names = [field.name for field in dataclasses.fields(self)]
         width = max(map(len, names)) + 2
         lines: list[str] = []
@@ -64,7 +64,7 @@ class Info:
         return "\n".join(lines)
 
     def _texts(self, name: str) -> list[str]:
-        """What is printed of a field: a paragraph for each device, and one for anything else."""
+        """Return the paragraphs of a field: one for each device, and a single one for every other field."""
         value: str | tuple[str, ...] = getattr(self, name)
         if isinstance(value, str):
             return [value]
@@ -75,7 +75,7 @@ def info() -> Info:
     """Describe the installation and the machine: versions, compiler, CUDA, processor, and the kernels that compute.
 
     Returns:
-        What is true at this moment: a kernel that is forced later is not in it.
+        The state at this moment; a kernel that is forced later is not in it.
     """
     build = _library.build_info
     return Info(

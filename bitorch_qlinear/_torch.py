@@ -1,6 +1,6 @@
-"""The private names of torch that this package uses, each with what serves where a torch lacks it.
+"""The private names of torch that this package uses, each with a fallback for a torch that lacks it.
 
-No other file of the package has any; ``tests/build/test_private_names.py`` looks.
+No other file of the package uses one, as ``tests/build/test_private_names.py`` checks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
     "transforms_active",
 ]
 
-# Whether autocast is on for any device. Without it the caller asks about its own device.
+# Tells whether autocast is on for any device. The fallback makes the caller ask about its own device.
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
@@ -45,21 +45,20 @@ def _has_amx() -> bool:
 
 
 HAS_AMX: bool = _has_amx()
-"""Whether the processor has Intel's tiles, by which its BLAS multiplies bfloat16."""
+"""Whether the processor has Intel's matrix tiles, which its BLAS uses for bfloat16."""
 
 functorch_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def transforms_active() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, which must see a Function, not an operator."""
+    """Whether torch.func or forward-mode differentiation is active; they need an autograd Function, not an operator."""
     return functorch_active() or getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def apply(function: type[Function], *args: Any) -> Any:
-    """``function.apply(*args)``, without the cost that only torch.func and torch.compile need.
+    """Return ``function.apply(*args)``, without a cost that only torch.func and torch.compile need.
 
-    ``Function.apply`` binds its arguments by inspection (15 to 40 us); the C++ method beneath it takes them as they
-    are.
+    ``Function.apply`` binds its arguments by inspection (15 to 40 us). The C++ method that it calls does not.
     """
     if torch.compiler.is_compiling() or functorch_active() or not hasattr(super(Function, function), "apply"):
         return function.apply(*args)
@@ -67,13 +66,13 @@ def apply(function: type[Function], *args: Any) -> Any:
 
 
 def operator_entry(operator: Any) -> Callable[..., Any]:
-    """The dispatcher's own entry beneath an operator's Python object, which adds 0.4 us to look for TorchBind."""
+    """Return the dispatcher's function that an operator's Python object calls after looking for TorchBind (0.4 us)."""
     entry: Callable[..., Any] = getattr(operator, "_op", operator)
     return entry
 
 
 def has_hooks(module: nn.Module, allowed: Callable[..., Any] | None = None) -> bool:
-    """Whether the module has hooks, which a computation past its `forward` would skip.
+    """Whether the module has hooks, which a computation that does not call the module would skip.
 
     Args:
         module: The module.
@@ -93,13 +92,13 @@ def has_hooks(module: nn.Module, allowed: Callable[..., Any] | None = None) -> b
 
 
 def hook_names(module: nn.Module) -> list[str]:
-    """What the module's hooks are called, those of forward and before it."""
+    """Return the names of the module's forward pre-hooks and forward hooks."""
     tables = (getattr(module, name, {}) for name in ("_forward_pre_hooks", "_forward_hooks"))
     return [getattr(hook, "__qualname__", type(hook).__name__) for table in tables for hook in table.values()]
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Whether it is a DTensor, without importing its module, which takes half a second."""
+    """Whether it is a DTensor; the module that defines DTensor is not imported, which would take half a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -108,14 +107,14 @@ _PLAIN = {"Tensor", "Parameter", "Buffer", "FakeTensor", "FunctionalTensor"}
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it is one of torch's own strided tensors, or stands for one while torch traces."""
+    """Whether it is one of torch's own strided tensors, or represents one while torch traces."""
     cls = type(tensor)
     known = cls is Tensor or (cls.__name__ in _PLAIN and cls.__module__.split(".")[0] == "torch")
     return known and tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized
 
 
 def is_known(condition: bool | torch.SymBool) -> bool:
-    """Whether a condition on sizes holds for all sizes that a traced program is made for. Adds no guard."""
+    """Whether a condition on sizes holds for all sizes of a traced program; it adds no guard."""
     if not torch.compiler.is_compiling():
         return bool(condition)
     try:
@@ -126,19 +125,27 @@ def is_known(condition: bool | torch.SymBool) -> bool:
 
 
 def shares_data(tensor: Tensor, other: Tensor) -> bool:
-    """Whether ``tensor.data = other`` is possible: it is not from a real device to meta, for example."""
+    """Whether ``tensor.data = other`` is possible; between a real device and meta, for example, it is not."""
     compatible = getattr(torch, "_has_compatible_shallow_copy_type", lambda *_: False)
     return bool(compatible(tensor, other))
 
 
 def is_proxy(value: object) -> bool:
-    """Whether torch.fx traces with this in a tensor's place."""
+    """Whether this is a Proxy, with which torch.fx traces instead of a tensor."""
     fx = sys.modules.get("torch.fx")
     return fx is not None and isinstance(value, fx.Proxy)
 
 
 def trace_as_leaf(module: nn.Module, x: Any) -> Any:
-    """A call of the module in torch.fx's graph, as of torch's own layers; x is a Proxy."""
+    """Record a call of the module in torch.fx's graph, as torch.fx does for torch's own layers.
+
+    Args:
+        module: The layer.
+        x: Its input, a Proxy.
+
+    Raises:
+        TypeError: The module is the root of the trace.
+    """
     path = x.tracer.path_of_module(module)
     if not path:
         raise TypeError(
@@ -149,7 +156,12 @@ def trace_as_leaf(module: nn.Module, x: Any) -> Any:
 
 
 def called_from(module: str, depth: int = 6) -> bool:
-    """Whether a function of this module of torch's is among the nearest callers of the caller."""
+    """Whether a function of this module, or of one below it, is among the nearest callers of the caller.
+
+    Args:
+        module: The beginning of the module's name.
+        depth: Number of callers that are looked at.
+    """
     frame: FrameType | None = sys._getframe(1)
     for _ in range(depth):
         if frame is None:

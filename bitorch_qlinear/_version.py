@@ -1,3 +1,3 @@
-"""The version: the one place that says it (pyproject.toml, setup.py and the shared objects read it here)."""
+"""The version, which pyproject.toml, setup.py and the shared objects take from here."""
 
 __version__ = "0.1.0"

@@ -1,16 +1,16 @@
-"""What the state dict of a packed layer must be, and what is said of one that is not.
+"""The format of a packed layer's state dict, and the messages about one that does not have it.
 
-A packed layer's entries are
+The entries of a packed layer are
 
     weight       the words: int32 (or uint32), shape (n, ceil(k / 32)), bits past k zero
     bias         n floats, if the layer has a bias
     k            K, int64
-    format       the number of this list, int64
-    input_rule   how the input becomes bits, int64: its place in `INPUT_RULES`
-    weight_rule  how float weights became bits, int64: its place in `WEIGHT_RULES`
+    format       the version of this format, int64
+    input_rule   how the input becomes bits, int64: an index into `INPUT_RULES`
+    weight_rule  how float weights became bits, int64: an index into `WEIGHT_RULES`
 
-All are tensors, so that torch.save, safetensors and distributed checkpoints carry them. Checkpoints that were written
-before there was a format lack the last three, and load.
+All of them are tensors, so that torch.save, safetensors and distributed checkpoints can hold them. Checkpoints from
+before the format had a version lack the last three entries; they load as well.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ __all__ = [
 ]
 
 FORMAT = 1
-"""The newest format that this version knows, and the one that it writes."""
-INPUT_RULES = ("+1 where not x < 0, else -1", "+1 where x > 0, else -1", "real values as they are")
+"""The format that this version of the package writes; it reads this one and all older ones."""
+INPUT_RULES = ("+1 unless x < 0, else -1", "+1 if x > 0, else -1", "real values as they are")
 STRICT_INPUT, REAL_INPUT = 1, 2
-WEIGHT_RULES = ("+1 where not w < 0, else -1", "+1 where w > 0, else -1", "the signs of quantized weights")
+WEIGHT_RULES = ("+1 unless w < 0, else -1", "+1 if w > 0, else -1", "the signs of quantized weights")
 QUANTIZED_WEIGHT = 2
 NUMBERS = ("k", "format", "input_rule", "weight_rule")
-"""The entries that are one number each."""
+"""The entries that hold a single number."""
 
 
 def words_for(k: int) -> int:
-    """Number of words that k values take."""
+    """Return the number of words that k values take."""
     return -(-k // 32)
 
 
 def problem_of_words_in_float(prefix: str, state_dict: Mapping[str, Any]) -> str | None:
-    """What to say where a float layer is to load a packed layer's entries, or None."""
+    """Return the error message for a float layer that would load a packed layer's entries, or None if it would not."""
     weight = state_dict.get(f"{prefix}weight")
     if not isinstance(weight, Tensor) or weight.is_floating_point() or f"{prefix}k" not in state_dict:
         return None
@@ -63,15 +63,15 @@ def problem_of_words_in_float(prefix: str, state_dict: Mapping[str, Any]) -> str
 def problem_of_packed(
     prefix: str, state_dict: Mapping[str, Any], n: int, k: int, input_rule: int, weight_rule: int
 ) -> str | None:
-    """What is wrong with a packed layer's entries, or None.
+    """Return the first problem of a packed layer's entries as an error message, or None.
 
     Args:
-        prefix: Of the entries' names.
-        state_dict: The checkpoint. What it lacks is torch's to report.
-        n: Number of outputs of the layer that loads it.
-        k: Number of its inputs.
-        input_rule: How its input becomes bits.
-        weight_rule: How float weights become its bits.
+        prefix: Prefix of the entries' names.
+        state_dict: The checkpoint. Missing entries are no problem here, because torch reports them.
+        n: Outputs of the layer that loads the checkpoint.
+        k: Inputs of the layer.
+        input_rule: The layer's index into `INPUT_RULES`.
+        weight_rule: The layer's index into `WEIGHT_RULES`.
     """
     expected = {"k": k, "format": FORMAT, "input_rule": input_rule, "weight_rule": weight_rule}
     numbers = {name: state_dict[f"{prefix}{name}"] for name in NUMBERS if f"{prefix}{name}" in state_dict}

@@ -1,9 +1,9 @@
-"""Which kernels compute, and how to make one of them compute everything: for tests, measurements and comparisons.
+"""The kernels that can compute here, the one that does, and a way to force another, for tests and measurements.
 
-Every kernel computes the same bits; only the time differs. Without a choice of yours the CPU kernel is the best one
-that the processor can run, and the CUDA kernel is chosen by the device and the sizes of each product. The environment's
-``BITORCH_QLINEAR_CPU_KERNEL`` and ``BITORCH_QLINEAR_CUDA_KERNEL`` choose for a whole process, :func:`forced` for a
-while.
+Every kernel computes the same bits; only the time differs. By default the CPU kernel is the best one that the processor
+can run, and the CUDA kernel is chosen by the device and the sizes of each product. The environment variables
+``BITORCH_QLINEAR_CPU_KERNEL`` and ``BITORCH_QLINEAR_CUDA_KERNEL`` force a kernel for a whole process, and
+:func:`forced` forces one inside a block.
 """
 
 from __future__ import annotations
@@ -17,20 +17,16 @@ __all__ = ["active", "available", "forced"]
 
 
 def available() -> list[str]:
-    """List the CPU kernels that this processor can run.
+    """Return the names of the CPU kernels that this processor can run.
 
     Returns:
-        Their names, best first; the last is "scalar", which every processor can run.
+        The names, best first; the last is "scalar", which every processor can run.
     """
     return _kernels.available_kernels()
 
 
 def active() -> str:
-    """Name the CPU kernel that computes.
-
-    Returns:
-        One of :func:`available`.
-    """
+    """Return the name of the CPU kernel that computes, one of :func:`available`."""
     return _kernels.active_kernel()
 
 
@@ -38,23 +34,23 @@ def active() -> str:
 def forced(name: str | None) -> Iterator[None]:
     """Make one kernel compute inside a ``with`` block, and restore the former choice at its end.
 
-    A CPU kernel computes everything on the CPU, and a CUDA kernel computes all products on CUDA devices that it takes:
-    the skinny ones take at most 16 rows. One block of each can be nested, and a block inside another wins. The choice
-    is the whole process's: do not force kernels in several threads at once.
+    A CPU kernel computes everything on the CPU. A CUDA kernel computes all products on CUDA devices that it can
+    compute: the skinny kernels take at most 16 rows. Blocks can be nested; for each of CPU and CUDA the innermost
+    counts. The choice holds for the whole process, so do not force kernels in several threads at once.
 
     A prepared weight (:func:`bitorch_qlinear.functional.prepare_weight`) belongs to the CPU kernel that was active when
-    it was made, and with another one the operators prepare anew in each call; the CUDA kernels share one form.
+    it was made; with another CPU kernel the operators prepare the weight in each call. The CUDA kernels share one form.
 
     Args:
-        name: One of :func:`available`, a CUDA kernel, or None to leave everything as it is.
+        name: One of :func:`available`, a CUDA kernel, or None to change nothing.
 
     Yields:
         Nothing.
 
     Raises:
-        ValueError: There is no such kernel, this processor cannot run it, or it is a CUDA kernel and there are no CUDA
-            operators. Nothing has changed then. (A CUDA device that lacks a forced kernel raises RuntimeError at the
-            first product.)
+        ValueError: No kernel has this name, this processor cannot run it, or it is a CUDA kernel and this installation
+            has no CUDA operators. Nothing has changed then. (On a CUDA device that lacks the forced kernel, the first
+            product raises RuntimeError.)
     """
     if name is None:
         yield

@@ -11,29 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _kernels, _library, functional, quantizations
-from ._product import (
-    apply_to_no_tensor,
-    apply_to_values,
-    differentiable,
-    has_kernels,
-    is_differentiated,
-    raise_of_dtype,
-    real_linear,
-    sign_linear,
-    tables_win,
-    wants_gradient,
-)
+from ._inputs import apply_to_no_tensor, apply_to_values, has_other_layout, raise_of_dtype
+from ._product import has_kernels, is_differentiated, real_linear, sign_linear, train_linear, wants_gradient
+from ._sign_gemm import beats_blas
 from ._torch import called_from, has_hooks, is_dtensor, is_plain
 from .checkpoint import problem_of_words_in_float
 from .quantizations import BinaryRule, binary_rule, cancel_gradient, get_quantization, is_identity
 
 __all__ = ["QLinear"]
 
-# Looked up once: a name in a module of a module costs 20 ns at every call.
+# Looked up once, because a name in a module of a module costs 20 ns in every call.
 _compiling = torch.compiler.is_compiling
 
-# In a call with at most so many rows and at least so many weights, packing the weights takes most of the time: with
-# more rows the product does, with fewer weights the call itself.
+# Packing the weights takes most of the time of a call with at most this many rows and at least this many weights. With
+# more rows the product takes most of it, and with fewer weights the call itself.
 _FEW_ROWS = 32
 _MANY_WEIGHTS = 1 << 17
 
@@ -41,7 +32,7 @@ _warned_of_packing = False
 
 
 def _warn_of_packing(rows: int) -> None:
-    """Say once a process that a model whose weights no longer change is faster when it is packed."""
+    """Warn, once in a process, that a model whose weights no longer change is faster when it is packed."""
     global _warned_of_packing
     if _warned_of_packing or not 0 < rows <= _FEW_ROWS:
         return
@@ -49,14 +40,15 @@ def _warn_of_packing(rows: int) -> None:
     warnings.warn(
         "bitorch_qlinear: a QLinear packs its weights in every call, which takes most of the time of a call with "
         f"{rows} row{'s' * (rows != 1)}: for inference, bitorch_qlinear.pack(model) packs them once.",
-        stacklevel=6,  # the caller of the module: two frames are this file's, and forward and two of nn.Module follow
+        # The caller of the module is behind this function, _consider_warning, forward, and two functions of nn.Module.
+        stacklevel=6,
     )
 
 
 def path_name(weight: Tensor) -> str:
-    """What computes a binary product on this tensor's device, for a layer's repr."""
+    """Return what computes a binary product with this weight on its device, in words, for a layer's repr."""
     if is_dtensor(weight):
-        return "float (sharded weights; packed where FSDP2 has gathered them)"
+        return "float (sharded weights; packed once FSDP2 has gathered them)"
     if weight.is_cuda:
         return "packed (CUDA)" if has_kernels(weight) else f"float (no kernels for cuda: {_library.no_cuda_reason})"
     if not has_kernels(weight):
@@ -73,7 +65,7 @@ def _check_threshold(threshold: float | None) -> float | None:
 
 
 def _how_to_free(linear: nn.Linear, name: str) -> str:
-    """What makes a computed weight or bias a parameter of its own again, in words."""
+    """Return the step that makes a computed weight or bias a parameter of its own again, in words."""
     if nn.utils.parametrize.is_parametrized(linear, name):
         return f"call torch.nn.utils.parametrize.remove_parametrizations(linear, {name!r}) first"
     if f"{name}_orig" in linear._parameters and f"{name}_mask" in linear._buffers:
@@ -85,30 +77,26 @@ def _how_to_free(linear: nn.Linear, name: str) -> str:
 
 
 def do_nothing(module: nn.Module, args: Any, output: Any) -> None:
-    """A hook on the activation.
+    """Serve as the forward hook on every activation, which keeps ``nn.TransformerEncoderLayer`` off its fast path.
 
-    ``nn.TransformerEncoderLayer`` has a fast path for inference that reads its linear layers' weights itself, and never
-    calls the layers. It leaves that path where any module inside has a forward hook. The activation itself is called in
-    the float path alone, so that the hook costs a packed call nothing.
+    That path, for inference, reads the weights of its linear layers itself and never calls the layers; a forward hook
+    on any module inside disables it. Only the float path calls the activation, so the hook costs a packed call nothing.
     """
 
 
 class Activation(nn.Module):
-    """The input's quantization behind the gradient cancellation; named as in bitorch, so that state dicts agree.
+    """Gradient cancellation followed by the input's quantization; named as in bitorch, so that state dicts agree.
 
     Attributes:
         activation_function: The quantization.
-        gradient_cancellation_threshold: The threshold, or None.
+        gradient_cancellation_threshold: The gradient is 0 unless ``|x| <= threshold``; None and 0 cancel nothing.
     """
 
     def __init__(self, activation_function: nn.Module, threshold: float | None) -> None:
-        """Join the two.
-
-        Args:
-            activation_function: The quantization.
-            threshold: The gradient is zero where not ``|x| <= threshold``; None or 0 cancels nothing.
+        """Keep the quantization and the threshold.
 
         Raises:
+            TypeError: The threshold is no number.
             ValueError: The threshold is negative or NaN.
         """
         super().__init__()
@@ -123,25 +111,26 @@ class Activation(nn.Module):
 
 
 class QLinear(nn.Linear):
-    """``y = q(x) · q(W)ᵀ + b`` with quantized input and weight, bitorch's ``QLinear`` with packed kernels.
+    """``y = q(x) · q(W)ᵀ + b`` with quantized input and weight: bitorch's ``QLinear`` with packed kernels.
 
-    Where both quantizations are sign-like (sign, approxsign, swishsign, steheaviside; progressive_sign in eval mode)
-    and the device has kernels, the product is computed exactly by XNOR-popcount over packed bits; everything else
-    computes in float with the same interface. ``repr`` says which. (In inference on the CPU an ``identity`` input meets
-    sign-like weights packed too: a sum of floats, in another order than ``F.linear``'s, several times faster.)
+    If both quantizations are sign-like (sign, approxsign, swishsign, steheaviside; progressive_sign in eval mode) and
+    the device has kernels, the product is computed exactly by XNOR and popcount on packed bits. All other cases compute
+    in float, with the same interface; ``repr`` says which path is taken. (In inference on the CPU the weights are also
+    packed if they are sign-like and the input is ``identity``. This is several times faster than ``F.linear``, and adds
+    the floats in another order.)
 
     With two sign-like factors and T = float64 for a float64 output and float32 otherwise,
     ``y = cast(T(integer product) + T(bias))``. The output's dtype is that of x, or autocast's.
 
-    Gradients are the straight-through estimator's (https://arxiv.org/abs/1602.02830), with the derivative of the
-    quantization where it has one, and zero for inputs with ``|x| > gradient_cancellation_threshold``.
+    Gradients are those of the straight-through estimator (https://arxiv.org/abs/1602.02830), times the derivative of
+    the quantization if it has one, and zero for inputs with ``|x| > gradient_cancellation_threshold``.
 
-    The layer keeps nothing: every forward packs the weights that it finds. :func:`bitorch_qlinear.pack` makes layers
-    that hold packed weights, for fast inference.
+    The layer caches nothing: every forward packs the present weights. :func:`bitorch_qlinear.pack` makes layers that
+    hold packed weights, for fast inference.
 
     Attributes:
-        in_features: K.
-        out_features: N.
+        in_features: The number of inputs, K.
+        out_features: The number of outputs, N.
         weight: Shape ``(N, K)``, real-valued.
         bias: Shape ``(N,)`` or None.
     """
@@ -161,21 +150,21 @@ class QLinear(nn.Linear):
         """Create the layer with ``nn.Linear``'s initialisation.
 
         Args:
-            in_features: K.
-            out_features: N.
-            bias: Whether there is a bias.
-            device: Where the parameters are.
-            dtype: Of the parameters.
+            in_features: The number of inputs, K.
+            out_features: The number of outputs, N.
+            bias: Whether the layer has a bias.
+            device: Device of the parameters.
+            dtype: Dtype of the parameters.
             input_quantization: A name (see :func:`bitorch_qlinear.quantization_names`), a module, or None for sign.
-            gradient_cancellation_threshold: Inputs with a larger magnitude get no gradient. 1.0 is what trains well,
-                and what bitorch 0.4.1's code applies. None or 0 cancels nothing, as bitorch documents it: the gradient
-                then flows through inputs whose sign no step will change, which costs accuracy (53 % against 71 % on a
-                task of 54 features and 7 classes, with Adam at 1e-3).
-            weight_quantization: As `input_quantization`.
+            gradient_cancellation_threshold: Inputs with a larger magnitude get no gradient. 1.0 trains well, and is the
+                value that bitorch 0.4.1's code applies. None and 0 cancel nothing, as bitorch documents it: the
+                gradient then flows through inputs whose sign no step will change, which costs accuracy (64.7 %
+                against 83.7 % on generated data of 54 features and 7 classes, with Adam at 1e-3: docs/training.md).
+            weight_quantization: A name, a module, or None for sign.
 
         Raises:
-            ValueError: An unknown name, or a negative or NaN threshold.
-            TypeError: A quantization that is neither name nor module.
+            ValueError: A name is unknown, or the threshold is negative or NaN.
+            TypeError: A quantization is neither a name nor a module, or the threshold is no number.
         """
         super().__init__(in_features, out_features, bias, device, dtype)
         self.weight_quantization = get_quantization(weight_quantization, "weight_quantization")
@@ -192,17 +181,16 @@ class QLinear(nn.Linear):
         gradient_cancellation_threshold: float | None = None,
         weight_quantization: str | nn.Module | None = None,
     ) -> QLinear:
-        """A QLinear that shares the parameters of an ``nn.Linear``.
+        """Make a QLinear that shares the parameters of an ``nn.Linear``.
+
+        The quantizations and the threshold are those of the constructor.
 
         Args:
-            linear: The layer; its weight and bias become those of the result (the same Parameters).
-            input_quantization: As for the constructor.
-            gradient_cancellation_threshold: As for the constructor.
-            weight_quantization: As for the constructor.
+            linear: The layer. Its weight and bias, the same Parameters, become those of the result.
 
         Raises:
-            TypeError: `linear` is no nn.Linear, or is binary already.
-            ValueError: Its weight or bias is no parameter of its own, but computed of others.
+            TypeError: `linear` is no nn.Linear, or it is already binary.
+            ValueError: Its weight or bias is not a parameter but computed from others.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
@@ -233,26 +221,26 @@ class QLinear(nn.Linear):
 
     @property
     def gradient_cancellation_threshold(self) -> float | None:
-        """The threshold of the gradient cancellation, or None."""
+        """The magnitude beyond which inputs get no gradient, or None."""
         return self.activation.gradient_cancellation_threshold
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output.
+        """Compute the layer's output.
 
         Args:
-            x: Shape ``(..., K)``, any strides. Of a nested or sparse tensor it is the values that count.
+            x: Shape ``(..., K)``, any strides. A nested, quantized or sparse tensor is replaced by its values.
 
         Returns:
             Shape ``(..., N)``.
 
         Raises:
-            TypeError: x is no tensor, or the weight is of a class that the operators do not know.
-            RuntimeError: A wrong shape or dtype of x; double backward; forward-mode differentiation
-                (NotImplementedError).
+            TypeError: x is no tensor, or the weight has a class that the operators do not know.
+            RuntimeError: x has a wrong shape or dtype. A second backward raises it too.
+            NotImplementedError: Forward-mode differentiation.
         """
         if not isinstance(x, Tensor):
             return apply_to_no_tensor(self, x)  # type: ignore[unreachable]
-        # nn.Module.__getattr__ costs 0.5 us; parametrized tensors are not in the dictionary.
+        # nn.Module.__getattr__ costs 0.5 us. A parametrized tensor is not in the dictionary.
         parameters: dict[str, Any] = self._parameters
         weight: Any = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
         bias: Any = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
@@ -264,9 +252,7 @@ class QLinear(nn.Linear):
         try:
             if not is_differentiated(x, weight, bias):
                 return sign_linear(x, weight, bias, rules[0].strict, rules[1].strict)
-            words = functional.pack_bits(weight.detach(), rules[1].strict)
-            threshold = self.activation.gradient_cancellation_threshold
-            return differentiable(x, weight, bias, words, None, weight.shape[1], rules, threshold)
+            return train_linear(x, weight, bias, rules, self.activation.gradient_cancellation_threshold)
         except NotImplementedError:
             if _compiling() or (is_plain(x) and is_plain(weight)):
                 raise
@@ -276,7 +262,7 @@ class QLinear(nn.Linear):
             raise
 
     def _rules(self) -> tuple[BinaryRule, BinaryRule] | None:
-        """The rules of input and weight, or None where the packed path does not compute them."""
+        """Return the rules of input and weight, or None if the packed path cannot compute both of them."""
         modules: dict[str, Any] = self._modules
         activation = modules["activation"]
         if type(activation) is not Activation or has_hooks(activation, do_nothing):
@@ -290,26 +276,26 @@ class QLinear(nn.Linear):
         if is_plain(x) and x.dim() > 0 and x.shape[-1] and not wants_gradient(x, weight, bias):
             _warn_of_packing(x.numel() // x.shape[-1])
 
-    # ---- what is not the packed product ----
+    # ---- the float path ----
 
     def _in_float(self, x: Tensor, weight: Tensor, bias: Tensor | None, rules: object) -> Tensor:
-        """The same values by torch's own operators, for tensors and quantizations without kernels."""
-        if x.is_nested or x.is_quantized or x.layout is not torch.strided:
+        """Compute the same values by torch's own operators, for tensors and quantizations without kernels."""
+        if has_other_layout(x):
             return apply_to_values(self, x)
-        if rules is None and self._multiplies_signs(x, weight, bias):
-            return self._multiply_signs(x, weight, bias)
+        if rules is None and self._takes_sign_gemm(x, weight, bias):
+            return self._sign_gemm(x, weight, bias)
         try:
             return F.linear(self.activation(x), self.weight_quantization(weight), bias)
         except NotImplementedError as error:
             if is_plain(weight):
                 raise
             raise TypeError(
-                f"weight: expected a plain tensor, got {type(weight).__name__}, of which torch has no signs: leave "
-                "QLinear layers out of what replaced it, such as torchao's quantize_ (by its filter_fn)."
+                f"weight: expected a plain tensor, got {type(weight).__name__}, whose signs torch cannot take: exclude "
+                "QLinear layers from whatever replaced the weight, such as torchao's quantize_ (by its filter_fn)."
             ) from error
 
-    def _multiplies_signs(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether inference leaves x real and takes packed sign weights, on the CPU, where that is faster."""
+    def _takes_sign_gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether x stays real, the weights are signs, and packing them makes this inference on the CPU faster."""
         activation = self.activation
         return (
             not self.training
@@ -317,7 +303,7 @@ class QLinear(nn.Linear):
             and x.is_cpu
             and x.dim() > 0
             and x.shape[-1] == weight.shape[1]
-            and tables_win(x, weight.shape[0])
+            and beats_blas(x, weight.shape[0])
             and type(activation) is Activation
             and not has_hooks(activation, do_nothing)
             and is_identity(activation.activation_function)
@@ -326,7 +312,8 @@ class QLinear(nn.Linear):
             and not is_differentiated(x, weight, bias)
         )
 
-    def _multiply_signs(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _sign_gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute the output from real x and packed weights."""
         rule = binary_rule(self.weight_quantization)
         assert rule is not None
         words = functional.pack_bits(weight.detach(), rule.strict)
@@ -335,23 +322,23 @@ class QLinear(nn.Linear):
     # ---- state ----
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """What ``copy.deepcopy`` and pickle ask for.
+        """Return what ``copy.deepcopy`` and pickle need.
 
         Raises:
-            TypeError: The copy is for ``fuse_linear_bn_eval``, which scales weights whose signs alone would count.
+            TypeError: The copy is for ``fuse_linear_bn_eval``, which scales the weights; only their signs are used.
         """
         if called_from("torch.nn.utils.fusion"):
             raise TypeError(
-                "linear: fuse_linear_bn_eval cannot take a QLinear, because of scaled weights the signs alone count: "
-                "keep the batch norm."
+                "linear: fuse_linear_bn_eval cannot take a QLinear, because it scales the weights, of which only the "
+                "signs are used: keep the batch norm."
             )
         return super().__reduce_ex__(protocol)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Set a parameter.
+        """Register a parameter, as nn.Module does.
 
         Raises:
-            TypeError: It is one that torch's tensor-parallel styles made.
+            TypeError: torch's tensor-parallel styles have sharded it.
         """
         if param is not None and is_dtensor(param) and called_from("torch.distributed.tensor.parallel"):
             raise TypeError(
@@ -368,7 +355,7 @@ class QLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """Sizes, quantizations, threshold, and which path computes them."""
+        """Return sizes, quantizations, threshold, and the path that computes them."""
         return (
             f"{super().extra_repr()}, input_quantization={self.input_quantization!r}, "
             f"weight_quantization={self.weight_quantization!r}, "
@@ -376,22 +363,22 @@ class QLinear(nn.Linear):
         )
 
     def __repr__(self) -> str:
-        """One line: the quantizations are part of the layer, not layers below it."""
+        """Return one line, because the quantizations are part of the layer and not layers inside it."""
         return f"{type(self).__name__}({self.extra_repr()})"
 
     @property
     def path(self) -> str:
-        """What computes the layer's output, in words."""
+        """What computes the layer's output, in words; for float computation with the reason."""
         if self._rules() is not None:
             return path_name(self.weight)
         real = type(self.activation) is Activation and is_identity(self.activation.activation_function)
         if real and not self.training and binary_rule(self.weight_quantization) and self.weight.is_cpu:
-            return "packed weights, real input (in inference, where that is faster; else float)"
+            return "packed weights, real input (in inference, if that is faster; else float)"
         return "float"
 
 
 def safe_globals() -> list[Any]:
-    """What ``torch.load(weights_only=True)`` may build of a pickled layer: the layer, its activation, quantizations."""
+    """Return what ``torch.load(weights_only=True)`` may build: QLinear, its activation and the quantizations."""
     classes = [getattr(quantizations, name) for name in quantizations.__all__]
     return [
         QLinear,

@@ -10,15 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _library, functional
+from ._inputs import apply_to_no_tensor, apply_to_values, has_other_layout, raise_of_dtype
 from ._product import (
-    apply_to_no_tensor,
-    apply_to_values,
     autocast_dtype,
-    differentiable,
+    differentiable_linear,
     has_kernels,
     is_differentiated,
     packed_linear,
-    raise_of_dtype,
     real_linear,
 )
 from ._torch import called_from, functorch_active, is_plain, shares_data
@@ -36,19 +34,19 @@ from .quantizations import BinaryRule, Sign, binary_rule, depends_on_mode, get_q
 
 __all__ = ["PackedQLinear"]
 
-# Looked up once: a name in a module of a module costs 20 ns at every call.
+# Looked up once, because a name in a module of a module costs 20 ns in every call.
 _compiling = torch.compiler.is_compiling
 
 _SIGN = BinaryRule()
-# So few words an operator prepares in the time that it takes to pass it their form (0.3 us) and to compare the two.
+# An operator prepares this many words in the time that it takes to pass it their form (0.3 us) and to compare the two.
 _FEW_WORDS = 1024
 
 
 def input_rule_of(quantization: nn.Module) -> int:
-    """The place in `checkpoint.INPUT_RULES` of what a packed layer does with its input.
+    """Return the index in `checkpoint.INPUT_RULES` of the rule by which a packed layer treats its input.
 
     Raises:
-        ValueError: It is neither sign-like nor the identity.
+        ValueError: The quantization is neither sign-like nor the identity.
     """
     if is_identity(quantization):
         return REAL_INPUT
@@ -62,13 +60,13 @@ def input_rule_of(quantization: nn.Module) -> int:
 
 
 def weight_rule_of(quantization: nn.Module) -> int:
-    """The place in `checkpoint.WEIGHT_RULES` of how a packed layer's bits come from float weights."""
+    """Return the index in `checkpoint.WEIGHT_RULES` of the rule by which float weights become a packed layer's bits."""
     rule = binary_rule(quantization)
     return QUANTIZED_WEIGHT if rule is None else int(rule.strict)
 
 
 def pack_weight(weight: Tensor, quantization: nn.Module) -> Tensor:
-    """Words of the quantized weights, on the weights' device; packed on the CPU where that has no kernels.
+    """Return the words of the quantized weights, on the weights' device; without kernels there, the CPU packs them.
 
     Raises:
         ValueError: The quantization gives other values than ±1.
@@ -93,24 +91,24 @@ def pack_weight(weight: Tensor, quantization: nn.Module) -> Tensor:
 class PackedQLinear(nn.Module):
     """``y = s(x) · Wᵀ + b`` with W kept as bits: what a trained :class:`QLinear` is at inference, bit for bit.
 
-    ``state_dict`` holds ``weight`` (packed words), ``bias``, ``k`` and what the words mean (see
-    :mod:`bitorch_qlinear.checkpoint`): 1/32 of the float32 weights. In memory there is as much again for the form that
-    a CPU kernel reads, where it wants another one. Loading checks all of it; a float ``state_dict`` (of a QLinear or
-    ``nn.Linear``) loads by being packed.
+    ``state_dict`` holds ``weight`` (packed words), ``bias``, ``k`` and the meaning of the words (see
+    :mod:`bitorch_qlinear.checkpoint`); it takes 1/32 of the bytes of float32 weights. In memory the layer takes as much
+    again if the CPU kernel reads a prepared form. Loading checks all entries; a float ``state_dict`` (of a QLinear or
+    ``nn.Linear``) is packed while it loads.
 
-    The words may be written in any way, at any time: the operator compares them with their form in every call.
+    The words may be written in any way, at any time, because the operator compares them with their form in every call.
 
     With an ``identity`` input quantization x stays real: ``y = x · Wᵀ + b``.
 
     Gradients flow to x and to the bias, as through the QLinear with frozen weights.
 
     Attributes:
-        in_features: K.
-        out_features: N.
+        in_features: The number of inputs, K.
+        out_features: The number of outputs, N.
         weight: int32 words of shape ``(N, ceil(K / 32))``, see :mod:`bitorch_qlinear.functional`.
         bias: Shape ``(N,)`` or None; a frozen Parameter.
-        k: K as a 0-dim int64 tensor, for the checkpoint; so are ``format``, ``input_rule`` and ``weight_rule``.
-        weight_prepared: The form of the words that the active CPU kernel reads, or None. Not in the checkpoint.
+        k: K as a 0-dim int64 tensor, for the checkpoint, as are ``format``, ``input_rule`` and ``weight_rule``.
+        weight_prepared: The prepared form of the words for the active CPU kernel, or None. It is not in the checkpoint.
     """
 
     weight: Tensor
@@ -136,17 +134,19 @@ class PackedQLinear(nn.Module):
         """Create a layer whose weights are all -1 and whose bias is 0, to load a checkpoint into.
 
         Args:
-            in_features: K.
-            out_features: N.
-            bias: Whether there is a bias.
-            device: Where the tensors are.
-            dtype: Of the bias.
+            in_features: The number of inputs, K.
+            out_features: The number of outputs, N.
+            bias: Whether the layer has a bias.
+            device: Device of the tensors.
+            dtype: Dtype of the bias.
             input_quantization: A sign-like quantization, whose rule decides how x becomes bits, or identity.
-            gradient_cancellation_threshold: Inputs with a larger magnitude get no gradient; None or 0 cancels nothing.
+            gradient_cancellation_threshold: Inputs with a larger magnitude get no gradient; None and 0 cancel nothing.
             weight_quantization: Decides how a float ``state_dict`` becomes bits.
 
         Raises:
-            ValueError: An input quantization that is neither sign-like nor identity.
+            ValueError: The input quantization is neither sign-like nor identity, a name is unknown, or the threshold is
+                negative or NaN.
+            TypeError: A quantization is neither a name nor a module, or the threshold is no number.
         """
         super().__init__()
         self.weight_prepared = None
@@ -158,7 +158,7 @@ class PackedQLinear(nn.Module):
         if isinstance(weight_quantization, str):
             self.weight_quantization.eval()
         self._input_rule = input_rule_of(quantization)
-        # What progressive_sign is in eval mode it is here for ever.
+        # A packed layer is always in inference, so its progressive_sign is Sign in both modes.
         if depends_on_mode(quantization):
             quantization = Sign()
         if depends_on_mode(self.weight_quantization):
@@ -176,7 +176,7 @@ class PackedQLinear(nn.Module):
         self.prepare()
 
     def _numbers(self) -> dict[str, int]:
-        """What the checkpoint says of the words, beside them."""
+        """Return the numbers that tell in a checkpoint what the words mean."""
         return {
             "k": self.in_features,
             "format": FORMAT,
@@ -185,7 +185,7 @@ class PackedQLinear(nn.Module):
         }
 
     def _make_parameters(self, bias: Tensor | None, device: Any, dtype: torch.dtype | None) -> None:
-        """The bias; without one an empty parameter, from which others learn the layer's device and dtype."""
+        """Register the bias; without one an empty parameter, which tells other code the layer's device and dtype."""
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         if bias is None:
             empty = torch.empty(0, device=device, dtype=dtype)
@@ -196,11 +196,11 @@ class PackedQLinear(nn.Module):
         """Pack a QLinear whose input is sign-like or real and whose weights are quantized to ±1.
 
         Args:
-            layer: The QLinear.
-            words: Its packed weights, where they are shared with another layer; by default they are packed.
+            layer: The layer to pack.
+            words: Its packed weights if it shares them with another layer; None packs them.
 
         Raises:
-            ValueError: A quantization of another kind (progressive_sign is not in training mode).
+            ValueError: A quantization is of another kind, as progressive_sign is in training mode.
         """
         weight, bias = layer.weight, layer.bias
         n, k = weight.shape
@@ -222,9 +222,9 @@ class PackedQLinear(nn.Module):
         return packed.train(layer.training)
 
     def unpack(self) -> QLinear:
-        """A QLinear with the same output, whose float weights are ±1, in the dtype of the bias.
+        """Make a QLinear with the same output, whose float weights are ±1, in the dtype of the bias.
 
-        Its weight quantization is sign where the packed weights were made by another kind, such as weightdorefa.
+        Its weight quantization is sign if the packed weights came from one that is not sign-like, such as weightdorefa.
         """
         layer = QLinear(
             self.in_features,
@@ -244,17 +244,19 @@ class PackedQLinear(nn.Module):
     # ---- the product ----
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output.
+        """Compute the layer's output.
 
         Args:
-            x: Shape ``(..., K)``, any strides, any float type. Of a nested or sparse tensor the values count.
+            x: Shape ``(..., K)``, any strides, any float type. A nested, quantized or sparse tensor is replaced by its
+                values.
 
         Returns:
             Shape ``(..., N)``; in the dtype of x, or autocast's.
 
         Raises:
             TypeError: x is no tensor.
-            RuntimeError: A wrong shape or dtype; double backward; forward-mode differentiation (NotImplementedError).
+            RuntimeError: x has a wrong shape or dtype. A second backward raises it too.
+            NotImplementedError: Forward-mode differentiation.
         """
         words: Any = self._buffers["weight"]  # nn.Module.__getattr__ costs 0.5 us
         if (type(x) is not Tensor and type(x) is not nn.Parameter) or not x.is_cpu or not words.is_cpu or _compiling():
@@ -268,15 +270,15 @@ class PackedQLinear(nn.Module):
         before = stale.value
         y = self._compute(x, words, form)
         if stale.value != before:
-            self.prepare()  # the form was not made of these words: the next call has one that is
+            self.prepare()  # the form was made from other words; the next call gets the form of these
         return y
 
     def _elsewhere(self, x: Tensor, words: Tensor) -> Tensor:
-        """The output where x or the words are no ordinary tensors on the CPU, and while compiling."""
+        """Compute the output if x or the words are not ordinary tensors on the CPU, and while compiling."""
         if not isinstance(x, Tensor):
             return apply_to_no_tensor(self, x)  # type: ignore[unreachable]
-        # An exported program runs elsewhere, where another kernel may read another form.
-        # A fake tensor cannot meet a real form.
+        # An exported program may run where another kernel reads another form, and a fake tensor must not be combined
+        # with a real form.
         usable = _compiling() and words.is_cpu and x.is_cpu and not torch.compiler.is_exporting()
         return self._compute(x, words, self.weight_prepared if usable else None)
 
@@ -292,7 +294,7 @@ class PackedQLinear(nn.Module):
                 return packed_linear(x, words, self.in_features, bias, form, self._input_rule == STRICT_INPUT)
             rules = binary_rule(activation.activation_function) or _SIGN, _SIGN
             threshold = activation.gradient_cancellation_threshold
-            return differentiable(x, None, bias, words, form, self.in_features, rules, threshold)
+            return differentiable_linear(x, None, bias, words, form, self.in_features, rules, threshold)
         except NotImplementedError:
             if _compiling() or (is_plain(x) and is_plain(words)):
                 raise
@@ -301,14 +303,14 @@ class PackedQLinear(nn.Module):
             if x.dtype is torch.int32:
                 raise RuntimeError(
                     "x: expected float values, got int32, the dtype of the layer's packed weights: a module that casts "
-                    "its values to weight.dtype, as T5 does, needs a QLinear there; else call x.float()."
+                    "its values to weight.dtype, as T5 does, needs a QLinear there; otherwise call x.float()."
                 ) from error
             raise_of_dtype(x, error)
             raise
 
     def _in_float(self, x: Tensor, words: Tensor, bias: Tensor | None) -> Tensor:
-        """The same values by torch's own operators, on any device: summed and rounded in the operators' T."""
-        if x.is_nested or x.is_quantized or x.layout is not torch.strided:
+        """Compute the same values by torch's own operators, on any device, in the dtype T that the operators sum in."""
+        if has_other_layout(x):
             return apply_to_values(self, x)
         if self._input_rule == REAL_INPUT:
             dtype = autocast_dtype(x) or x.dtype
@@ -320,7 +322,7 @@ class PackedQLinear(nn.Module):
         return y.to(autocast_dtype(x) or x.dtype)
 
     def _signs(self, dtype: torch.dtype) -> Tensor:
-        """The weights as ±1."""
+        """Return the weights as ±1."""
         if has_kernels(self.weight):
             return functional.unpack_bits(self.weight, self.in_features, dtype)
         shifts = torch.arange(32, device=self.weight.device, dtype=torch.int32)
@@ -330,16 +332,17 @@ class PackedQLinear(nn.Module):
     # ---- the prepared form ----
 
     def prepare(self) -> Tensor | None:
-        """Make the form of the words that the active CPU kernel reads.
+        """Make the prepared form of the words for the active CPU kernel.
 
-        Nobody has to call this: a form that was not made of the present words is not used, and an eager call after that
-        makes a new one. A compiled model has no such calls: where its words were written, this makes it fast again.
+        Results never depend on this, because an operator does not use a form that was made from other words. An eager
+        call that finds such a form makes a new one. A compiled model cannot, so after its words were written a call of
+        this makes it fast again.
 
         Returns:
-            The form, or None where the words are few or not on a CPU, or the layer's input is real.
+            The form, or None if the words are few or not on a CPU, or the layer's input is real.
         """
         if functorch_active():
-            return None  # the words may be many layers', and are only lent
+            return None  # torch.func may have lent the layer the words of a whole batch of layers
         self._complete()
         words, form = self.weight, None
         wanted = type(words) is Tensor and words.is_cpu and words.numel() > _FEW_WORDS
@@ -351,11 +354,11 @@ class PackedQLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedQLinear:
         self.weight_prepared = None
-        self._complete()  # what is on meta cannot be moved
+        self._complete()  # a tensor on meta cannot be moved
         words = self.weight
 
         def convert(tensor: Tensor) -> Tensor:
-            """Words and numbers are moved, but keep their dtype (of ``model.type(torch.float64)``, for example)."""
+            """Move words and numbers without changing their dtype, which ``model.type(torch.float64)`` would change."""
             converted: Tensor = fn(tensor)
             if tensor.is_floating_point() or converted.dtype is tensor.dtype:
                 return converted
@@ -363,13 +366,13 @@ class PackedQLinear(nn.Module):
 
         super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
         if self.weight is not words and shares_data(words, self.weight):
-            words.data = self.weight  # as torch moves parameters: words that layers share stay shared
+            words.data = self.weight  # torch moves parameters like this, so that layers keep sharing their words
             self.weight = words
         self.prepare()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the prepared form, which belongs to this process.
+        """Return the state without the prepared form, which belongs to this process.
 
         Raises:
             TypeError: The copy is for ``fuse_linear_bn_eval``, which scales weights.
@@ -382,21 +385,21 @@ class PackedQLinear(nn.Module):
         return {**self.__dict__, "weight_prepared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, and prepare the words for the kernel here."""
+        """Restore the state and prepare the words for this process's kernel."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.prepare()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; words that come as a Parameter stay a buffer.
+        """Set an attribute; words that are given as a Parameter stay a buffer.
 
         Raises:
-            TypeError: Float weights are to take the place of the packed words.
+            TypeError: Float weights would replace the packed words.
         """
         if name == "weight" and isinstance(value, nn.Parameter):
             if value.is_floating_point():
                 raise TypeError(
                     "weight: expected packed words (int32), got float values: load them with load_state_dict, which "
-                    "packs them, or make the layer anew by bitorch_qlinear.pack."
+                    "packs them, or make a new layer with bitorch_qlinear.pack."
                 )
             value = value.data
         super().__setattr__(name, value)
@@ -404,7 +407,7 @@ class PackedQLinear(nn.Module):
     # ---- checkpoints ----
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        # Memory that to_empty or skip_init gave to the numbers holds anything.
+        # to_empty and skip_init give the numbers uninitialized memory, so they are written here.
         with torch.inference_mode(False), torch.no_grad():
             for name, number in self._numbers().items():
                 if getattr(self, name).is_inference():
@@ -447,7 +450,7 @@ class PackedQLinear(nn.Module):
         self.prepare()
 
     def _complete(self) -> None:
-        """Replace what is still on meta after a loader assigned the words: entries that its checkpoint lacks."""
+        """Replace the entries that a loader which assigned the words left on meta, as its checkpoint lacks them."""
         device = self.weight.device
         if device.type == "meta":
             return
@@ -465,18 +468,18 @@ class PackedQLinear(nn.Module):
 
     @property
     def gradient_cancellation_threshold(self) -> float | None:
-        """The threshold of the gradient cancellation, or None."""
+        """The magnitude beyond which inputs get no gradient, or None."""
         return self.activation.gradient_cancellation_threshold
 
     @property
     def path(self) -> str:
-        """What computes the layer's output, in words."""
+        """What computes the layer's output, in words; for float computation with the reason."""
         if self._input_rule == REAL_INPUT:
             return "packed weights, real input"
         return path_name(self.weight)
 
     def extra_repr(self) -> str:
-        """Sizes, sign rule, and which path computes them."""
+        """Return sizes, sign rule, threshold, and the path that computes them."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"input={INPUT_RULES[self._input_rule]!r}, "
@@ -484,5 +487,5 @@ class PackedQLinear(nn.Module):
         )
 
     def __repr__(self) -> str:
-        """One line: the quantizations are part of the layer, not layers below it."""
+        """Return one line, because the quantizations are part of the layer and not layers inside it."""
         return f"{type(self).__name__}({self.extra_repr()})"

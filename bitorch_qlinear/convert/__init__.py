@@ -1,4 +1,4 @@
-"""Conversions of whole models: pack and unpack their binary layers, and a report of what computes them."""
+"""Conversions of whole models: packing and unpacking their binary layers, and a report of what computes them."""
 
 from .packing import pack, unpack
 from .report import LayerReport, Report, explain

@@ -1,4 +1,4 @@
-"""pack() and unpack(): the binary layers of a model as bits, and back."""
+"""pack() and unpack(), which turn the binary layers of a model into bits and back."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def pack(model: _Model, *, inplace: bool = False) -> _Model: ...
 def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Replace each packable QLinear of a model by a PackedQLinear with the same output, for inference.
 
-    :func:`bitorch_qlinear.explain` says, before or after, what is packed and why something is not; what stays as it is
-    is also logged as a warning. Weights that layers share are packed once, and stay shared.
+    :func:`bitorch_qlinear.explain` reports, before or after, which layers are packed and why others are not. The layers
+    that are not packed are also logged as a warning. Weights that layers share are packed once and stay shared.
 
     Args:
-        model: Any module, also a QLinear itself.
-        inplace: Replace inside `model` and free its float weights; otherwise a copy is returned, in which the packed
-            layers' float weights are never copied.
+        model: Any module; it may be a QLinear itself.
+        inplace: Replace the layers inside `model` and free their float weights. Otherwise the result is a copy, made
+            without copying the float weights of the packed layers.
 
     Returns:
         The model, or its copy.
 
     Raises:
         TypeError: `model` is no nn.Module.
-        RuntimeError: It is wrapped for distributed training, or cannot be copied.
+        RuntimeError: The model is wrapped for distributed training, or cannot be copied.
     """
     _check_model(model)
     replacements: dict[int, nn.Module] = {}
@@ -76,15 +76,15 @@ def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Replace each PackedQLinear of a model by a QLinear with the same output, whose weights are ±1.
 
     Args:
-        model: Any module, also a PackedQLinear itself.
-        inplace: Replace inside `model`; otherwise a copy is returned.
+        model: Any module; it may be a PackedQLinear itself.
+        inplace: Replace the layers inside `model`. Otherwise the result is a copy.
 
     Returns:
         The model, or its copy.
 
     Raises:
         TypeError: `model` is no nn.Module.
-        RuntimeError: It is wrapped for distributed training, or cannot be copied.
+        RuntimeError: The model is wrapped for distributed training, or cannot be copied.
     """
     _check_model(model)
     replacements: dict[int, nn.Module] = {}
@@ -112,12 +112,22 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _held(module: nn.Module) -> nn.Module:
-    """The module itself, or the one inside of a container of bitorch's, which answers in its container's place."""
+    """Return the module itself, or the layer inside a container of bitorch, which poses as its container."""
     return next(module.modules())
 
 
 def _replace(model: nn.Module, replacements: dict[int, nn.Module], inplace: bool, reasons: dict[str, str]) -> nn.Module:
-    """The model, or a copy of it, with other modules in the places of those with these ids."""
+    """Return the model, or a copy of it, in which the modules with these ids are replaced.
+
+    Args:
+        model: The model.
+        replacements: The new module for the id of each module to be replaced.
+        inplace: Replace in the model itself.
+        reasons: Why some layers are not replaced, for the error of a model that cannot be copied.
+
+    Raises:
+        RuntimeError: The model cannot be copied.
+    """
     places = [
         (parent, name, child, replacements[id(_held(child))])
         for parent in list(model.modules())
@@ -128,7 +138,7 @@ def _replace(model: nn.Module, replacements: dict[int, nn.Module], inplace: bool
         for parent, name, _, replacement in places:
             parent.register_module(name, replacement)
         return replacements.get(id(_held(model)), model)
-    # deepcopy takes what its memo already holds for a copy of the layer.
+    # deepcopy takes a module that its memo already holds instead of copying the layer.
     memo: dict[int, Any] = {**replacements, **{id(child): replacement for _, _, child, replacement in places}}
     if id(_held(model)) in replacements:
         return replacements[id(_held(model))]

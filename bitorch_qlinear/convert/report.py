@@ -1,4 +1,4 @@
-"""What computes each binary layer of a model, what packing would change, and why."""
+"""A report of what computes each binary layer of a model and whether it can be packed."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["LayerReport", "Report", "binary_layers", "explain", "reason_against"
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One binary layer.
+    """The report on one binary layer.
 
     Attributes:
-        name: Its path in the model ("" for the model itself).
-        kind: "QLinear" or "PackedQLinear".
-        path: What computes its product.
-        packable: Whether :func:`bitorch_qlinear.pack` replaces it.
-        reason: Why it is not replaced; "" if it is, or if it is packed already.
-        float_bytes: Bytes of its float weights; of a packed layer, of the float32 weights that it stands for.
-        packed_bytes: Bytes of the packed words, which a checkpoint holds; 0 if it cannot be packed.
-        resident_bytes: Bytes that the weights hold in memory now.
+        name: The layer's path in the model ("" for the model itself).
+        kind: "PackedQLinear", or the name of the layer's class: "QLinear" or that of a subclass.
+        path: What computes the layer's product, in words.
+        packable: Whether :func:`bitorch_qlinear.pack` replaces the layer.
+        reason: Why it is not replaced; "" if it is, or if it is already packed.
+        float_bytes: Bytes of the float weights; for a packed layer, of the float32 weights that it replaces.
+        packed_bytes: Bytes of the packed words, which a checkpoint holds; 0 if the layer cannot be packed.
+        resident_bytes: Bytes that the weights take in memory now.
     """
 
     name: str
@@ -43,26 +43,26 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All binary layers of a model; ``str`` is a table.
+    """The report on all binary layers of a model; ``str`` gives a table.
 
     Attributes:
-        layers: One entry a layer, in the order of ``model.named_modules()``.
-        resident_bytes: Bytes that all their weights hold in memory now; what layers share counts once.
+        layers: The layers in the order of ``model.named_modules()``.
+        resident_bytes: Bytes that all their weights take in memory now; weights that layers share count once.
     """
 
     layers: tuple[LayerReport, ...]
     resident_bytes: int
 
     def __iter__(self) -> Iterator[LayerReport]:
-        """The layers."""
+        """Iterate over the layers."""
         return iter(self.layers)
 
     def __len__(self) -> int:
-        """Number of layers."""
+        """Return the number of layers."""
         return len(self.layers)
 
     def __str__(self) -> str:
-        """One line a layer, and a sum."""
+        """Return a table with one line for each layer, and a line with the sums."""
         if not self.layers:
             return "no QLinear or PackedQLinear in this model"
         header = ("layer", "kind", "computed by", "float", "packed", "in memory", "pack()")
@@ -93,7 +93,7 @@ class Report:
 
 
 def _size(count: int) -> str:
-    """Bytes in words, in units of 1000."""
+    """Return a number of bytes as text, in units of 1000."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -112,12 +112,12 @@ GATHER = (
 
 
 def reason_against(layer: QLinear, parent: nn.Module | None = None, name: str = "") -> str:
-    """Why a QLinear cannot be packed, or "".
+    """Return the reason why a QLinear cannot be packed, or "" if it can.
 
     Args:
         layer: The layer.
-        parent: A module that holds it.
-        name: Its name there.
+        parent: A module that holds the layer, or None.
+        name: The layer's name in the parent.
     """
     if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
         return "nn.MultiheadAttention reads out_proj.weight itself and never calls the layer"
@@ -149,12 +149,12 @@ def reason_against(layer: QLinear, parent: nn.Module | None = None, name: str = 
 
 
 def is_fsdp(module: nn.Module) -> bool:
-    """Whether FSDP2 shards the module: it then has a class of its own, whose forward is the same."""
+    """Whether FSDP2 shards the module, which gives it a class of its own with the same forward."""
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, nn.Module]]:
-    """The path, a parent and the layer, of each QLinear and PackedQLinear of a model."""
+    """Yield the path, a parent and the layer for each QLinear and PackedQLinear of a model."""
     modules = dict(model.named_modules())
     for path, module in modules.items():
         if isinstance(module, (QLinear, PackedQLinear)):
@@ -162,7 +162,7 @@ def binary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, nn.
 
 
 def explain(model: nn.Module) -> Report:
-    """Say of each binary layer which path computes it, whether ``pack`` would pack it or why not, and its bytes.
+    """Report for each binary layer what computes it, whether ``pack`` would replace it or why not, and its size.
 
     Args:
         model: Any module, packed or not.

@@ -91,7 +91,7 @@ class ProgressiveSign(BinaryQuantization):
 
     @property
     def current_scale(self) -> float:
-        """The scale in use: the shared one, or this module's own."""
+        """The scale in use, which is the shared one or this module's own."""
         return progressive_sign_scale() if self.global_scaling else self.scale
 
     @staticmethod

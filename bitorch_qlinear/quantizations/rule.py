@@ -20,7 +20,7 @@ class BinaryRule:
     Attributes:
         strict: True gives +1 exactly if v > 0, so that 0 and NaN become -1. False gives -1 exactly if v < 0, so that 0
             and NaN become +1.
-        limit: The gradient is 0 unless |v| <= limit, compared in v's dtype; NaN is out of range. None sets no limit.
+        limit: The gradient is 0 unless ``|v| <= limit``, compared in v's dtype; NaN is out of range. None is no limit.
         derivative: An elementwise function of v that the gradient is multiplied by. None passes it unchanged.
     """
 
@@ -83,7 +83,7 @@ def quantize(x: Tensor, values: Callable[[Tensor], Tensor], rule: BinaryRule = S
 
 
 def cancel_gradient(x: Tensor, threshold: float | None) -> Tensor:
-    """Return x, with a gradient that is 0 unless |x| <= threshold.
+    """Return x, with a gradient that is 0 unless ``|x| <= threshold``.
 
     The comparison is made in x's dtype, with the threshold rounded to it; NaN is out of range. A cancelled gradient is
     exactly 0, even if the incoming one is infinite or NaN.

@@ -89,7 +89,7 @@ _STE_HEAVISIDE = BinaryRule(strict=True, limit=1.0)
 
 
 class SteHeaviside(BinaryQuantization):
-    """+1 if x > 0, else -1 (zeros and NaN included); the gradient passes if |x| <= 1 and is 0 otherwise."""
+    """+1 if x > 0, else -1 (zeros and NaN included); the gradient passes if ``|x| <= 1`` and is 0 otherwise."""
 
     name = "steheaviside"
 

@@ -4,17 +4,17 @@ import json
 import math
 import platform
 import runpy
+import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import check, cpu, measuring, memory, peers, plots, readme, targets, train
+from benchmarks import check, cpu, measuring, memory, peers, plots, tables, targets, train
 from benchmarks.measuring import Shape
 from bitorch_qlinear import _kernels
 
-TINY = Shape("tiny", "square", 3, 33, 5)
+TINY = Shape(3, 33, 5, "tiny")
 SETTING = {
     "processor": "P",
     "cpu_capability": "C",
@@ -30,7 +30,6 @@ def result(name="a", m=2, k=32, n=3, dtype="float32", **seconds):
     times = {each.replace("_", " "): [0.9 * value, value, 1.1 * value] for each, value in seconds.items()}
     return {
         "name": name,
-        "group": "g",
         "m": m,
         "k": k,
         "n": n,
@@ -63,9 +62,8 @@ def _threads_and_kernel():
 
 def test_shapes_are_named_once_and_the_quick_ones_are_among_them():
     shapes, quick = measuring.load_shapes(), measuring.load_shapes(quick=True)
-    assert len({shape.name for shape in shapes}) == len(shapes) == len({shape[2:] for shape in shapes})
+    assert len({shape.name for shape in shapes}) == len(shapes) == len({shape[:3] for shape in shapes})
     assert set(quick) < set(shapes)
-    assert {shape.group for shape in shapes} == {"square", "batch 1", "odd", "layers"}
     assert set(train.QUICK) < set(train.STEPS) <= {shape.name for shape in shapes}
 
 
@@ -146,7 +144,7 @@ def test_report_names_crossover_and_absent_peers():
 def test_peers_are_chosen_and_absent_by_type():
     figures = cpu.measure([TINY], ["float32", "bfloat16"], [1], 2, [peers.LINEAR, peers.INT8])
     assert [list(r["seconds_quartiles"]) for r in figures["results"]] == [[peers.LINEAR, peers.INT8], [peers.LINEAR]]
-    assert figures["absent"] == {"float32": {}, "bfloat16": {peers.INT8: "not of bfloat16"}}
+    assert figures["absent"] == {"float32": {}, "bfloat16": {peers.INT8: "does not take bfloat16"}}
 
 
 def test_unknown_peer_names_the_choices(capsys):
@@ -174,6 +172,11 @@ def test_plots_are_pictures(tmp_path):
     assert len(plots.alike(figures)) == 2
 
 
+def test_error_bars_end_at_the_quartiles():
+    times = [{peers.LINEAR: [1.0, 2.0, 3.0], "a": [0.25, 0.5, 1.0]}, {peers.LINEAR: [1.0] * 3, "a": [-0.1, 0.5, 1.0]}]
+    assert plots.errors(times, "a") == [[2.0, 1.0], [4.0, 0.0]]
+
+
 @pytest.mark.parametrize(
     ("measured", "least", "goal", "said"),
     [
@@ -194,29 +197,30 @@ def test_target_whose_peer_is_absent():
     assert "not measured: no bnn" in targets.table([figure])
 
 
+@pytest.mark.slow
 def test_every_target_is_measured_at_a_tiny_size(monkeypatch):
-    shapes = [Shape(s.name, s.group, min(s.m, 3), min(s.k, 40), min(s.n, 24)) for s in measuring.load_shapes()]
+    shapes = [Shape(min(s.m, 3), min(s.k, 40), min(s.n, 24), s.name) for s in measuring.load_shapes()]
     monkeypatch.setattr(targets, "load_shapes", lambda quick=False: shapes)
     monkeypatch.setattr(targets, "named", lambda names: [shape for shape in shapes if shape.name in names])
     monkeypatch.setattr(cpu, "measure_sizes", lambda rounds: CUBES)
     monkeypatch.setattr(targets, "SWEEP_BYTES", 64)
     monkeypatch.setattr(targets, "TARGETS", [t for t in targets.TARGETS if "torch.sum" not in t.work])
     monkeypatch.setitem(sys.modules, "bnn", None)  # absent, as on most machines
-    figures = targets.measure(targets.needed(rounds=2), rounds=2)
+    figures = targets.measure(targets.measure_runs(rounds=2))
     absent = [figure["work"] for figure in figures if figure["why"] not in ("", "one processor")]
-    assert absent == ["the same, × bnn-lab's GEMM"]
+    assert absent == ["PackedQLinear against bnn-lab's product, 512 × 4096 → 4096"]
     assert all(figure["why"] or (figure["measured"] and figure["seconds_quartiles"]) for figure in figures)
 
 
 def test_two_threads_are_judged_by_the_shape_that_gains_least():
-    known = targets.Known({}, {}, [], {"a": {1: [2.0] * 3, 2: [1.0] * 3}, "b": {1: [9.0] * 3, 2: [10.0] * 3}}, {})
-    measured = targets.two_threads(known, ["a", "b"])
+    times = {"a": {1: [2.0] * 3, 2: [1.0] * 3}, "b": {1: [9.0] * 3, 2: [10.0] * 3}}
+    measured = targets.two_threads()(targets.Runs({}, {}, [], times, {}, 2))
     assert measured.value == 0.9 and set(measured.seconds_quartiles) == {"b, 1", "b, 2"}
 
 
 def test_flatness_leaves_the_smallest_product_out():
-    known = targets.Known({}, {}, CUBES, {}, {})
-    assert targets.flatness(known, 0).value == pytest.approx((256**3 / 2e-5) / (512**3 / 1e-4))
+    runs = targets.Runs({}, {}, CUBES, {}, {}, 2)
+    assert targets.flatness(runs).value == pytest.approx((256**3 / 2e-5) / (512**3 / 1e-4))
 
 
 def test_contestants_agree_on_the_shape():
@@ -253,16 +257,16 @@ def test_check_judges_only_the_processor_that_was_committed(monkeypatch, capsys,
     monkeypatch.setattr(check, "setting", lambda: SETTING | {"kernel": kernel})
     if lost:
         with pytest.raises(SystemExit, match=f"30% slower than committed: {lost}"):
-            check.main()
+            check.main([])
     else:
-        check.main()
+        check.main([])
     said = capsys.readouterr().out
     assert "training step, two" in said and ("nothing is judged" in said) == (kernel == "other")
 
 
 def test_check_measures_the_types_and_threads_of_the_figures():
     half = result("half", m=3, k=33, n=5, dtype="float16", **{peers.LINEAR: 1.0}) | {"threads": 2}
-    step = {name: half[name] for name in ("name", "group", "m", "k", "n")}
+    step = {name: half[name] for name in ("name", "m", "k", "n")}
     forward, steps = check.again({"results": [half]}, {"results": [step], "setting": SETTING})
     assert (forward[0]["dtype"], forward[0]["threads"]) == ("float16", 2) and check.title(half, "A") == (
         "A, half, float16, 2 threads"
@@ -278,25 +282,27 @@ def test_readme_names_who_was_absent_and_who_won_everywhere():
     missing, saved = {peers.BITORCH: "no module"}, {peers.LINEAR: 1, peers.QLINEAR: 1}
     inference = {"results": results, "absent": {"float32": missing}, "crossover": {"1": None}, "setting": SETTING}
     training = {"results": [each | {"saved_bytes": saved} for each in results], "absent": missing}
-    resident = {"size": 1, "layers": 1, "batch": 1, "bytes": {}}
-    for text in (readme.comparison(inference, training), readme.benchmark_tables(inference, training, resident)):
-        assert "not timed: bitorch QLinear (float32): no module; bitorch QLinear (training): no module" in text
-    assert "nn.Linear is still faster at K = N = 2048" in text
+    said = "not timed: bitorch QLinear (float32): no module; bitorch QLinear (training): no module"
+    assert said in tables.comparison(inference, training)
+    assert "nn.Linear is still faster at K = N = 2048" in tables.inference_table(inference)
 
 
 def test_readme_compares_both_layers():
     names = ["large batch", "one row", "odd sizes", "tiny", "small batch"]
     results = [result(name, **{peers.LINEAR: 2.0, peers.QLINEAR: 1.0, peers.PACKED_LAYER: 0.5}) for name in names]
-    text = readme.comparison({"results": results, "absent": {}, "setting": SETTING}, {"results": results, "absent": {}})
-    rows = [line for line in text.splitlines() if "nn.Linear's speed" in line]
-    assert [("**4 ×**" in row, "**2 ×**" in row) for row in rows] == [(True, False)] * 4 + [(False, True)] * 4
-    assert [row.split(",")[1].split()[0] for row in rows[:6]] == ["packed"] * 4 + ["not"] * 2
+    text = tables.comparison({"results": results, "absent": {}, "setting": SETTING}, {"results": results, "absent": {}})
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    assert head[-1] == "times as fast as `nn.Linear`"
+    assert [row[-1] for row in rows] == ["**4**"] * 4 + ["**2**"] * 4
+    layers = ["`PackedQLinear`, inference"] * 4 + ["`QLinear`, inference"] * 2 + ["`QLinear`, training step"] * 2
+    assert [row[0] for row in rows] == layers
 
 
 def test_readme_says_where_the_smallest_cube_s_time_goes():
-    said = readme.smallest_cube({"sizes": CUBES})
-    assert "Of the 20.0 µs of 256³" in said and "12.5 µs" in said and "5.0 µs are what 1 × 64 → 64" in said
-    assert "up to 256³" in readme.flatness({"sizes": CUBES})
+    said = tables.smallest_cube({"sizes": CUBES})
+    assert "256 × 256 → 256 takes 20.0 µs" in said and "take 12.5 µs" in said
+    assert "1 × 64 → 64, with hardly any arithmetic, takes 5.0 µs" in said
+    assert "up to 256 × 256 → 256" in tables.flatness({"sizes": CUBES})
 
 
 def test_readme_shows_the_training_run():
@@ -305,24 +311,24 @@ def test_readme_shows_the_training_run():
         peers.BITORCH: {"absent": "no module"},
     }
     figures = {"run": {"hidden": 8, "wanted_accuracy": 0.97, "runs": runs}, "setting": SETTING}
-    said = readme.training_run(figures)
-    assert "98.00%" in said and "absent: no module" in said and "Not measured yet" in readme.training_run(None)
+    said = tables.training_run(figures)
+    assert "98.00%" in said and "absent: no module" in said and "Not measured yet" in tables.training_run(None)
 
 
 def test_make_benchmark_writes_figures_of_one_commit(monkeypatch, tmp_path):
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    monkeypatch.setattr(readme, "setting", lambda: SETTING)
-    monkeypatch.setattr(readme.cpu, "measure", lambda *_: {"results": RESULTS, "absent": {"float32": {}}})
-    monkeypatch.setattr(readme.cpu, "measure_sizes", lambda rounds: CUBES)
-    monkeypatch.setattr(readme.cpu, "crossovers", lambda: {"1": 16})
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "setting", lambda: SETTING)
+    monkeypatch.setattr(tables.cpu, "measure", lambda *_: {"results": RESULTS, "absent": {"float32": {}}})
+    monkeypatch.setattr(tables.cpu, "measure_sizes", lambda rounds: CUBES)
+    monkeypatch.setattr(tables.cpu, "crossovers", lambda: {"1": 16})
     saved = dict.fromkeys(train.NAMES, 1)
     steps = [RESULTS[1] | {"saved_bytes": saved}]
-    monkeypatch.setattr(readme.train, "measure", lambda *_: {"results": steps, "absent": {}})
-    monkeypatch.setattr(readme.memory, "measure", lambda **sizes: {**sizes, "layers": 1, "bytes": {}})
-    monkeypatch.setattr(readme.targets, "known", lambda *_: None)
-    monkeypatch.setattr(readme.targets, "needed", lambda rounds: None)
-    monkeypatch.setattr(readme.targets, "measure", lambda *_: [])
-    readme.measure()
+    monkeypatch.setattr(tables.train, "measure", lambda *_: {"results": steps, "absent": {}})
+    monkeypatch.setattr(tables.memory, "measure", lambda **sizes: {**sizes, "layers": 1, "bytes": {}})
+    monkeypatch.setattr(tables.targets, "collect", lambda *_: None)
+    monkeypatch.setattr(tables.targets, "measure_runs", lambda rounds: None)
+    monkeypatch.setattr(tables.targets, "measure", lambda *_: [])
+    tables.measure()
     written = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert set(written) >= {"cpu", "train", "memory", "targets"}
     assert {figures["setting"]["commit"] for figures in written.values()} == {"c"}
@@ -364,6 +370,7 @@ def test_train_run_from_end_to_end(monkeypatch, capsys, tmp_path):
     assert {each["epochs"] for each in runs.values()} == {1} and "8 wide" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_from_end_to_end(capsys, tmp_path):
     large = bytearray(b"1") * (256 << 20)  # a peak of this process, which must not hide that of the ones it starts
     memory.main(["--size", "256", "--layers", "2", "--batch", "2", "--json", str(tmp_path / "memory.json")])
@@ -395,12 +402,56 @@ def test_commands_are_listed(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, "benchmarks")
     listed = capsys.readouterr().out
-    assert end.value.code == 2 and all(name in listed for name in ("cpu", "train", "memory", "targets", "gpu-model"))
+    assert end.value.code == 2 and all(name in listed for name in ("cpu", "train", "memory", "targets", "tables"))
 
 
-def test_readme_is_made_of_the_committed_figures():
-    text = Path(readme.README).read_text()
-    if peers.PACKED_LAYER not in readme.load("cpu")["results"][0]["seconds_quartiles"]:
-        pytest.skip("the committed figures are of a QLinear that kept its packed weights: make benchmark")
-    for block, content in readme.blocks().items():
-        assert readme.fill(text, block, content) == text, f"run python -m benchmarks.readme: {block} differs"
+def test_pages_are_made_of_the_committed_figures():
+    contents = tables.blocks()
+    for page in tables.PAGES:
+        assert tables.fill(page.read_text(), contents) == page.read_text(), f"run python -m benchmarks tables: {page}"
+
+
+def test_every_table_is_on_a_page():
+    text = "".join(page.read_text() for page in tables.PAGES)
+    assert all(f"<!-- {name}: written by" in text for name in tables.blocks())
+
+
+def test_accuracy_of_the_demo_is_the_mean_over_its_seeds():
+    figures = {"test_accuracy_by_seed": {"binary": [0.9, 0.98, 0.97], "float32": [0.99, 0.97, 0.98]}}
+    cells = [[cell.strip() for cell in row.split("|")[2:-1]] for row in tables.demo_accuracy(figures).splitlines()]
+    assert cells[2:4] == [["98.00%", "97.00%", "99.00%"], ["95.00%", "90.00%", "98.00%"]]
+    assert "3 splits" in tables.demo_accuracy(figures) and "Not measured" in tables.demo_accuracy(None)
+
+
+def test_tables_are_filled_in_between_their_markers():
+    page = "a\n<!-- x: written by y -->\nold\n<!-- /x -->\nb <!-- z: checked by t -->\n"
+    filled = tables.fill(page, {"x": "new"})
+    marker = "<!-- x: written by `python -m benchmarks tables` -->"
+    assert filled == f"a\n{marker}\n\nnew\n\n<!-- /x -->\nb <!-- z: checked by t -->\n"
+    assert tables.fill(filled, {"x": "new"}) == filled
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [
+        ("<!-- other: written by y -->\n<!-- /other -->", "there is no table 'other'"),
+        ("<!-- x: written by y -->\n", "<!-- /x --> is missing"),
+    ],
+)
+def test_an_unknown_or_open_table_is_an_error(page, said):
+    with pytest.raises(ValueError, match=said):
+        tables.fill(page, {"x": "new"})
+
+
+def test_the_import_s_time_is_that_of_both_imports():
+    """A statement that looks unused is easily removed, and then nothing is imported."""
+    command = [
+        sys.executable,
+        "-c",
+        "import runpy, sys; runpy.run_module('benchmarks.import_process'); print(*sys.modules)",
+    ]
+    seconds, modules = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=tables.ROOT
+    ).stdout.splitlines()
+    assert all(float(each) > 0 for each in seconds.split())
+    assert {"torch", "bitorch_qlinear"} <= set(modules.split())

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_run, sanitize
+from benchmarks.gpu import contestants, machine, measurements, plot, shapes, tables, targets
+from benchmarks.measuring import Shape
+from tools import gpu_run, sanitize
 
 CPU = torch.device("cpu")
-SMALL = [gpu.Shape(3, 16, 45), gpu.Shape(17, 16, 64)]
+SMALL = [Shape(m=3, k=45, n=16), Shape(m=17, k=64, n=16)]
 
 
 def made_up_timer(calls, flush):
@@ -22,27 +24,27 @@ def made_up_timer(calls, flush):
 
 
 def measured(shapes, **more):
-    return gpu.measure(shapes, 32, CPU, made_up_timer, cache_bytes=1000, setting={"device": "made up"}, **more)
+    return measurements.measure(shapes, 32, CPU, made_up_timer, cache_bytes=1000, setting={"device": "made up"}, **more)
 
 
 def figures_with(products, packing=None, training=None):
     rows = [
-        {**shape._asdict(), "contestant": name, "mode": mode, "seconds_quartiles": [s, s, s], "tops": 1.0, "gb_s": 1.0}
+        {**shape.fields(), "contestant": name, "mode": mode, "seconds_quartiles": [s, s, s], "tops": 1.0, "gb_s": 1.0}
         for shape, name, mode, s in products
     ]
-    return gpu.Figures({}, rows, packing or {}, training or {}, {}, {}, {}, [])
+    return measurements.Results({}, rows, packing or {}, training or {}, {}, {}, {}, [])
 
 
 FAST = figures_with(
     [
-        (gpu.LARGE, gpu.BF16, gpu.COLD, 3.0),
-        (gpu.LARGE, f"{gpu.PACKED}, mma_sm80", gpu.COLD, 1.0),
-        (gpu.MEDIUM, gpu.INT8, gpu.COLD, 2.5),
-        (gpu.MEDIUM, gpu.PACKED_INT, gpu.COLD, 1.0),
-        (gpu.ROW, gpu.FP16, gpu.CHAIN, 7.0),
-        (gpu.ROW, gpu.LAYER, gpu.CHAIN, 1.0),
-        (gpu.ROWS, gpu.FP16, gpu.CHAIN, 4.9),
-        (gpu.ROWS, gpu.LAYER, gpu.CHAIN, 1.0),
+        (shapes.LARGE, contestants.BF16, measurements.COLD, 3.0),
+        (shapes.LARGE, f"{contestants.PACKED}, mma_sm80", measurements.COLD, 1.0),
+        (shapes.MEDIUM, contestants.INT8, measurements.COLD, 2.5),
+        (shapes.MEDIUM, contestants.PACKED_INT, measurements.COLD, 1.0),
+        (shapes.ROW, contestants.FP16, measurements.CHAIN, 7.0),
+        (shapes.ROW, contestants.LAYER, measurements.CHAIN, 1.0),
+        (shapes.ROWS, contestants.FP16, measurements.CHAIN, 4.9),
+        (shapes.ROWS, contestants.LAYER, measurements.CHAIN, 1.0),
     ],
     packing={
         "copy": {"gb_s": 1000.0, "seconds_quartiles": [1.0] * 3},
@@ -56,21 +58,30 @@ FAST = figures_with(
 
 
 def test_targets():
-    found = gpu.targets(FAST)
+    found = targets.targets(FAST)
     assert [target.measured for target in found] == pytest.approx([3, 2.5, 7, 4.9, 0.85, 1.2, 1 / 7])
     assert [target.met for target in found] == [True, True, True, False, True, True, True]
-    assert all(target.measured is target.met is None for target in gpu.targets(figures_with([])))
+    assert all(target.measured is target.met is None for target in targets.targets(figures_with([])))
 
 
 def test_everything_is_measured_where_a_timer_is_made_up():
     figures = measured(SMALL)
     assert set(figures.compared) == {str(shape) for shape in SMALL}
     names = {row["contestant"] for row in figures.products}
-    assert {gpu.BF16, gpu.FP16, gpu.PACKED, gpu.PACKED_INT, gpu.PACKING, gpu.LAYER} <= names
-    assert {row["mode"] for row in figures.products} == {gpu.COLD, gpu.WARM}
-    assert gpu.median(figures, SMALL[0], gpu.PACKED, gpu.COLD) == 3e-6
+    assert {
+        contestants.BF16,
+        contestants.FP16,
+        contestants.PACKED,
+        contestants.PACKED_INT,
+        contestants.PACKING,
+        contestants.LAYER,
+    } <= names
+    assert {row["mode"] for row in figures.products} == {measurements.COLD, measurements.WARM}
+    assert targets.median(figures, SMALL[0], contestants.PACKED, measurements.COLD) == 3e-6
     (row,) = (
-        row for row in figures.products if (row["m"], row["contestant"], row["mode"]) == (3, gpu.PACKED, gpu.COLD)
+        row
+        for row in figures.products
+        if (row["m"], row["contestant"], row["mode"]) == (3, contestants.PACKED, measurements.COLD)
     )
     assert row["tops"] == pytest.approx(2 * 3 * 16 * 45 / 3e-6 / 1e12)
     assert row["gb_s"] == pytest.approx(((3 + 16) * 8 + 2 * 3 * 16) / 3e-6 / 1e9)
@@ -91,21 +102,21 @@ def test_packing_is_timed_in_graphs_of_several_calls():
         lengths.append((len(calls), flush))
         return made_up_timer(calls, flush)
 
-    gpu.measure_packing(8, 64, CPU, timer)
+    measurements.measure_packing(8, 64, CPU, timer)
     assert lengths == [(8, False)] * 2
 
 
 def test_a_chain_has_weights_beyond_the_cache(monkeypatch):
-    shape, lengths = gpu.Shape(1, 64, 64), []
-    monkeypatch.setattr(gpu, "ROW", shape)
+    shape, lengths = Shape(1, 64, 64), []
+    monkeypatch.setattr(measurements, "ROW", shape)
 
     def timer(calls, flush):
         lengths.append(len(set(map(id, calls))))
         return made_up_timer(calls, flush)
 
-    contestant = next(c for c in gpu.ours(shape, CPU) if c.name == gpu.PACKED)
-    found = gpu.modes(shape, contestant, contestant.make(), timer, cache_bytes=4 * contestant.weight_bytes)
-    assert list(found) == [gpu.COLD, gpu.WARM, gpu.CHAIN]
+    contestant = next(c for c in contestants.ours(shape, CPU) if c.name == contestants.PACKED)
+    found = measurements.modes(shape, contestant, contestant.make(), timer, cache_bytes=4 * contestant.weight_bytes)
+    assert list(found) == [measurements.COLD, measurements.WARM, measurements.CHAIN]
     assert lengths == [1, 1, 12]
 
 
@@ -117,9 +128,9 @@ def test_absent_peers_are_named(monkeypatch):
     monkeypatch.setattr(torch, "_int_mm", missing)
     monkeypatch.setitem(sys.modules, "bitorch.layers", None)
     figures = measured(SMALL[:1])
-    assert figures.absent[gpu.FP8] == figures.absent[gpu.INT8] == f"not here ({SMALL[0]})"
-    assert gpu.BITORCH in figures.absent
-    assert f"absent: {gpu.FP8}: not here" in gpu.report(figures)
+    assert figures.absent[contestants.FP8] == figures.absent[contestants.INT8] == f"not here ({SMALL[0]})"
+    assert contestants.BITORCH in figures.absent
+    assert f"absent: {contestants.FP8}: not here" in tables.report(figures)
     assert "torch._int_mm" not in figures.compared[str(SMALL[0])]
 
 
@@ -132,37 +143,41 @@ def test_what_no_graph_can_hold_is_absent_or_failed_and_the_rest_is_measured(our
         return made_up_timer(calls, flush)
 
     figures = figures_with([])
-    gpu.measure_shape(SMALL[0], CPU, timer, 1000, figures)
+    measurements.measure_shape(SMALL[0], CPU, timer, 1000, figures)
     measured_names = {row["contestant"] for row in figures.products}
-    binary = {gpu.PACKED, gpu.PACKED_INT, gpu.PACKING, gpu.LAYER}
+    binary = {contestants.PACKED, contestants.PACKED_INT, contestants.PACKING, contestants.LAYER}
     if ours:
         assert set(figures.failed) == {f"{SMALL[0]}, {name}" for name in binary}
-        assert {gpu.BF16, gpu.FP16} <= measured_names and not binary & measured_names
-        assert f"failed: {SMALL[0]}, {gpu.PACKED}: operation not permitted" in gpu.report(figures)
+        assert {contestants.BF16, contestants.FP16} <= measured_names and not binary & measured_names
+        assert f"failed: {SMALL[0]}, {contestants.PACKED}: operation not permitted" in tables.report(figures)
     else:
-        assert {gpu.BF16, gpu.FP16} <= set(figures.absent) and measured_names == binary and not figures.failed
+        assert (
+            {contestants.BF16, contestants.FP16} <= set(figures.absent)
+            and measured_names == binary
+            and not figures.failed
+        )
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
-    monkeypatch.setattr(gpu.F, "linear", lambda x, *args, **kwargs: torch.zeros(len(x), 16, dtype=torch.int32))
+    monkeypatch.setattr(contestants.F, "linear", lambda x, *args, **kwargs: torch.zeros(len(x), 16, dtype=torch.int32))
     figures = measured(SMALL)
     assert figures.products == [] and set(figures.failed) == {str(shape) for shape in SMALL}
     assert "packing inside and the chosen kernel differ, first at" in figures.failed[str(SMALL[0])]
 
 
 def test_what_was_measured_before_an_interrupt_is_kept(tmp_path, monkeypatch):
-    check, kept = gpu.check, []
+    check, kept = measurements.check, []
 
     def interrupted(shape, device):
         if shape == SMALL[1]:
             raise KeyboardInterrupt
         return check(shape, device)
 
-    monkeypatch.setattr(gpu, "check", interrupted)
-    last = gpu.Shape(5, 16, 64)
+    monkeypatch.setattr(measurements, "check", interrupted)
+    last = Shape(m=5, k=64, n=16)
 
     def keep(figures):
-        gpu.write(tmp_path, figures)
+        tables.write(tmp_path, figures)
         kept.append(json.loads((tmp_path / "gpu.json").read_text()))
 
     figures = measured([*SMALL, last], keep=keep)
@@ -177,19 +192,19 @@ def test_what_was_measured_before_an_interrupt_is_kept(tmp_path, monkeypatch):
 def test_what_there_is_no_time_for_is_said():
     figures = measured(SMALL, seconds=-1.0)
     assert figures.skipped == ["packing", "training", *map(str, SMALL)] and not figures.products
-    assert f"lack of time: packing, training, {SMALL[0]}" in gpu.report(figures)
+    assert f"lack of time: packing, training, {SMALL[0]}" in tables.report(figures)
 
 
 def test_files(tmp_path):
     figures = measured(SMALL)
-    gpu.write(tmp_path / "new", figures)
-    gpu.plot(tmp_path / "new" / "gpu.png", figures)
+    tables.write(tmp_path / "new", figures)
+    plot.plot(tmp_path / "new" / "gpu.png", figures)
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"gpu.json", "gpu.md", "gpu.png"}
     read = json.loads((tmp_path / "new" / "gpu.json").read_text())
     assert read["products"] == figures.products and len(read["targets"]) == 7
     text = (tmp_path / "new" / "gpu.md").read_text()
     assert "| 3 × 45 → 16" in text and "not measured" in text and "device: made up" in text
-    verdicts = [line.split("|")[-2].strip() for line in gpu.report(FAST).splitlines()[-4:]]
+    verdicts = [line.split("|")[-2].strip() for line in tables.report(FAST).splitlines()[-4:]]
     assert verdicts == ["not met", *["met"] * 3]
 
 
@@ -198,25 +213,26 @@ def test_files(tmp_path):
 def test_the_rate_of_the_instruction_is_not_measured_without_a_gpu():
     """But its source compiles and loads."""
     out = torch.empty(1024, dtype=torch.int32)
-    assert gpu.rate_of_the_instruction((9, 0), 1, out) == "not measured: CUDA reports an error"
-    assert gpu.rate_of_the_instruction((8, 99), 1, out).startswith("not measured: Command ")
-    assert gpu.rate_of_the_instruction((10, 0), 1, out) == "10.0 has no such instruction"
+    assert machine.rate_of_the_instruction((9, 0), 1, out) == "not measured: CUDA reports an error"
+    assert machine.rate_of_the_instruction((8, 99), 1, out).startswith("not measured: Command ")
+    assert machine.rate_of_the_instruction((10, 0), 1, out) == "10.0 has no such instruction"
 
 
 def test_tables_are_markdown():
-    assert gpu.table([["a product", "3"], ["b", "12.5"]], ["what", "µs"]) == (
+    assert tables.table([["a product", "3"], ["b", "12.5"]], ["what", "µs"]) == (
         "| what      |   µs |\n| --------- | ---: |\n| a product |    3 |\n| b         | 12.5 |"
     )
 
 
 def test_the_shapes_of_the_targets_come_first():
-    assert gpu.SHAPES[:4] == [gpu.LARGE, gpu.MEDIUM, gpu.ROW, gpu.ROWS]
-    assert len(gpu.SHAPES) == len(set(gpu.SHAPES)) == 2 + len(gpu.BATCHES) * len(gpu.WEIGHTS)
+    assert shapes.SHAPES[:4] == [shapes.LARGE, shapes.MEDIUM, shapes.ROW, shapes.ROWS]
+    assert len(shapes.SHAPES) == len(set(shapes.SHAPES)) == 2 + len(shapes.BATCHES) * len(shapes.WEIGHTS)
 
 
 # ---- the runner ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_hides_no_other(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(gpu_run, "SPARE", 0)
 
@@ -239,6 +255,7 @@ def test_a_part_that_fails_hides_no_other(tmp_path, capfd, monkeypatch):
     assert gpu_run.run_all(every[3:], tmp_path, time.time() + 60)
 
 
+@pytest.mark.slow
 def test_all_ends_in_time(tmp_path, capfd, monkeypatch):
     """The last part gets what remains, and is told; what has no time is said and does not succeed."""
     monkeypatch.setattr(gpu_run, "SPARE", 1)
@@ -257,6 +274,7 @@ def test_all_ends_in_time(tmp_path, capfd, monkeypatch):
     assert "late" in late and late.endswith("out of time") and not (tmp_path / "late.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_part_that_is_stopped_may_say_how_far_it_came(tmp_path):
     code = """
 import time
@@ -271,6 +289,7 @@ except KeyboardInterrupt:
     assert (tmp_path / "tests.txt").read_text() == "working\ntwo failed\n\nstopped after 2 s\n"
 
 
+@pytest.mark.slow
 def test_a_part_that_ignores_the_interrupt_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_run, "GRACE", 1)
     code = (
@@ -371,6 +390,7 @@ def test_verdicts(code, output, deserved, said):
     assert sanitize.verdict(code, output, 80.0)[1].startswith(said)
 
 
+@pytest.mark.slow
 def test_tools_run_side_by_side(tmp_path, capfd):
     fake = tmp_path / "fake.py"
     fake.write_text(

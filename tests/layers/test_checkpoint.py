@@ -77,7 +77,7 @@ def test_another_rule_is_refused(argument, assign):
     packed = pack(layer_like(**{argument: "steheaviside"}))
     for other in (PackedQLinear(K, N), PackedQLinear(K, N, **{argument: "approxsign"})):
         before = other(X)
-        with pytest.raises(RuntimeError, match=rf"{key}: expected \+1 where not . < 0.*got \+1 where . > 0"):
+        with pytest.raises(RuntimeError, match=rf"{key}: expected \+1 unless . < 0.*got \+1 if . > 0"):
             other.load_state_dict(packed.state_dict(), assign=assign)
         assert_equal(other(X), before)
     with pytest.raises(RuntimeError, match=f"layer.{key}: expected"):
@@ -122,6 +122,22 @@ def test_a_checkpoint_from_before_there_was_a_format(assign, strict):
     assert set(skeleton.state_dict()) == set(packed.state_dict())
     assert not any(value.is_meta for value in skeleton.state_dict().values())
     PackedQLinear(K, N).load_state_dict(skeleton.state_dict())
+
+
+@pytest.mark.parametrize("state", ["float", "without a format"])
+def test_a_layer_of_skip_init_saves_what_it_has_loaded(state):
+    layer = nn.utils.skip_init(PackedQLinear, K, N)
+    old = {name: value for name, value in pack(layer_like()).state_dict().items() if name not in RULES}
+    layer.load_state_dict(QLinear(K, N).state_dict() if state == "float" else old)
+    PackedQLinear(K, N).load_state_dict(layer.state_dict())
+
+
+def test_progressive_sign_weights_load_in_training_mode():
+    layer = PackedQLinear(K, N, weight_quantization="progressive_sign").train()
+    trained = layer_like(weight_quantization="progressive_sign")
+    for state in (trained.state_dict(), pack(trained).state_dict()):
+        layer.load_state_dict(state)
+        assert_equal(layer(X), trained(X).detach())
 
 
 DAMAGE = {

@@ -10,6 +10,8 @@ import pytest
 import torch
 from support.reference import assert_equal, linear_reference
 from torch import nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import fusion, parametrizations, parametrize, prune
 
 from bitorch_qlinear import PackedQLinear, QLinear, pack
@@ -186,6 +188,14 @@ def test_dtypes_that_are_no_input(make, input_quantization, dtype):
         assert not isinstance(error.value, NotImplementedError)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool, torch.float8_e4m3fn], ids=str)
+@each_layer
+def test_the_error_about_a_dtype_names_a_remedy(make, dtype):
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(RuntimeError, match=rf"x: expected float64.*got {name}: (call x\.float|take its real part)"):
+        make()(torch.zeros(2, K).to(dtype))
+
+
 @pytest.mark.parametrize(
     "x", [np.zeros((2, K), np.float32), [[0.0] * K], None, 3.0, "x"], ids=lambda x: type(x).__name__
 )
@@ -217,7 +227,7 @@ class Wrapped(torch.Tensor):
 def test_a_weight_of_another_class(training, gradients):
     layer = QLinear(K, N).train(training)
     layer.weight = nn.Parameter(Wrapped(layer.weight.detach()), requires_grad=False)
-    refused = pytest.raises(TypeError, match=r"weight: expected a plain tensor, got Wrapped.*leave QLinear layers out")
+    refused = pytest.raises(TypeError, match=r"weight: expected a plain tensor, got Wrapped.*exclude QLinear layers")
     with torch.set_grad_enabled(gradients), refused:
         layer(torch.randn(2, K, requires_grad=gradients))
 
@@ -246,6 +256,21 @@ def test_symbolic_trace_of_a_layer_in_a_deeper_module():
     traced = torch.fx.symbolic_trace(model)
     assert {node.target for node in traced.graph.nodes if node.op == "call_module"} == {"inner.0.0", "inner.1"}
     assert_equal(traced(x).detach(), model(x).detach())
+
+
+@each_layer
+def test_symbolic_trace_of_a_layer_alone_is_a_clear_error(make):
+    with pytest.raises(TypeError, match=r"root: .*nn\.Sequential"):
+        torch.fx.symbolic_trace(make())
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx(mode):
+    layer, x = pack(QLinear(300, 200)), torch.randn(3, 300)
+    state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    with torch.no_grad():
+        traced = make_fx(lambda state, x: functional_call(layer, state, (x,)), tracing_mode=mode)(state, x)
+        assert_equal(traced(state, x), layer(x))
 
 
 def test_skip_init():

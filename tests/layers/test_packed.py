@@ -15,7 +15,7 @@ from support.calls import Calls
 from support.devices import take_kernels_away
 from torch import nn
 from torch.autograd import forward_ad
-from torch.func import functional_call, jvp, vmap
+from torch.func import functional_call, hessian, jvp, stack_module_state, vmap
 
 from bitorch_qlinear import PackedQLinear, QLinear, _kernels, _library, pack, quantizations
 from bitorch_qlinear.checkpoint import NUMBERS
@@ -79,9 +79,9 @@ def test_constructor():
     assert PackedQLinear(K, N, dtype=torch.float64).bias.dtype is torch.float64
     assert not any(parameter.requires_grad for parameter in packed.parameters())
     text = repr(packed)
-    assert "in_features=70, out_features=400, bias=False, input='+1 where x > 0, else -1', " in text
+    assert "in_features=70, out_features=400, bias=False, input='+1 if x > 0, else -1', " in text
     assert "gradient_cancellation_threshold=None, path=packed (" in text
-    assert "input='+1 where not x < 0, else -1'" in repr(PackedQLinear(K, N))
+    assert "input='+1 unless x < 0, else -1'" in repr(PackedQLinear(K, N))
     assert "input='real values as they are'" in repr(PackedQLinear(K, N, input_quantization="identity"))
 
 
@@ -216,6 +216,23 @@ def test_functional_call_with_other_words():
     assert torch.equal(packed(X), first(X))
 
 
+def test_vmap_over_the_words_leaves_the_layer_as_it_was():
+    layers = [PackedQLinear.from_float(layer_like()) for _ in range(3)]
+    parameters, buffers = stack_module_state(layers)
+    with torch.no_grad():
+        each = vmap(lambda p, b: functional_call(layers[0], (p, b), (X,)))(parameters, buffers)
+        for y, layer in zip(each, layers, strict=True):
+            assert torch.equal(y, layer(X))
+
+
+def test_forward_mode_through_real_inputs():
+    packed = PackedQLinear.from_float(layer_like(input_quantization="identity"))
+    x, t = torch.randn(2, 3, K)
+    _, tangent = jvp(packed, (x,), (t,))
+    torch.testing.assert_close(tangent, packed(t) - packed.bias, atol=1e-4, rtol=1e-4)
+    assert hessian(lambda x: packed(x).square().sum())(x[0]).shape == (K, K)
+
+
 # ---- memory ----
 
 
@@ -258,6 +275,7 @@ def test_memory_of_odd_sizes():
     assert resident(packed) / (4 * 4096 * 4096) < 2.01 / 32
 
 
+@pytest.mark.slow
 def test_float_weights_are_freed():
     model = network()
     dead = [weakref.ref(model[1].weight), weakref.ref(model[3][0].weight)]
@@ -530,6 +548,34 @@ def test_conversions():
     assert packed.half().bias.dtype is torch.float16
     packed.share_memory()
     assert torch.equal(packed(X.half()), layer.half()(X.half()))
+
+
+def test_a_change_of_dtype_leaves_the_words():
+    packed = PackedQLinear.from_float(layer_like())
+    want = packed(X)
+    assert torch.equal(packed.type(torch.float64)(X), want)
+    assert packed.weight.dtype is torch.int32
+    assert packed.bias.dtype is torch.float64
+
+
+def test_a_form_is_kept_if_the_input_is_a_parameter():
+    packed, x = PackedQLinear.from_float(layer_like()), nn.Parameter(X.clone())
+    with torch.no_grad():
+        packed.weight.zero_()
+        packed(x)
+        form = packed.weight_prepared
+        packed(x)
+    assert form is not None
+    assert packed.weight_prepared is form
+
+
+def test_words_assigned_as_a_parameter_stay_a_buffer():
+    packed, words = PackedQLinear.from_float(layer_like()), torch.zeros(N, 3, dtype=torch.int32)
+    packed.weight = nn.Parameter(words, requires_grad=False)
+    assert "weight" in dict(packed.named_buffers())
+    with pytest.raises(TypeError, match="weight: expected packed words"):
+        packed.weight = nn.Parameter(torch.randn(N, K))
+    assert torch.equal(packed.weight, words)
 
 
 @pytest.mark.parametrize("assign", [True, False])

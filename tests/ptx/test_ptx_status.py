@@ -1,4 +1,4 @@
-"""The README's table of what ran where says what these tests do, what the build compiles, and what a GPU measured."""
+"""The table in docs/cuda.md says what these tests do, what the build compiles, and what a GPU measured."""
 
 import importlib
 import json
@@ -36,7 +36,7 @@ def ran_on_hardware(kernel: str) -> bool:
 
 def table() -> dict[str, dict[str, str]]:
     """Cells by kernel and target."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "cuda.md").read_text()
     lines = text[text.index("<!-- status") : text.index("<!-- /status")].strip().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     targets = rows[0][2:]
@@ -88,4 +88,4 @@ def test_committed_results_are_of_the_device_that_the_table_names():
     setting = figures()["setting"]
     (name,) = HARDWARE
     assert setting["device"] == f"NVIDIA {name}" and target_of_the_figures() == HARDWARE[name]
-    assert name in (ROOT / "README.md").read_text()
+    assert name in (ROOT / "docs" / "cuda.md").read_text()

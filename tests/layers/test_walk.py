@@ -1,0 +1,49 @@
+"""x goes through the package's files in one direction; only the call of an autograd Function returns to a file."""
+
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import bitorch_qlinear
+from bitorch_qlinear import QLinear, pack
+
+PACKAGE = Path(bitorch_qlinear.__file__).parent
+K, N = 64, 40
+
+
+def files_of(layer: torch.nn.Module, x: Tensor) -> list[str]:
+    """The package's files whose functions get x as an argument, in the order of the calls, each stay once."""
+    found = []
+
+    def note(frame, event, _):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(PACKAGE):
+            values = frame.f_locals.values()
+            if any(each is x for value in values for each in (value if isinstance(value, tuple) else (value,))):
+                found.append(path.relative_to(PACKAGE).as_posix())
+
+    layer(x)  # the first call may do more
+    sys.setprofile(note)
+    try:
+        layer(x)
+    finally:
+        sys.setprofile(None)
+    return [file for file, _ in groupby(found)]
+
+
+def returns(files: list[str]) -> int:
+    return len(files) - len(set(files))
+
+
+@pytest.mark.parametrize("convert", [lambda layer: layer, pack], ids=["QLinear", "PackedQLinear"])
+def test_x_goes_in_one_direction(convert):
+    layer = convert(QLinear(K, N, gradient_cancellation_threshold=1.0).eval())
+    with torch.no_grad():
+        inference = files_of(layer, torch.randn(3, K))
+    assert 1 < len(inference) <= 5 and returns(inference) == 0, inference
+    training = files_of(layer, torch.randn(3, K, requires_grad=True))
+    assert 1 < len(training) <= 5 and returns(training) <= 1, training
