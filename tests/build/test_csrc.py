@@ -57,7 +57,7 @@ def test_drawn_files_exist():
 
 @pytest.mark.parametrize(
     ("name", "pattern"),
-    [("name", r"^(?:class |.*\b){}\("), ("operator-name", r'library\.def\(\s*"{}\(')],
+    [("name", r"^(?:class {0}\(|[\w&*]+[\w&* ]* {0}\([^;{{]*\{{)"), ("operator-name", r'library\.def\(\s*"{}\(')],
 )
 def test_drawn_names_are_defined(name, pattern):
     """In one of the files that are drawn."""
