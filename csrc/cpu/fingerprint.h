@@ -24,7 +24,7 @@ constexpr int kLevels = kAll + 1;
 // Up to this many words are compared as a whole, which takes less time than asking torch about the tensor.
 constexpr int64_t kFewWords = 2048;
 
-// What follows the header of a prepared form.
+// The hashes of the words and their origin, which follow the header of a prepared form.
 struct Fingerprint {
     uint64_t levels[kLevels];
     const void* address;  // where the words were

@@ -263,7 +263,7 @@ void make_offsets(const uint32_t* p, const uint32_t* q, int64_t k, uint16_t* off
     }
 }
 
-// Where the parts of a tile's private memory begin, in bytes, each a multiple of 64.
+// The offsets of the parts of a tile's private memory, in bytes, each a multiple of 64.
 struct WorkspaceLayout {
     int64_t sums, planar, counts, end;
 };

@@ -72,7 +72,8 @@ struct Tile {
     int32_t* counts;  // [row][kPanel]
 };
 
-// Where a tile's counts become outputs: at y[row][column], with the lanes `inside` of the last vector.
+// The place in y at which a tile's counts become outputs: y[row][column]. `inside` is the mask of the last vector's
+// lanes.
 struct Corner {
     const Output& y;
     int64_t row, column;

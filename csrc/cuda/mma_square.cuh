@@ -12,8 +12,7 @@ namespace {
 template <class As>
 constexpr int kVector = 16 / static_cast<int>(sizeof(typename As::Out));
 
-// Where a block's tile begins, where a warp's square begins in it, and the lane's row g and column pair q in a
-// fragment.
+// The beginning of a block's tile and of a warp's square in it, and the lane's row g and column pair q in a fragment.
 struct Place {
     int64_t row, column;
     int warp_row, warp_column, g, q;

@@ -57,7 +57,7 @@ struct Shape {
 template <int Index>
 using ShapeOf = Shape<kTileRows[Index], kTileColumns[Index], kTileSide[Index], kTileBlocks[Index]>;
 
-// What the epilogue adds to the products: set bits of the tile's rows of x and weight, and scale and bias.
+// The epilogue's operands beside the products: set bits of the tile's rows of x and weight, and scale and bias.
 template <class As, class Shape>
 struct Margins {
     uint32_t x[Shape::kRows], weight[Shape::kColumns];
@@ -74,7 +74,7 @@ union Shared {
                   "shared memory of a block");
 };
 
-// What a warp's square consists of: fragments of 16 rows, and groups of columns.
+// A warp's square consists of fragments of 16 rows and of groups of columns.
 template <class Shape>
 constexpr int kFragments = Shape::kSide / 16;
 template <class Shape>

@@ -50,7 +50,7 @@ static constexpr bool runs_on(const KernelRecord& kernel, int capability) {
 // Returns whether any kernel runs on it.
 static constexpr bool supported(int capability) { return runs_on(record(GemmKernel::popc), capability); }
 
-// What the choice of a kernel depends on.
+// The properties of a device on which the choice of a kernel depends.
 struct Gpu {
     int capability;
     int multiprocessors;

@@ -19,7 +19,7 @@ inline cudaStream_t current_stream(int32_t device_index) {
     return static_cast<cudaStream_t>(stream);
 }
 
-// Where an operator launches: its device and the stream that torch has current there. While the object lives, the
+// The device on which an operator launches its kernels, and torch's current stream there. While the object lives, the
 // device is the current one. The constructor throws if no kernel runs on the device.
 class Launch {
   public:
