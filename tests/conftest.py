@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +32,28 @@ settings.load_profile("reproducible")
 
 # Test processes share the cores: with more threads than cores, threads mostly wait for each other.
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of `make check`."""
+    parser.addoption("--quick", action="store_true", help="one case of each test; no slow tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --quick, keep one case of each test that is not marked slow.
+
+    The name of the test decides which case, always the same one. Tests with the same parameters run different cases, so
+    together they run every kernel and every dtype.
+    """
+    if not config.getoption("quick"):
+        return
+    cases: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    kept = {id(each[zlib.crc32(name.encode()) % len(each)]) for name, each in cases.items()}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
 
 
 @pytest.fixture(autouse=True)

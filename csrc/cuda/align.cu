@@ -1,7 +1,7 @@
 // Words of the interchange form to the aligned one, the set bits of each row, and the prepared form's header.
 //
 // A lane takes a word and not 16 bytes, for rows of the interchange form start on any word: kSteps loads of 128 bytes
-// in flight a warp. That is enough (an estimate, `python -m benchmarks gpu-model`): per 128 bytes read and as many
+// in flight a warp. That is enough (an estimate, `python -m tools.gpu_model`): per 128 bytes read and as many
 // written a warp has 17 instructions, where an SM of an H200 issues about 50 in the time that its share of the memory
 // takes.
 #include <algorithm>

@@ -6,7 +6,7 @@
 //     Vectors  one load; the lane's values are neighbours, and make V bits of its word, which shuffles join
 //     Values   V loads, each of 32 neighbours by the 32 lanes, whose ballot is a word: rows of any length and alignment
 //
-// Estimates, not measured (`python -m benchmarks gpu-model`): of an H200's memory an SM gets the bytes of a segment of
+// Estimates, not measured (`python -m tools.gpu_model`): of an H200's memory an SM gets the bytes of a segment of
 // bfloat16 Vectors in 105 clocks. For its 205 instructions the units of logic, which take two of a warp in a clock, need
 // 72, so memory binds; with in-range bits it is 144 against 111, so these units do, at 77 % of the memory's rate.
 #include "kernels.h"

@@ -197,6 +197,7 @@ def test_target_whose_peer_is_absent():
     assert "not measured: no bnn" in targets.table([figure])
 
 
+@pytest.mark.slow
 def test_every_target_is_measured_at_a_tiny_size(monkeypatch):
     shapes = [Shape(min(s.m, 3), min(s.k, 40), min(s.n, 24), s.name) for s in measuring.load_shapes()]
     monkeypatch.setattr(targets, "load_shapes", lambda quick=False: shapes)
@@ -369,6 +370,7 @@ def test_train_run_from_end_to_end(monkeypatch, capsys, tmp_path):
     assert {each["epochs"] for each in runs.values()} == {1} and "8 wide" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_from_end_to_end(capsys, tmp_path):
     large = bytearray(b"1") * (256 << 20)  # a peak of this process, which must not hide that of the ones it starts
     memory.main(["--size", "256", "--layers", "2", "--batch", "2", "--json", str(tmp_path / "memory.json")])
@@ -400,9 +402,7 @@ def test_commands_are_listed(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, "benchmarks")
     listed = capsys.readouterr().out
-    assert end.value.code == 2 and all(
-        name in listed for name in ("cpu", "train", "memory", "targets", "tables", "gpu-model")
-    )
+    assert end.value.code == 2 and all(name in listed for name in ("cpu", "train", "memory", "targets", "tables"))
 
 
 def test_pages_are_made_of_the_committed_figures():
@@ -414,6 +414,13 @@ def test_pages_are_made_of_the_committed_figures():
 def test_every_table_is_on_a_page():
     text = "".join(page.read_text() for page in tables.PAGES)
     assert all(f"<!-- {name}: written by" in text for name in tables.blocks())
+
+
+def test_accuracy_of_the_demo_is_the_mean_over_its_seeds():
+    figures = {"test_accuracy_by_seed": {"binary": [0.9, 0.98, 0.97], "float32": [0.99, 0.97, 0.98]}}
+    cells = [[cell.strip() for cell in row.split("|")[2:-1]] for row in tables.demo_accuracy(figures).splitlines()]
+    assert cells[2:4] == [["98.00%", "97.00%", "99.00%"], ["95.00%", "90.00%", "98.00%"]]
+    assert "3 splits" in tables.demo_accuracy(figures) and "Not measured" in tables.demo_accuracy(None)
 
 
 def test_tables_are_filled_in_between_their_markers():

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_run, sanitize
 from benchmarks.gpu import contestants, machine, measurements, plot, shapes, tables, targets
 from benchmarks.measuring import Shape
+from tools import gpu_run, sanitize
 
 CPU = torch.device("cpu")
 SMALL = [Shape(m=3, k=45, n=16), Shape(m=17, k=64, n=16)]
@@ -232,6 +232,7 @@ def test_the_shapes_of_the_targets_come_first():
 # ---- the runner ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_hides_no_other(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(gpu_run, "SPARE", 0)
 
@@ -254,6 +255,7 @@ def test_a_part_that_fails_hides_no_other(tmp_path, capfd, monkeypatch):
     assert gpu_run.run_all(every[3:], tmp_path, time.time() + 60)
 
 
+@pytest.mark.slow
 def test_all_ends_in_time(tmp_path, capfd, monkeypatch):
     """The last part gets what remains, and is told; what has no time is said and does not succeed."""
     monkeypatch.setattr(gpu_run, "SPARE", 1)
@@ -272,6 +274,7 @@ def test_all_ends_in_time(tmp_path, capfd, monkeypatch):
     assert "late" in late and late.endswith("out of time") and not (tmp_path / "late.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_part_that_is_stopped_may_say_how_far_it_came(tmp_path):
     code = """
 import time
@@ -286,6 +289,7 @@ except KeyboardInterrupt:
     assert (tmp_path / "tests.txt").read_text() == "working\ntwo failed\n\nstopped after 2 s\n"
 
 
+@pytest.mark.slow
 def test_a_part_that_ignores_the_interrupt_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_run, "GRACE", 1)
     code = (
@@ -386,6 +390,7 @@ def test_verdicts(code, output, deserved, said):
     assert sanitize.verdict(code, output, 80.0)[1].startswith(said)
 
 
+@pytest.mark.slow
 def test_tools_run_side_by_side(tmp_path, capfd):
     fake = tmp_path / "fake.py"
     fake.write_text(

@@ -1,4 +1,4 @@
-"""The build: shared objects, the choice of a kernel, stale builds, setup.py, sdist, and make's records."""
+"""The build: shared objects, the choice of a kernel, stale builds, setup.py, sdist."""
 
 import dataclasses
 import importlib.util
@@ -151,6 +151,7 @@ def test_unknown_kernel_is_an_error_at_import(name):
     )
 
 
+@pytest.mark.slow
 def test_the_former_name_of_the_variable_is_an_error_at_import():
     """If the old name were ignored, a test or benchmark would silently use another kernel than the requested one."""
     result = run_python("import bitorch_qlinear", BITORCH_QLINEAR_CPU="scalar")
@@ -220,6 +221,7 @@ OTHER_SOURCES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["csrc/cpu/pack_portable.h", "csrc/cuda/pack.cu", "csrc/new.cpp", "setup.py", None])
 def test_stale_build_of_the_same_version(tmp_path, changed):
     copy_of_the_package(tmp_path, with_sources=True)
@@ -234,6 +236,7 @@ def test_stale_build_of_the_same_version(tmp_path, changed):
         assert last_line(result) == "imported"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -254,6 +257,7 @@ def test_operators_from_other_sources_than_the_module(tmp_path, with_sources, ol
     assert "make build" in last_line(result)
 
 
+@pytest.mark.slow
 def test_a_module_without_a_digest_is_a_stale_build(tmp_path):
     result = run_python(
         "import sys, types\n"
@@ -313,6 +317,7 @@ def run_setup(folder, *arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_sdist_holds_every_tracked_file(tmp_path):
     pytest.importorskip("pybind11")
     if not (CHECKOUT / ".git").exists() or shutil.which("git") is None:
@@ -344,6 +349,7 @@ def hollow(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_build_has_a_digest_and_a_record(hollow):
     result = run_setup(hollow, "build_ext", "--inplace", BITORCH_QLINEAR_BUILT_BY="this environment")
     assert result.returncode == 0, result.stdout
@@ -364,6 +370,7 @@ def test_build_has_a_digest_and_a_record(hollow):
         assert b"new content" in library.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_old_name_of_the_cuda_switch_stops_a_build(hollow):
     result = run_setup(hollow, "build_ext", "--inplace", BITORCH_QLINEAR_CUDA="0")
     assert result.returncode != 0 and not [*hollow.glob("bitorch_qlinear/*.so")]
@@ -372,12 +379,7 @@ def test_the_old_name_of_the_cuda_switch_stops_a_build(hollow):
     )
 
 
-def test_the_old_name_of_the_cuda_switch_stops_make():
-    result = run_make("-n", "build", "BITORCH_QLINEAR_CUDA=0")
-    assert result.returncode != 0
-    assert "BITORCH_QLINEAR_CUDA is now named BITORCH_QLINEAR_BUILD_CUDA: set that one instead" in result.stderr
-
-
+@pytest.mark.slow
 def test_the_error_names_a_setuptools_that_cannot_make_wheels():
     code = (
         "import runpy, sys\n"
@@ -394,68 +396,6 @@ def test_readme_installs_what_the_build_requires():
     (requires,) = re.findall(r"^requires = (\[.*\])$", (CHECKOUT / "pyproject.toml").read_text(), re.MULTILINE)
     (line,) = re.findall(r"^pip install torch .*$", (CHECKOUT / "README.md").read_text(), re.MULTILINE)
     assert {*json.loads(requires)} <= {word.strip('"') for word in line.split()}
-
-
-# ---- make's records ----------------------------------------------------------------------------------
-
-
-def run_make(*arguments, folder=None):
-    """Run make with these arguments, and without the choices of a make that may be running the tests."""
-    chosen = ("BITORCH_QLINEAR_", "CXX", "MAKE", "MFLAGS", "SYSTEM_TORCH", "TORCH", "VENV")
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(chosen)}
-    command = ["make", f"PYTHON={sys.executable}", *arguments]
-    return subprocess.run(command, cwd=folder or CHECKOUT, env=variables, capture_output=True, text=True, timeout=60)
-
-
-@pytest.fixture
-def made(tmp_path):
-    """Return an imitated checkout with two environments, in both of which make has run, last in .venv-b."""
-    for name in ("Makefile", "setup.py", "pyproject.toml"):
-        shutil.copy(CHECKOUT / name, tmp_path)
-    for folder in ("csrc/torch", "bitorch_qlinear", "build", ".venv-a", ".venv-b"):
-        (tmp_path / folder).mkdir(parents=True)
-    for name in ("csrc/torch/ops.cpp", "bitorch_qlinear/_version.py", "bitorch_qlinear/_sources.py"):
-        (tmp_path / name).write_text("x")
-    for path in (tmp_path, *tmp_path.rglob("*")):
-        os.utime(path, (1e9, 1e9))
-    for venv in (".venv-a", ".venv-b"):
-        (tmp_path / venv / "config").write_text(value_in_make("VENV_CONFIG", tmp_path, venv))
-        for name in ("tools", "installed"):
-            (tmp_path / venv / name).touch()
-    (tmp_path / "bitorch_qlinear" / "_ops_cpu.so").touch()
-    (tmp_path / "build" / "built-by").write_text(value_in_make("BITORCH_QLINEAR_BUILT_BY", tmp_path, ".venv-b"))
-    return tmp_path
-
-
-def value_in_make(variable, folder, venv):
-    shown = run_make("-s", "--eval", f"show: ; @echo '$({variable})'", "show", f"VENV={venv}", folder=folder)
-    assert shown.returncode == 0, shown.stderr
-    return shown.stdout
-
-
-def is_up_to_date(folder, venv, *choices):
-    result = run_make("-q", "build", f"VENV={venv}", *choices, folder=folder)
-    assert result.returncode in (0, 1), result.stderr
-    return result.returncode == 0
-
-
-def test_environments_of_one_checkout_notice_each_others_builds(made):
-    assert is_up_to_date(made, ".venv-b")
-    assert not is_up_to_date(made, ".venv-a")
-    assert not is_up_to_date(made, ".venv-b", "CXX=another")
-    assert not is_up_to_date(made, ".venv-b", "BITORCH_QLINEAR_BUILD_CUDA=0")
-    assert not is_up_to_date(made, ".venv-b", "TORCH_CUDA_ARCH_LIST=9.0a")
-
-
-def test_build_without_make_is_noticed(made):
-    (made / "build" / "built-by").write_text("\n")
-    assert not is_up_to_date(made, ".venv-b")
-
-
-def test_changed_sources_are_noticed_whatever_their_timestamp(made):
-    (made / "csrc" / "ops.cpp").write_text("y")
-    os.utime(made / "csrc" / "ops.cpp", (1e9, 1e9))
-    assert not is_up_to_date(made, ".venv-b")
 
 
 @pytest.fixture(scope="module")
@@ -523,6 +463,7 @@ def test_reason_against_cuda(build, torch_cuda, reason):
     assert bool(_library._reason_against_cuda(build, torch_cuda)) == bool(reason)
 
 
+@pytest.mark.slow
 def test_no_exception_leaves_an_exported_c_function():
     code = (
         "import ctypes, sys; lib = ctypes.CDLL(sys.argv[1]); out = (ctypes.c_int64 * 4)()\n"

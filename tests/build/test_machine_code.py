@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import bitorch_qlinear
-from benchmarks import gpu_model, machine_code
-from benchmarks.machine_code import CHIPS, Bounds, Instruction, Kernel, Resources
 from bitorch_qlinear import _library
+from tools import gpu_model, machine_code
+from tools.machine_code import CHIPS, Bounds, Instruction, Kernel, Resources
 
 LIBRARY = Path(bitorch_qlinear.__file__).with_name("_ops_cuda.so")
 HEURISTICS = Path(__file__).parents[2] / "csrc" / "cuda" / "heuristics.h"
@@ -347,7 +347,7 @@ def test_rates_are_those_of_the_heuristics():
 
 
 def test_without_a_library(tmp_path):
-    with pytest.raises(SystemExit, match=r"none\.so is not there: the CUDA operators are not built"):
+    with pytest.raises(SystemExit, match=r"none\.so does not exist: the CUDA operators are not built"):
         gpu_model.main(["--library", str(tmp_path / "none.so")])
 
 

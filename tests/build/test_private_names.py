@@ -76,6 +76,7 @@ def test_private_names_are_found():
     ]
 
 
+@pytest.mark.slow
 def test_import_adds_no_part_of_torch_that_is_slow_to_import():
     code = (
         "import sys, torch; before = set(sys.modules); import bitorch_qlinear; "
@@ -89,6 +90,7 @@ def test_import_adds_no_part_of_torch_that_is_slow_to_import():
 PARTS = ["_is_any_autocast_enabled", "_are_functorch_transforms_active"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", PARTS)
 def test_a_torch_without_a_private_name_computes_the_same(missing):
     code = f"""

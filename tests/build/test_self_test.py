@@ -27,6 +27,7 @@ def verdicts(output):
     return {line.rpartition("  ")[0].strip() or line: line.rpartition("  ")[2] for line in lines}
 
 
+@pytest.mark.slow
 def test_all_kernels_compute_the_right_results():
     result = run()
     assert result.returncode == 0 and result.stderr == ""
@@ -35,6 +36,7 @@ def test_all_kernels_compute_the_right_results():
     assert set(KERNELS) <= set(said) and set(said.values()) == {"ok"}
 
 
+@pytest.mark.slow
 def test_help_and_unknown_arguments():
     help_text = run("--help")
     assert help_text.returncode == 0 and help_text.stdout.startswith("usage: python -m bitorch_qlinear")

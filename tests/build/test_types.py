@@ -47,6 +47,7 @@ words: Tensor = PackedQLinear(64, 32).weight
 """
 
 
+@pytest.mark.slow
 def test_calls(tmp_path, monkeypatch):
     programs = {"wrong.py": WRONG, "right.py": RIGHT}
     for name, program in programs.items():

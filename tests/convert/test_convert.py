@@ -64,6 +64,7 @@ def test_pack_in_place():
     assert_equal(model(x), want)
 
 
+@pytest.mark.slow
 def test_float_weights_are_freed():
     model = network()
     dead = [weakref.ref(model[1].weight), weakref.ref(model[3][0].weight)]
@@ -404,6 +405,7 @@ def test_models_that_cannot_be_copied(case):
         assert_equal(model(X), want)
 
 
+@pytest.mark.slow
 def test_a_model_for_distributed_training_is_unwrapped_first(tmp_path):
     code = f"""
 import torch, torch.distributed as dist

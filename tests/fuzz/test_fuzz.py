@@ -25,6 +25,7 @@ def _automatic_kernel():
     _kernels.force_kernel(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_hostile_arguments(batch):
     size = CASES // BATCHES
@@ -33,6 +34,7 @@ def test_hostile_arguments(batch):
     assert int(last.split()[0]) > size / 5, f"too few valid calls: {last}"
 
 
+@pytest.mark.slow
 def test_more_elements_than_an_int32_counts():
     errors, last = fuzz.run(["--large"], timeout=600)
     assert not errors, errors

@@ -38,6 +38,7 @@ def results(function, layer, x, g):
 # ---- compile ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_forward_and_backward(training, dynamic):
@@ -94,6 +95,7 @@ def test_a_changed_weight_is_used_without_recompilation():
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_inductor_trains():
     layer = layer_like(weight_quantization="steheaviside")
     compiled = torch.compile(layer, fullgraph=True)
@@ -244,6 +246,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_graphs_cached_on_disk_belong_to_one_kernel(tmp_path):
     """Each process finds the graphs that a process with another kernel, and so another prepared form, has cached."""
     for kernel in reversed(_kernels.available_kernels()):

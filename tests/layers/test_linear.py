@@ -635,6 +635,7 @@ assert said(lambda: no_grad(QLinear(2048, 2048).eval())(torch.randn(2, 2048))) =
 """
 
 
+@pytest.mark.slow
 def test_a_call_that_mostly_packs_warns_once_per_process(tmp_path):
     (tmp_path / "program.py").write_text(WARNED)
     done = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=300)

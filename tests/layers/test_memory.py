@@ -33,6 +33,7 @@ from bitorch_qlinear import _kernels
 from bitorch_qlinear import functional as F
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["end", "begin"])
 @pytest.mark.parametrize("kernel", _kernels.available_kernels())
 def test_guard_pages(kernel, side):

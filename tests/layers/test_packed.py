@@ -275,6 +275,7 @@ def test_memory_of_odd_sizes():
     assert resident(packed) / (4 * 4096 * 4096) < 2.01 / 32
 
 
+@pytest.mark.slow
 def test_float_weights_are_freed():
     model = network()
     dead = [weakref.ref(model[1].weight), weakref.ref(model[3][0].weight)]

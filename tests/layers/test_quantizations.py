@@ -164,6 +164,7 @@ def test_func_grad_and_vmap(name, kwargs, training):
     assert torch.equal(torch.func.vmap(quantize)(x), torch.stack([quantize(row) for row in x]))
 
 
+@pytest.mark.slow
 @cases
 def test_compiles_to_one_graph(name, kwargs, training):
     quantize = make(ours, name, kwargs, training)

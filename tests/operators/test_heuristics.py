@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from ptx import machine
 
 from bitorch_qlinear import _kernels
+from tools.ptx.machine import build_once
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -41,7 +41,7 @@ def library():
     def make(path):
         subprocess.run([*compiler.split(), *flags, f"-I{CSRC}", "-o", str(path), str(HARNESS)], check=True)
 
-    lib = ctypes.CDLL(str(machine._build(f"heuristics-{key}.so", make)))
+    lib = ctypes.CDLL(str(build_once(f"heuristics-{key}.so", make)))
     lib.decide_in_words.restype = lib.names_of.restype = ctypes.c_char_p
     lib.decide_in_words.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 3]
     lib.is_legal.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64]

@@ -209,6 +209,7 @@ def rows_with_products(k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return wanted, pack(torch.arange(k) >= (k - wanted[:, None]) // 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
 def test_large_products_are_rounded_as_torch_does(kernel, out):
     """The products lie where a half type's precision changes, and include ties and values that overflow float16."""
@@ -347,6 +348,7 @@ def test_forced_restores_the_previous_kernel(kernel, inner):
     assert kernels.active() == kernel
 
 
+@pytest.mark.slow
 def test_forced_restores_the_kernel_of_the_environment():
     code = (
         "from bitorch_qlinear import kernels\n"

@@ -128,6 +128,7 @@ for function, *tensors in (
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["bitorch_qlinear", "bitorch_qlinear._vmap"])
 def test_vmap_does_not_depend_on_the_order_of_imports(first):
     in_a_fresh_process(VMAP, first)
@@ -282,6 +283,7 @@ assert counter.get_total_flops() == 2 * 3 * 40 * 5
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counter_first", ["", "import torch.utils.flop_counter"], ids=["after", "before"])
 def test_the_flop_counter_may_be_imported_before_or_after_the_package(counter_first):
     """The package does not import torch's counter itself, because that imports triton, which takes long."""

@@ -513,11 +513,13 @@ def in_two_processes(function, folder, *args):
             pytest.fail("a process did not end")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo")
 def test_broadcast(tmp_path):
     in_two_processes(broadcast_words, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo")
 @pytest.mark.parametrize("second", [kernels.available()[0], kernels.available()[-1]])
 def test_data_parallel_over_a_packed_body(tmp_path, second):
