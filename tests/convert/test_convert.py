@@ -184,7 +184,7 @@ def test_real_input_stays_real(weight_quantization, size, dtype):
 
 @pytest.mark.parametrize("input_quantization", ["sign", "steheaviside"])
 def test_weights_of_one_bit_are_packed_as_they_are_quantized(input_quantization):
-    """The values of weightdorefa with one bit are +1 and -1, but for 0 not the same one as with sign."""
+    """One-bit weightdorefa gives +1 and -1 as sign does, except for the weight 0, of which it makes the other one."""
     layer = layer_like(input_quantization=input_quantization, weight_quantization="weightdorefa", bias=False)
     values = layer.weight_quantization(layer.weight).detach()
     assert values.abs().unique().tolist() == [1.0]
