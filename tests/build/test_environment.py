@@ -18,7 +18,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def run_make(*arguments, folder=CHECKOUT, **variables):
-    """Run make with no choices except those of the arguments, whatever the make that runs the tests was told."""
+    """Run make with these arguments, and without the choices of a make that may be running the tests."""
     chosen = ("BITORCH_QLINEAR_", "CXX", "MAKE", "MFLAGS", "PYTHON", "SYSTEM_TORCH", "TORCH", "VENV")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(chosen)}
     command = ["make", *([] if "PYTHON" in variables else [f"PYTHON={sys.executable}"]), *arguments]
@@ -53,7 +53,7 @@ def checkout(tmp_path):
 
 @pytest.fixture
 def setup(checkout):
-    """An environment of a checkout in which nothing is made yet."""
+    """Return an environment of a checkout in which nothing is made yet."""
     return Environment("torch==1", root=checkout, python="the python", variables={"PATH": os.environ["PATH"]})
 
 
@@ -71,7 +71,7 @@ def make_everything(setup, *extras):
 
 
 def steps(setup, *extras):
-    """The steps that a set-up would take, in order."""
+    """Return the steps that a set-up would take, in order."""
     taken = []
 
     class Recorder(Environment):
@@ -162,7 +162,7 @@ def test_a_new_environment_with_the_same_choices_compiles_again(setup):
 
 
 @pytest.mark.parametrize("name", ["csrc/ops.cpp", "setup.py"])
-def test_other_sources_are_noticed_whatever_their_time(setup, name):
+def test_changed_sources_are_noticed_whatever_their_timestamps(setup, name):
     make_everything(setup, "test")
     path = setup.root / name
     path = path if path.exists() else next((setup.root / "csrc").rglob("ops.cpp"))

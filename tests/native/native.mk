@@ -1,5 +1,5 @@
-# The kernels' own tests without torch, and what the compilers' sanitizers see. `make neon`, `make simde` and `make sanitize`
-# call this file from the checkout; PY is the Python of an environment in which the extension is built.
+# Tests the kernels without torch, under emulators, and with the compilers' sanitizers. `make neon`, `make simde` and
+# `make sanitize` call this file from the checkout; PY is the Python of an environment in which the extension is built.
 
 DIE := die() { echo "make: $$*" >&2; exit 1; }
 # The language and the flags that results depend on are those of the library's build.
@@ -8,8 +8,8 @@ FLAGS := -std=c++20 -O2 -g -Wall -Wextra -ffp-contract=off
 
 .PHONY: neon simde sanitize
 
-# The second program is watched for reads past an end and undefined behaviour, which an emulator does not report. The search
-# for leaks is off, because the emulator does not offer the system call that it uses.
+# Sanitizers watch the second program for reads past an end and undefined behaviour, which an emulator does not report.
+# The search for leaks is off, because the emulator does not offer the system call that it uses.
 neon:
 	@$(DIE); for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || \
 		die "there is no $$tool: install it (Debian, Ubuntu: apt install g++-aarch64-linux-gnu qemu-user)."; done
@@ -36,10 +36,10 @@ simde:
 		$(filter-out tests/native/kernels.cpp $(AVX512),$(SOURCES))
 	build/kernels-simde
 
-# The compilers' sanitizers see the standalone tests; those of gcc also see the operators while they are fuzzed. The fuzzed
-# package is the usual one with other operators. gcc's libraries are preloaded because Python itself is not compiled with
-# them, and the C++ library because the sanitizer watches exceptions. Python leaks on purpose, and one test asks for more
-# memory than the machine has.
+# The compilers' sanitizers see the standalone tests; those of gcc also see the operators while they are fuzzed. The
+# fuzzed package is the usual one with other operators. gcc's libraries are preloaded because Python itself is not
+# compiled with them, and the C++ library because the sanitizer watches exceptions. Python leaks on purpose, and one
+# test asks for more memory than the machine has.
 SANITIZE = $(MAKE) -s -f tests/native/sanitize.mk \
 	TORCH_FOLDER=$$($(PY) -c 'import os, torch; print(os.path.dirname(torch.__file__))') \
 	VERSION=$$($(PY) -c 'import runpy; print(runpy.run_path("bitorch_qlinear/_version.py")["__version__"])')
