@@ -28,7 +28,7 @@ $(FOLDER)/csrc/sources.o: FLAGS += -Ibuild/generated
 
 $(FOLDER)/%.o: %.cpp
 	@mkdir -p $(@D)
-	$(CXX) $(FLAGS) -MMD -c $< -o $@
+	$(CXX) $(FLAGS) -MMD -MP -c $< -o $@
 $(FOLDER)/kernels $(FOLDER)/threads: $(FOLDER)/%: $(FOLDER)/tests/native/%.o $(KERNELS)
 	$(LINK) -pthread
 $(FOLDER)/checks: $(FOLDER)/tests/native/checks.o $(FOLDER)/csrc/torch/ops.o $(FOLDER)/csrc/sources.o $(KERNELS)
