@@ -429,18 +429,16 @@ def _reason_against(layer: nn.Linear, is_projection: bool) -> str:
 
 def _leave_tied(modules: list[tuple[nn.Module, list[str]]], decisions: list[_Decision]) -> None:
     """Leave a layer real whose weight is also that of a module that stays real, which reads numbers and not signs."""
-    chosen = [decision for decision in decisions if decision.replaced]
-    replaced = {id(decision.layer) for decision in chosen}
-    readers = [(module, names[0]) for module, names in modules if id(module) not in replaced and not _is_binary(module)]
-    while readers:
-        module, name = readers.pop()
-        read = {id(parameter) for parameter in module._parameters.values() if parameter is not None}
-        for decision in chosen:
-            if decision.replaced and id(decision.layer.weight) in read:
-                what = f"{name or 'the model'} ({type(module).__name__})"
-                decision.reason = f"its weight is also that of {what}, which reads it as real numbers"
-                # A third layer with the same weight stays real, too: this one reads it now.
-                readers.append((decision.layer, decision.name))
+    replaced = {id(decision.layer) for decision in decisions if decision.replaced}
+    readers: dict[int, str] = {}
+    for module, names in modules:
+        if id(module) not in replaced and not _is_binary(module):
+            for parameter in module._parameters.values():
+                readers.setdefault(id(parameter), f"{names[0] or 'the model'} ({type(module).__name__})")
+    for decision in decisions:
+        reader = readers.get(id(decision.layer.weight)) if decision.replaced else None
+        if reader is not None:
+            decision.reason = f"its weight is also that of {reader}, which reads it as real numbers"
 
 
 # ---- the new layers ----

@@ -413,8 +413,10 @@ LEFT = {
 @pytest.mark.parametrize("case", LEFT)
 def test_what_cannot_be_replaced(case, caplog):
     make, said = LEFT[case]
+    model = with_layer(make()).append(nn.Linear(12, 12))
     with caplog.at_level(logging.INFO, "bitorch_qlinear"):
-        reason = reason_for(with_layer(make()), "1")
+        reason = reason_for(model, "1")
+    assert type(model[2]) is QLinear
     assert reason.startswith(said)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
@@ -493,6 +495,8 @@ def test_weights_tied_to_a_real_layer():
     both = binarize(model, keep_last=False)
     assert binary_names(both) == ["1", "2", "3"]
     assert both[1].weight is both[3].weight
+    model[3] = QLinear.from_linear(model[3])
+    assert binary_names(binarize(model)) == ["1", "2", "3"]
 
 
 def test_a_weight_that_the_parent_registers():
@@ -543,6 +547,11 @@ WRONG = {
     "class": (TypeError, r"model: expected an nn\.Module, got ", lambda: explain_binarize(Model)),
     "filter": (TypeError, "filter_fn: expected a function", lambda: binarize(Model(), filter_fn="fc1")),
     "input": (ValueError, "input_quantization: expected one of", lambda: binarize(Model(), input_quantization="sing")),
+    "report": (
+        ValueError,
+        "input_quantization: expected one of",
+        lambda: explain_binarize(Model(), input_quantization="sing"),
+    ),
     "weight": (TypeError, "weight_quantization: expected a name", lambda: binarize(Model(), weight_quantization=1)),
     "threshold": (
         ValueError,
@@ -618,6 +627,18 @@ def test_a_module_that_does_not_let_its_layer_go(caplog):
     assert "1.0 stays as it is: the module that holds it does not let it be replaced" in caplog.text
 
 
+def test_a_module_that_copies_its_layer_as_another(caplog):
+    class Changing(nn.Sequential):
+        def __deepcopy__(self, memo):
+            return Changing(Own(12, 12))
+
+    model = with_layer(Changing(nn.Linear(12, 12)))
+    result = binarize(model)
+    assert type(result[1][0]) is Own
+    assert "1.0 stays as it is: the module that holds it does not let it be replaced" in caplog.text
+    assert binary_names(binarize(model, inplace=True)) == ["1.0"]
+
+
 def test_report_before_and_after():
     model = Model()
     report = explain_binarize(model, rules={"blocks.0.fc2": None})
@@ -642,7 +663,9 @@ def test_report_before_and_after():
     after = explain_binarize(binarize(model))
     assert [layer.binary for layer in after] == [False, True, True, True, True, False]
     assert not any(layer.replaced for layer in after)
-    assert "is binary" in str(after).splitlines()[2]
+    lines = str(after).splitlines()
+    assert "is binary" in lines[2]
+    assert lines[-1].startswith("6 linear layers: 4 binary, 0 that binarize() would replace; 88.3 % of their weights")
     assert [layer.name for layer in explain(binarize(model))] == INNER
     assert str(explain_binarize(nn.ReLU())) == "no nn.Linear in this model"
 
