@@ -126,32 +126,35 @@ def binarize(
     mode stay, too. A layer that occurs several times becomes one QLinear. A layer that is binary already is kept, so a
     second call with the same arguments changes nothing.
 
-    The layers that stay real, and why, are logged, as a warning if one was chosen but cannot be replaced;
-    :func:`explain_binarize` reports it before. It cannot be replaced if it would compute something else or lose a part:
-    a subclass of ``nn.Linear``, a layer with hooks, a parametrization, tensors or modules of its own, the ``out_proj``
-    of ``nn.MultiheadAttention`` (whose weight the attention reads itself), or a layer whose weight is also that of
-    another module that stays real, such as an ``nn.Embedding``. Other code that reads a layer's weight cannot be seen:
-    leave such a layer out by a rule.
+    Some layers cannot be replaced, because they would lose a part or their weight is read as real numbers: subclasses
+    of ``nn.Linear``, layers with hooks, parametrizations, or tensors or modules of their own, the ``out_proj`` of
+    ``nn.MultiheadAttention`` (the attention reads its weight itself), and layers whose weight is also that of a module
+    that stays real, such as an ``nn.Embedding``. Other code that reads a layer's weight instead of calling the layer
+    cannot be detected: leave such a layer out by a rule.
+
+    :func:`explain_binarize` reports which layers would be replaced, and why others would not. The layers that stay
+    real are also logged; the message is a warning if one of them was chosen but cannot be replaced, or if the result
+    has no binary layer.
 
     Args:
-        model: Any module; it may be an ``nn.Linear`` itself, which is then replaced whether first or last.
+        model: Any module. If it is an ``nn.Linear`` itself, it is replaced although it is the first and last layer.
         input_quantization: A name (see :func:`quantization_names`), a module, of which each layer gets a copy on its
             device, or None for sign.
         weight_quantization: The same for the weights.
-        gradient_cancellation_threshold: Inputs with a larger magnitude get no gradient. The default is 1.0, which
-            trains well; the one of QLinear is None, because that is bitorch's interface.
+        gradient_cancellation_threshold: Inputs with a larger magnitude get no gradient. The default is 1.0, because
+            it trains well; QLinear's default is None, because that is bitorch's.
         filter_fn: Called with each real ``nn.Linear`` and its name; returns whether the layer may be replaced. A shared
             layer has several names, for all of which it must return True.
-        rules: Regular expressions that the whole name of a layer matches, each with a mapping of the three options
-            above that the layer gets instead, or with None to leave the layer real. The first one that matches counts.
-        keep_first: Leave the first layer real, because a sign keeps little of the model's input. First is meant in the
-            order of ``model.named_modules()`` among linear layers and convolutions, so that a model that begins with a
-            convolution has its first layer real already.
-        keep_last: Leave the last layer real in the same way, because its outputs, which are large whole numbers if it
-            is binary, make poor logits.
-        inplace: Replace the layers inside `model`, whose parameters the QLinears take over: an optimizer made before
-            goes on with them. Otherwise the result is a copy that shares nothing with `model`, so that the float model
-            remains to compare with or to teach the binary one; :func:`pack` has the same default.
+        rules: Maps regular expressions to options. A layer whose whole name matches an expression gets these options
+            (any of the three above) instead, or stays real if they are None. The first expression that matches counts.
+            A rule does not choose layers that `filter_fn`, `keep_first` or `keep_last` leave real.
+        keep_first: Leave the first layer real, because a sign keeps little of the model's input. It is the first linear
+            layer or convolution in the order of ``model.named_modules()``. If it is a convolution, it is real anyway.
+        keep_last: Leave the last layer real, because a binary layer's outputs are large whole numbers, which make poor
+            logits. It is the last linear layer or convolution in the same order.
+        inplace: Replace the layers inside `model`. The new layers take over the parameters, so that an optimizer which
+            holds them stays valid. The default, as :func:`pack` has it, makes a copy that shares nothing with `model`,
+            because the float model is often needed as a baseline or a teacher.
 
     Returns:
         The model, or its copy.
@@ -269,7 +272,7 @@ class _Decision:
         return self.meant and not self.reason
 
     def choice(self) -> LayerChoice:
-        """Return what the report says of it."""
+        """Return the layer's line of the report."""
         return LayerChoice(
             name=self.name,
             kind=type(self.layer).__name__,
@@ -306,7 +309,7 @@ def _decide(
     keep_first: bool,
     keep_last: bool,
 ) -> list[_Decision]:
-    """Return what is done with each linear layer; the arguments are those of ``binarize``."""
+    """Decide what is done with each linear layer; the arguments are those of ``binarize``."""
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn: expected a function of a module and its name, or None; got {filter_fn!r:.60}")
     _check_options(defaults)

@@ -1,4 +1,4 @@
-"""binarize() and explain_binarize(): which layers they choose, what the new layers keep, and what they report."""
+"""binarize() and explain_binarize() choose the right layers, keep what belongs to the model, and report the reasons."""
 
 import copy
 import logging
@@ -63,7 +63,7 @@ def binary_names(model):
 
 
 def by_hand(model, threshold=1.0):
-    """The same model, whose inner layers a user has replaced."""
+    """Return a copy whose inner layers are replaced by from_linear()."""
     model = copy.deepcopy(model)
     for block in model.blocks:
         block.fc1 = QLinear.from_linear(block.fc1, gradient_cancellation_threshold=threshold)
@@ -72,7 +72,7 @@ def by_hand(model, threshold=1.0):
 
 
 def reason_for(model, name, **options):
-    """The reason that the report gives, after a check that a layer of this name really stays the same kind."""
+    """Return the reason that the report gives; binarize() must leave the layer's class as it is."""
     (layer,) = [layer for layer in explain_binarize(model, **options) if layer.name == name]
     assert not layer.replaced
     assert layer.options == {}
@@ -692,7 +692,8 @@ def test_a_float_model_learns_digits_as_a_binary_one():
     images, labels = (torch.from_numpy(each) for each in datasets.load_digits(return_X_y=True))
     images, labels = images.float() / 8 - 1, labels.long()
     layers = [nn.Linear(64, 128), nn.BatchNorm1d(128), nn.Linear(128, 128), nn.BatchNorm1d(128), nn.Linear(128, 10)]
-    model = binarize(nn.Sequential(*layers))
+    float_model = nn.Sequential(*layers)
+    model = binarize(float_model)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(3):
         for part in torch.randperm(1200).split(100):
@@ -701,5 +702,7 @@ def test_a_float_model_learns_digits_as_a_binary_one():
             optimizer.step()
     packed = pack(model.eval())
     accuracy = (packed(images[1200:]).argmax(1) == labels[1200:]).float().mean().item()
+    changed_signs = (model[2].weight < 0) != (float_model[2].weight < 0)
     assert binary_names(packed) == ["2"]
+    assert changed_signs.float().mean() > 0.05
     assert accuracy > 0.5  # chance is 0.1
