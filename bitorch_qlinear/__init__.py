@@ -8,20 +8,24 @@ from . import _vmap as _vmap  # registers the batching rules, for torch.func.vma
 from . import functional, kernels, quantizations
 from ._info import Info, info
 from ._version import __version__
-from .convert import LayerReport, Report, explain, pack, unpack
+from .convert import BinarizeReport, LayerChoice, LayerReport, Report, binarize, explain, explain_binarize, pack, unpack
 from .linear import QLinear, safe_globals
 from .packed import PackedQLinear
 from .quantizations import Quantization, quantization_names, register_quantization
 
 __all__ = [
+    "BinarizeReport",
     "Info",
+    "LayerChoice",
     "LayerReport",
     "PackedQLinear",
     "QLinear",
     "Quantization",
     "Report",
     "__version__",
+    "binarize",
     "explain",
+    "explain_binarize",
     "functional",
     "info",
     "kernels",

@@ -22,12 +22,14 @@ __all__ = [
     "called_from",
     "functorch_active",
     "has_hooks",
+    "has_state_hooks",
     "hook_names",
     "is_dtensor",
     "is_known",
     "is_plain",
     "is_proxy",
     "operator_entry",
+    "own_attributes",
     "shares_data",
     "trace_as_leaf",
     "transforms_active",
@@ -91,10 +93,21 @@ def has_hooks(module: nn.Module, allowed: Callable[..., Any] | None = None) -> b
     return False
 
 
+def has_state_hooks(module: nn.Module) -> bool:
+    """Whether the module has hooks on ``state_dict`` or ``load_state_dict``."""
+    tables = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+    return any(getattr(module, table, None) for table in tables)
+
+
 def hook_names(module: nn.Module) -> list[str]:
     """Return the names of the module's forward pre-hooks and forward hooks."""
     tables = (getattr(module, name, {}) for name in ("_forward_pre_hooks", "_forward_hooks"))
     return [getattr(hook, "__qualname__", type(hook).__name__) for table in tables for hook in table.values()]
+
+
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return what is kept on the module as attributes, except a compiled call, which a copy of a module loses too."""
+    return {name: value for name, value in module.__dict__.items() if name != "_compiled_call_impl"}
 
 
 def is_dtensor(tensor: object) -> bool:

@@ -64,7 +64,7 @@ def _check_threshold(threshold: float | None) -> float | None:
     return threshold
 
 
-def _how_to_free(linear: nn.Linear, name: str) -> str:
+def how_to_free(linear: nn.Linear, name: str) -> str:
     """Return the step that makes a computed weight or bias a parameter of its own again, in words."""
     if nn.utils.parametrize.is_parametrized(linear, name):
         return f"call torch.nn.utils.parametrize.remove_parametrizations(linear, {name!r}) first"
@@ -201,7 +201,7 @@ class QLinear(nn.Linear):
             )
         for name in ("weight", "bias"):
             if name not in linear._parameters:
-                raise ValueError(f"linear: expected a {name} that is a parameter; {_how_to_free(linear, name)}")
+                raise ValueError(f"linear: expected a {name} that is a parameter; {how_to_free(linear, name)}")
         layer = cls(
             linear.in_features,
             linear.out_features,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from typing import Any, TypeVar, overload
 
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 from ..checkpoint import QUANTIZED_WEIGHT
 from ..linear import QLinear
 from ..packed import PackedQLinear, weight_rule_of
-from .report import GATHER, binary_layers, is_fsdp, reason_against
+from .replacement import check_model, replace
+from .report import binary_layers, reason_against
 
 __all__ = ["pack", "unpack"]
 
@@ -41,7 +41,7 @@ def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         TypeError: `model` is no nn.Module.
         RuntimeError: The model is wrapped for distributed training, or cannot be copied.
     """
-    _check_model(model)
+    check_model(model)
     replacements: dict[int, nn.Module] = {}
     shared: dict[Any, Tensor] = {}
     reasons: dict[str, str] = {}
@@ -57,7 +57,7 @@ def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         packed = PackedQLinear.from_float(layer, shared.get(key))
         shared[key] = packed.weight
         replacements[id(layer)] = packed
-    result = _replace(model, replacements, inplace, reasons)
+    result = replace(model, replacements, inplace, reasons)
     for path, _, layer in binary_layers(result):
         if isinstance(layer, QLinear):
             reasons.setdefault(path, "the module that holds it does not let it be replaced")
@@ -86,7 +86,7 @@ def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         TypeError: `model` is no nn.Module.
         RuntimeError: The model is wrapped for distributed training, or cannot be copied.
     """
-    _check_model(model)
+    check_model(model)
     replacements: dict[int, nn.Module] = {}
     shared: dict[int, nn.Parameter] = {}
     for _, _, layer in binary_layers(model):
@@ -95,57 +95,4 @@ def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             weight = unpacked.weight
             assert isinstance(weight, nn.Parameter)
             unpacked.weight = shared.setdefault(id(layer.weight), weight)
-    return _replace(model, replacements, inplace, {})
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {model!r:.60}")
-    name = type(model).__name__
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        raise RuntimeError(
-            "model: expected the model itself, got one wrapped in DistributedDataParallel, or with such a module "
-            "inside: pass model.module, or put the inner module in its wrapper's place"
-        )
-    if name == "FullyShardedDataParallel" or any(map(is_fsdp, model.modules())):
-        raise RuntimeError(f"model: expected whole weights, got a model that FSDP shards: {GATHER}")
-
-
-def _held(module: nn.Module) -> nn.Module:
-    """Return the module itself, or the layer inside a container of bitorch, which poses as its container."""
-    return next(module.modules())
-
-
-def _replace(model: nn.Module, replacements: dict[int, nn.Module], inplace: bool, reasons: dict[str, str]) -> nn.Module:
-    """Return the model, or a copy of it, in which the modules with these ids are replaced.
-
-    Args:
-        model: The model.
-        replacements: The new module for the id of each module to be replaced.
-        inplace: Replace in the model itself.
-        reasons: Why some layers are not replaced, for the error of a model that cannot be copied.
-
-    Raises:
-        RuntimeError: The model cannot be copied.
-    """
-    places = [
-        (parent, name, child, replacements[id(_held(child))])
-        for parent in list(model.modules())
-        for name, child in parent._modules.items()
-        if child is not None and id(_held(child)) in replacements
-    ]
-    if inplace:
-        for parent, name, _, replacement in places:
-            parent.register_module(name, replacement)
-        return replacements.get(id(_held(model)), model)
-    # deepcopy takes a module that its memo already holds instead of copying the layer.
-    memo: dict[int, Any] = {**replacements, **{id(child): replacement for _, _, child, replacement in places}}
-    if id(_held(model)) in replacements:
-        return replacements[id(_held(model))]
-    try:
-        copied: nn.Module = copy.deepcopy(model, memo)
-    except Exception as error:
-        left = "".join(f"; {path or 'the model'} would stay as it is: {reason}" for path, reason in reasons.items())
-        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        raise RuntimeError(f"model: cannot be copied ({said}): inplace=True works on the model itself{left}") from error
-    return copied
+    return replace(model, replacements, inplace, {})
