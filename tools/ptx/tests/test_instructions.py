@@ -307,7 +307,7 @@ def test_float_arithmetic(kind):
             ).astype(dtype),
         )
         if kind != "f64":
-            # In a wider type the product is exact. Rounding the sum twice matters only near ties; these values have none.
+            # In a wider type the product is exact. Rounding the sum twice matters only near ties, which do not occur.
             wide = np.longdouble
             exact = a.astype(wide) * b.astype(wide) + c.astype(wide)
             same(lanes(f"fma.rn.{kind} %d, %a, %b, %c;", a, b, c, out=dtype), exact.astype(dtype))
