@@ -1,6 +1,6 @@
 # These targets test the kernels without torch, under emulators, and with the compilers' sanitizers. `make neon`, `make
-# simde` and `make sanitize` call this file from the checkout; PY is the Python of an environment in which the extension is
-# built.
+# simde` and `make sanitize` call this file from the checkout; PY is the Python of an environment in which the extension
+# is built.
 
 DIE := die() { echo "make: $$*" >&2; exit 1; }
 # The library's build uses the same language version and the same flags that results depend on.
