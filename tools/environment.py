@@ -352,10 +352,10 @@ def shorten(lines: Iterable[str]) -> Iterator[str]:
     A command that fails is repeated in full by ninja, behind a line that begins with FAILED.
 
     Args:
-        lines: The lines of the build, such as "[3/14] c++ -O3 ... -c csrc/ops.cpp -o ops.o".
+        lines: The lines of the build, such as "[3/14] c++ -O3 ... -c csrc/torch/ops.cpp -o ops.o".
 
     Yields:
-        The lines to print, such as "[3/14] csrc/ops.cpp".
+        The lines to print, such as "[3/14] csrc/torch/ops.cpp".
     """
     for line in lines:
         found = re.match(r"(\[\d+/\d+\]) .* -c (\S+)", line)

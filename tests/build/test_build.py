@@ -468,7 +468,7 @@ def test_no_exception_leaves_an_exported_c_function():
     code = (
         "import ctypes, sys; lib = ctypes.CDLL(sys.argv[1]); out = (ctypes.c_int64 * 4)()\n"
         "for name in ('kernel', 'kernel_reason'):\n"
-        "    f = getattr(lib, 'bitorch_qlinear_' + name); f.restype = ctypes.c_char_p; assert f() == b''\n"
+        "    f = getattr(lib, 'bitorch_qlinear_' + name); f.restype = ctypes.c_char_p; assert b'nope' in f()\n"
         "lib.bitorch_qlinear_layout.restype = ctypes.c_bool; assert not lib.bitorch_qlinear_layout(out)\n"
     )
     code = "import torch\n" + code  # this loads the libraries that the operators need

@@ -204,12 +204,12 @@ def check_results_beyond_memory() -> None:
     rows = torch.zeros(1, 1).expand(2**62, 1)
     for call in (
         lambda: F.pack_bits(rows),
+        lambda: F.linear(rows, ones(1, 1), 1),
         lambda: F.linear_train(rows, ones(1, 1), 1),
         lambda: F.multiply_signs(rows, ones(1, 1), 1),
         lambda: F.binary_linear(no_words(1), no_words(2**50), 0),
     ):
         assert_refused(call, "result: cannot allocate")
-    assert_refused(lambda: F.linear(rows, ones(1, 1), 1), "out of memory")
 
 
 def check_strides_of_results_beyond_an_int64() -> None:

@@ -205,7 +205,7 @@ ONE = pack_signs(torch.ones(1, 1))
         (lambda: F.pack_bits(torch.zeros(1).expand(2**31)), "k"),
         (lambda: F.pack_bits(torch.zeros(1, 1).expand(2**62, 1)), "result"),
         (lambda: F.pack_bits(torch.zeros(1, 1).expand(2**45, 3)), "x"),
-        (lambda: F.linear(torch.zeros(1, 1).expand(2**62, 1), ONE, 1), "out of memory"),
+        (lambda: F.linear(torch.zeros(1, 1).expand(2**62, 1), ONE, 1), "result"),
         (lambda: F.linear_train(torch.zeros(1, 1).expand(2**62, 1), ONE, 1), "result"),
         (lambda: F.linear(torch.zeros(1, 0), HUGE_WORDS, 0), "result"),
         (lambda: F.binary_linear(HUGE_WORDS, HUGE_WORDS, 0), "result"),
