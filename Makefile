@@ -1,4 +1,4 @@
-# A menu: each target sets up what it needs (.venv, torch, other packages, the compiled extension) through
+# This file is a menu: each target sets up what it needs (.venv, torch, other packages, the compiled extension) through
 # tools/environment.py, which takes a moment once that is done. `make help` lists the targets and the choices.
 
 PYTHON ?= python3
@@ -24,7 +24,7 @@ NATIVE = $(MAKE) -s -f tests/native/native.mk PY='$(abspath $(PY))'
 
 .PHONY: help demo test check lint format docs benchmark benchmark-check gpu fuzz sanitize neon simde ptx-full ptx-report \
 	build clean
-# Two targets at once would set up one environment.
+# Targets run one after the other, because they set up the same environment.
 .NOTPARALLEL:
 
 help:  ## list the targets

@@ -1,10 +1,10 @@
-"""Compiles the shared objects of bitorch_qlinear; what the package is stands in pyproject.toml.
+"""Compile the shared objects of bitorch_qlinear; pyproject.toml describes the package.
 
-bitorch_qlinear._ops_cpu  operators for the CPU, on LibTorch's stable ABI. No Python symbol in it, so that C++ programs
-                          can load it too, and one binary serves every torch from 2.10.
-bitorch_qlinear._ops_cuda the same operators for CUDA, where torch and nvcc are for it. A library of its own,
-                          because it needs torch's CUDA libraries: a CPU-only torch leaves it alone.
-bitorch_qlinear._C        small pybind11 module that says what was built. No torch header in it.
+bitorch_qlinear._ops_cpu  has the operators for the CPU, on LibTorch's stable ABI. It uses no symbol of Python, so that
+                          C++ programs can load it too, and one binary serves every torch from 2.10.
+bitorch_qlinear._ops_cuda has the same operators for CUDA, and is built if torch and nvcc support it. It is a separate
+                          library because it needs torch's CUDA libraries: a CPU-only torch does not load it.
+bitorch_qlinear._C        is a small pybind11 module that reports what was built. It includes no header of torch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).resolve().parent
 VERSION = runpy.run_path(str(ROOT / "bitorch_qlinear" / "_version.py"))["__version__"]
 SOURCES = runpy.run_path(str(ROOT / "bitorch_qlinear" / "_sources.py"))["digest"](ROOT)
-# What is generated: the digest for csrc/sources.cpp, and for the Makefile what built the libraries in the package.
+# The build writes the digest for csrc/sources.cpp to the first. It writes a record of what built the libraries in the
+# package to the second, for tools/environment.py.
 GENERATED = str(ROOT / "build" / "generated")
 BUILT_BY = ROOT / "build" / "built-by"
 INSTALL = "pip install --no-build-isolation ."
@@ -49,10 +50,10 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
-    # pip's build isolation hides an installed torch, and as a build requirement pip would fetch a second one of several
-    # gigabytes and compile against that: hence --no-build-isolation, and torch is not in pyproject's build-system.
+    # pip's build isolation hides an installed torch. If torch were a build requirement in pyproject.toml, pip would
+    # fetch a second one of several gigabytes and compile against that. So --no-build-isolation is needed.
     fail(
-        f"torch is not there to compile against: install it first (pip install torch '{SETUPTOOLS}' ninja pybind11), "
+        f"torch is not installed: install it first (pip install torch '{SETUPTOOLS}' ninja pybind11), "
         f"then run '{INSTALL}' (without build isolation, which hides an installed torch)."
     )
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
@@ -60,24 +61,24 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
 try:
     import pybind11
 except ModuleNotFoundError:
-    fail(f"pybind11 is not there to compile against: run 'pip install pybind11', then '{INSTALL}'.")
+    fail(f"pybind11 is not installed: run 'pip install pybind11', then '{INSTALL}'.")
 
 
 def decide_cuda(switch: str | None, torch_cuda: str | None, nvcc: str | None) -> tuple[bool, str]:
-    """Whether the CUDA operators are built, and why.
+    """Decide whether the CUDA operators are built, and say why.
 
-    Never by torch.cuda.is_available(): a builder without a GPU would then make a CPU wheel in silence.
+    torch.cuda.is_available() is not asked, because a builder without a GPU would then silently make a CPU wheel.
 
     Args:
         switch: The environment's BITORCH_QLINEAR_BUILD_CUDA: "0", "1", or None or "" for no choice.
         torch_cuda: torch.version.cuda, None in a CPU build of torch.
-        nvcc: The version of CUDA's compiler, None where it is not there.
+        nvcc: The version of CUDA's compiler, None if it is missing.
 
     Returns:
         The decision and its reason.
 
     Raises:
-        ValueError: The switch has another value, or asks for CUDA where something is missing.
+        ValueError: The switch has another value, or asks for CUDA although something is missing.
     """
     if switch not in (None, "", "0", "1"):
         raise ValueError(f"BITORCH_QLINEAR_BUILD_CUDA must be 0 or 1, not {switch!r}.")
@@ -99,7 +100,7 @@ def decide_cuda(switch: str | None, torch_cuda: str | None, nvcc: str | None) ->
 
 
 def find_cuda_home() -> str | None:
-    """The CUDA toolkit's folder, or None.
+    """Return the folder of the CUDA toolkit, or None.
 
     An nvcc on PATH may be a wrapper outside of the toolkit, from which torch would guess a folder without headers.
     """
@@ -112,7 +113,7 @@ def find_cuda_home() -> str | None:
 
 
 def nvcc_version(cuda_home: str | None) -> str | None:
-    """The version of a toolkit's compiler, such as "13.0"."""
+    """Return the version of a toolkit's compiler, such as "13.0", or None if it is unknown."""
     if cuda_home is None:
         return None
     said = subprocess.run([f"{cuda_home}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
@@ -128,18 +129,18 @@ try:
 except ValueError as error:
     fail(str(error))
 
-# Machine code for each, and PTX of the oldest with asynchronous copies for what lies between and after. Only the "a" of
-# 90a takes Hopper's own instructions.
+# The library has machine code for each of these, and PTX for GPUs between and after them: that of 8.0, the first with
+# asynchronous copies. Only the "a" of 90a allows the instructions that Hopper alone has.
 CUDA_ARCHITECTURES = ["75", "80", "86", "89", "90a", "100", "120"]
 CUDA_PTX = "80"
-# torch's own variable is heard too: TORCH_CUDA_ARCH_LIST="9.0a" compiles for one machine in a seventh of the time.
+# torch's own variable counts too: TORCH_CUDA_ARCH_LIST="9.0a" compiles for one machine in a seventh of the time.
 CHOSEN_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-CUDA_TARGETS = ""  # of the CUDA operators, as _C reports them: "" where they are not built
+CUDA_TARGETS = ""  # the targets of the CUDA operators, as _C reports them; "" if they are not built
 if BUILD_CUDA:
     CUDA_TARGETS = CHOSEN_ARCHITECTURES or ", ".join(f"sm_{a}" for a in CUDA_ARCHITECTURES) + f", compute_{CUDA_PTX}"
 
-# This import settles where torch believes CUDA to be. Without CUDA operators the two are empty, not absent: torch then
-# looks for none, and does not warn that it found no GPU.
+# At this import torch decides where CUDA is. Without CUDA operators the two variables are empty, not absent, so torch
+# does not look for CUDA, and does not warn that it found no GPU.
 with mock.patch.dict(os.environ, {"CUDA_HOME": CUDA_HOME} if BUILD_CUDA else {"CUDA_HOME": "", "CUDA_PATH": ""}):
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
@@ -153,10 +154,10 @@ COMPILE_FLAGS = [
     "-ffp-contract=off",
     "-Wall",
     "-Wextra",
-    # Error messages carry file names: keep the paths of the build machine out of them (the last match wins).
+    # Error messages contain file names. This keeps the paths of the build machine out of them (the last match wins).
     f"-ffile-prefix-map={ROOT}=.",
     f"-ffile-prefix-map={SITE}=.",
-    # No -march here, ever: each kernel file names its own target, and dispatch picks one at run time.
+    # -march must not be added: each kernel file names its own target, and dispatch picks one at run time.
 ]
 VERSION_MACRO = ("BITORCH_QLINEAR_VERSION", f'"{VERSION}"')
 HEADERS = sorted([*glob("csrc/**/*.h", recursive=True), *glob("csrc/**/*.cuh", recursive=True)])
@@ -165,16 +166,16 @@ NVCC_FLAGS = [
     "-O3",
     "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra",
     "-Xptxas=-warn-spills",
-    # torch's build adds its own targets where none is named.
+    # torch's build adds the chosen targets itself. If none is chosen, these keep it from adding its own.
     *([] if CHOSEN_ARCHITECTURES else (f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES)),
     *([] if CHOSEN_ARCHITECTURES else [f"-gencode=arch=compute_{CUDA_PTX},code=compute_{CUDA_PTX}"]),
 ]
 
 
 def operator_library(name: str, sources: list[str], libraries: list[str], cuda: bool = False) -> Extension:
-    """A plain shared object of operators, for torch.ops.load_library."""
+    """Return the extension of a plain shared object of operators, for torch.ops.load_library."""
     device = "cuda" if cuda else "cpu"
-    # As system headers, torch's own do not warn under -Wextra.
+    # torch's headers are system headers, so that they do not warn under -Wextra.
     cxx_flags = [*COMPILE_FLAGS, *(f"-isystem{path}" for path in include_paths(device))]
     return Extension(
         f"bitorch_qlinear.{name}",
@@ -182,8 +183,8 @@ def operator_library(name: str, sources: list[str], libraries: list[str], cuda: 
         depends=[*HEADERS, "setup.py"],
         include_dirs=["csrc", GENERATED],
         library_dirs=library_paths(device),
-        # The stable ABI's C functions are all in libtorch_cpu and libtorch_cuda; c10 and torch_python would tie us to
-        # one torch.
+        # All C functions of the stable ABI are in libtorch_cpu and libtorch_cuda. c10 and torch_python would tie the
+        # library to one torch.
         libraries=libraries,
         define_macros=[
             ("TORCH_TARGET_VERSION", "0x020a000000000000"),
@@ -191,7 +192,7 @@ def operator_library(name: str, sources: list[str], libraries: list[str], cuda: 
             *([("USE_CUDA", None)] if cuda else []),
         ],
         extra_compile_args={"cxx": cxx_flags, "nvcc": NVCC_FLAGS},
-        # Nothing undefined: a Python symbol that slips in stops the link.
+        # Undefined symbols are errors, so a Python symbol that slips in stops the link.
         extra_link_args=["-Wl,-z,defs"],
         language="c++",
     )
@@ -235,12 +236,12 @@ if BUILD_CUDA:
 
 
 def touch_changed_sources(record: Path) -> None:
-    """Give sources that changed without becoming newer the present time, for ninja compares times only.
+    """Give sources that changed without becoming newer the present time, because ninja compares only times.
 
-    A copy that keeps times leaves such. Their objects would stay, and be linked with the new sources' digest.
+    A copy that keeps times leaves such sources. Their old objects would be linked with the digest of the new sources.
 
     Args:
-        record: What the sources were at the last build with the same objects; replaced by what they are.
+        record: The file with the sources' digests at the last build with the same objects. Today's replace them.
     """
     known = json.loads(record.read_text()) if record.exists() else {}
     found = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in glob("csrc/**/*.*", recursive=True)}
@@ -252,53 +253,53 @@ def touch_changed_sources(record: Path) -> None:
 
 
 class BuildExt(BuildExtension):
-    """torch's build_ext, for incremental builds and operator libraries that are no Python modules."""
+    """torch's build_ext, changed for incremental builds and for operator libraries that are not Python modules."""
 
     def finalize_options(self) -> None:
-        """Keep the objects between builds: pip's editable install would compile in a new temporary folder each time."""
+        """Keep the objects between builds; pip's editable install would compile in a new temporary folder each time."""
         super().finalize_options()
         tag = f"{sys.implementation.cache_tag}-{platform.machine()}-torch{torch.__version__}"
         self.build_temp = os.path.join("build", f"objects-{tag}")
 
     def build_extensions(self) -> None:
-        """Compile, after a word about what was decided about CUDA, where a build shows it once."""
-        # Asked here, not above: an sdist is made of the same files whatever the environment says.
+        """Print the decision about CUDA once, and compile."""
+        # This test is here and not above, because an sdist has the same files in every environment.
         if os.environ.get("BITORCH_QLINEAR_CUDA"):
             fail("BITORCH_QLINEAR_CUDA is now named BITORCH_QLINEAR_BUILD_CUDA: set that one instead.")
         touch_changed_sources(Path(self.build_temp) / "sources.json")
         header, text = Path(GENERATED) / "sources_digest.h", f'#define BITORCH_QLINEAR_SOURCES "{SOURCES}"\n'
-        if not header.exists() or header.read_text() != text:  # otherwise it keeps its time: nothing is compiled again
+        if not header.exists() or header.read_text() != text:  # else it keeps its time, and nothing is compiled again
             header.parent.mkdir(parents=True, exist_ok=True)
             header.write_text(text)
-            self.force = True  # always so with ninja, which then decides itself what to compile
+            self.force = True  # torch does so with ninja; setuptools alone does not know of this header
         print(f"bitorch_qlinear: CUDA operators {'on' if BUILD_CUDA else 'off'} ({CUDA_REASON})", flush=True)
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
-        """A folder for each extension: they share a source file and compile it with different flags."""
+        """Use a folder for each extension, because they share a source file and compile it with different flags."""
         shared = self.build_temp
         self.build_temp = os.path.join(shared, ext.name)
         super().build_extension(ext)
         self.build_temp = shared
 
     def copy_extensions_to_source(self) -> None:
-        """Note who replaces the libraries in the package, for make in another environment of this checkout."""
-        BUILT_BY.write_text("")  # a copy that breaks off is nobody's build
+        """Record which build replaces the libraries in the package, for make in other environments of this checkout."""
+        BUILT_BY.write_text("")  # libraries of an interrupted copy belong to no build
         super().copy_extensions_to_source()
         BUILT_BY.write_text(os.environ.get("BITORCH_QLINEAR_BUILT_BY", "") + "\n")
 
     def get_ext_filename(self, fullname: str) -> str:
-        """_ops_cpu.so, without the tag of a Python version that it does not depend on."""
+        """Return a name such as _ops_cpu.so, without the tag of a Python, on which the library does not depend."""
         if fullname.rpartition(".")[2].startswith("_ops_"):
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
 
 
 def check_setuptools() -> None:
-    """End the build with a sentence where setuptools cannot make the wheel that pip asks it for."""
+    """End the build with a sentence if setuptools cannot make the wheel that pip asks it for."""
     if not {"dist_info", "bdist_wheel", "editable_wheel"}.intersection(sys.argv):
         return
-    for module in ("setuptools.command.bdist_wheel", "wheel.bdist_wheel"):  # the second served before setuptools 70.1
+    for module in ("setuptools.command.bdist_wheel", "wheel.bdist_wheel"):  # setuptools before 70.1 used the second
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
             return
@@ -309,7 +310,7 @@ def check_setuptools() -> None:
 
 
 def choose_compiler() -> None:
-    """Settle on one C++ compiler for torch's ninja file and for setuptools' linker, which choose differently."""
+    """Choose one C++ compiler for torch's ninja file and for setuptools' linker, which choose differently."""
     chosen = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
     if shutil.which(shlex.split(chosen)[0]) is None:
         fail(f"there is no C++ compiler '{chosen}': install one (Debian, Ubuntu: apt install g++) or name it in CXX.")
@@ -317,12 +318,12 @@ def choose_compiler() -> None:
 
 
 def put_ninja_on_path() -> None:
-    """Torch looks for ninja on PATH, where an environment that is not activated has none."""
+    """Put the ninja of this environment on PATH, where torch looks for it, in case the environment is not activated."""
     try:
         import ninja
     except ModuleNotFoundError:
-        return  # one of the system serves as well; without any, torch compiles file by file
-    if ninja.BIN_DIR:  # "" where its module is another environment's
+        return  # the system's ninja serves as well; without any, torch compiles file by file
+    if ninja.BIN_DIR:  # "" if its module belongs to another environment
         os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
 
 
@@ -330,5 +331,5 @@ if __name__ == "__main__":
     check_setuptools()
     choose_compiler()
     put_ninja_on_path()
-    # The license stands here, not in pyproject.toml, whose form for it changed with setuptools 77: both sides work so.
+    # The license is not in pyproject.toml, because its form there changed with setuptools 77; any version takes this.
     setup(license="Apache-2.0", ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt})

@@ -1,1 +1,1 @@
-"""Programs for working on this package that measure nothing."""
+"""Programs for developing this package, except the benchmarks."""

@@ -90,8 +90,8 @@ class Environment:
     def build_record(self) -> str:
         """Return what the compiled extension is made from.
 
-        The record names the environment, because several environments share the libraries of a checkout, and the time
-        at which its torch was installed, because that torch may have come from another index.
+        The record names the environment, because several environments share the libraries of a checkout. It also holds
+        the time at which its torch was installed, because that torch may have come from another index.
         """
         digest = runpy.run_path(str(self.root / "bitorch_qlinear" / "_sources.py"))["digest"](self.root)
         chosen = self.variables.get
@@ -119,7 +119,7 @@ class Environment:
     def is_compiled(self) -> bool:
         """Return whether the libraries in the package are this environment's build of today's sources.
 
-        setup.py writes the record at each build, whoever calls it: a build without make is noticed, too.
+        setup.py writes the record at each build, whoever calls it, so a build without make is noticed, too.
         """
         library = self.root / "bitorch_qlinear" / "_ops_cpu.so"
         return self.has_tools() and library.exists() and read(self.root / "build" / "built-by") == self.build_record()
@@ -168,7 +168,7 @@ class Environment:
             self.install_tools()
 
     def check_system_torch(self) -> None:
-        """End with a message if SYSTEM_TORCH=1 finds no torch that imports; asked only if one is to be used anew."""
+        """End with a message if the torch of SYSTEM_TORCH=1 does not import; only a new .venv makes this test."""
         try:
             if self.has_venv():
                 return
@@ -226,7 +226,7 @@ class Environment:
     def install_tools(self) -> None:
         """Install torch and the tools that compile against it.
 
-        torch comes first, in a step of its own: its download is the long one, and the build compiles against it.
+        torch comes first, in a step of its own, because its download is the long one and the build compiles against it.
         """
         if self.system:
             self.run([*self.pip("--retries", "0"), *BUILD_TOOLS])
@@ -238,8 +238,8 @@ class Environment:
     def compile(self) -> None:
         """Compile the extension.
 
-        setup.py is run, not pip, which hides the warnings of the compiler and the line about CUDA. An edit during the
-        build is not lost: the record that is passed holds the digest of the sources before the build.
+        This runs setup.py and not pip, because pip hides the warnings of the compiler and the line about CUDA. An edit
+        during the build is not lost, because the record holds the digest of the sources before the build.
         """
         variables = {**self.variables, "BITORCH_QLINEAR_BUILT_BY": self.build_record()}
         command = [self.interpreter, "setup.py", "-q", "build_ext", "--inplace"]
@@ -299,8 +299,8 @@ class Environment:
     def for_gpu(self) -> Environment:
         """Return the environment whose extension is compiled only for the GPUs of this machine.
 
-        That takes a seventh of the time that all targets take. The record of the build says so, and the next target of
-        make compiles for all of them again. Without a GPU the usual build is made, so that its errors are known.
+        That takes a seventh of the time that all targets take. The record of the build names the GPUs, so the next
+        target of make compiles for all again. Without a GPU the usual build is made, so that its errors are known.
 
         Raises:
             SystemExit: torch finds no GPU; the message says why nothing can run.
@@ -442,7 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--index", default="", help="the package index that torch comes from")
     parser.add_argument("--system-torch", default="", help="1: use the torch and the packages of this Python")
     parser.add_argument("target", help="a target of the Makefile; also missing, parallel-options and pytest-options")
-    parser.add_argument("arguments", nargs="*", help="of missing: extras; of pytest-options: arguments of pytest")
+    parser.add_argument("arguments", nargs="*", help="extras for missing; arguments of pytest for pytest-options")
     options = parser.parse_args(arguments)
     if options.target == "missing":
         return report_missing(options.python, options.arguments)

@@ -1,25 +1,25 @@
 """Estimate from machine code how near the kernels can come to the peak of a chip: ``python -m tools.gpu_model``.
 
-No hardware is used, and nothing is measured. A row of the table is a kernel on a target: what a thread and a block take
-of a multiprocessor, and what a warp does in one pass of the main loop far from all edges, in clocks of the
-multiprocessor for each of its parts. All warps do the same, so the part that takes longest bounds the loop. Its share
-of the peak is the clocks of what the kernel is for, tensor cores, popcounts or memory, by those of that part:
+No hardware is used, and nothing is measured. A row of the table is a kernel on a target. It lists the resources of a
+multiprocessor that a thread and a block take, and the clocks for which one pass of a warp through the main loop, far
+from all edges, keeps each part of the multiprocessor busy. All warps do the same, so the part that takes longest bounds
+the loop. The share of the peak is the clocks of the part that the kernel is meant to keep busy (tensor cores, popcounts
+or memory) divided by the clocks of the slowest part. The parts are:
 
     issue     4 instructions of warps a clock, one for each quarter of a multiprocessor
-    tensor    multiply-adds of bits, or of bytes at an eighth of the rate, and L2 with it: csrc/cuda/heuristics.h, which
-              says where they are from
+    tensor    multiply-adds of bits, or of bytes at an eighth of the rate; csrc/cuda/heuristics.h names the sources
     POPC      16 lanes a clock
     ALU       64 lanes a clock of logic, shifts, additions, comparisons and moves
-    FMA       64 lanes a clock of integer multiply-adds, which nvcc takes for moves and additions too
+    FMA       64 lanes a clock of integer multiply-adds, which nvcc uses for moves and additions too
     shared    128 bytes a clock of shared memory and L1, or the 32 lanes of a shuffle
-    L2        bytes that leave it for the multiprocessor; unknown where the heuristics have no figure
-    memory    what must come from the chip's memory, or go there, at the data sheet's bandwidth
+    L2        bytes that leave it for the multiprocessor; unknown if the heuristics have no figure
+    memory    bytes from or to the chip's memory, at the bandwidth of the data sheet
 
-(POPC, ALU, FMA and shuffles: CUDA C++ programming guide, "Arithmetic Instructions". For what 10.0 and 12.0 may do
-beyond it, as doubled integer units, there is no allowance; nor for a 7.5 that may have 64 bytes of shared memory a
-clock.) Not seen are latencies, which warps may not be enough to hide; bank conflicts, of which tests/ptx counts none;
-starts and ends of blocks; and clocks that fall under load. So a share is an upper bound as far as these rates hold, and
-a low one is what to look at.
+The rates of POPC, ALU, FMA and shuffles come from the CUDA C++ programming guide, "Arithmetic Instructions". The model
+ignores that 10.0 and 12.0 may be faster, for example by doubled integer units, and that a 7.5 may have only 64 bytes of
+shared memory a clock. It does not see latencies, which may be too long for the warps to hide; bank conflicts, of which
+tests/ptx finds none; the starts and ends of blocks; and clocks that fall under load. So a share is an upper bound as
+far as these rates hold, and a low share shows where to look.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Work(NamedTuple):
     count: int  # the number of these instructions
     peak: str  # the part that a perfect kernel would keep busy
     multiplies: int = 0  # multiply-adds of bits on tensor cores
-    l2: int = 0  # bytes
-    memory: int = 0  # bytes
+    l2: int = 0  # bytes from L2
+    memory: int = 0  # bytes from and to the chip's memory
     dynamic: int = 0  # bytes of dynamic shared memory of a block
     also: tuple[str, ...] = ("LDG", "LDGSTS")  # kinds whose instructions in the loop are all executed in a pass
     whole: Mapping[str, int] = MappingProxyType({})  # the instructions of inner loops, see machine_code.one_pass
@@ -133,7 +133,7 @@ class Rates(NamedTuple):
     """The rates of a multiprocessor per clock; None if no source gives one."""
 
     memory: float  # bytes
-    multiplies: int | None  # of bits
+    multiplies: int | None  # multiply-adds of bits
     l2: int | None  # bytes
 
 
@@ -141,8 +141,9 @@ def _memory(gigabytes: float, multiprocessors: int, gigahertz: float) -> float:
     return gigabytes / multiprocessors / gigahertz
 
 
-# Multiplies and L2 are those of the heuristics. They have none for 7.5: 8 times the int8 rate of the T4's data sheet is
-# used. From 10.0 on bits are multiplied as int8, too; csrc/cuda/gemm_mma_int8_sm80.cu names the source.
+# Multiplies and L2 are those of csrc/cuda/heuristics.h, which has none for 7.5 and from 10.0 on. There multiplies are 8
+# times the int8 rate: of the T4's data sheet for 7.5; from 10.0 on, where bits are multiplied as bytes, of the sources
+# that csrc/cuda/gemm_mma_int8_sm80.cu names.
 RATES = {
     "sm_75": Rates(_memory(320, 40, 1.59), 8192, None),  # T4
     "sm_80": Rates(_memory(2039, 108, 1.41), 16384, 47),  # A100 with 80 GB
@@ -193,7 +194,7 @@ def estimate(passed: Counter[str], work: Work, rates: Rates) -> dict[str, float]
 def main_pass(instructions: list[Instruction], work: Work) -> Counter[str] | None:
     """Return the instructions of one pass of the main loop, or None if the kernel is empty on this target.
 
-    Of a loop with a condition that does not change in it nvcc makes two: it is the one that does more of the work.
+    nvcc makes two loops of one that tests a condition which does not change in it; the one with more work is taken.
     """
     kinds = (work.kind, *work.also)
     found = machine_code.main_loops(instructions, work.kind)
@@ -202,7 +203,7 @@ def main_pass(instructions: list[Instruction], work: Work) -> Counter[str] | Non
 
 
 def shown(kernel: Kernel) -> bool:
-    """Return whether other kernels differ from it only in the type of the results or the rule for signs."""
+    """Return whether the table shows a kernel: one of those that differ only in result type or rule for signs."""
     if kernel.source == "pack":
         return kernel.type == "bfloat16" and kernel.flags == (False,)
     return kernel.type in ("bfloat16", "2 bytes", "")

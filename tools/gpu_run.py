@@ -1,7 +1,7 @@
 """Run everything that needs a GPU, one part after the other; ``make gpu`` calls this once everything is built.
 
-A part that fails or times out is reported, the next one starts, and the exit code is 1. All parts end within 8 minutes
-of the start of the build, which is passed; parts that had no time are reported too.
+A part that fails or times out is reported, the next one starts, and the exit code is 1 in the end. All parts end within
+8 minutes of the start of the build, which ``--start`` gives; parts that had no time are reported too.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 ROOT = Path(__file__).parents[1]
-SECONDS = (
-    8 * 60 - 10
-)  # the time of all parts from the start of make; the rest is left for the last words of a stopped part
+# The time of all parts from the start of make. The last 10 of the 480 seconds are left for what a stopped part prints.
+SECONDS = 8 * 60 - 10
 GRACE = 5  # seconds from the interrupt to the kill, in which pytest reports what has failed so far
 SPARE = 15  # seconds that a part with a time limit of its own keeps for its last steps
-OUT_OF_TIME = 124  # the exit code of a part that ran out of time, as of the command timeout
+OUT_OF_TIME = 124  # the exit code of a part that reports by itself that its time ran out, as the command timeout has it
 
 
 class Part(NamedTuple):
@@ -76,7 +75,7 @@ def importable(module: str) -> bool:
 def run(part: Part, seconds: float, results: Path) -> int | None:
     """Run one part, print and keep its output, and return its exit code; None if its time ran out."""
     told = ["--seconds", f"{seconds - SPARE:.0f}"] if part.told else []
-    # Python prints at once. Inductor compiles in the process itself, whose workers would otherwise stay behind.
+    # Output is not buffered. Inductor compiles in the process itself, because its worker processes could outlive it.
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     with (results / part.file).open("w") as file:
         process = subprocess.Popen(
@@ -139,7 +138,7 @@ def run_all(every: list[Part], results: Path, end: float) -> bool:
         print(f"\n==== {part.name} ====", flush=True)
         start = time.time()
         seconds = min(part.seconds, end - start)
-        # A part starts if it may have all of its own time, however short that is.
+        # A part starts if it has at least 2 * SPARE seconds, or all of its own time if that is shorter.
         too_late = seconds < min(part.seconds, 2 * SPARE)
         code = OUT_OF_TIME if too_late else run(part, seconds, results)
         succeeded &= code == 0

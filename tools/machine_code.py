@@ -1,7 +1,7 @@
 """Read the machine code of a library of CUDA kernels with NVIDIA's cuobjdump; no GPU is needed and nothing is run.
 
-What a kernel's loops and registers say is in here; what is made of it: tools/gpu_model.py, which estimates, and
-tests/build/test_machine_code.py, which holds each target's machine code to what the kernels' sources promise.
+This module finds the loops, registers and shared memory of each kernel. tools/gpu_model.py estimates speeds from them,
+and tests/build/test_machine_code.py compares the machine code of each target with what the kernels' sources promise.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def count(names: Mapping[str, int], *kinds: str) -> int:
     return sum(number for name, number in names.items() if name.partition(".")[0] in kinds)
 
 
-# ---- what it takes of a multiprocessor -------------------------------------------------------------------------------
+# ---- resources of a multiprocessor -----------------------------------------------------------------------------------
 
 
 class Resources(NamedTuple):
@@ -173,7 +173,7 @@ def parse_resources(lines: Iterable[str]) -> dict[str, dict[Kernel, Resources]]:
 
 
 def resources(library: Path) -> dict[str, dict[Kernel, Resources]]:
-    """Return the resources of each kernel, by target that the library has machine code for."""
+    """Return the resources of each kernel, by each target for which the library has machine code."""
     return parse_resources(lines(library, "-res-usage"))
 
 
@@ -218,7 +218,7 @@ class Chip(NamedTuple):
     warps: int
     blocks: int
     shared: int
-    reserved: int  # bytes of shared memory that the system reserves for a block, unless cuobjdump counts them
+    reserved: int  # bytes of shared memory that the system reserves for a block; 0 if cuobjdump counts them
 
 
 _KIB = 1024
@@ -283,11 +283,11 @@ def one_pass(
     That is the shortest of the ways through the loop with the most instructions of certain kinds.
 
     Args:
-        instructions: All of the kernel.
+        instructions: All instructions of the kernel.
         loop: One of its loops.
-        work: Those kinds.
-        whole: By kind, how many instructions all passes of an inner loop have together: how often an inner loop is
-            passed is not to be seen in its code.
+        work: The kinds of instructions that count as work.
+        whole: The number of instructions, by kind, that all passes of an inner loop execute together. The code does not
+            show how many passes an inner loop makes.
     """
     inner = [other for other in loops(instructions) if other != loop and other.first in loop and other.last in loop]
     body = loop.of(instructions)
@@ -320,9 +320,9 @@ def _times(body: list[Instruction], inner: list[Loop], whole: Mapping[str, int])
 def _best_ways(
     body: list[Instruction], inner: list[Loop], times: Mapping[int, int], work: Collection[str]
 ) -> dict[int, int | None]:
-    """Find the shortest path to the end of a loop with the most work: the successor of each address on it.
+    """Find the successor of each address on the way with the most work to the end of a loop, the shortest of several.
 
-    Branches out of the loop are no way. An inner loop whose branch back is always taken is left by another of its own.
+    Branches out of the loop are not followed. An inner loop whose branch back is always taken ends by another branch.
     """
     ends = {loop.last: loop for loop in inner}
     value: dict[int, tuple[int, int]] = {}

@@ -1,9 +1,9 @@
 """Run every CUDA kernel under NVIDIA's compute-sanitizer: ``python -m tools.sanitize``.
 
-Four runs of one small program, side by side: memcheck (accesses outside of an allocation or misaligned), racecheck
-(shared memory), synccheck (barriers) and initcheck (reads of what nobody wrote). A tool that is missing or that the
-machine refuses is reported in a line and is no failure. A tool that runs out of time is reported with the kernels that
-it had finished and makes the exit code 124, which means neither clean nor a finding.
+Four tools watch one small program each, side by side: memcheck (accesses that are misaligned or outside an allocation),
+racecheck (shared memory), synccheck (barriers) and initcheck (reads of memory that was never written). A tool that is
+missing or that the machine refuses is reported in a line and is no failure. A tool that runs out of time is reported
+with the kernels that it had finished and makes the exit code 124, which means neither clean nor a finding.
 """
 
 from __future__ import annotations
@@ -54,11 +54,8 @@ def check_product(m: int, n: int, k: int, device: torch.device) -> None:
     """
     wide, words = torch.randn(m, k + 1), F.pack_bits(torch.randn(n, k))
     bias, scale = torch.randn(n, dtype=torch.float16), torch.randn(n)
-    x, gpu_x, gpu_words = (
-        wide[:, 1:],
-        wide.to(device)[:, 1:],
-        words.to(device),
-    )  # a view whose rows are not adjacent or aligned
+    # x is a view whose rows are neither adjacent nor aligned.
+    x, gpu_x, gpu_words = wide[:, 1:], wide.to(device)[:, 1:], words.to(device)
     vectors = {"bias": bias.to(device), "scale": scale.to(device)}
     prepared = F.prepare_weight(gpu_words, k)
     want = F.linear_train(x, words, k, bias=bias, scale=scale, threshold=1.0)
@@ -166,7 +163,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.sanitize", description=__doc__.splitlines()[0])
     parser.add_argument("--inside", action="store_true", help="the program that the tools run")
-    parser.add_argument("--seconds", type=float, default=80.0, help="for all tools (80)")
+    parser.add_argument("--seconds", type=float, default=80.0, help="the time limit for all tools together (80)")
     options = parser.parse_args()
     if options.inside:
         inside()

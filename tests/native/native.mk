@@ -1,8 +1,9 @@
-# Tests the kernels without torch, under emulators, and with the compilers' sanitizers. `make neon`, `make simde` and
-# `make sanitize` call this file from the checkout; PY is the Python of an environment in which the extension is built.
+# These targets test the kernels without torch, under emulators, and with the compilers' sanitizers. `make neon`, `make
+# simde` and `make sanitize` call this file from the checkout; PY is the Python of an environment in which the extension
+# is built.
 
 DIE := die() { echo "make: $$*" >&2; exit 1; }
-# The language and the flags that results depend on are those of the library's build.
+# The library's build uses the same language version and the same flags that results depend on.
 SOURCES := tests/native/kernels.cpp $(filter-out %/exports.cpp,$(wildcard csrc/cpu/*.cpp))
 FLAGS := -std=c++20 -O2 -g -Wall -Wextra -ffp-contract=off
 
@@ -36,10 +37,11 @@ simde:
 		$(filter-out tests/native/kernels.cpp $(AVX512),$(SOURCES))
 	build/kernels-simde
 
-# The compilers' sanitizers see the standalone tests; those of gcc also see the operators while they are fuzzed. The
-# fuzzed package is the usual one with other operators. gcc's libraries are preloaded because Python itself is not
-# compiled with them, and the C++ library because the sanitizer watches exceptions. Python leaks on purpose, and one
-# test asks for more memory than the machine has.
+# The sanitizers of each compiler watch the standalone tests; those of gcc also watch the operators while they are
+# fuzzed. The fuzzed package is the usual one with the operators of a sanitized build. gcc's sanitizer is preloaded
+# because Python is not linked with it, and the C++ library because the sanitizer intercepts exceptions. The search for
+# leaks is off because Python leaks on purpose; failed allocations return null because one test asks for more memory
+# than the machine has.
 SANITIZE = $(MAKE) -s -f tests/native/sanitize.mk \
 	TORCH_FOLDER=$$($(PY) -c 'import os, torch; print(os.path.dirname(torch.__file__))') \
 	VERSION=$$($(PY) -c 'import runpy; print(runpy.run_path("bitorch_qlinear/_version.py")["__version__"])')

@@ -1,5 +1,5 @@
-# Builds and runs the standalone tests, and builds the operators' library, with one compiler's sanitizers. `make
-# sanitize` calls this file for each compiler and kind of sanitizer:
+# This file builds and runs the standalone tests, and builds the library of operators, with the sanitizers of one
+# compiler. `make sanitize` calls it for each compiler and kind of sanitizer:
 #
 #     make -f tests/native/sanitize.mk CXX=g++ SANITIZERS=address,undefined TORCH_FOLDER=.../torch VERSION=0.1.0 address
 

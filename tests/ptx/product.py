@@ -1,6 +1,6 @@
-"""What the tests of the product's CUDA kernels share: their PTX, as nvcc emits it for each target, and their arguments.
+"""The parts that the tests of the CUDA kernels share: their PTX, as nvcc emits it for each target, and their arguments.
 
-What runs there is emulated, never hardware. Grids and blocks are those of the launchers in csrc/cuda.
+The interpreter runs the kernels; no hardware is used. Grids and blocks are those of the launchers in csrc/cuda.
 """
 
 import functools
@@ -22,34 +22,35 @@ from tools.ptx.machine import In, Module, Out, Struct, build_once, compile_cache
 from tools.ptx.mutate import Mutant
 
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
-# `make ptx-full`: all targets, and more shapes. (compute_80, which the build keeps as PTX, is what sm_80 is made of.)
+# `make ptx-full` sets it and runs all targets and more shapes. (sm_80 is compiled from compute_80, which the build
+# keeps as PTX.)
 FULL = os.environ.get("PTX_FULL") == "1"
 ALL_TARGETS = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"]
 USUAL_TARGETS = ["sm_75", "sm_80", "sm_90a", "sm_120"]
 DRAWN = 64 if FULL else 8
-"""Random shapes of a kernel."""
+"""The number of random shapes of a kernel."""
 SEEDS = 5 if FULL else 2
-"""With which each of a kernel's shapes is run: another one is another schedule of the warps, and other data."""
+"""The number of seeds with which each shape runs; a seed decides the schedule of the warps and the data."""
 
 
 def seeded(shapes: list) -> Iterator[tuple[int, tuple]]:
-    """Each shape with several seeds."""
+    """Yield each shape with several seeds."""
     return enumerate(SEEDS * shapes)
 
 
 def drawn_rows(most: int) -> list[tuple[int, int]]:
-    """Random numbers of rows and of values in them, for the kernels that work row by row."""
+    """Return random numbers of rows and of values in a row, for the kernels that work row by row."""
     return list(map(tuple, np.random.default_rng(1).integers(1, (20, most), (DRAWN, 2)).tolist()))
 
 
 def targets(first: str = "sm_75", last: str = "sm_120") -> list[str]:
-    """Those from `first` to `last` whose PTX is executed."""
+    """Return the targets from `first` to `last` whose PTX is executed."""
     span = ALL_TARGETS[ALL_TARGETS.index(first) : ALL_TARGETS.index(last) + 1]
     return [target for target in span if FULL or target in USUAL_TARGETS]
 
 
 TARGETS = targets()
-# DType of csrc/dtype.h, and how a type is called in a mangled name.
+# The number of each type in DType of csrc/dtype.h, and its name in mangled names.
 DTYPES = {torch.float64: (0, "d"), torch.float32: (1, "f"), torch.float16: (2, "6__half"), torch.int32: (4, "i")}
 DTYPES[torch.bfloat16] = (3, "13__nv_bfloat16")
 
@@ -59,7 +60,7 @@ if nvcc() is None and os.environ.get("CI") != "true":
 
 @functools.cache
 def source(name: str) -> str:
-    """A kernel file with our headers in place of their includes, so that its text is all that it depends on."""
+    """Return a kernel file with our headers in place of their includes, so that it depends only on its text."""
     text, seen = (CUDA / name).read_text(), set()
 
     def include(match: re.Match) -> str:
@@ -77,7 +78,7 @@ def source(name: str) -> str:
 
 @functools.cache
 def layout(name: str) -> str:
-    """The format of a struct of csrc/cuda/kernels.h for Python's module struct, as the C++ compiler lays it out.
+    """Return the format of a struct of csrc/cuda/kernels.h for Python's module struct, as the C++ compiler lays it out.
 
     The values are those of the fields in the order of layouts.cpp, which must be the order of the struct.
     """
@@ -104,7 +105,7 @@ def compiled(text: str, target: str) -> str:
 
 
 def code(ptx: str) -> str:
-    """What PTX says but for its target: without what is for debuggers, and a file's random part of names."""
+    """Return PTX without its target, comments, debug information and the random part of a file's name."""
     text = re.sub(r"^\.target .*$", "", re.sub(r"//.*", "", ptx[: ptx.index("\t.file")]), flags=re.MULTILINE)
     return re.sub(r"_GLOBAL__N__[0-9a-f]{8}_(\w+?)_[0-9a-f]{8}", r"\1", text)
 
@@ -128,7 +129,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def total_letter(out: torch.dtype) -> str:
-    """T in a mangled name."""
+    """Return the letter of the output type T in a mangled name."""
     return "d" if out is torch.float64 else "i" if out is torch.int32 else "f"
 
 
@@ -141,7 +142,7 @@ def row_popcounts(words: np.ndarray, k: int) -> np.ndarray:
 
 
 def prepared_header(n: int, k: int) -> np.ndarray:
-    """The bytes of PreparedHeader (csrc/packed.h) in CUDA's prepared form.
+    """Return the bytes of PreparedHeader (csrc/packed.h) in CUDA's prepared form.
 
     They are written out here, not taken from C++, because the form is stored in files and must not change by accident.
     """
@@ -150,7 +151,7 @@ def prepared_header(n: int, k: int) -> np.ndarray:
 
 @dataclass
 class Call:
-    """Arguments of one product with their reference: a struct Product of csrc/cuda/kernels.h."""
+    """The arguments of one product, a struct Product of csrc/cuda/kernels.h, with its reference."""
 
     fields: Struct
     output: Out
@@ -160,7 +161,7 @@ class Call:
     what: tuple
 
     def check(self) -> None:
-        """All of y is written, and equals the reference."""
+        """Assert that all of y is written and equals the reference."""
         assert_equal(torch.from_numpy(self.y).view(self.out), self.expected, self.what)
         assert self.output.unwritten == 0, self.what
 
@@ -176,9 +177,9 @@ def product_call(
     aligned: bool = False,
     header: np.ndarray | None = None,
 ) -> Call:
-    """Random words, in the interchange form with random bits past k, or in the aligned form; and what their product is.
+    """Return random words, in the interchange form with random bits past k or in the aligned form, and their product.
 
-    Both have popcounts, which only the AND kernels read. `header` is that of a prepared form, to be checked by kernels.
+    Both have popcounts, which only the AND kernels read. Kernels check `header`, which is that of a prepared form.
     """
     generator = np.random.default_rng(seed)
     words = [generator.integers(-(2**31), 2**31, (rows, ceil_div(k, 32)), dtype=np.int32) for rows in (m, n)]
@@ -201,7 +202,7 @@ def product_call(
 
 
 def channels_of(out: torch.dtype, n: int) -> list[dict[str, torch.Tensor]]:
-    """No bias and scale, either, and both, as arguments of a product: all values that they may have. int32 has none."""
+    """Return all kinds of bias and scale as arguments of a product: neither, one, and both. int32 has neither."""
     if out is torch.int32:
         return [{}]
     generator = torch.Generator().manual_seed(n)
@@ -224,7 +225,7 @@ def float32_source(name: str) -> str:
 
 
 def edited(text: str, edits: list[tuple[str, str]], target: str = "sm_80") -> list[Mutant]:
-    """A mutant for each edit of a file's text, all of which must be there once."""
+    """Return a mutant for each edit of a file's text; each old text must occur once."""
     for old, _ in edits:
         assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"
     return [Mutant(f"{old} -> {new}", compiled(text.replace(old, new), target)) for old, new in edits]

@@ -1,8 +1,8 @@
-"""What each kernel's PTX does with memory, as the interpreter counts it: ``make ptx-report``.
+"""Print what each kernel's PTX does with memory, as the interpreter counts it: ``make ptx-report``.
 
-One launch a kernel, for sm_80 or the target that it is for: instructions of warps; wavefronts of shared memory beyond
-what its accesses need (bank conflicts); and 32-byte sectors of global memory that were touched, and that the bytes
-asked for would fill (uncoalesced accesses are what lies between).
+Each kernel is launched once, for sm_80 or the target that it is meant for. The table has the instructions of warps, the
+wavefronts of shared memory beyond those that the accesses need (bank conflicts), the 32-byte sectors of global memory
+that were touched, and those that the accessed bytes would fill; the difference is due to uncoalesced accesses.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ ROWS: list[tuple[str, str, str, Callable[[Module], Report]]] = [
 
 
 def row(name: str, target: str, what: str, check: Callable[[Module], Report]) -> list[object]:
-    """A line of the table; the product is checked on the way."""
+    """Return a line of the table; the launch also checks the result."""
     report = check(module(f"{name}.cu", target))
     excess = ", ".join(f"{source}: {count}" for source, count in report.excess_sectors_by_source().items())
     counts = report.warp_instructions, report.bank_conflicts, report.sectors, report.sectors_needed

@@ -1,4 +1,4 @@
-"""csrc/cuda/align.cu, executed as PTX against the reference; and its mutants."""
+"""The PTX of csrc/cuda/align.cu equals the reference, and its mutants are caught."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def check_align(
     misalign: int = 0,
     seed: int = 0,
 ) -> Report:
-    """Align m rows of random words, whose bits past k are random too."""
+    """Align m rows of random words, whose bits past k are random too, and check the result."""
     words = np.random.default_rng(seed).integers(-(2**31), 2**31, (m, ceil_div(k, 32)), dtype=np.int32)
     rows = ceil_div(m, 4) * 4 if header else m
     counts, head = Out(np.zeros(rows, np.int32)), Out(np.zeros(64, np.uint8))
@@ -47,7 +47,7 @@ def check_align(
         layout("Align"), In(words, misalign=misalign), m, k, out if aligned else None, counts, head if header else None
     )
     grid, block = row_grid(max(rows, int(header)), ceil_div(words.shape[1] * 32, SEGMENT))
-    # The launcher gives the header by value, for any job.
+    # The launcher passes the header by value, for any job.
     arguments = [job, rows, prepared_header(m, k).tobytes()]
     report = module.launch(kernel(module, "align_rows"), grid, block, arguments, seed=seed)
     what = (m, k, aligned, header, misalign)
@@ -71,12 +71,12 @@ def test_align(target):
     for seed, k in enumerate(edges):
         for m in (1, 3, 4, 5):
             check_align(aligning, m, k, aligned=(m + seed) % 4 != 0, header=(m + seed) % 3 != 0, seed=seed)
-    for seed, m in enumerate((7, 8, 9, 33)):  # blocks of a row a warp
+    for seed, m in enumerate((7, 8, 9, 33)):  # each warp of a block has a row
         check_align(aligning, m, 200, header=seed % 2 == 0, seed=seed)
     for seed, (m, k) in seeded(drawn_rows(2 * SEGMENT)):
         check_align(aligning, m, k, aligned=seed % 4 != 0, header=seed % 3 != 0, seed=seed)
-    check_align(aligning, 2, 3 * SEGMENT)  # four warps to a row
-    check_align(aligning, 1, 19 * SEGMENT + 5, header=True)  # and eight, some of which take three turns
+    check_align(aligning, 2, 3 * SEGMENT)  # four warps share a row
+    check_align(aligning, 1, 19 * SEGMENT + 5, header=True)  # eight warps share a row, and some take three turns
     check_align(aligning, 3, 333, misalign=4)
     for k in (0, 200):
         check_align(aligning, 0, k, header=True)
@@ -85,7 +85,7 @@ def test_align(target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_align_touches_no_sector_in_vain(target):
     report = check_align(module("align.cu", target), 2, SEGMENT)
-    wide = [c for c in report.counts if c[1] > 32]  # what all lanes do: not the popcounts
+    wide = [c for c in report.counts if c[1] > 32]  # the instructions of all lanes, without those of the popcounts
     assert sum(c[4] for c in wide) == sum(c[5] for c in wide) > 0
 
 

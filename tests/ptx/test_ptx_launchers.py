@@ -1,6 +1,6 @@
-"""The launchers of csrc/cuda, compiled as they are: what they launch, executed as PTX; and their mutants.
+"""The launchers of csrc/cuda, compiled unchanged, launch what they should, and their mutants are caught.
 
-Elsewhere tests launch kernels as they believe that the launchers do. Here the launchers do it, and must agree.
+Other tests launch kernels as they expect the launchers to. Here the launchers launch them, and must agree.
 """
 
 import math
@@ -48,21 +48,21 @@ from .test_ptx_unpack import SIZES, check_unpack
 
 OUTPUTS = [*FLOATS, torch.int32]
 TILES = list(mma_sm80.THREADS)
-"""In the order of Tile in csrc/cuda/heuristics.h."""
-# A launcher, and of gemm_mma_sm80 the tile too.
+"""The tiles, in the order of Tile in csrc/cuda/heuristics.h."""
+# Each entry is a launcher and a tile, which only gemm_mma_sm80 uses.
 LAUNCHERS = [(name, 0) for name in NAMES if name != "gemm_mma_sm80"] + [("gemm_mma_sm80", i) for i in range(3)]
 GEMMS = [launcher for launcher in LAUNCHERS if launcher[0].startswith("gemm")]
 MOST_BLOCKS, MOST_VALUES, MOST_ROWS = 2**31 - 1, 2**31 - 1, 16
-"""Of a grid; of a row; of x in the skinny kernels."""
+"""The largest number of blocks in a grid, of values in a row, and of rows of x in the skinny kernels."""
 ADDRESS = 1 << 40
-NO_KERNEL_IMAGE, OUT_OF_RESOURCES = 209, 701  # cudaError_t, of a device
+NO_KERNEL_IMAGE, OUT_OF_RESOURCES = 209, 701  # values of cudaError_t that a device returns
 each_launcher = pytest.mark.parametrize("which", LAUNCHERS, ids=lambda which: f"{which[0]}-{which[1]}")
 each_gemm = pytest.mark.parametrize("which", GEMMS, ids=lambda which: f"{which[0]}-{which[1]}")
 
 
 # ---- Jobs whose memory nobody reads ----------------------------------------------------------------------------------
 def pack_job(m: int, k: int, dtype: int = 1, **changes: object) -> Struct:
-    """Any field may be changed; so below."""
+    """Return a job in which any field may be changed; the functions below do the same."""
     fields = {"x": ADDRESS, "dtype": dtype, "m": m, "k": k, "stride": k, "strict": False, "threshold": 0.0}
     fields |= {"words": ADDRESS, "word_stride": ceil_div(k, 32), "in_range": None, "popcounts": None}
     return Struct(layout("Pack"), *(fields | changes).values())
@@ -89,27 +89,27 @@ def product_job(m: int, n: int, k: int, dtype: int = 4, **changes: object) -> St
 
 
 def job(launcher: Launcher, m: int, n: int, k: int, **changes: object) -> Struct:
-    """Of m rows of k values, and for a product n columns."""
+    """Return a job of m rows of k values, and of n columns if it is a product."""
     if launcher.name.startswith("gemm"):
         return product_job(m, n, k, **changes)
     return {"pack": pack_job, "unpack": unpack_job, "align": align_job}[launcher.name](m, k, **changes)
 
 
 def launched(launcher: Launcher, job: Struct) -> Launch:
-    """The launcher launches one kernel."""
+    """Return the one launch that the launcher must make."""
     error, launches = launcher(job)
     assert (error, len(launches)) == (SUCCESS, 1), (launcher.name, job)
     return launches[0]
 
 
 def nothing(launcher: Launcher, job: Struct, error: int = SUCCESS, **more: int) -> None:
-    """The launcher returns this, and launches nothing."""
+    """Assert that the launcher returns this error and launches nothing."""
     assert launcher(job, **more) == (error, []), (launcher.name, job)
 
 
-# ---- What is launched, executed --------------------------------------------------------------------------------------
+# ---- Launches that are executed --------------------------------------------------------------------------------------
 def check_product(launcher: Launcher, m: int, n: int, k: int, out: torch.dtype = torch.int32, **more) -> None:
-    """A product of random words, launched as the kernel's own tests believe."""
+    """Check a product of random words, launched as the kernel's own tests expect."""
     if launcher.name == "gemm_popc":
         check_popc(launcher, m, n, k, out, **more)
     elif launcher.name == "gemm_skinny":
@@ -124,7 +124,7 @@ def check_product(launcher: Launcher, m: int, n: int, k: int, out: torch.dtype =
 
 
 def tile(launcher: Launcher, m: int, n: int) -> tuple[int, int]:
-    """Rows and columns of y of a block."""
+    """Return the rows and columns of y that a block computes."""
     if launcher.name == "gemm_skinny":
         return MOST_ROWS, 8 if m > 2 else 16 if n >= 256 * 16 else 4
     if launcher.name == "gemm_skinny_mma_sm80":
@@ -173,7 +173,7 @@ def check_product_edges(launcher: Launcher) -> None:
     for out in OUTPUTS[:-1]:
         check_product(launcher, 3, 37, 40, out, bias=bias, scale=bias.flip(0))
     if launcher.name.startswith("gemm_skinny"):
-        # Enough columns for blocks of many, and one short of it; all warps' steps, and one more.
+        # There are enough columns for wide blocks, or one too few; k fills all warps' steps, or one more.
         for n in (256 * 16 - 1, 256 * 16, 256 * 32 - 1, 256 * 32):
             for m in (1, 2):
                 check_product(launcher, m, n, 33)
@@ -182,7 +182,7 @@ def check_product_edges(launcher: Launcher) -> None:
 
 
 def check_unaligned_output(launcher: Launcher) -> None:
-    """Vectors are stored where all rows of y start on 16 bytes."""
+    """Vectors are stored only if all rows of y start on 16 bytes."""
     for out in OUTPUTS:
         for misalign in (0, out.itemsize, 16):
             call = product_call(3, 16, 70, out, aligned=True)
@@ -231,7 +231,7 @@ def test_popc_takes_words_on_any_address():
 
 
 class TwoParts:
-    """A module whose rows get two blocks at most: they take turns, as 65535 do in rows that no test has memory for."""
+    """A module whose rows get at most two blocks, which take turns as 65535 do in rows too long for a test's memory."""
 
     def __init__(self, module: Module) -> None:
         self.module, self.ptx = module, module.ptx
@@ -248,9 +248,9 @@ def test_rows_of_more_parts_than_a_grid_has(dtype):
     check_unpack(TwoParts(module("unpack.cu", TARGET)), dtype, 2, k)
 
 
-# ---- What is launched, and not executed ------------------------------------------------------------------------------
+# ---- Launches that are not executed ----------------------------------------------------------------------------------
 def check_nothing_to_do(launcher: Launcher) -> None:
-    """Without an output: no launch, no error; and a tensor without elements has no memory."""
+    """Without an output there is no launch and no error; a tensor without elements has no memory."""
     gemm = launcher.name.startswith("gemm")
     null = {"x": None, "weight": None, "y": None, "x_popcounts": None, "weight_popcounts": None} if gemm else {}
     for k in (0, 1, 128, 70000):
@@ -266,7 +266,7 @@ def check_nothing_to_do(launcher: Launcher) -> None:
 
 
 def check_errors(launcher: Launcher) -> None:
-    """What kernels.h and the launchers call an error, with nothing launched; and the same without it is none."""
+    """Each error of kernels.h and the launchers is returned and nothing is launched; without it the job is launched."""
 
     def refused(m: int = 3, k: int = 200, **changes: object) -> None:
         nothing(launcher, job(launcher, m, 70, k, **changes), INVALID_VALUE)
@@ -297,7 +297,7 @@ def check_errors(launcher: Launcher) -> None:
 
 
 def check_largest(launcher: Launcher) -> None:
-    """The largest grids, and those that are too large by one block."""
+    """The largest grids are launched, and those that are too large by one block are not."""
     if launcher.name.startswith("gemm"):
         rows, columns = tile(launcher, 5, 2**40)
         sizes = [(5, MOST_BLOCKS * columns)]
@@ -310,13 +310,13 @@ def check_largest(launcher: Launcher) -> None:
             grid = launched(launcher, product_job(m, n, 128)).grid
             assert grid == (ceil_div(m, rows) * ceil_div(n, columns), 1, 1)
         return
-    for k, rows in ((1, 8), (2**20, 1)):  # rows of a block
+    for k, rows in ((1, 8), (2**20, 1)):  # rows is the number of rows in a block
         assert launched(launcher, job(launcher, MOST_BLOCKS * rows, 0, k)).grid[0] == MOST_BLOCKS
         nothing(launcher, job(launcher, MOST_BLOCKS * rows + 1, 0, k), INVALID_CONFIGURATION)
 
 
 def check_errors_of_the_runtime(launcher: Launcher) -> None:
-    """A launch that fails is an error, and so is a question before it that fails, after which nothing is launched."""
+    """A launch that fails is an error; so is a failed query before it, after which nothing is launched."""
     for error in (NO_KERNEL_IMAGE, OUT_OF_RESOURCES):
         nothing(launcher, job(launcher, 3, 70, 200), error, errors=(error, SUCCESS))
         launched(launcher, job(launcher, 3, 70, 200))
@@ -325,7 +325,7 @@ def check_errors_of_the_runtime(launcher: Launcher) -> None:
 
 
 def size(generator: np.random.Generator, most: int) -> int:
-    """At least 1, small and large ones alike, and their neighbours of many powers of two."""
+    """Return a random size from 1 on, small or large, and often a neighbour of a power of two."""
     value = int(2 ** generator.uniform(0, math.log2(most)))
     if generator.random() < 0.5:
         value = 2 ** (value.bit_length() - 1) * int(generator.integers(1, 4)) + int(generator.integers(-1, 2))
@@ -333,10 +333,10 @@ def size(generator: np.random.Generator, most: int) -> int:
 
 
 def check_rows_of_any_size(launcher: Launcher, generator: np.random.Generator) -> None:
-    """A launch of pack, unpack or align, or the error of too many blocks."""
+    """Check a launch of pack, unpack or align, or the error of too many blocks."""
     m, k = size(generator, 2**36), size(generator, MOST_VALUES)
     address = ADDRESS + 16 * int(generator.integers(2))
-    kind = int(generator.integers(4))  # of the arguments
+    kind = int(generator.integers(4))  # the kind of arguments
     rows, more = m, []
     if launcher.name == "pack":
         dtype, lanes = FLOATS[kind], vector(FLOATS[kind])
@@ -369,7 +369,7 @@ def check_rows_of_any_size(launcher: Launcher, generator: np.random.Generator) -
 
 
 def check_product_of_any_size(launcher: Launcher, generator: np.random.Generator) -> None:
-    """A launch as the kernel's own tests believe, or the error of too many blocks."""
+    """Check a launch as the kernel's own tests expect it, or the error of too many blocks."""
     few = launcher.name.startswith("gemm_skinny")
     m, n, k = (size(generator, most) for most in (MOST_ROWS if few else 2**36, 2**36, MOST_VALUES))
     out = OUTPUTS[int(generator.integers(len(OUTPUTS)))]
@@ -392,7 +392,7 @@ def check_product_of_any_size(launcher: Launcher, generator: np.random.Generator
 
 
 def check_any_size(launcher: Launcher, count: int) -> None:
-    """Random sizes up to the largest: each launch is legal (Launch.check), and covers all rows and columns once."""
+    """For random sizes, each launch is legal (Launch.check) and covers all rows and columns once."""
     generator = np.random.default_rng(LAUNCHERS.index((launcher.name, launcher.tile)))
     check = check_product_of_any_size if launcher.name.startswith("gemm") else check_rows_of_any_size
     launcher.execute = False

@@ -1,6 +1,7 @@
-"""csrc/cuda/gemm_mma_int8_sm80.cu, executed as PTX against the reference; and its mutants.
+"""The PTX of csrc/cuda/gemm_mma_int8_sm80.cu equals the reference, and its mutants are caught.
 
-What it shares with gemm_mma_sm80.cu (csrc/cuda/mma_tiles.cuh) is mutated there; here it is how bits become bytes.
+The mutants here change how bits become bytes. Those of test_ptx_mma_sm80.py change csrc/cuda/mma_tiles.cuh, which both
+kernels use.
 """
 
 import pytest
@@ -38,13 +39,13 @@ def test_mma(target):
 @pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("target", TARGETS)
 def test_mma_outputs(target, out):
-    """Rows of y that are whole vectors, and that are not; with scale and bias."""
+    """Rows of y are whole vectors or not, with scale and bias."""
     for n in (80, 67):
         mma_sm80.check_mma(module(NAME, target), 20, n, 333, out, TILE, **channels_of(out, n)[-1])
 
 
 def test_mma_moves_whole_sectors():
-    """Of each 32 bytes of global memory that a warp touches at once it reads or writes all."""
+    """A warp reads or writes all of each 32 bytes of global memory that an instruction touches."""
     report = mma_sm80.check_mma(module(NAME, "sm_120"), 64, 64, 1024, torch.bfloat16, TILE)
     assert report.sectors == report.sectors_needed, report.excess_sectors_by_source()
 

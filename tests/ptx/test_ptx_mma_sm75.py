@@ -1,4 +1,4 @@
-"""csrc/cuda/gemm_mma_sm75.cu, executed as PTX against the reference; and its mutants."""
+"""The PTX of csrc/cuda/gemm_mma_sm75.cu equals the reference, and its mutants are caught."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ TILE, STAGE, THREADS = 64, 512, 128
 
 
 def launch(module: Module, call: Call, seed: int = 0) -> Report:
-    """As the launcher does it."""
+    """Launch the kernel as the launcher does."""
     m, n, _, out = call.what
     columns = ceil_div(n, TILE)
     name = kernel(module, rf"multiply_tilesI\w*AsI{DTYPES[out][1]}{total_letter(out)}E")
@@ -43,7 +43,7 @@ def launch(module: Module, call: Call, seed: int = 0) -> Report:
 def check_mma(
     module: Module, m: int, n: int, k: int, out: torch.dtype = torch.int32, seed: int = 0, **more: torch.Tensor
 ) -> Report:
-    """A product of random words."""
+    """Check a product of random words."""
     call = product_call(m, n, k, out, seed=seed, aligned=True, header=prepared_header(n, k), **more)
     report = launch(module, call, seed)
     call.check()
@@ -52,7 +52,7 @@ def check_mma(
 
 
 def shapes() -> list[tuple[int, int, int]]:
-    """Edges of the tile, of 16-byte chunks and of stages, and random shapes."""
+    """Return shapes at the edges of the tile, of 16-byte chunks and of stages, and random shapes."""
     k = [0, 1, 31, 32, 33, 127, 128, 129]
     k += [edge + by for edge in (STAGE, 2 * STAGE, 3 * STAGE) for by in (-32, -1, 0, 1, 32)]
     drawn = np.random.default_rng(0).integers(1, (140, 140, 3000), (DRAWN, 3)).tolist()
@@ -73,7 +73,7 @@ def test_mma(target):
 @pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("target", TARGETS)
 def test_mma_outputs(target, out):
-    """Rows of y that are whole vectors, and that are not; with scale and bias."""
+    """Rows of y are whole vectors or not, with scale and bias."""
     for n in (80, 67):
         for more in channels_of(out, n):
             check_mma(module(NAME, target), 20, n, 333, out, **more)
@@ -81,7 +81,7 @@ def test_mma_outputs(target, out):
 
 @pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
 def test_mma_moves_whole_sectors(out):
-    """Of each 32 bytes of global memory that a warp touches at once it reads or writes all."""
+    """A warp reads or writes all of each 32 bytes of global memory that an instruction touches."""
     report = check_mma(module(NAME, "sm_75"), 64, 64, 1024, out)
     assert report.sectors == report.sectors_needed, report.excess_sectors_by_source()
 

@@ -1,4 +1,4 @@
-"""csrc/cuda/gemm_mma_sm80.cu, executed as PTX against the reference; and its mutants."""
+"""The PTX of csrc/cuda/gemm_mma_sm80.cu equals the reference, and its mutants are caught."""
 
 import functools
 import re
@@ -30,14 +30,14 @@ from .product import (
 
 TARGETS = targets("sm_80", "sm_90a")
 NAME = "gemm_mma_sm80.cu"
-# A tile's rows and columns, and its threads.
+# The rows and columns of each tile, and its threads.
 THREADS = {(128, 256): 256, (128, 128): 128, (64, 64): 128}
 SMALL, SQUARE, WIDE = (64, 64), (128, 128), (128, 256)
-STAGE_BYTES, STAGES = 64, 4  # of a row; in shared memory
+STAGE_BYTES, STAGES = 64, 4  # bytes of a row in a stage; stages in shared memory
 
 
 def launch(module: Module, call, tile: tuple[int, int], seed: int = 0) -> Report:
-    """As the launcher does it."""
+    """Launch the kernel as the launcher does."""
     m, n, _, out = call.what
     rows, columns = tile
     name = kernel(module, rf"multiply_tilesI\w*AsI{DTYPES[out][1]}{total_letter(out)}E\w*ShapeILi{rows}ELi{columns}E")
@@ -48,7 +48,7 @@ def launch(module: Module, call, tile: tuple[int, int], seed: int = 0) -> Report
 
 
 def check_mma(module: Module, m: int, n: int, k: int, out=torch.int32, tile=SMALL, seed: int = 0, **more) -> Report:
-    """A product of random words."""
+    """Check a product of random words."""
     call = product_call(m, n, k, out, seed=seed, aligned=True, header=prepared_header(n, k), **more)
     report = launch(module, call, tile, seed)
     call.check()
@@ -57,7 +57,7 @@ def check_mma(module: Module, m: int, n: int, k: int, out=torch.int32, tile=SMAL
 
 
 def shapes(tile: tuple[int, int] = SMALL) -> list[tuple[int, int, int]]:
-    """Edges of the tile, of 16-byte chunks, of stages and of the pipeline; random ones."""
+    """Return shapes at the edges of the tile, of 16-byte chunks, of stages and of the pipeline, and random shapes."""
     (rows, columns), stage, depth = tile, 512, STAGES * 512
     k = [0, 1, 31, 32, 33, 127, 128, 129]
     k += [edge + by for edge in (stage, 2 * stage, depth, depth + stage) for by in (-32, -1, 0, 1, 32)]
@@ -83,7 +83,7 @@ def test_mma(target, tile):
 @pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("target", TARGETS)
 def test_mma_outputs(target, out, tile):
-    """Rows of y that are whole vectors, and that are not; all that scale and bias may be."""
+    """Rows of y are whole vectors or not, with all kinds of scale and bias."""
     for n in (80, 67):
         for more in channels_of(out, n)[0 if tile == SMALL else -1 :]:
             check_mma(module(NAME, target), 20, n, 333, out, tile, **more)
@@ -91,7 +91,7 @@ def test_mma_outputs(target, out, tile):
 
 @pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
 def test_mma_moves_whole_sectors(out):
-    """Of each 32 bytes of global memory that a warp touches at once it reads or writes all."""
+    """A warp reads or writes all of each 32 bytes of global memory that an instruction touches."""
     report = check_mma(module(NAME, "sm_80"), 64, 64, 1024, out)
     assert report.sectors == report.sectors_needed, report.excess_sectors_by_source()
 
@@ -114,7 +114,7 @@ def test_mma_ignores_what_lies_behind_a_row():
 def test_mma_traps_on_weights_prepared_for_another_product(target):
     right, m, n, k = prepared_header(70, 700), 3, 70, 700
     wrong = [prepared_header(n, k + 1), prepared_header(n - 1, k)]
-    for byte in (0, 7, 8):  # of the magic number, and of the layout
+    for byte in (0, 7, 8):  # bytes of the magic number, and one of the layout
         wrong.append(right.copy())
         wrong[-1][byte] ^= 1
     for header in wrong:
@@ -125,7 +125,7 @@ def test_mma_traps_on_weights_prepared_for_another_product(target):
 
 @functools.cache
 def small_source(tile: str) -> str:
-    """The kernel for one tile and float32 alone."""
+    """Return the kernel for one tile and float32 alone."""
     text, tiles = re.subn(rf".*case Tile::(?!{tile})\w+: return launch.*\n", "", float32_source(NAME))
     assert tiles == 2
     return text
@@ -144,7 +144,7 @@ def run_small(module: Module, seed: int, tile: tuple[int, int] = SMALL) -> None:
 @pytest.mark.parametrize("tile", THREADS, ids=lambda tile: "m{}n{}".format(*tile))
 def test_mutants_of_mma_are_caught(tile):
     edits = [
-        # Edges.
+        # These change edges.
         ("row + i < height", "row + i <= height"),
         ("first + chunk < chunks", "first + chunk <= chunks"),
         ("begin + i < rows", "begin + i <= rows"),
@@ -152,11 +152,11 @@ def test_mutants_of_mma_are_caught(tile):
         ("kStageBits - 1) / kStageBits", "kStageBits - 1) / kStageBits - 1"),
         ("row_tiles - band * kTall < kTall", "false"),
         ("word += kStep * operand.stride", "word += (kStep + 1) * operand.stride"),
-        # Stages.
+        # These change the stages.
         ("stage < count; ++stage", "stage + 1 < count; ++stage"),
         ("if (stage + kStages < count)", "if (stage + kStages + 1 < count)"),
         ("stages[(stage + 1) % kStages], at, sums", "stages[stage % kStages], at, sums"),
-        # Which row and chunk a lane reads, and which outputs it holds.
+        # These change which row and chunk a lane reads, and which outputs it holds.
         ("16 * fragment + 8 * half + at.g][at.q]", "16 * fragment + 8 * half + at.g][at.q ^ 1]"),
         ("column_of<Vector>(j, at.g / 2)][at.q]", "column_of<Vector>(j, at.g / 2)][at.q ^ 2]"),
         ("kGroup * group + at.g % 2", "kGroup * group + (at.g + 1) % 2"),
@@ -164,7 +164,7 @@ def test_mutants_of_mma_are_caught(tile):
         ("{b[j].z, b[j].w}", "{b[j].x, b[j].w}"),
         ("[half % 2 * 2 + i % 2]", "[i % 2 * 2 + half % 2]"),
         ("group[j + i / 2]", "group[j]"),
-        # What becomes of the sums.
+        # These change what is computed from the sums.
         ("margins.x[row] + margins.weight[column + i]", "margins.x[row] + margins.weight[column]"),
         ("- 2 * both", "- both"),
         ("channels.bias + column", "channels.bias + column + 1"),
@@ -177,10 +177,10 @@ def test_mutants_of_mma_are_caught(tile):
         *remove_barriers(text, name),
         *waits,
         *remove("commit removed", text, name, r"cp\.async\.commit_group"),
-        *swap_fragments(text, name)[5:13],  # of one instruction: of its sums, a and b
+        *swap_fragments(text, name)[5:13],  # registers of one instruction: its sums, a and b
     ]
     assert len(waits) == 2 * 3 and len(at_ptx) == 4 + 6 + 5 + 8
-    # The last wait, for what an early end left in flight: stages that are no longer needed, behind the margins.
+    # The last wait is for stages in flight that an early end no longer needs; they lie behind the margins.
     last = {waits[i].name: "nothing reads or writes where the copies go" for i in (2, 5)}
     run = functools.partial(run_small, tile=tile)
     assert_caught(text, [*edited(cxx, edits), *at_ptx], run, seeds=range(2), equivalent=last)

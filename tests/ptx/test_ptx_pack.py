@@ -1,4 +1,4 @@
-"""csrc/cuda/pack.cu, executed as PTX against the reference; and its mutants."""
+"""The PTX of csrc/cuda/pack.cu equals the reference, and its mutants are caught."""
 
 import math
 
@@ -29,12 +29,12 @@ from .rows import row_grid
 
 
 def vector(dtype: torch.dtype) -> int:
-    """Values of a row that a lane loads at once."""
+    """Return how many values of a row a lane loads at once."""
     return 16 // dtype.itemsize
 
 
 def segment(dtype: torch.dtype) -> int:
-    """Values of a row that a warp packs."""
+    """Return how many values of a row a warp packs."""
     return 4 * 32 * vector(dtype)
 
 
@@ -56,7 +56,7 @@ def check_pack(
     misalign: int = 0,
     seed: int = 0,
 ) -> Report:
-    """Pack m rows of k values that lie k + padding apart: all words and what else is asked for, and nothing else."""
+    """Pack m rows of k values, k + padding apart, and check that all requested outputs and nothing else is written."""
     generator = torch.Generator().manual_seed(1000 * k + seed)
     stride = k + padding
     x = random_values((m, stride), dtype, generator)
@@ -89,7 +89,7 @@ def check_pack(
 
 
 def edges(dtype: torch.dtype) -> list[int]:
-    """Lengths about words, vectors, steps and segments of a row."""
+    """Return lengths around words, vectors, steps and segments of a row."""
     step, end = segment(dtype) // 4, segment(dtype)
     return [0, 1, 31, 32, 33, 64, *(step + d for d in (-1, 0, 1)), *(end + d for d in (-1, 0, 1)), 2 * end + 64]
 
@@ -102,12 +102,12 @@ def test_pack(target, dtype, strict):
     for seed, k in enumerate(edges(dtype)):
         more = {"aligned": seed % 2 == 1, "seed": seed}
         check_pack(packing, dtype, 3, k, strict, 1, **more)
-        check_pack(packing, dtype, 2, k + -k % lanes, strict, lanes, **more)  # rows of whole vectors on 16 bytes
+        check_pack(packing, dtype, 2, k + -k % lanes, strict, lanes, **more)  # rows of whole vectors at 16 bytes
     for seed, (m, k) in seeded(drawn_rows(3 * segment(dtype))):
         check_pack(packing, dtype, m, k, strict, seed % 4, aligned=seed % 3 == 0, popcounts=seed % 5 > 0, seed=seed)
     for padding in (0, 1):
-        check_pack(packing, dtype, 9, 64, strict, padding, seed=1)  # more than one block, a row a warp
-        # Two and eight warps to a row, and a second turn of two of them.
+        check_pack(packing, dtype, 9, 64, strict, padding, seed=1)  # more than one block, and a row for each warp
+        # Two or eight warps share a row; with ten segments two of them take a second turn.
         for segments in (2, 5, 10):
             check_pack(packing, dtype, 5 if segments == 2 else 1, segments * segment(dtype) - lanes, strict, padding)
 
@@ -123,7 +123,7 @@ def test_pack_what_is_asked_for(target, dtype):
     check_pack(packing, dtype, 2, 9 * segment(dtype) + 33, popcounts=False)  # blocks that share a row
     check_pack(packing, dtype, 1, 17 * segment(dtype), popcounts=False, threshold=None)
     check_pack(packing, dtype, 1, 40, misalign=dtype.itemsize)
-    check_pack(packing, dtype, 1, 40, padding=1)  # vectors of one row, whatever the stride
+    check_pack(packing, dtype, 1, 40, padding=1)  # a single row is read in vectors for any stride
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])

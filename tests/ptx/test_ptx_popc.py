@@ -1,4 +1,4 @@
-"""csrc/cuda/gemm_popc.cu, executed as PTX against the reference; and its mutants."""
+"""The PTX of csrc/cuda/gemm_popc.cu equals the reference, and its mutants are caught."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ from .product import (
 
 
 def check_popc(module: Module, m: int, n: int, k: int, out: torch.dtype = torch.int32, **more) -> Report:
-    """A product of random words, whose bits past k are random too."""
+    """Check a product of random words, whose bits past k are random too."""
     call = product_call(m, n, k, out, **more)
     columns = ceil_div(n, 64)
     name = kernel(module, rf"multiply_tilesI\w*AsI{DTYPES[out][1]}{total_letter(out)}E")
@@ -36,7 +36,7 @@ def check_popc(module: Module, m: int, n: int, k: int, out: torch.dtype = torch.
 
 
 def shapes() -> list[tuple[int, int, int]]:
-    """Edges of the tile of 64 x 64 outputs and of the stage of 1024 values, and random ones."""
+    """Return shapes at the edges of the tile of 64 x 64 outputs and of the stage of 1024 values, and random shapes."""
     tile, stage = (1, 63, 64, 65, 131), (1, 31, 32, 33, 992, 1023, 1024, 1025, 2048 + 33)
     drawn = np.random.default_rng(0).integers(1, (140, 140, 2200), (DRAWN, 3)).tolist()
     return [
@@ -69,7 +69,7 @@ def test_popc_outputs(target, out):
 @pytest.mark.parametrize("channels", FLOATS, ids=lambda dtype: "channels-" + str(dtype)[6:])
 @pytest.mark.parametrize("out", FLOATS, ids=lambda dtype: str(dtype)[6:])
 def test_popc_channels_of_any_type(out, channels):
-    """Scale and bias become T, rounded to nearest, and may have different types."""
+    """Scale and bias are rounded to nearest in T, and may have different types."""
     generator = torch.Generator().manual_seed(1)
     bias, scale = (random_values((67,), channels, generator) for _ in range(2))
     other = torch.randn(67, generator=generator).to(torch.float16)
@@ -83,7 +83,7 @@ def test_popc_channels_of_any_type(out, channels):
 @pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("target", TARGETS)
 def test_popc_of_no_values(target, out):
-    """k = 0: every dot is 0, and y = T(0) * scale + bias."""
+    """For k = 0 every dot product is 0, and y = T(0) * scale + bias."""
     popc, generator = module("gemm_popc.cu", target), torch.Generator().manual_seed(2)
     check_popc(popc, 3, 70, 0, out)
     if out is not torch.int32:

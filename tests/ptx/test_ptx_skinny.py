@@ -1,4 +1,4 @@
-"""csrc/cuda/gemm_skinny.cu, executed as PTX against the reference; and its mutants."""
+"""The PTX of csrc/cuda/gemm_skinny.cu equals the reference, and its mutants are caught."""
 
 import functools
 import itertools
@@ -32,14 +32,15 @@ from .product import (
 )
 
 NAME = "gemm_skinny.cu"
-LINE = 32  # words
-# Shapes by the most rows of x and the weight rows of a group: lines that a lane loads at once, and the most warps.
+LINE = 32  # the words of a line
+# A shape has a maximum of rows of x and the weight rows of a group. Its values are the lines that a lane loads at once
+# and the maximum of warps.
 SHAPES = {(1, 4): (1, 8), (1, 1): (4, 16), (2, 4): (1, 8), (2, 1): (4, 16), (4, 2): (2, 8), (8, 2): (2, 8)}
 SHAPES[16, 2] = (2, 8)
 
 
 def launch(module: Module, call: Call, wide: bool = False, seed: int = 0) -> Report:
-    """As the launcher does it, which takes the wide shapes for many columns; they are tested at few of them too."""
+    """Launch the kernel as the launcher does, but with the wide shapes also for few columns."""
     m, n, k, out = call.what
     rows = next(r for r in (1, 2, 4, 8, 16) if m <= r)
     each = 2 if rows > 2 else 4 if wide else 1
@@ -51,7 +52,7 @@ def launch(module: Module, call: Call, wide: bool = False, seed: int = 0) -> Rep
 
 
 def spread(call: Call) -> Call:
-    """Words between a row's aligned words and the next row, which may hold anything; strides that differ."""
+    """Put arbitrary words between the aligned words of a row and the next row, with strides that differ."""
     values = list(call.fields.values)
     for operand, more in ((0, 8), (3, 24)):
         words = values[operand].array
@@ -64,7 +65,7 @@ def spread(call: Call) -> Call:
 def check_skinny(
     module: Module, m: int, n: int, k: int, out=torch.int32, wide: bool = False, seed: int = 0, **more
 ) -> Report:
-    """A product of random words."""
+    """Check a product of random words."""
     call = spread(product_call(m, n, k, out, seed=seed, aligned=True, header=prepared_header(n, k), **more))
     report = launch(module, call, wide, seed)
     call.check()
@@ -73,7 +74,7 @@ def check_skinny(
 
 
 def shapes() -> list[tuple[int, int, int, bool]]:
-    """Edges of rows, of a block's columns, of a step and of all warps' steps, in words; random ones."""
+    """Return shapes at the edges of rows, a block's columns, a step and all warps' steps, and random shapes."""
     edges = [(1, 2, k, True) for k in (1, 31, 32, 127, 128)]
     for (rows, each), (lines, warps) in SHAPES.items():
         columns, step = 4 * each, 32 * LINE * lines
@@ -96,7 +97,7 @@ def test_skinny(target):
 @pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("target", TARGETS)
 def test_skinny_outputs(target, out):
-    """All that scale and bias may be."""
+    """The results are right for all kinds of scale and bias."""
     n = 19
     vectors = channels_of(out, n)
     for more in vectors:
@@ -107,7 +108,7 @@ def test_skinny_outputs(target, out):
 
 @pytest.mark.parametrize("rows, each", SHAPES)
 def test_skinny_moves_whole_sectors(rows, each):
-    """Of each 32 bytes of global memory that a warp touches at once it reads or writes all, if its columns allow it."""
+    """A warp reads or writes all of each 32 bytes that an instruction touches, if its columns allow it."""
     report = check_skinny(module(NAME, "sm_80"), rows, 64, 8192, wide=each == 4)
     # A warp that writes two rows of a block of four columns writes half of two sectors.
     halves = 64 // 4 if (rows, each) == (2, 1) else 0
@@ -118,7 +119,7 @@ def test_skinny_moves_whole_sectors(rows, each):
 def test_skinny_traps_on_weights_prepared_for_another_product(target):
     right, m, n, k = prepared_header(9, 700), 3, 9, 700
     wrong = [prepared_header(n, k + 1), prepared_header(n - 1, k)]
-    for byte in (0, 7, 8):  # of the magic number, and of the layout
+    for byte in (0, 7, 8):  # bytes of the magic number, and one of the layout
         wrong.append(right.copy())
         wrong[-1][byte] ^= 1
     for header in wrong:
@@ -130,7 +131,7 @@ def test_skinny_traps_on_weights_prepared_for_another_product(target):
 
 @functools.cache
 def small_source() -> str:
-    """The kernel for float32 and a few shapes alone."""
+    """Return the kernel for float32 and a few shapes alone."""
     text, shapes = re.subn(r".*return launch<As, Shape<(8, 2|4, 2|2, 4).*\n", "", float32_source(NAME))
     assert shapes == 3
     return text
@@ -147,7 +148,7 @@ def run_small(module: Module, seed: int) -> None:
 
 def test_mutants_of_skinny_are_caught():
     edits = [
-        # Edges.
+        # These change edges.
         ("j < weight_rows", "j <= weight_rows"),
         ("i * kApart < x_rows", "i * kApart <= x_rows"),
         ("j < weight_rows && kLine * line + kWords * place < left", "j < weight_rows"),
@@ -155,7 +156,7 @@ def test_mutants_of_skinny_are_caught():
         ("while (left > 0)", "while (left > kStep)"),
         ("i < product.m * kColumns", "i <= product.m * kColumns"),
         ("v + place < kValues", "true"),
-        # Which words a lane reads.
+        # These change which words a lane reads.
         ("begin = index * kStep", "begin = index * kLine * 3"),
         ("x += warps * kStep", "x += kStep"),
         ("weight += warps * kStep", "weight += (warps - 1) * kStep"),
@@ -163,7 +164,7 @@ def test_mutants_of_skinny_are_caught():
         ("x_next = kApart", "x_next = 2 * kApart"),
         ("group * kGroupLanes + place", "(group ^ 1) * kGroupLanes + place"),
         ("i % kGroups, place)", "(i + 1) % kGroups, place)"),
-        # What becomes of the popcounts.
+        # These change what is computed from the popcounts.
         ("(a & b) | (left_over & (a | b))", "(a & b) | (left_over & a)"),
         ("left_over ^= a ^ b", "left_over = a ^ b"),
         ("2 * twos", "twos"),

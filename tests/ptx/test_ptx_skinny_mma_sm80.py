@@ -1,4 +1,4 @@
-"""csrc/cuda/gemm_skinny_mma_sm80.cu, executed as PTX against the reference; and its mutants."""
+"""The PTX of csrc/cuda/gemm_skinny_mma_sm80.cu equals the reference, and its mutants are caught."""
 
 import functools
 import itertools
@@ -32,13 +32,14 @@ from .product import (
 
 TARGETS = targets("sm_80", "sm_90a")
 NAME = "gemm_skinny_mma_sm80.cu"
-SLICE = 16  # words
-# Shapes by the tiles of 8 columns: slices that a lane loads at once, and the most warps.
+SLICE = 16  # the words of a slice
+# A shape has a number of tiles of 8 columns. Its values are the slices that a lane loads at once and the maximum of
+# warps.
 SHAPES = {1: (4, 16), 2: (2, 8), 4: (2, 8)}
 
 
 def launch(module: Module, call: Call, tiles: int = 1, seed: int = 0) -> Report:
-    """As the launcher does it, which takes more tiles for many columns; they are tested at few of them too."""
+    """Launch the kernel as the launcher does, but with more tiles also for few columns."""
     _, n, k, out = call.what
     slices, most_warps = SHAPES[tiles]
     pattern = rf"AsI{DTYPES[out][1]}{total_letter(out)}E\w*ShapeILi{tiles}ELi{slices}ELi{most_warps}E"
@@ -48,7 +49,7 @@ def launch(module: Module, call: Call, tiles: int = 1, seed: int = 0) -> Report:
 
 
 def spread(call: Call) -> Call:
-    """Words between a row's aligned words and the next row, which may hold anything; strides that differ."""
+    """Put arbitrary words between the aligned words of a row and the next row, with strides that differ."""
     values = list(call.fields.values)
     for operand, more in ((0, 8), (3, 24)):
         words = values[operand].array
@@ -61,7 +62,7 @@ def spread(call: Call) -> Call:
 def check_skinny(
     module: Module, m: int, n: int, k: int, out=torch.int32, tiles: int = 1, seed: int = 0, **more
 ) -> Report:
-    """A product of random words."""
+    """Check a product of random words."""
     call = spread(product_call(m, n, k, out, seed=seed, aligned=True, header=prepared_header(n, k), **more))
     report = launch(module, call, tiles, seed)
     call.check()
@@ -70,7 +71,7 @@ def check_skinny(
 
 
 def shapes() -> list[tuple[int, int, int, int]]:
-    """Edges of rows, of a block's columns, of a slice, a step and all warps' steps, in words; random ones."""
+    """Return shapes at the edges of rows, a block's columns, a slice, a step and all warps' steps, and random ones."""
     edges = [(m, 9, 65, 1) for m in (1, 2, 3, 7, 8, 9, 15, 16)] + [(16, 9, k, 1) for k in (1, 31, 32, 127, 128)]
     for tiles, (slices, warps) in SHAPES.items():
         columns, piece, step = 8 * tiles, 32 * SLICE, 32 * SLICE * slices
@@ -93,7 +94,7 @@ def test_skinny(target):
 @pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("target", TARGETS)
 def test_skinny_outputs(target, out):
-    """All that scale and bias may be."""
+    """The results are right for all kinds of scale and bias."""
     n = 43
     vectors = channels_of(out, n)
     for more in vectors:
@@ -104,13 +105,13 @@ def test_skinny_outputs(target, out):
 
 @pytest.mark.parametrize("tiles", SHAPES)
 def test_skinny_moves_whole_sectors(tiles):
-    """Of each 32 bytes of global memory that a warp touches at once it reads or writes all."""
+    """A warp reads or writes all of each 32 bytes of global memory that an instruction touches."""
     report = check_skinny(module(NAME, "sm_80"), 16, 64, 8192, tiles=tiles)
     assert report.sectors == report.sectors_needed, report.excess_sectors_by_source()
 
 
 def test_skinny_does_not_read_rows_that_do_not_exist():
-    """Half the rows of x are half the loads of x."""
+    """For half the rows of x, x is loaded half as often."""
     loads = [
         sum(int(threads) for opcode, (_, threads, *_) in zip(r.opcodes, r.counts, strict=True) if "nc.v4" in opcode)
         for r in (check_skinny(module(NAME, "sm_80"), m, 8, 8192) for m in (8, 16))
@@ -122,7 +123,7 @@ def test_skinny_does_not_read_rows_that_do_not_exist():
 def test_skinny_traps_on_weights_prepared_for_another_product(target):
     right, m, n, k = prepared_header(9, 700), 3, 9, 700
     wrong = [prepared_header(n, k + 1), prepared_header(n - 1, k)]
-    for byte in (0, 7, 8):  # of the magic number, and of the layout
+    for byte in (0, 7, 8):  # bytes of the magic number, and one of the layout
         wrong.append(right.copy())
         wrong[-1][byte] ^= 1
     for header in wrong:
@@ -134,7 +135,7 @@ def test_skinny_traps_on_weights_prepared_for_another_product(target):
 
 @pytest.mark.parametrize("target", ["sm_75", "sm_120"])
 def test_kernels_trap_where_the_instruction_is_not(target):
-    """The heuristics choose another kernel there."""
+    """The kernel traps on targets without the instruction, for which the heuristics choose another kernel."""
     for found in module(NAME, target).ptx.kernels.values():
         assert "trap" in [i.opcode for i in found.instructions]
         assert not [i.opcode for i in found.instructions if i.opcode.startswith(("st", "mma"))]
@@ -151,7 +152,7 @@ def run_small(module: Module, seed: int) -> None:
 
 def test_mutants_of_skinny_are_caught():
     edits = [
-        # Edges.
+        # These change edges.
         ("tile * kSide < columns", "tile * kSide <= columns"),
         ("half * kSide < rows", "half * kSide <= rows"),
         ("word + place < left", "word + place <= left"),
@@ -160,7 +161,7 @@ def test_mutants_of_skinny_are_caught():
         ("column + thread < product.n", "column + thread <= product.n"),
         ("thread < product.m)", "thread <= product.m)"),
         ("thread < kColumns)", "thread < kColumns - 1)"),
-        # Which words a lane reads.
+        # These change which words a lane reads.
         ("weight += warps * kStep", "weight += (warps - 1) * kStep"),
         ("x += warps * kStep", "x += kStep"),
         ("tile * kSide * weight_stride", "tile * kSide * x_stride"),
@@ -169,20 +170,20 @@ def test_mutants_of_skinny_are_caught():
         ("{top.x, bottom.x, top.y, bottom.y}", "{top.x, top.y, bottom.x, bottom.y}"),
         ("{top.z, bottom.z, top.w, bottom.w}", "{top.z, bottom.z, top.y, bottom.w}"),
         ("{w.z, w.w}", "{w.w, w.z}"),
-        # What becomes of the popcounts.
+        # These change what is computed from the popcounts.
         ("row / kSide * 2 + column % 2", "column % 2 * 2 + row / kSide"),
         ("row % kSide * 4 + column % kSide / 2", "column % kSide * 4 + row % kSide / 2"),
         ("sums.words[i] = 0", "sums.words[i] = 1"),
         ("x_bits[row] + weight_bits[j]", "x_bits[row] + weight_bits[j ^ 1]"),
         ("- 2 * sums", "- sums"),
         ("channels.bias + j", "channels.bias + j + 1"),
-        # Bank conflicts.
+        # This one causes bank conflicts.
         ("kRegister = kWarp + kWarp / 2", "kRegister = kWarp"),
         ("+ kWarp / 2 / Tiles", ""),
     ]
     text = compiled(float32_source(NAME), "sm_80")
     mutants = edited(float32_source(NAME), edits)
     name = kernel(Module.from_ptx(text), "ShapeILi2E")
-    barriers, fragments = remove_barriers(text, name), swap_fragments(text, name)[:13]  # of one instruction
+    barriers, fragments = remove_barriers(text, name), swap_fragments(text, name)[:13]  # registers of one instruction
     assert (len(barriers), len(fragments)) == (2, 13)
     assert_caught(text, [*mutants, *barriers, *fragments], run_small, seeds=range(2))

@@ -1,4 +1,4 @@
-"""The table in docs/cuda.md says what these tests do, what the build compiles, and what a GPU measured."""
+"""The table in docs/cuda.md agrees with these tests, the targets of the build and the measurements on a GPU."""
 
 import importlib
 import json
@@ -12,18 +12,18 @@ from .product import ALL_TARGETS, CUDA, code, compiled, source
 
 ROOT = Path(__file__).parents[2]
 SAME_CODE = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_100": "sm_120"}
-"""Targets, and those whose PTX says the same to the letter: what is executed of one is executed of the other."""
+"""The target whose PTX is identical, for each of these targets: executing one executes the other."""
 HARDWARE = {"H200": "sm_90a"}
-"""Names of devices in the table's cells, and the target that the operators were compiled for there."""
+"""The devices in the cells of the table, with the target for which the operators were compiled there."""
 
 
 def figures() -> dict[str, Any]:
-    """What `make gpu` measured on the device whose results are committed."""
+    """Return the committed results of `make gpu`."""
     return json.loads((ROOT / "benchmarks" / "results" / "gpu" / "gpu.json").read_text())
 
 
 def ran_on_hardware(kernel: str) -> bool:
-    """Whether the committed results can only come of a run of this kernel."""
+    """Return whether the committed results prove that this kernel ran."""
     found = figures()
     if kernel == "pack":
         return "pack_bits" in found["packing"]
@@ -35,7 +35,7 @@ def ran_on_hardware(kernel: str) -> bool:
 
 
 def table() -> dict[str, dict[str, str]]:
-    """Cells by kernel and target."""
+    """Return the cells of the table by kernel and target."""
     text = (ROOT / "docs" / "cuda.md").read_text()
     lines = text[text.index("<!-- status") : text.index("<!-- /status")].strip().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
@@ -45,7 +45,7 @@ def table() -> dict[str, dict[str, str]]:
 
 
 def interpreted(kernel: str) -> list[str]:
-    """The targets of a kernel's tests, but for those that only `make ptx-full` adds; and of the same code."""
+    """Return the targets that a kernel's tests run without `make ptx-full`, and those with the same code."""
     module = importlib.import_module(f"ptx.test_ptx_{kernel}")
     usual = set(importlib.import_module("ptx.product").USUAL_TARGETS) & set(module.TARGETS)
     return [target for target in ALL_TARGETS if SAME_CODE.get(target, target) in usual]
@@ -72,7 +72,7 @@ def test_table_has_every_kernel_and_target():
 def test_table_is_true(kernel):
     cells = table()[kernel]
     assert set(cells.values()) <= {"interpreted", "compiled", "–", *HARDWARE}
-    # What ran on hardware is interpreted too.
+    # The kernels that ran on hardware are interpreted too.
     assert [target for target, cell in cells.items() if cell not in ("compiled", "–")] == interpreted(kernel)
     ran = {target for target, cell in cells.items() if cell in HARDWARE}
     assert ran == ({target_of_the_figures()} if ran_on_hardware(kernel) else set())
@@ -80,7 +80,7 @@ def test_table_is_true(kernel):
 
 
 def target_of_the_figures() -> str:
-    """The target that the operators were compiled for when the committed results were measured."""
+    """Return the target for which the operators of the committed results were compiled."""
     return "sm_" + figures()["setting"]["built_for"].replace(".", "")
 
 

@@ -1,4 +1,4 @@
-"""csrc/cuda/unpack.cu, executed as PTX against the reference; and its mutants."""
+"""The PTX of csrc/cuda/unpack.cu equals the reference, and its mutants are caught."""
 
 import numpy as np
 import pytest
@@ -25,22 +25,22 @@ from .product import (
 from .rows import row_grid
 
 ALL = {**{dtype: index for dtype, (index, _) in DTYPES.items()}, torch.int8: 5, torch.bool: 6}
-# By size: how the unsigned integer is called in a mangled name, and its letter for struct.
+# For each size, the unsigned integer's letter in a mangled name and its letter for struct.
 SIZES = {8: ("m", "Q"), 4: ("j", "I"), 2: ("t", "I"), 1: ("h", "I")}
 
 
 def vector(dtype: torch.dtype) -> int:
-    """Values of a row that a lane stores at once."""
+    """Return how many values of a row a lane stores at once."""
     return 16 // dtype.itemsize
 
 
 def segment(dtype: torch.dtype) -> int:
-    """Values of a row that a warp unpacks."""
+    """Return how many values of a row a warp unpacks."""
     return 4 * 32 * vector(dtype)
 
 
 def patterns(dtype: torch.dtype) -> Struct:
-    """A struct Patterns: the values of zeros that fill a register, and how one differs from the value of a one."""
+    """Return a struct Patterns: a register full of values of zeros, and the bits in which that of a one differs."""
     bits = torch.tensor([False, True]) if dtype is torch.bool else torch.tensor([-1, 1]).to(dtype)
     zero, one = (int(bit) for bit in numpy(bits).view(f"u{dtype.itemsize}"))
     count = max(4 // dtype.itemsize, 1)
@@ -49,7 +49,7 @@ def patterns(dtype: torch.dtype) -> Struct:
 
 
 def check_unpack(module: Module, dtype: torch.dtype, m: int, k: int, misalign: int = 0, seed: int = 0) -> Report:
-    """Unpack m rows of k values from words whose bits past k are random."""
+    """Unpack m rows of k values from words whose bits past k are random, and check the result."""
     words = np.random.default_rng(seed).integers(-(2**31), 2**31, (m, ceil_div(k, 32)), dtype=np.int32)
     values = np.zeros((m, k), numpy(torch.zeros(1, dtype=dtype)).dtype)
     output = Out(values, misalign=misalign)
@@ -78,7 +78,7 @@ def test_unpack(target, dtype):
     for seed, (m, k) in seeded(drawn_rows(2 * end)):
         check_unpack(unpacking, dtype, m, k, seed=seed)
     for k in (64, 65):
-        check_unpack(unpacking, dtype, 17, k)  # more than one block, a row a warp
+        check_unpack(unpacking, dtype, 17, k)  # more than one block, and a row for each warp
     check_unpack(unpacking, dtype, 1, 3 * end)
     check_unpack(unpacking, dtype, 2, 9 * end + 16)  # blocks that share a row
     check_unpack(unpacking, dtype, 3, 64, misalign=dtype.itemsize)

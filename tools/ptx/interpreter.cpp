@@ -1,5 +1,5 @@
-// Executes PTX: the table from opcode to family, the scheduler of lanes, warps and blocks, and the C interface that
-// machine.py calls. What an instruction does stands in interpreter/, one header a family.
+// Executes PTX. This file has the table from opcode to family, the scheduler of lanes, warps and blocks, and the C
+// interface that machine.py calls. The instructions are implemented in interpreter/, one header for each family.
 #include <cstdlib>
 
 #include "interpreter/matrix.h"
@@ -7,7 +7,7 @@
 namespace ptx {
 namespace {
 
-using namespace floating_point;  // decoders of names that integers and floats share
+using namespace floating_point;  // it has the decoders of the names that integers and floats share
 
 constexpr Family kFamilies[] = {
     // Integer, float and half arithmetic
@@ -193,7 +193,7 @@ inline u32 guarded(const Machine& m, const Warp& w, const Instr& i, u32 mask) {
     return taken;
 }
 
-// A .sync instruction reached by the lanes of `mask`. Those whose members are all here execute it, others wait.
+// The lanes of `mask` have reached a .sync instruction. They execute it if all its members are here, else they wait.
 void collective(Machine& m, Warp& w, const Instr& i, u32 mask) {
     const u32 living = w.lanes & ~w.exited;
     u32 here = mask;
@@ -227,8 +227,8 @@ void collective(Machine& m, Warp& w, const Instr& i, u32 mask) {
     }
 }
 
-// Runs up to `budget` instructions of a warp; fewer when its lanes block or exit. Of the lanes that can run, those with
-// the least program counter do, so that lanes which parted meet again as soon as they can.
+// Runs up to `budget` instructions of a warp; fewer if its lanes block or exit. The lanes with the lowest program
+// counter run first, so that lanes that diverged meet again as soon as they can.
 void run_warp(Machine& m, Warp& w, u64 budget) {
     const std::vector<Instr>& code = m.program->code;
     while (budget) {
@@ -338,7 +338,7 @@ void start_block(Machine& m) {
 
 void run_block(Machine& m, Warp*& current) {
     start_block(m);
-    // Some runs switch after every few instructions, some run a warp until it blocks: bugs show under either.
+    // Some runs switch warps every few instructions, others run a warp until it blocks: each finds its own bugs.
     static constexpr u32 kBursts[] = {3, 40, 1000000};
     const u32 longest = kBursts[m.random.below(3)];
     std::vector<Warp*> ready;
@@ -480,7 +480,7 @@ __attribute__((visibility("default"))) void* ptx_program(const uint8_t* bits, ui
 }
 __attribute__((visibility("default"))) void ptx_free(void* program) { delete static_cast<ptx::Program*>(program); }
 
-// 0, or -1 with the reason in `error`.
+// Returns 0, or -1 with the reason in `error`.
 __attribute__((visibility("default"))) int ptx_special(void* program, int32_t reg, const char* name, char* error,
                                                        uint64_t size) {
     if (!ptx::known_special(name)) {

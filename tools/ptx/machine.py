@@ -1,10 +1,10 @@
-"""Modules, launches and reports: the interpreter as tests use it.
+"""Compile PTX, launch kernels and report what they did: the interpreter as tests use it.
 
     module = Module.from_source(cuda_text, "sm_80")
     y = np.empty(n, np.float32)
     report = module.launch("scale", grid=4, block=128, args=[In(x), Out(y), n, 2.0], seed=3)
 
-A plain array is an input, which no thread may write. A launch that does what it must not raises PtxFault.
+A plain array is an input, which no thread may write. A launch that does something forbidden raises PtxFault.
 """
 
 from __future__ import annotations
@@ -50,15 +50,16 @@ from .parser import (
 )
 
 HERE = Path(__file__).parent
-# Shared memory a block may have (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+# A block has at most these KiB of shared memory, by target (CUDA C++ Programming Guide, "Technical Specifications per
+# Compute Capability").
 SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
-# Between two variables lies what no access may touch; a multiple of 128 bytes leaves every bank where it was.
+# No access may touch these bytes between two variables. A multiple of 128 leaves every variable in its banks.
 SHARED_GAP, SMALL_GAP = 128, 16
 
 
 # ---- The compiled interpreter ----------------------------------------------------------------------------------------
 def cache_directory() -> Path:
-    """Ignored by git and private to this checkout; a temporary one where the checkout is read-only."""
+    """Return a directory of this checkout that git ignores, or a temporary one if the checkout is read-only."""
     directory = HERE / "__pycache__"
     try:
         directory.mkdir(exist_ok=True)
@@ -72,7 +73,7 @@ def cache_directory() -> Path:
 
 
 def build_once(name: str, make: Any) -> Path:
-    """The cached file `name`, made once by however many processes ask for it."""
+    """Return the cached file `name`; if several processes ask for it, only one of them makes it."""
     target = cache_directory() / name
     if not target.exists():
         with open(target.with_suffix(".lock"), "w") as lock:
@@ -141,9 +142,9 @@ class _Fault(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Compiles interpreter.cpp unless these very sources are compiled already (about 20 s)."""
+    """Load the interpreter, and compile it first (about 20 s) unless a library of the same sources exists."""
     compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "c++")
-    # Rounding modes are switched at run time, and a product and a sum must not become one fma.
+    # The interpreter switches rounding modes at run time, and a product and a sum must not become one fma.
     flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-frounding-math"]
     sources = [HERE / "interpreter.cpp", *sorted((HERE / "interpreter").glob("*.h"))]
     key = hashlib.sha256(repr((compiler, flags)).encode() + b"".join(s.read_bytes() for s in sources)).hexdigest()[:16]
@@ -173,7 +174,7 @@ def nvcc() -> str | None:
 
 @functools.cache
 def nvcc_release() -> str:
-    """Such as "13.0"; empty without an nvcc."""
+    """Return the release of nvcc, such as "13.0", or "" if there is no nvcc."""
     compiler = nvcc()
     text = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout if compiler else ""
     found = re.search(r"release (\S+),", text)
@@ -181,7 +182,7 @@ def nvcc_release() -> str:
 
 
 def compile_ptx(source: str | Path, arch: str, flags: Sequence[str] = ()) -> str:
-    """The PTX that nvcc emits for CUDA text or a file, with source lines."""
+    """Return the PTX that nvcc emits for CUDA text or a file, with source lines."""
     compiler = nvcc()
     if compiler is None:
         raise RuntimeError("there is no nvcc here")
@@ -200,30 +201,30 @@ def compile_ptx(source: str | Path, arch: str, flags: Sequence[str] = ()) -> str
 
 
 def compile_cached(source: str, arch: str, flags: Sequence[str] = ()) -> str:
-    """compile_ptx of a text that includes nothing but the toolkit's headers, once per checkout."""
+    """Call compile_ptx once per checkout, for a text that includes only headers of the toolkit."""
     key = hashlib.sha256(repr((source, arch, tuple(flags), nvcc_release())).encode()).hexdigest()[:16]
     return build_once(f"{key}.ptx", lambda path: path.write_text(compile_ptx(source, arch, flags))).read_text()
 
 
 # ---- Global memory ---------------------------------------------------------------------------------------------------
 class Buffer:
-    """An array in global memory. `misalign` bytes shift its start off the 256 bytes that an allocation has."""
+    """An array in global memory. It starts `misalign` bytes past a multiple of 256, as allocations are aligned."""
 
     writable = False
 
     def __init__(self, array: np.ndarray, name: str = "", misalign: int = 0) -> None:
         if not array.flags.c_contiguous:
-            raise ValueError("a buffer is a contiguous array")
+            raise ValueError("a buffer must be a contiguous array")
         self.array, self.name, self.misalign = array, name, misalign
-        self.initialised: np.ndarray | None = None  # a byte a byte; None: all of them
+        self.initialised: np.ndarray | None = None  # one byte for each byte; None if all are initialised
 
     def at(self, offset: int) -> Pointer:
-        """A pointer `offset` bytes into the buffer."""
+        """Return a pointer `offset` bytes into the buffer."""
         return Pointer(self, offset)
 
     @property
     def unwritten(self) -> int:
-        """Bytes that nothing has written yet."""
+        """The number of bytes that have not been written yet."""
         return 0 if self.initialised is None else int((self.initialised == 0).sum())
 
 
@@ -232,13 +233,13 @@ class In(Buffer):
 
 
 class InOut(Buffer):
-    """Holds values, may be written."""
+    """A buffer that holds values and may be written."""
 
     writable = True
 
 
 class Out(Buffer):
-    """Holds nothing: a byte is read only after something wrote it. What the array held is overwritten."""
+    """A buffer without values: each byte must be written before it is read. The values of the array are overwritten."""
 
     writable = True
 
@@ -256,7 +257,7 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Struct:
-    """A parameter passed by value: struct's format and values, pointers (format Q) as buffers."""
+    """A struct passed by value, with a format and values as for struct.pack; a buffer stands for a pointer (Q)."""
 
     format: str
     values: tuple[Any, ...]
@@ -268,7 +269,7 @@ class Struct:
 
 # ---- Results ---------------------------------------------------------------------------------------------------------
 class PtxFault(Exception):
-    """What stopped a launch. `kind` names the detector."""
+    """The fault that stopped a launch. `kind` names the detector."""
 
     def __init__(self, kind: str, message: str, where: str, line: int, source: str, block: Any, thread: Any) -> None:
         super().__init__(f"{kind}: {message}\n  {where}")
@@ -281,7 +282,7 @@ COLUMNS = ("warps", "threads", "wavefronts", "wavefronts_least", "sectors", "sec
 
 @dataclass
 class Report:
-    """What a launch executed. Counts are a row an instruction, in the order of COLUMNS."""
+    """The counts of a launch: one row for each instruction, with the columns of COLUMNS."""
 
     kernel: str
     opcodes: list[str]
@@ -294,7 +295,7 @@ class Report:
 
     @functools.cached_property
     def instructions(self) -> Counter[str]:
-        """Instructions executed, by opcode, over all threads."""
+        """The number of executed instructions by opcode, summed over all threads."""
         total: Counter[str] = Counter()
         for opcode, count in zip(self.opcodes, self.counts[:, 1], strict=True):
             if count:
@@ -311,17 +312,17 @@ class Report:
 
     @property
     def bank_conflicts(self) -> int:
-        """Wavefronts of shared memory beyond what these accesses need without conflicts."""
+        """The wavefronts of shared memory beyond those that the accesses would need without conflicts."""
         return self._sum("wavefronts") - self._sum("wavefronts_least")
 
     @property
     def sectors(self) -> int:
-        """32-byte sectors of global memory that the warps' accesses touched."""
+        """The 32-byte sectors of global memory that the accesses of the warps touched."""
         return self._sum("sectors")
 
     @property
     def sectors_needed(self) -> int:
-        """Sectors that would hold the bytes asked for, if they lay side by side."""
+        """The sectors that would suffice if the accessed bytes lay side by side."""
         return self._sum("sectors_least")
 
     def _excess(self, column: str, least: str) -> dict[str, int]:
@@ -333,11 +334,11 @@ class Report:
         return dict(found)
 
     def conflicts_by_source(self) -> dict[str, int]:
-        """Extra wavefronts, by source line."""
+        """Return the extra wavefronts by source line."""
         return self._excess("wavefronts", "wavefronts_least")
 
     def excess_sectors_by_source(self) -> dict[str, int]:
-        """Sectors touched beyond those needed, by source line."""
+        """Return the sectors that were touched beyond those needed, by source line."""
         return self._excess("sectors", "sectors_least")
 
     def __str__(self) -> str:
@@ -364,7 +365,7 @@ def dim3(value: int | Sequence[int]) -> tuple[int, int, int]:
 
 @dataclass
 class _Compiled:
-    """A kernel as the interpreter holds it, with its variables' places."""
+    """A kernel as the interpreter holds it, with the places of its variables."""
 
     kernel: Kernel
     handle: int
@@ -380,7 +381,7 @@ class Module:
         self.text = ptx
         self.ptx = parse(ptx)
         self._compiled: dict[str, _Compiled] = {}
-        # Variables of the module live as long as it does.
+        # The variables of a module live as long as the module.
         self.variables: dict[str, Buffer] = {}
         for variable in self.ptx.variables.values():
             if variable.space in ("global", "const"):
@@ -392,7 +393,7 @@ class Module:
 
     @classmethod
     def from_source(cls, source: str | Path, arch: str = "sm_80", flags: Sequence[str] = ()) -> Module:
-        """Compiles CUDA text, which nvcc sees once, or a file with what it includes, each time."""
+        """Compile CUDA text, with a cache, or a file, without one because the files that it includes may change."""
         return cls(
             compile_ptx(source, arch, flags) if isinstance(source, Path) else compile_cached(source, arch, flags)
         )
@@ -442,7 +443,7 @@ class Module:
         return compiled
 
     def _place(self, compiled: _Compiled) -> dict[str, int]:
-        """Addresses of all variables that the kernel can name."""
+        """Return the addresses of all variables that the kernel can name."""
         kernel = compiled.kernel
         symbols = {}
         for index, name in enumerate(self.variables):
@@ -479,7 +480,7 @@ class Module:
             elif variable.name in kernel.variables and variable.space != "shared":
                 raise PtxError(f".{variable.space} '{variable.name}' within a kernel is not known")
         if dynamic:
-            # 1024: what the swizzles of Hopper ask for; a kernel that needs more than it says is not caught by this.
+            # Hopper's swizzles need 1024. A kernel that relies on a larger alignment than it declares is not caught.
             shared = _align(shared, max(1024, *(v.align for v in dynamic)))
             compiled.dynamic_at = shared
             symbols |= {v.name: shared for v in dynamic}
@@ -533,11 +534,11 @@ class Module:
         collectives_order: bool = False,
         limit: int = 200_000_000,
     ) -> Report:
-        """Runs a grid to its end or to a PtxFault.
+        """Run a grid to its end or to a PtxFault.
 
         The seed draws the order of blocks (unless `shuffle_blocks` is off), of warps and of a warp's atomics.
         `collectives_order` lets shfl, vote, match and redux order memory among their lanes, which PTX does not promise.
-        `limit` is the number of warp instructions after which the run is taken for endless.
+        A run that executes more than `limit` warp instructions is considered endless.
         """
         compiled = self.kernel(kernel)
         grid, block = dim3(grid), dim3(block)
@@ -637,7 +638,7 @@ class Module:
             data = data.ljust(at - PARAM_START, b"\0") + value
         return data
 
-    # ---- Where
+    # ---- Places in the source
     def _source(self, i: Instruction) -> str:
         places = [f"{Path(self.ptx.files.get(file, '?')).name}:{line}" for file, line in i.source]
         return ", inlined at ".join(places)

@@ -1,9 +1,9 @@
-"""Mutants of a kernel's PTX, one mistake each, and the proof that tests and detectors catch every one.
+"""Make mutants of a kernel's PTX, one mistake each, and assert that tests and detectors catch every one.
 
     mutants = [*remove_barriers(ptx, "matmul"), *off_by_one(ptx, "matmul", source="matmul.cu:54")]
     assert_caught(ptx, mutants, run_and_compare)
 
-where `run_and_compare(module, seed)` launches and asserts on the result.
+The caller's `run_and_compare(module, seed)` launches the kernel and asserts that the result is right.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Mutant:
 
 
 def sites(ptx: str, kernel: str, opcode: str, source: str = "") -> Iterator[tuple[Instruction, str]]:
-    """A kernel's instructions whose opcode matches, and where each stands in the source ("file:line").
+    """Yield a kernel's instructions whose opcode matches, each with its place in the source ("file:line").
 
-    `source` selects by the beginning of one of the instruction's places: itself, or where it is inlined.
+    `source` selects the instructions that have this place: their own, or one that they are inlined at.
     """
     module = parse(ptx)
     for i in module.kernels[kernel].instructions:
@@ -37,7 +37,7 @@ def sites(ptx: str, kernel: str, opcode: str, source: str = "") -> Iterator[tupl
 
 
 def _edited(ptx: str, i: Instruction, old: str, new: str) -> str | None:
-    """The PTX with the instruction's text changed on its first line; None where nothing changes."""
+    """Return the PTX with the instruction's text changed on its first line, or None if nothing changes."""
     lines = ptx.split("\n")
     at = lines[i.line - 1].find(i.opcode)
     head, tail = lines[i.line - 1][:at], lines[i.line - 1][at:]
@@ -58,7 +58,7 @@ def _mutants(what: str, ptx: str, kernel: str, opcode: str, source: str, old: st
 
 
 def remove(what: str, ptx: str, kernel: str, opcode: str, source: str = "") -> list[Mutant]:
-    """Each instruction that matches left out (its guard, which then guards nothing, with it)."""
+    """Return one mutant for each matching instruction, without that instruction and its guard."""
     found = []
     for i, place in sites(ptx, kernel, opcode, source):
         lines = ptx.split("\n")
@@ -79,7 +79,7 @@ def remove_waits(ptx: str, kernel: str, source: str = "") -> list[Mutant]:
 
 
 def loosen_waits(ptx: str, kernel: str, source: str = "") -> list[Mutant]:
-    """One more group may stay in flight."""
+    """Return mutants whose waits let one more group stay in flight."""
     found = []
     for i, place in sites(ptx, kernel, r"cp\.async\.wait_group", source):
         count = i.operands[0].value  # type: ignore[union-attr]
@@ -90,7 +90,7 @@ def loosen_waits(ptx: str, kernel: str, source: str = "") -> list[Mutant]:
 
 
 def change_swizzles(ptx: str, kernel: str, source: str = "", bit: int = 1) -> list[Mutant]:
-    """An XOR of two registers forgets the second; one with a constant has a bit of it flipped."""
+    """Return mutants in which an XOR ignores its second register, or has one bit of its constant flipped."""
     found = []
     for i, place in sites(ptx, kernel, r"xor\.b(16|32|64)", source):
         text = _edited(ptx, i, r"^\S+\s+(\S+),\s*(\S+),\s*%\w+", r"mov" + i.opcode[3:] + r" \1, \2")
@@ -107,7 +107,7 @@ _NEIGHBOURS = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt", "lo": "ls", "ls":
 
 
 def off_by_one(ptx: str, kernel: str, source: str = "") -> list[Mutant]:
-    """< becomes <=, >= becomes >, and so on."""
+    """Return mutants of comparisons: < becomes <=, >= becomes >, and so on."""
     found = []
     for old, new in _NEIGHBOURS.items():
         opcode = rf"setp\.{old}(\.(and|or|xor))?\.[su](16|32|64)"
@@ -116,7 +116,7 @@ def off_by_one(ptx: str, kernel: str, source: str = "") -> list[Mutant]:
 
 
 def swap_fragments(ptx: str, kernel: str, opcode: str = r"(mma|ldmatrix)\..*", source: str = "") -> list[Mutant]:
-    """Two registers of one fragment exchanged: of a load's or a product's operand of several registers."""
+    """Return mutants in which two registers of one fragment, an operand of a load or a product, are exchanged."""
     found = []
     for i, place in sites(ptx, kernel, opcode, source):
         lines = ptx.split("\n")
@@ -125,7 +125,7 @@ def swap_fragments(ptx: str, kernel: str, opcode: str = r"(mma|ldmatrix)\..*", s
         for operand, match in enumerate(re.finditer(r"\{([^{}]*)\}", line[start:])):
             registers = [r.strip() for r in match[1].split(",")]
             if "mma" in i.opcode and operand == 3:
-                continue  # the accumulator that goes in: the same registers as the one that comes out
+                continue  # the incoming accumulator has the registers of the outgoing one
             for a, b in combinations(range(len(registers)), 2):
                 swapped = list(registers)
                 swapped[a], swapped[b] = swapped[b], swapped[a]
@@ -137,7 +137,7 @@ def swap_fragments(ptx: str, kernel: str, opcode: str = r"(mma|ldmatrix)\..*", s
 
 
 def change_source(cuda: str, arch: str, edits: Iterable[tuple[str, str, str]]) -> list[Mutant]:
-    """Mutants of the CUDA text: (name, old, new), each compiled by nvcc. `old` occurs exactly once."""
+    """Return a mutant of the CUDA text for each edit (name, old, new), compiled by nvcc; `old` must occur once."""
     found = []
     for name, old, new in edits:
         assert cuda.count(old) == 1, f"{name}: {old!r} occurs {cuda.count(old)} times"
@@ -152,9 +152,9 @@ def assert_caught(
     seeds: Iterable[int] = range(3),
     equivalent: Mapping[str, str] | None = None,
 ) -> list[tuple[str, str]]:
-    """Asserts that the kernel passes with every seed and each mutant fails with one; lists how each was caught.
+    """Assert that the kernel passes with every seed and each mutant fails with one; return how each was caught.
 
-    `equivalent` names mutants that compute the same (a part of the name, and why): they must survive.
+    `equivalent` names mutants that compute the same and must survive: it maps a part of the name to the reason.
     """
     seeds = list(seeds)
     for seed in seeds:

@@ -1,8 +1,8 @@
-"""PTX text → kernels: variables with their places, and instructions whose names are resolved.
+"""Parse PTX text into kernels: variables with their places, and instructions whose names are resolved.
 
-PTX ISA, sections "Syntax", "State Spaces, Types, and Variables", "Instruction Operands" and "Directives". Only the
-syntax is known here; what an opcode and its modifiers mean stands in interpreter/, and whatever neither knows is an
-error. A kernel is parsed when it is asked for.
+The parser follows the sections "Syntax", "State Spaces, Types, and Variables", "Instruction Operands" and "Directives"
+of the PTX ISA. It knows only the syntax; interpreter/ knows the meaning of opcodes and modifiers. Text that neither
+knows is an error. A kernel is parsed at its first use.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-# Where the spaces begin, as in interpreter/memory.h.
+# The spaces begin at these addresses, as in interpreter/memory.h.
 SHARED_START, LOCAL_START, PARAM_START, BUFFER_SHIFT, BUFFER_OFFSET = 1024, 64, 64, 36, 0x1000
 
 TYPE_BYTES = {
@@ -24,7 +24,7 @@ TYPE_BYTES = {
 
 
 class PtxError(Exception):
-    """PTX that this interpreter does not know, or that is no PTX."""
+    """An error for PTX that this interpreter does not know, and for text that is not PTX."""
 
 
 class Token(NamedTuple):
@@ -57,7 +57,7 @@ class Immediate:
 
 @dataclass(frozen=True)
 class Float:
-    """A literal with its bits: 32 for 0f..., 64 for 0d... and decimals."""
+    """A literal with its number of bits: 32 for 0f..., 64 for 0d... and decimals."""
 
     bits: int
     width: int
@@ -96,7 +96,7 @@ class Instruction:
     operands: list[Operand]
     guard: Register | None
     line: int
-    source: tuple[tuple[int, int], ...]  # (file, line), innermost first, then where it is inlined
+    source: tuple[tuple[int, int], ...]  # (file, line) of the instruction, then of the place that it is inlined at
     scope: int
 
 
@@ -104,16 +104,16 @@ class Instruction:
 class Kernel:
     name: str
     params: list[Variable] = field(default_factory=list)
-    registers: list[int] = field(default_factory=list)  # bits
+    registers: list[int] = field(default_factory=list)  # the bits of each register
     specials: dict[str, int] = field(default_factory=dict)
     variables: dict[str, Variable] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[tuple[int, str], int] = field(default_factory=dict)
     targets: dict[tuple[int, str], list[str]] = field(default_factory=dict)
-    parents: list[int] = field(default_factory=lambda: [-1])  # of scopes
+    parents: list[int] = field(default_factory=lambda: [-1])  # the parent of each scope
 
     def find(self, table: dict[tuple[int, str], object], scope: int, name: str) -> object | None:
-        """Looks a label up from a scope outwards."""
+        """Find a name in a scope or one that encloses it; return None if there is none."""
         while scope >= 0:
             if (scope, name) in table:
                 return table[scope, name]
@@ -122,7 +122,7 @@ class Kernel:
 
 
 class Kernels(Mapping[str, Kernel]):
-    """A module's kernels by name, each parsed at its first use."""
+    """The kernels of a module by name, each parsed at its first use."""
 
     def __init__(self, texts: dict[str, tuple[str, int]]) -> None:
         self.texts = texts
@@ -170,7 +170,7 @@ def tokens(text: str, line: int = 1) -> Iterator[Token]:
 
 
 def integer(text: str) -> int:
-    """An integer literal; PTX's octal ones begin with 0."""
+    """Return the value of an integer literal; octal ones begin with 0 in PTX."""
     text = text.rstrip("U")
     return int(text, 8) if re.fullmatch(r"0[0-7]+", text) else int(text, 0)
 
@@ -249,7 +249,7 @@ class Parser:
             pass
 
     def function(self) -> None:
-        """A declaration is skipped; a body, which only a call would reach, is an error."""
+        """Skip a declaration of a function; a body, which only a call would reach, is an error."""
         name = ""
         while self.next not in (";", "{"):
             word = self.take()
@@ -260,7 +260,7 @@ class Parser:
         self.take(";")
 
     def variable(self, space: str) -> list[Variable]:
-        """What follows `.shared` and its like: `.align 16 .b8 name[64] = {...};`, several names a type."""
+        """Parse the rest of a declaration after `.shared` or another space: `.align 16 .b8 a[64] = {...}, b[4];`."""
         align = 0
         kind = ""
         while self.next.startswith("."):
@@ -270,7 +270,7 @@ class Parser:
             elif word in (".v2", ".v4"):
                 raise self.error("vector variables are not known")
             elif word in (".ptr", ".global", ".const", ".local", ".shared"):
-                pass  # .param .u64 .ptr .global .align 16 name: what the pointer points to
+                pass  # `.param .u64 .ptr .global .align 16 name` describes the memory that the pointer points to
             elif word == ".attribute":
                 raise self.error(".attribute is not known")
             elif word[1:] in TYPE_BYTES:
@@ -291,7 +291,7 @@ class Parser:
                     self.take("]")
             size = None if count is None else count * TYPE_BYTES[kind]
             initial = self.initializer(kind, size) if self.accept("=") else None
-            # A pointer parameter's .align is that of what it points to; the parameter itself is as its type.
+            # The .align of a pointer parameter is that of its target; the parameter itself is aligned as its type.
             own = max(align, TYPE_BYTES[kind]) if kind == "b8" or space != "param" else TYPE_BYTES[kind]
             found.append(Variable(name, space, kind, own or 1, size, initial))
             if not self.accept(","):
@@ -354,13 +354,13 @@ class Parser:
 
 
 class _Body:
-    """The statements between a kernel's braces. Inner braces open a scope for registers and labels."""
+    """A parser of the statements between a kernel's braces; inner braces open a scope for registers and labels."""
 
     def __init__(self, parser: Parser, kernel: Kernel) -> None:
         self.p = parser
         self.kernel = kernel
         self.scope = 0
-        self.names: list[dict[str, int]] = [{}]  # registers of the open scopes, innermost last
+        self.names: list[dict[str, int]] = [{}]  # the registers of each open scope, innermost last
         self.source: tuple[tuple[int, int], ...] = ()
 
     def parse(self) -> None:
@@ -408,7 +408,7 @@ class _Body:
                 self.instruction(word)
 
     def location(self, words: list[str]) -> None:
-        """`.loc file line column [, function_name label, inlined_at file line column]`; line 0 says nothing."""
+        """Parse `.loc file line column [, function_name label, inlined_at file line column]`; line 0 is ignored."""
         places = [(int(words[0]), int(words[1]))]
         if "inlined_at" in words:
             at = words.index("inlined_at")
@@ -514,7 +514,7 @@ class _Body:
         return Name(word, offset)
 
 
-# What a brace may hide in, braces, and the beginning of a kernel.
+# These are comments and strings, in which a brace does not count, braces, and the beginning of a kernel.
 _OUTLINE = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:[^"\\]|\\.)*"|[{}]|\.entry\s+([\w$]+)', re.DOTALL)
 
 
@@ -524,7 +524,7 @@ def _kernel(text: str, line: int) -> Kernel:
 
 
 def parse(text: str) -> Ptx:
-    """Parses all but the kernels' texts, which are found by their braces."""
+    """Parse a module, except the texts of its kernels, which are found by their braces and parsed later."""
     texts: dict[str, tuple[str, int]] = {}
     rest, kept, start, name, depth = "", 0, 0, "", 0
     for match in _OUTLINE.finditer(text):

@@ -1,4 +1,4 @@
-"""Compiles the textbook kernels again: `python -m tools.ptx.regenerate`.
+"""Compile the textbook kernels again: `python -m tools.ptx.regenerate`.
 
 Their PTX is kept beside them, so that the tests run without nvcc.
 """
@@ -15,7 +15,7 @@ ARCH = "sm_80"
 
 
 def normalised(ptx: str) -> str:
-    """Without what depends on the directory or on nvcc's build: header comments, directories, debug strings."""
+    """Return PTX without what depends on the directory or nvcc's build: header comments, directories, debug strings."""
     ptx = re.sub(r"\t\.section\t\.debug_str\n\t\{.*?\n\t\}\n?", "", ptx, flags=re.DOTALL)
     ptx = re.sub(r'(\.file\t\d+ ")[^"]*/', r"\1", ptx)
     return "\n".join(line.rstrip() for line in ptx.splitlines() if not line.startswith("//")).strip() + "\n"

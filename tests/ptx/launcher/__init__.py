@@ -1,11 +1,11 @@
-"""The launchers of csrc/cuda, run without a GPU: what they launch is recorded, and executed by the interpreter.
+"""Run the launchers of csrc/cuda without a GPU: their launches are recorded, and the interpreter executes them.
 
     popc = Launcher("gemm_popc")
     error, launches = popc(job)              # a Struct of csrc/cuda/kernels.h, with buffers for its pointers
     launches[0].grid, launches[0].run()
 
-A launcher also stands in for its file's Module where a test says what it believes to be launched: the launcher is
-called, and what it launches, which must be that, is executed.
+A launcher can also take the place of its file's Module in a test that states which launch it expects: the launcher is
+called, and its launch, which must equal the expected one, is executed.
 
 The launchers are compiled by nvcc, unchanged, and linked with runtime.cpp instead of CUDA's runtime.
 """
@@ -43,7 +43,7 @@ HERE = Path(__file__).parent
 NAMES = ["pack", "unpack", "align", "gemm_popc", "gemm_skinny", "gemm_skinny_mma_sm80", "gemm_mma_sm75"]
 NAMES += ["gemm_mma_sm80", "gemm_mma_int8_sm80"]
 SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION = 0, 1, 9  # cudaError_t
-# Host code is the same for all targets. Of this one the tensor-core kernels of sm_80 are empty, which saves seconds.
+# Host code is the same for all targets. For this one the tensor-core kernels of sm_80 are empty, which saves seconds.
 FLAGS = [
     "-std=c++20",
     "-O3",
@@ -52,14 +52,14 @@ FLAGS = [
     "-Xcompiler=-fPIC",
 ]
 TARGET = "sm_80"
-"""Whose PTX is executed: all of the kernels run there."""
+"""The target whose PTX is executed; all kernels run there."""
 ADDRESS_SHIFT = 40
-"""Fake addresses of buffers lie so far apart, and above any size in a launch that is executed."""
+"""The fake addresses of buffers are 2**40 apart, which exceeds any size in a launch that is executed."""
 
 
 # ---- Compilation -----------------------------------------------------------------------------------------------------
 def _object(path: str, text: str, more: Sequence[str] = (), depends: str = "") -> Path:
-    """An object file, made once of a text in a file of this name (which is in the names of its kernels)."""
+    """Return an object file, made once from a text in a file of this name, which is part of its kernels' names."""
     key = hashlib.sha256(repr((path, text, FLAGS, nvcc_release(), depends)).encode()).hexdigest()[:16]
 
     def make(out: Path) -> None:
@@ -81,13 +81,13 @@ _OnLaunch = ctypes.CFUNCTYPE(
 
 @functools.cache
 def library(name: str = "", text: str = "") -> ctypes.CDLL:
-    """All launchers; `text` takes the place of csrc/cuda's file of that name."""
+    """Return a library of all launchers; `text` takes the place of csrc/cuda's file of that name."""
     objects = [_object(f"{each}.cu", text if each == name else source(f"{each}.cu")) for each in NAMES]
     objects.append(_object("runtime.cpp", (HERE / "runtime.cpp").read_text()))
     objects.append(
         _object("launchers.cpp", (HERE / "launchers.cpp").read_text(), [f"-I{CUDA}"], depends=source("kernels.h"))
     )
-    # Symbolic: with the functions of runtime.cpp even where the process has loaded CUDA's runtime.
+    # -Bsymbolic binds to the functions of runtime.cpp even if the process has loaded CUDA's runtime.
     command = [nvcc(), *FLAGS, "-shared", "-cudart=none", "-Xlinker=-Bsymbolic,-z,defs", *map(str, objects), "-o"]
     key = hashlib.sha256(repr(command).encode()).hexdigest()[:16]
 
@@ -106,7 +106,7 @@ def library(name: str = "", text: str = "") -> ctypes.CDLL:
 
 @functools.cache
 def without_file(kernel: str) -> str:
-    """A mangled name without that of its file's anonymous namespace, which begins with its length."""
+    """Return a mangled name without that of its file's anonymous namespace, which begins with its length."""
     while match := re.search(r"(\d+)_GLOBAL__N__", kernel):
         kernel = kernel[: match.start()] + "1N" + kernel[match.end(1) + int(match[1]) :]
     return kernel
@@ -125,13 +125,13 @@ class Launch:
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared_bytes: int
-    most_dynamic: int  # to which the kernel's dynamic shared memory was raised, or 0
+    most_dynamic: int  # the limit to which the kernel's dynamic shared memory was raised, or 0
     stream: int
     arguments: list[bytes]
     buffers: list[Buffer] = field(default_factory=list)
 
     def check(self) -> None:
-        """Within what every GPU takes ("Technical Specifications per Compute Capability") and the kernel says."""
+        """Assert the limits of every GPU ("Technical Specifications per Compute Capability") and of the kernel."""
         compiled = self.module.kernel(self.kernel)
         threads = self.block[0] * self.block[1] * self.block[2]
         (bound,) = re.findall(r"\.maxntid\s+(\d+)", self.module.ptx.kernels.texts[self.kernel][0])
@@ -141,7 +141,7 @@ class Launch:
         if self.most_dynamic == 0:
             assert compiled.static_shared + self.shared_bytes <= 48 * 1024, self
         else:
-            # Those of sm_86, the smallest of the targets that have such kernels.
+            # The limit is that of sm_86, the smallest of the targets that have such kernels.
             assert self.shared_bytes <= self.most_dynamic <= 1024 * SHARED_LIMIT[86] - compiled.static_shared, self
 
     def run(self, seed: int = 0) -> Report:
@@ -149,7 +149,7 @@ class Launch:
         return self.module.launch(self.kernel, self.grid, self.block, arguments, self.shared_bytes, seed)
 
     def _with_buffers(self, argument: bytes) -> Struct:
-        """Fake addresses replaced by the buffers that they stand for."""
+        """Return the argument with buffers in place of their fake addresses."""
         words, rest = divmod(len(argument), 8)
         *values, tail = struct.unpack(f"={words}Q{rest}s", argument)
         return Struct(f"={words}Q{rest}s", *map(self._pointer, values), tail)
@@ -166,7 +166,7 @@ def _address(index: int, buffer: Buffer) -> int:
 
 
 class Launcher:
-    """A launcher of csrc/cuda; `tile` is gemm_mma_sm80's, `text` takes the place of its file."""
+    """A launcher of csrc/cuda; only gemm_mma_sm80 uses `tile`, and `text` takes the place of its file."""
 
     def __init__(self, name: str, tile: int = 0, text: str = "") -> None:
         self.name, self.tile = name, tile
@@ -176,12 +176,12 @@ class Launcher:
         self.launched: set[str] = set()
         """The kernels that were launched so far."""
         self.execute = True
-        """Whether `launch` executes what is launched."""
+        """Whether `launch` executes the kernel that is launched."""
 
     def __call__(
         self, job: Struct, tile: int | None = None, stream: int = 0, errors: tuple[int, int] = (SUCCESS, SUCCESS)
     ) -> tuple[int, list[Launch]]:
-        """The error that the launcher returns, and what it launched; `errors` are those of the runtime it meets."""
+        """Return the launcher's error and its launches; the runtime returns `errors` for a launch and an attribute."""
         buffers: list[Buffer] = []
 
         def address(value: Any) -> Any:
@@ -199,7 +199,7 @@ class Launcher:
         launches: list[Launch] = []
         raised: list[Exception] = []
 
-        def on_launch(*launch: Any) -> None:  # an exception would not leave it
+        def on_launch(*launch: Any) -> None:  # an exception would not reach Python through C++
             try:
                 launches.append(self._record(*launch, buffers))
             except Exception as error:
@@ -212,8 +212,8 @@ class Launcher:
         tile = self.tile if tile is None else tile
         error = getattr(self.library, f"launch_{self.name}")(data, len(data), tile, stream)
         assert not raised, raised
-        assert error >= 0, f"{self.name}: a struct of {len(data)} bytes is not what it takes"
-        assert self.library.cudaGetLastError() == SUCCESS, "it leaves its error to whoever asks next"
+        assert error >= 0, f"{self.name}: a struct of {len(data)} bytes has the wrong size"
+        assert self.library.cudaGetLastError() == SUCCESS, "the launcher does not clear its error"
         for launch in launches:
             launch.check()
         return error, launches
@@ -245,7 +245,7 @@ class Launcher:
         shared_bytes: int = 0,
         seed: int = 0,
     ) -> Report | None:
-        """Module.launch by way of the launcher, which must launch just this, in the caller's stream."""
+        """Do as Module.launch, through the launcher, which must launch exactly this in the caller's stream."""
         stream = 4096 + seed
         error, launches = self(args[0], stream=stream)
         assert (error, len(launches)) == (SUCCESS, 1), args

@@ -1,4 +1,4 @@
-// The launchers of csrc/cuda/kernels.h as plain C: a struct as bytes in, the error out.
+// Exports the launchers of csrc/cuda/kernels.h as plain C functions, which take a struct as bytes and return the error.
 #include "kernels.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -7,7 +7,7 @@ using namespace bitorch_qlinear::cuda;
 
 namespace {
 
-constexpr int kOtherSize = -1;  // no CUDA error: Python's idea of the struct is wrong
+constexpr int kOtherSize = -1;  // this is no CUDA error; Python's layout of the struct is wrong
 
 template <class Job, class Function>
 int with(const void* job, uint64_t bytes, Function function) {
@@ -16,7 +16,7 @@ int with(const void* job, uint64_t bytes, Function function) {
 
 }  // namespace
 
-// All have one signature; `tile` is gemm_mma_sm80's alone.
+// All have one signature, with a `tile` that only gemm_mma_sm80 uses.
 #define LAUNCHER(name, Job, ...)                                                                \
     EXPORT int launch_##name(const void* bytes, uint64_t size, int tile, cudaStream_t stream) { \
         static_cast<void>(tile);                                                                \

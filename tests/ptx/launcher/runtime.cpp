@@ -1,5 +1,5 @@
-// What nvcc's host code calls of the CUDA runtime, for a machine without a GPU: a launch is handed to a function of
-// Python's, and nothing runs.
+// Implements the part of the CUDA runtime that nvcc's host code calls, for a machine without a GPU: a launch is passed
+// to a Python function, and nothing runs.
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace {
 
 struct Kernel {
     const char* name;
-    int most_dynamic = 0;  // dynamic shared memory that was asked for; 0: what any kernel may have
+    int most_dynamic = 0;  // the limit of dynamic shared memory that was set; 0 means that of any kernel
 };
 
 struct Configuration {
@@ -24,7 +24,8 @@ struct Configuration {
 using OnLaunch = void (*)(const char* name, const dim3* grid, const dim3* block, uint64_t shared_bytes,
                           uint64_t most_dynamic, cudaStream_t stream, void** arguments);
 
-// By the host's address. Constructed at its first use: other files' static constructors fill it.
+// Returns the kernels by their address on the host. The map is constructed at its first use, because static
+// constructors of other files fill it.
 std::unordered_map<const void*, Kernel>& kernels() {
     static std::unordered_map<const void*, Kernel> all;
     return all;
@@ -41,17 +42,17 @@ cudaError_t remember(cudaError_t error) {
 
 }  // namespace
 
-// ---- what Python calls ----------------------------------------------------------------------------------------------
+// ---- called by Python -----------------------------------------------------------------------------------------------
 
 EXPORT void runtime_on_launch(OnLaunch function) { on_launch = function; }
 
-// What every launch, and every cudaFuncSetAttribute, returns from now on, as it may on a device. Forgets the last error.
+// Sets the errors that every launch and every cudaFuncSetAttribute return from now on, and clears the last error.
 EXPORT void runtime_errors(int launch, int attribute) {
     error_of_launch = static_cast<cudaError_t>(launch), error_of_attribute = static_cast<cudaError_t>(attribute);
     last_error = cudaSuccess;
 }
 
-// ---- what launchers call ---------------------------------------------------------------------------------------------
+// ---- called by launchers --------------------------------------------------------------------------------------------
 
 EXPORT cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 
@@ -62,7 +63,7 @@ EXPORT cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute 
     return cudaSuccess;
 }
 
-// ---- what nvcc makes of kernel<<<...>>>(...) -------------------------------------------------------------------------
+// ---- called by kernel<<<...>>>(...) ---------------------------------------------------------------------------------
 
 EXPORT unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream) {
     configuration = {grid, block, shared_bytes, stream};
@@ -88,7 +89,7 @@ EXPORT cudaError_t __cudaLaunchKernel(cudaKernel_t handle, dim3 grid, dim3 block
     return cudaSuccess;
 }
 
-// ---- what it makes of a file's kernels -------------------------------------------------------------------------------
+// ---- called to register a file's kernels ----------------------------------------------------------------------------
 
 EXPORT void** __cudaRegisterFatBinary(void*) {
     static void* none;

@@ -1,12 +1,12 @@
 // PTX ISA, section "Data Movement and Conversion Instructions: Non-bulk copy": cp.async, cp.async.commit_group,
-// cp.async.wait_group, cp.async.wait_all. A copy lands as late as it may, when its thread waits for it; until then
-// nobody may touch its destination or change its source. Only then may others, after a barrier.
+// cp.async.wait_group, cp.async.wait_all. A copy lands as late as it may, when its thread waits for it. Until then
+// nobody may touch its destination or change its source; afterwards other threads may, once a barrier has ordered them.
 #pragma once
 #include "collective.h"
 
 namespace ptx {
 
-// s: destination, source, and the source's size where i.b is 1, or the predicate that makes it 0 where i.b is 2.
+// s holds the destination, the source, and the source's size if i.b is 1, or the predicate that makes it 0 if i.b is 2.
 inline void cp_async(Machine& m, Warp& w, const Instr& i, u32 mask) {
     const u64 *to = m.in(w, i.s[0]), *from = m.in(w, i.s[1]), *size = i.b ? m.in(w, i.s[2]) : nullptr;
     u64 shared[kLanes] = {}, global[kLanes] = {};
@@ -50,7 +50,7 @@ inline void commit(Machine&, Warp& w, const Instr&, u32 mask) {
         ++w.committed[l];
     });
 }
-// i.a: also copies of no group yet; i.b: groups that may stay pending.
+// i.a says whether copies that are in no group yet are waited for; i.b is the number of groups that may stay pending.
 inline void wait(Machine& m, Warp& w, const Instr& i, u32 mask) {
     for_lanes(mask, [&](int l) {
         auto& copies = w.copies[l];
@@ -63,7 +63,7 @@ inline void wait(Machine& m, Warp& w, const Instr& i, u32 mask) {
             const u32 offset = copy.shared - kSharedStart;
             std::copy_n(copy.data.begin(), copy.bytes, m.shared.begin() + offset);
             for (u32 b = 0; b < copy.bytes; ++b) m.shared_state[offset + b] = kAllocated | kInitialised;
-            // As a write of now by this thread: others see it after the next barrier.
+            // The copy counts as a write that this thread makes now: others see it after the next barrier.
             check_race(m, w, l, m.shared_shadow.data(), offset, copy.bytes, true, false, "race on shared memory",
                        [&] { return "byte " + std::to_string(offset) + " of shared memory"; });
             copies.erase(copies.begin() + static_cast<s64>(k));

@@ -1,7 +1,7 @@
 // PTX ISA, section "Parallel Synchronization and Communication Instructions": vote, activemask, shfl, match, redux,
-// elect. A .sync instruction executes once all members of its mask that have not exited are at it (interpreter.cpp).
-// None of these orders memory (CUDA C++ Programming Guide, "Warp Shuffle Functions": they "do not imply a memory
-// barrier"), bar.warp.sync does; Machine::collectives_order makes them do so.
+// elect. A .sync instruction executes once all members of its mask that have not exited have reached it
+// (interpreter.cpp). bar.warp.sync orders memory. The instructions here do not (CUDA C++ Programming Guide, "Warp
+// Shuffle Functions": they "do not imply a memory barrier"), unless Machine::collectives_order is set.
 #pragma once
 #include "control.h"
 
@@ -46,7 +46,7 @@ inline void decode_activemask(Decoder& d) {
     d.i.run = activemask;
 }
 
-// Lane j's value, or the own one where j lies outside the segment that c describes. i.a: up, down, bfly, idx.
+// A lane gets lane j's value, or its own if j lies outside the segment that c describes. i.a is up, down, bfly or idx.
 inline void shfl(Machine& m, Warp& w, const Instr& i, u32 mask) {
     for (const s32 row : i.s) need(w, row, mask);
     const u64 *a = m.in(w, i.s[0]), *b = m.in(w, i.s[1]), *c = m.in(w, i.s[2]);
@@ -91,7 +91,7 @@ inline void decode_shfl(Decoder& d) {
     d.i.run = shfl;
 }
 
-inline void match(Machine& m, Warp& w, const Instr& i, u32 mask) {  // i.a: all
+inline void match(Machine& m, Warp& w, const Instr& i, u32 mask) {  // i.a: whether this is match.all
     const u64* a = m.in(w, i.s[0]);
     u64 same[kLanes];
     for_lanes(mask, [&](int l) {
@@ -138,7 +138,7 @@ inline void decode_redux(Decoder& d) {
         }
     });
 }
-inline void elect(Machine& m, Warp& w, const Instr& i, u32 mask) {  // the leader: here the lowest lane
+inline void elect(Machine& m, Warp& w, const Instr& i, u32 mask) {  // the lowest lane is always the leader
     const int leader = std::countr_zero(mask);
     for (size_t k = 0; k < i.d.size(); ++k) {
         if (i.d[k] == kNoRow) continue;

@@ -1,5 +1,5 @@
-// PTX ISA, sections "Control Flow Instructions", "Parallel Synchronization and Communication Instructions: bar, barrier,
-// bar.warp.sync, membar, fence" and "Miscellaneous Instructions".
+// PTX ISA, sections "Control Flow Instructions", "Parallel Synchronization and Communication Instructions: bar,
+// barrier, bar.warp.sync, membar, fence" and "Miscellaneous Instructions".
 #pragma once
 #include "transfer.h"
 
@@ -39,7 +39,7 @@ void complete_barriers(Machine& m);
 
 inline void exit_lanes(Machine& m, Warp& w, const Instr&, u32 mask) {
     w.exited |= mask;
-    w.at_members = 0;  // those who waited for these lanes look again
+    w.at_members = 0;  // lanes that waited for these look again
     complete_barriers(m);
 }
 inline void decode_exit(Decoder& d) {
@@ -58,7 +58,7 @@ inline void decode_nanosleep(Decoder& d) {
 }
 
 // ---- Barriers of the block ------------------------------------------------------------------------------------------
-// A barrier counts warps: a warp has come once all its threads that have not exited are there.
+// A barrier counts warps. A warp has arrived once all its threads that have not exited are there.
 inline void complete_barrier(Machine& m, Barrier& b) {
     u32 threads = 0, warps_here = 0;
     bool all = true;
@@ -72,7 +72,7 @@ inline void complete_barrier(Machine& m, Barrier& b) {
     if (b.expected && threads > b.expected) {
         fault(-1, "barrier", std::to_string(threads) + " threads came to a barrier of " + std::to_string(b.expected));
     }
-    u32 count = 0, any = 0, every = 1;  // barrier.red
+    u32 count = 0, any = 0, every = 1;  // the results of barrier.red
     for (Warp& w : m.warps) {
         for_lanes(b.waiting[w.id], [&](int l) {
             const Instr& i = m.program->code[w.blocked_pc[l]];
@@ -100,7 +100,8 @@ inline void complete_barriers(Machine& m) {
     for (Barrier& b : m.barriers)
         if (b.open) complete_barrier(m, b);
 }
-// i.a: arrive only; i.b: 1 popc, 2 and, 3 or; s[0]: the barrier, s[1]: the count where targets[0] says so.
+// i.a is true for arrive. i.b is 1 for popc, 2 for and, 3 for or. s[0] is the barrier, s[1] the count if targets[0] is
+// set.
 inline void bar(Machine& m, Warp& w, const Instr& i, u32 mask) {
     const int first = std::countr_zero(mask);
     const u64 id = m.in(w, i.s[0])[first];
@@ -149,7 +150,7 @@ inline void bar(Machine& m, Warp& w, const Instr& i, u32 mask) {
     }
     complete_barrier(m, b);
 }
-// bar.sync is barrier.sync.aligned; .cta may stand in both.
+// bar.sync is barrier.sync.aligned; .cta is allowed in both.
 inline void decode_barrier(Decoder& d, bool aligned) {
     if (!aligned && d.take("cluster")) d.error("clusters are not emulated");
     d.take("cta");
@@ -185,7 +186,7 @@ inline void decode_bar(Decoder& d) {
 inline void decode_barrier_cta(Decoder& d) { decode_barrier(d, false); }
 
 // ---- membar, fence --------------------------------------------------------------------------------------------------
-// i.a: the scope is the block. Earlier strong reads acquire here, later strong writes release what is before here.
+// i.a says that the scope is the block. Earlier strong reads acquire here; later strong writes release what precedes.
 inline void fence(Machine& m, Warp& w, const Instr& i, u32) {
     if (w.has_acquired && (!i.a || w.acquired.block == m.block)) acquire(m, w, w.acquired);
     w.fenced = publish(m, w);

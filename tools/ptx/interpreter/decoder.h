@@ -1,4 +1,4 @@
-// From an opcode with its modifiers, and operands, to an Instr. A modifier that no family takes is an error.
+// Decodes an opcode with its modifiers and operands into an Instr. A modifier that no family takes is an error.
 #pragma once
 #include <initializer_list>
 
@@ -11,8 +11,8 @@ struct Decoder {
     const Operand* operands;
     Instr& i;
     std::string name;               // the opcode as written
-    std::vector<std::string> mods;  // what follows the family's name; taken ones are removed
-    std::vector<int> at;            // where operand k begins
+    std::vector<std::string> mods;  // the modifiers after the family's name; those that were taken are removed
+    std::vector<int> at;            // at[k] is the index at which operand k begins
 
     Decoder(Program& program, const Operand* operands, int count, Instr& i, const std::string& opcode)
         : program(program), operands(operands), i(i), name(opcode) {
@@ -46,7 +46,7 @@ struct Decoder {
         }
         return false;
     }
-    // Index of the one that is there, or -1.
+    // Returns the index of the name that is present, and takes it; -1 if none is.
     int take_one(std::initializer_list<const char*> names) {
         int index = 0;
         for (const char* one : names) {
@@ -60,7 +60,7 @@ struct Decoder {
         if (index < 0) error(std::string("lacks one of .") + *names.begin() + ", ...");
         return index;
     }
-    // The first type among the modifiers.
+    // Returns the first type among the modifiers, and takes it.
     Type take_type() {
         for (size_t k = 0; k < mods.size(); ++k) {
             const Type type = type_named(mods[k]);
@@ -92,7 +92,7 @@ struct Decoder {
             case Type::f64: return put(value);
             case Type::f16: return put(from_double<f16>(value));
             case Type::bf16: return put(from_double<bf16>(value));
-            // The bits themselves where the literal is one of 32 bits (a .b32 move of 0f...), else a rounding.
+            // A literal of 32 bits keeps its bits (a .b32 move of 0f...); another one is rounded.
             default:
                 return o.kind == kFloat32 ? static_cast<u64>(o.value) & 0xffffffffu : put(static_cast<float>(value));
         }
@@ -178,7 +178,7 @@ void ternary(Machine& m, Warp& w, const Instr& i, u32 mask) {
     for_lanes(mask, [&](int l) { d[l] = put<R>(F::template of<A>(get<A>(a[l]), get<B>(b[l]), get<C>(c[l]))); });
 }
 
-// Calls f.operator()<T>() for the C++ type of an integer or untyped PTX type; false for another.
+// Calls f.operator()<T>() for the C++ type of an integer or untyped PTX type; returns false for any other type.
 template <class F>
 bool with_integer(Type type, F&& f) {
     switch (type) {

@@ -1,6 +1,6 @@
 // PTX ISA, sections "Floating Point Instructions", "Half Precision Floating Point Instructions", "Mixed Precision
 // Floating Point Instructions", "Comparison and Selection Instructions" and "Data Movement: cvt".
-// The approximate forms (.approx, .full) return the correctly rounded result: hardware may differ in the last bits.
+// The approximate forms (.approx, .full) return the correctly rounded result; hardware may differ in the last bits.
 #pragma once
 #include <cfenv>
 
@@ -8,7 +8,7 @@
 
 namespace ptx {
 
-// An exact f64 operation in another direction than the nearest.
+// Runs an f64 operation that rounds in the direction `round`, which may be another than the nearest.
 template <class F>
 double directed(Round mode, F&& f) {
     static constexpr int kModes[] = {FE_TONEAREST, FE_TOWARDZERO, FE_DOWNWARD, FE_UPWARD};
@@ -67,7 +67,7 @@ struct FMul {
                 return x * b;
             });
         } else {
-            return from_double<T>(to_double(a) * to_double(b), i.round);  // exact in double
+            return from_double<T>(to_double(a) * to_double(b), i.round);  // the product is exact in double
         }
     }
 };
@@ -86,7 +86,7 @@ struct FFma {
         }
     }
 };
-// i.a: .NaN, where one NaN makes the result NaN; otherwise the other operand is the result. -0 < +0.
+// i.a says that .NaN is given: then one NaN makes the result NaN; otherwise the other operand is the result. -0 < +0.
 template <bool kMax>
 struct FMinMax {
     template <class T>
@@ -112,7 +112,7 @@ struct FDiv {
         } else {
             const double x = to_double(a), y = to_double(b), q = x / y;
             if (!std::isfinite(q) || q == 0) return from_double<T>(q, i.round);
-            const double rest = std::fma(-q, y, x);  // q to odd
+            const double rest = std::fma(-q, y, x);  // tells how to round q to odd
             const bool odd = std::bit_cast<u64>(q) & 1;
             return from_double<T>(
                 rest == 0 || odd ? q : std::nextafter(q, (rest > 0) == (y > 0) ? HUGE_VAL : -HUGE_VAL), i.round);
@@ -204,7 +204,7 @@ void floating(Machine& m, Warp& w, const Instr& i, u32 mask) {
     });
 }
 template <class T, class F, int kOperands>
-void packed(Machine& m, Warp& w, const Instr& i, u32 mask) {  // .f16x2, .bf16x2: both halves alike
+void packed(Machine& m, Warp& w, const Instr& i, u32 mask) {  // .f16x2, .bf16x2: the operation acts on both halves
     const u64* a = m.in(w, i.s[0]);
     const u64* b = kOperands > 1 ? m.in(w, i.s[1]) : a;
     const u64* c = kOperands > 2 ? m.in(w, i.s[2]) : a;
@@ -335,7 +335,7 @@ inline void decode_testp(Decoder& d) {
     d.i.run = type == Type::f64 ? testp<double> : testp<float>;
 }
 template <class T>
-void copysign(Machine& m, Warp& w, const Instr& i, u32 mask) {  // the sign of a on the magnitude of b
+void copysign(Machine& m, Warp& w, const Instr& i, u32 mask) {  // d has the sign of a and the magnitude of b
     const u64 *a = m.in(w, i.s[0]), *b = m.in(w, i.s[1]);
     u64* d = m.row(w, i.d[0]);
     for_lanes(mask, [&](int l) { d[l] = put(std::copysign(get<T>(b[l]), get<T>(a[l]))); });
@@ -350,7 +350,7 @@ inline void decode_copysign(Decoder& d) {
 }  // namespace floating_point
 
 // ---- Comparison and selection ---------------------------------------------------------------------------------------
-// How a stands to b, as a bit; a comparison is the set of bits that make it true.
+// Each relation of a to b has a bit; a comparison is the set of bits that make it true.
 inline constexpr u32 kLess = 1, kEqual = 2, kGreater = 4, kUnordered = 8;
 inline constexpr struct {
     const char* name;
@@ -362,12 +362,12 @@ inline constexpr struct {
     {"le", kLess | kEqual},
     {"gt", kGreater},
     {"ge", kGreater | kEqual},
-    // of unsigned integers
+    // These compare unsigned integers.
     {"lo", kLess},
     {"ls", kLess | kEqual},
     {"hi", kGreater},
     {"hs", kGreater | kEqual},
-    // of floats, true where one is NaN
+    // These compare floats, and are true if one is NaN.
     {"equ", kEqual | kUnordered},
     {"neu", kLess | kGreater | kUnordered},
     {"ltu", kLess | kUnordered},
@@ -390,7 +390,7 @@ u32 relation(u64 a, u64 b, bool ftz) {
         return x < y ? kLess : x == y ? kEqual : kGreater;
     }
 }
-// Combination of a comparison with predicate c. i.b: 0 none, 1 and, 2 or, 3 xor.
+// Combines a comparison with predicate c. `how` (i.b) is 0 for none, 1 for and, 2 for or, 3 for xor.
 inline bool combine(u32 how, bool value, bool c) {
     switch (how) {
         case 1: return value && c;
@@ -412,7 +412,7 @@ void setp(Machine& m, Warp& w, const Instr& i, u32 mask) {  // d[0] = (a cmp b) 
     });
 }
 template <class T>
-void setp_packed(Machine& m, Warp& w, const Instr& i, u32 mask) {  // p of the low halves, q of the high ones
+void setp_packed(Machine& m, Warp& w, const Instr& i, u32 mask) {  // p compares the low halves, q the high ones
     const u64 *a = m.in(w, i.s[0]), *b = m.in(w, i.s[1]), *c = i.b ? m.in(w, i.s[2]) : nullptr;
     for (size_t k = 0; k < i.d.size(); ++k) {
         if (i.d[k] == kNoRow) continue;
@@ -423,7 +423,7 @@ void setp_packed(Machine& m, Warp& w, const Instr& i, u32 mask) {  // p of the l
         });
     }
 }
-// i.offset: what true is in the destination's type.
+// i.offset is the value of true in the destination's type.
 template <class T>
 void set(Machine& m, Warp& w, const Instr& i, u32 mask) {
     const u64 *a = m.in(w, i.s[0]), *b = m.in(w, i.s[1]), *c = i.b ? m.in(w, i.s[2]) : nullptr;
@@ -447,7 +447,7 @@ void set_packed(Machine& m, Warp& w, const Instr& i, u32 mask) {
         d[l] = result;
     });
 }
-// selp, slct: only what is selected has to be initialised.
+// For selp and slct, only the selected operand has to be initialised.
 inline void select_rows(Machine& m, Warp& w, const Instr& i, u32 first, u32 second) {
     u64* d = m.row(w, i.d[0]);
     for (int k = 0; k < 2; ++k) {
@@ -554,7 +554,7 @@ inline void decode_slct(Decoder& d) {
 }  // namespace comparison
 
 // ---- cvt ------------------------------------------------------------------------------------------------------------
-inline s64 extend(u64 value, Type type) {  // the value of an integer type, as a 64-bit pattern
+inline s64 extend(u64 value, Type type) {  // returns the value of an integer type as a 64-bit pattern
     const int shift = 64 - 8 * info(type).bytes;
     return is_signed(type) ? static_cast<s64>(value << shift) >> shift : static_cast<s64>(value << shift >> shift);
 }
@@ -585,7 +585,7 @@ inline double to_integral(double x, Round round) {
         default: return std::ceil(x);
     }
 }
-// An integer as a double, to odd: bits below the 53 that a double holds become a sticky bit.
+// Returns an integer as a double, rounded to odd: bits below the 53 that a double holds become a sticky bit.
 inline double integer_value(u64 pattern, bool is_s, Type to, Round round) {
     const bool negative = is_s && static_cast<s64>(pattern) < 0;
     u64 magnitude = negative ? 0 - pattern : pattern;
@@ -649,7 +649,7 @@ inline void cvt_to_integer(Machine& m, Warp& w, const Instr& i, u32 mask) {
     for_lanes(mask, [&](int l) {
         const double x = to_integral(float_value(a[l], from, i.ftz), i.integral);
         s64 value;
-        if (std::isnan(x)) {  // 0, or the top bit where a 64-bit type takes part
+        if (std::isnan(x)) {  // the result is 0, or the top bit if a 64-bit type takes part
             value = from == Type::f64 || bits == 64 ? static_cast<s64>(u64{1} << (bits - 1)) : 0;
             value = extend(static_cast<u64>(value), to);
         } else if (x >= beyond) {

@@ -5,7 +5,7 @@
 
 namespace ptx {
 
-// Wrapping arithmetic in the unsigned type: overflow is defined in PTX.
+// Arithmetic wraps, in the unsigned type, because PTX defines overflow.
 #define PTX_WRAPPING(Name, expression)                              \
     struct Name {                                                   \
         template <class T>                                          \
@@ -58,7 +58,7 @@ struct MadHiSat {
         return static_cast<T>(std::clamp<s64>(sum, std::numeric_limits<T>::min(), std::numeric_limits<T>::max()));
     }
 };
-struct AddSat {  // .sat exists for s32
+struct AddSat {  // .sat exists for s32 only
     template <class T>
     static T of(T a, T b) {
         return static_cast<T>(std::clamp<s64>(s64{a} + b, INT32_MIN, INT32_MAX));
@@ -70,7 +70,7 @@ struct SubSat {
         return static_cast<T>(std::clamp<s64>(s64{a} - b, INT32_MIN, INT32_MAX));
     }
 };
-struct Div {  // by zero: the ISA leaves the value open, the hardware gives all ones
+struct Div {  // the ISA leaves a division by zero open; the hardware gives all ones
     template <class T>
     static T of(T a, T b) {
         if (b == 0) return static_cast<T>(-1);
@@ -149,7 +149,7 @@ struct Shr {
     }
 };
 template <bool kLeft, bool kClamp>
-struct Shf {  // funnel shift of [b:a]
+struct Shf {  // the funnel shift of [b:a]
     template <class T>
     static T of(T a, T b, u32 c) {
         const u32 n = kClamp ? std::min<u32>(c, 32) : c & 31;
@@ -277,7 +277,8 @@ struct Szext {  // sign- or zero-extension of the low b bits
     }
 };
 
-// Extended precision: add/sub/mad with the carry flag. i.a: carry in, i.b: carry out; `product`: 0 none, 1 lo, 2 hi.
+// Extended precision: add, sub and mad use the carry flag. i.a says that it comes in, i.b that it goes out; kProduct is
+// 0 for no product, 1 for its low and 2 for its high half.
 template <class T, bool kSubtract, int kProduct>
 void carrying(Machine& m, Warp& w, const Instr& i, u32 mask) {
     const u64 *a = m.in(w, i.s[0]), *b = m.in(w, i.s[1]), *c = kProduct ? m.in(w, i.s[2]) : nullptr;
@@ -333,7 +334,7 @@ template <class F>
 void decode_binary(Decoder& d) {
     arithmetic<F>(d, d.take_type());
 }
-// Results of 32 bits whatever the operand's width: popc, clz, bfind.
+// popc, clz and bfind have results of 32 bits for operands of any width.
 template <class F>
 void decode_count(Decoder& d) {
     const Type type = d.take_type();
@@ -359,7 +360,7 @@ inline void decode_brev(Decoder& d) {
     d.destination(0), d.source(1, type);
     d.i.run = type == Type::b64 ? unary<u64, u64, Brev> : unary<u32, u32, Brev>;
 }
-// and, or, xor, not work on predicates and words alike; a predicate is 0 or 1.
+// and, or, xor and not work on predicates as on words; a predicate is 0 or 1.
 template <class F>
 void decode_logic(Decoder& d) {
     const Type type = d.take_type();
@@ -452,7 +453,7 @@ inline void decode_mul24(Decoder& d) {
     d.destination(0), d.source(1, type), d.source(2, type);
     d.i.run = is_signed(type) ? binary<s32, s32, s32, Mul24Lo> : binary<u32, u32, u32, Mul24Lo>;
 }
-// mul and mad of integers: the half (.lo, .hi) or the double width (.wide) of the product.
+// mul and mad of integers take a half (.lo, .hi) or the whole (.wide) of the product.
 inline void decode_mul(Decoder& d, Type type) {
     const int part = d.need_one({"lo", "hi", "wide"});
     d.expect(3);

@@ -1,5 +1,5 @@
-// The machine: programs as decoded instructions, warps, blocks, and the clocks that say what is ordered before what.
-// PTX ISA, section "PTX Machine Model".
+// The machine has programs of decoded instructions, warps, blocks, and the clocks that tell which access is ordered
+// before which. PTX ISA, section "PTX Machine Model".
 #pragma once
 #include <array>
 #include <deque>
@@ -19,7 +19,7 @@ struct Instr;
 inline constexpr int kLanes = 32;
 inline constexpr u32 kAll = ~0u;
 
-// What stops a run. `lane` is -1 where the whole warp is meant.
+// A fault stops a run. `lane` is -1 if the whole warp is meant.
 struct Fault {
     std::string kind, message;
     int lane = -1;
@@ -33,7 +33,7 @@ inline std::string hex(u64 v) {
     return text;
 }
 
-// An operand as the parser hands it over. A vector is its header and then its `count` elements.
+// An operand as the parser passes it. A vector is a header, followed by its `count` elements.
 struct Operand {
     s32 kind;    // OperandKind
     s32 reg;     // register of kRegister, kAddress (-1: none)
@@ -56,18 +56,18 @@ enum class Space : u8 { kGeneric, kGlobal, kConst, kShared, kLocal, kParam };
 struct Instr {
     Handler run = nullptr;
     Flow flow = Flow::kNext;
-    bool copies = false;  // uninitialised registers may be read: the result is as uninitialised as the source
+    bool copies = false;  // may read uninitialised registers, and its result is as uninitialised as its source
     bool guard_negated = false;
     s32 guard = -1;   // predicate register
-    s32 members = 0;  // kCollective: row of the member mask; with `aligned` all 32 lanes
+    s32 members = 0;  // kCollective: row of the member mask; with `aligned` the members are all 32 lanes
     bool aligned = false;
     std::vector<s32> d, s;    // rows: registers >= 0, constants < 0 (~index); s32 kNoRow for a sink
-    std::vector<u8> negated;  // of s: a predicate operand with !
-    u64 d_mask = ~u64{0};     // width of d[0]'s register
-    // What the families keep: an offset, a space, a size, small numbers.
+    std::vector<u8> negated;  // for each of s, whether it is a predicate operand with !
+    u64 d_mask = ~u64{0};     // the bits that d[0]'s register has
+    // Each family uses these as it needs: an offset, a space, a size, small numbers.
     s64 offset = 0, offset2 = 0;
     Space space = Space::kGeneric;
-    u8 bytes = 0;  // of one element of a memory access
+    u8 bytes = 0;  // size of one element of a memory access
     u8 vector = 1;
     bool is_signed = false, strong = false, acquire = false, release = false, read_only = false, ftz = false,
          sat = false;
@@ -79,7 +79,7 @@ struct Instr {
 };
 inline constexpr s32 kNoRow = INT32_MIN;
 
-// What is counted per instruction, in this order (machine.py names the columns).
+// The counts of an instruction, in this order (machine.py names the columns).
 struct Count {
     u64 warps = 0, threads = 0, wavefronts = 0, wavefronts_least = 0, sectors = 0, sectors_least = 0;
 };
@@ -87,7 +87,7 @@ struct Count {
 struct Program {
     std::vector<Instr> code;
     std::vector<std::array<u64, kLanes>> constants;
-    std::vector<u8> bits;  // of each register
+    std::vector<u8> bits;  // width of each register
     std::vector<std::pair<s32, std::string>> specials;
     std::unordered_map<u64, s32> constant_index;
 
@@ -98,17 +98,18 @@ struct Program {
     }
 };
 
-// ---- What is ordered before what ------------------------------------------------------------------------------------
-// A warp's clock counts its synchronizing events. An access is stamped with its thread and its warp's clock; a thread is
-// ordered after it when it knows of that clock. Knowledge between warps is kept a warp (`known`), within a warp a lane.
-// Clocks go on from one block to the next, so that a new block knows everything of its slot's past at once.
+// ---- The order of accesses ------------------------------------------------------------------------------------------
+// A warp's clock counts its synchronizing events. An access is stamped with its thread and its warp's clock; a thread
+// is ordered after the access if it knows of that clock. Between warps, knowledge is kept for each warp (`known`);
+// within a warp, for each lane. Clocks go on from block to block, so that a new block knows everything of its slot's
+// past at once.
 using Clocks = std::vector<u32>;
 
 struct Order {
-    Clocks known;       // [warp]: clock of that warp up to which all is ordered before us
-    u32 all_lanes = 0;  // clock up to which every lane knows of every other
+    Clocks known;       // [warp]: the clock of that warp up to which everything is ordered before this one
+    u32 all_lanes = 0;  // the clock up to which every lane knows of every other
     std::array<std::array<u32, kLanes>, kLanes> lane{};  // [i][j]: what lane i knows of lane j beyond all_lanes
-    std::map<s32, Clocks> blocks;                        // other blocks, through atomics and fences on global memory
+    std::map<s32, Clocks> blocks;                        // the same for other blocks, from atomics and fences
 
     void join(const Order& other) {
         join(other.known);
@@ -124,7 +125,7 @@ struct Order {
     }
 };
 
-// What a release leaves at an address for those who acquire there, or a barrier gathers.
+// The knowledge that a release leaves at an address for threads that acquire there, or that a barrier gathers.
 struct Published {
     s32 block = -1;
     Clocks known;
@@ -143,19 +144,19 @@ inline constexpr u64 kOpenGroup = ~u64{0};
 
 struct Warp {
     int id = 0;
-    u32 lanes = 0;  // that were launched
+    u32 lanes = 0;  // the lanes that were launched
     u32 exited = 0;
     u32 at_barrier = 0;  // blocked at a barrier of the block
-    u32 at_members = 0;  // blocked until the other members of a .sync instruction come
+    u32 at_members = 0;  // blocked until the other members of a .sync instruction arrive
     std::array<u32, kLanes> pc{};
     std::array<u32, kLanes> blocked_pc{};
     std::array<s32, kLanes> barrier{};
-    u32 carry = 0;  // the condition code register CC.CF, a bit a lane
-    u32 now = 0;    // pc in execution
+    u32 carry = 0;  // the condition code register CC.CF, one bit for each lane
+    u32 now = 0;    // the pc that is being executed
     u32 clock = 0;
     Order order;
-    // What later strong writes release (by a fence of any scope; by one of at least .gpu), and what earlier strong reads
-    // have seen, which a later fence acquires.
+    // Later strong writes release `fenced` (after a fence of any scope) or `fenced_gpu` (after one of at least .gpu).
+    // Earlier strong reads have seen `acquired`, which a later fence acquires.
     Published fenced, fenced_gpu, acquired;
     bool has_fenced = false, has_fenced_gpu = false, has_acquired = false;
     std::vector<u64> registers;
@@ -169,10 +170,10 @@ struct Warp {
 };
 
 struct Barrier {
-    std::vector<u32> waiting;  // [warp]: lanes
-    std::vector<u32> arrived;  // [warp]: lanes that came by bar.arrive, not waiting
+    std::vector<u32> waiting;  // [warp]: lanes that wait
+    std::vector<u32> arrived;  // [warp]: lanes that arrived by bar.arrive and do not wait
     Published gathered;
-    u32 expected = 0;  // threads, 0: all of the block
+    u32 expected = 0;  // the number of threads; 0 for all of the block
     bool open = false, reduces = false;
 };
 
@@ -192,10 +193,10 @@ struct Shadow;
 struct Buffer {
     u64 base, size;
     u8* data;
-    u8* initialised;  // a byte each, or null: all of it is
+    u8* initialised;  // one byte for each byte of the buffer; null if all are initialised
     u32 writable, constant;
     const char* name;
-    Shadow* shadow;  // of 4-byte words; null where nothing is ever written
+    Shadow* shadow;  // one entry for each 4-byte word; null for a buffer that is never written
 };
 
 struct Region {  // a variable in shared, local or parameter space
@@ -206,7 +207,7 @@ struct Machine {
     const Program* program = nullptr;
     u32 grid[3], block_size[3];
     u32 ctaid[3];
-    s32 block = 0;  // linear index
+    s32 block = 0;  // linear index of the block that runs
     Random random{0};
     std::vector<Warp> warps;
     std::array<Barrier, 16> barriers;
@@ -216,7 +217,7 @@ struct Machine {
     std::vector<Shadow> shared_shadow;
     std::vector<u8> param, param_state, local_state;
     std::vector<Buffer> buffers;
-    std::unordered_map<u64, Published> released;  // by address (shared ones in their generic window)
+    std::unordered_map<u64, Published> released;  // by generic address
     u64 pending_copies = 0;
     bool collectives_order = false;
     std::vector<Count> counts;
@@ -255,7 +256,7 @@ inline void merge(Clocks& into, const Clocks& from) {
     into.resize(std::max(into.size(), from.size()));
     for (size_t w = 0; w < from.size(); ++w) into[w] = std::max(into[w], from[w]);
 }
-// Adds what `from` says to `into`; clocks of another block than into's stay that block's.
+// Adds the knowledge of `from` to `into`; clocks of a block other than into's stay with that block.
 inline void merge(Published& into, const Published& from) {
     if (into.block < 0) into.block = from.block;
     if (into.block == from.block) {
@@ -275,7 +276,7 @@ inline void acquire(Machine& m, Warp& w, const Published& p) {
     merge(w.order.blocks, p.blocks);
     if (auto own = w.order.blocks.find(m.block); own != w.order.blocks.end()) merge(w.order.known, own->second);
 }
-// The lanes of `mask` have met: each knows what any of them knew and did.
+// The lanes of `mask` have met: afterwards each knows everything that any of them knew and did.
 inline void meet(Warp& w, u32 mask) {
     if ((w.lanes & ~mask) == 0) {
         w.order.all_lanes = w.clock;

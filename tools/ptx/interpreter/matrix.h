@@ -1,5 +1,5 @@
 // PTX ISA, section "Warp Level Matrix Multiply-Accumulate Instructions": ldmatrix, stmatrix, mma.sync.
-// Lane l is thread l % 4 of group l / 4 in the tables of fragments.
+// In the tables of fragments, lane l is thread l % 4 of group l / 4.
 #pragma once
 #include "async_copy.h"
 
@@ -11,8 +11,9 @@ inline void aligned_collective(Decoder& d) {
     d.i.aligned = true;
 }
 
-// "ldmatrix", "stmatrix": 8 x 8 matrices of 16-bit elements. Lane 8j + r holds the address of row r of matrix j; lane l
-// gets elements 2(l % 4), 2(l % 4) + 1 of row l / 4, or of column l / 4 with .trans. i.a: matrices, i.b: .trans.
+// ldmatrix and stmatrix move 8 x 8 matrices of 16-bit elements. Lane 8j + r holds the address of row r of matrix j;
+// lane l gets elements 2(l % 4), 2(l % 4) + 1 of row l / 4, or of column l / 4 with .trans. i.a is the number of
+// matrices, i.b says whether .trans is given.
 template <bool kStore>
 void matrix_rows(Machine& m, Warp& w, const Instr& i, u32) {
     const u32 addressing = i.a == 4 ? kAll : (1u << (8 * i.a)) - 1;
@@ -22,7 +23,7 @@ void matrix_rows(Machine& m, Warp& w, const Instr& i, u32) {
     u8* rows[kLanes] = {};
     for_lanes(addressing, [&](int l) {
         address[l] = base[l] + static_cast<u64>(i.offset);
-        // All lanes read all rows: whoever wrote them must be ordered before every lane.
+        // All lanes read all rows, so the writes of a row must be ordered before every lane.
         rows[l] = access(m, w, l, i.space, address[l], 16, {.write = kStore, .read = !kStore, .whole_warp = true}).data;
     });
     for (u32 j = 0; j < i.a; ++j) {
@@ -63,11 +64,11 @@ void decode_matrix_rows(Decoder& d) {
     } else {
         d.destinations(0);
     }
-    d.i.copies = true;  // checks its registers itself: not all lanes' addresses are used
+    d.i.copies = true;  // it checks its registers itself, because not all lanes' addresses are used
     d.i.run = matrix_rows<kStore>;
 }
 
-// "mma.sync": D = A B + C. A lane holds 32-bit registers; where they lie in A (rows x 32-bit words of a row) and B:
+// mma.sync computes D = A B + C. A lane's 32-bit registers lie at these places of A (rows x 32-bit words in a row), B:
 //   A of register r: row group + 8 (r % 2) [m16; m8: row group], word thread + 4 (r / 2);
 //   B of register r: column group, word thread + 4 r;
 //   C, D of register r: row group + 8 (r / 2), column 2 thread + r % 2.

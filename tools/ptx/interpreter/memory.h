@@ -1,4 +1,5 @@
-// Memory: bounds, alignment, initialised bytes, races, bank conflicts and sectors.
+// Accesses to memory are checked for bounds, alignment, initialised bytes and races; bank conflicts and sectors are
+// counted.
 // PTX ISA, sections "State Spaces", "Generic Addressing" and "Memory Consistency Model".
 #pragma once
 #include <algorithm>
@@ -7,8 +8,8 @@
 
 namespace ptx {
 
-// Addresses. A shared address is an offset from kSharedStart (nothing lies at 0, as on sm_90); the generic windows and
-// the buffers are so far apart that a truncated or mixed-up address lies in none.
+// A shared address is an offset from kSharedStart (nothing lies at 0, as on sm_90). The generic windows and the buffers
+// are so far apart that a truncated or mixed-up address lies in none.
 inline constexpr u32 kSharedStart = 1024, kLocalStart = 64, kParamStart = 64;
 inline constexpr u64 kSharedWindow = u64{1} << 33, kLocalWindow = u64{2} << 33, kParamWindow = u64{3} << 33;
 inline constexpr u64 kWindowSize = u64{1} << 32;
@@ -17,8 +18,8 @@ inline constexpr int kBufferShift = 36;
 inline constexpr u8 kAllocated = 1, kInitialised = 2, kPending = 4;  // kPending: a cp.async writes here
 
 // ---- Races ----------------------------------------------------------------------------------------------------------
-// Of each byte the last write and up to three reads that nothing has ordered yet. A word's four bytes share the first
-// record until an access touches fewer of them.
+// A record holds the last write of a byte and up to three reads that nothing has ordered yet. A word's four bytes share
+// the first record until an access touches fewer of them.
 struct Read {
     s32 block;
     u32 clock, lanes, pc_warp;
@@ -26,7 +27,7 @@ struct Read {
     u32 pc() const { return pc_warp >> 5; }
 };
 struct Record {
-    s32 block;  // of the write
+    s32 block;  // the block, clock, pc and thread are those of the write
     u32 clock, pc;
     u16 thread;
     u8 flags, reads;
@@ -38,7 +39,8 @@ struct Shadow {
     Record* bytes;  // four records once split
 };
 
-// Shared memory is one block's: its records say so instead of a number, and clocks tell them from an earlier block's.
+// Shared memory belongs to one block: its records hold this instead of a number, and clocks tell them from those of
+// earlier blocks.
 inline constexpr s32 kThisBlock = -1;
 
 inline bool ordered(const Machine& m, const Warp& w, int lane, s32 block, int warp, u32 lanes, u32 clock) {
@@ -48,7 +50,7 @@ inline bool ordered(const Machine& m, const Warp& w, int lane, s32 block, int wa
     }
     if (warp != w.id) return clock <= w.order.known[warp];
     if (clock <= w.order.all_lanes) return true;
-    // lane -1: the access is made by all lanes, each of which must know.
+    // For lane -1 all lanes make the access, and each must know.
     for (int i = lane < 0 ? 0 : lane; i < (lane < 0 ? kLanes : lane + 1); ++i) {
         u32 others = lanes & ~(1u << i);
         for (; others; others &= others - 1)
@@ -58,7 +60,7 @@ inline bool ordered(const Machine& m, const Warp& w, int lane, s32 block, int wa
 }
 
 inline std::string thread_text(const Machine& m, s32 block, int thread);
-inline std::string at_pc(u32 pc) { return "\x01" + std::to_string(pc) + "\x02"; }  // machine.py puts the lines in
+inline std::string at_pc(u32 pc) { return "\x01" + std::to_string(pc) + "\x02"; }  // machine.py replaces it by a line
 
 [[noreturn]] inline void race(const Machine& m, const char* kind, int lane, const char* what, s32 block, int thread,
                               u32 pc, const std::string& where) {
@@ -101,7 +103,7 @@ void record_access(const Machine& m, const Warp& w, int lane, s32 block, Record&
             return;
         }
     }
-    // A read that is ordered before this one needs no record: who is ordered after this one is ordered after it too.
+    // A read that is ordered before this one needs no record: an access after this one is ordered after that one too.
     int kept = 0;
     for (int i = 0; i < r.reads; ++i)
         if (!ordered(m, w, lane, r.read[i].block, r.read[i].warp(), r.read[i].lanes, r.read[i].clock))
@@ -115,7 +117,7 @@ void record_access(const Machine& m, const Warp& w, int lane, s32 block, Record&
     r.reads = static_cast<u8>(kept + 1);
 }
 
-// `shadow` has one entry a 4-byte word, from `offset` 0 on.
+// `shadow` has one entry for each 4-byte word, from `offset` 0 on.
 template <class Where>
 void check_race(const Machine& m, const Warp& w, int lane, Shadow* shadow, u64 offset, u32 bytes, bool write,
                 bool strong, const char* kind, const Where& where) {
@@ -155,12 +157,12 @@ inline std::string thread_text(const Machine& m, s32 block, int thread) {
 }
 
 // ---- Spaces ---------------------------------------------------------------------------------------------------------
-struct Place {  // where an access lies once its address is resolved
+struct Place {  // the place of an access whose address is resolved
     Space space;
     Buffer* buffer;
-    u64 offset;  // in the buffer, or in the space's bytes
+    u64 offset;  // offset in the buffer, or in the bytes of the space
     u8* data;
-    u8* state;  // kInitialised bits for shared, local, param; null in a buffer
+    u8* state;  // kInitialised bits of shared, local or param memory; null for a buffer
 };
 
 inline const char* name_of(Space space) {
@@ -239,7 +241,8 @@ struct Access {
     bool write = false, read = true, strong = false, nc = false, whole_warp = false, async = false;
 };
 
-// All checks of one access: not written to, not initialised, in flight, racing. It then holds the place's bytes.
+// Checks one access: whether it may write, and whether its bytes are initialised, in flight or racing. Returns the
+// place.
 inline Place access(Machine& m, Warp& w, int lane, Space space, u64 address, u32 bytes, Access how) {
     Place p = resolve(m, w, lane, space, address, bytes);
     const int by = how.whole_warp ? -1 : lane;
@@ -312,8 +315,8 @@ inline Place access(Machine& m, Warp& w, int lane, Space space, u64 address, u32
 }
 
 // ---- Counting -------------------------------------------------------------------------------------------------------
-// Shared memory: 32 banks of 4 bytes. Lanes are served together as long as they ask for 128 bytes: all of them at up to
-// 4 bytes a lane, half warps at 8, quarter warps at 16. A wavefront serves one word a bank; equal words are shared.
+// Shared memory has 32 banks of 4 bytes. Lanes that ask for 128 bytes in all are served together: all lanes at up to 4
+// bytes a lane, half warps at 8, quarter warps at 16. A wavefront serves one word of each bank, to all that ask for it.
 inline void count_banks(Count& count, const u64* address, u32 mask, u32 bytes) {
     const int together = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;
     const u32 words = std::max<u32>(bytes / 4, 1);
@@ -338,7 +341,7 @@ inline void count_banks(Count& count, const u64* address, u32 mask, u32 bytes) {
     }
 }
 
-// Global memory: 32-byte sectors touched, and the fewest that could hold the bytes asked for.
+// Counts the 32-byte sectors of global memory that were touched, and the fewest that could hold the bytes asked for.
 inline void count_sectors(Count& count, const u64* address, u32 mask, u32 bytes) {
     u64 sorted[kLanes];
     int n = 0;

@@ -5,7 +5,7 @@
 
 namespace ptx {
 
-// mov copies what is uninitialised too: the compiler moves values that it knows nobody uses.
+// mov copies uninitialised registers too, because the compiler moves values that nobody uses.
 inline void mov(Machine& m, Warp& w, const Instr& i, u32 mask) {
     const u64* a = m.in(w, i.s[0]);
     u64* d = m.row(w, i.d[0]);
@@ -13,7 +13,7 @@ inline void mov(Machine& m, Warp& w, const Instr& i, u32 mask) {
     const u32 known = i.s[0] >= 0 ? w.initialised[i.s[0]] : kAll;
     w.initialised[i.d[0]] = (w.initialised[i.d[0]] & ~mask) | (known & mask);
 }
-// i.a: bits of one element
+// i.a is the number of bits of one element.
 inline void mov_pack(Machine& m, Warp& w, const Instr& i, u32 mask) {
     u64* d = m.row(w, i.d[0]);
     u32 known = kAll;
@@ -129,8 +129,8 @@ inline Space take_space(Decoder& d) {
     if (d.take("param") || d.take("param::entry")) return Space::kParam;
     return Space::kGeneric;
 }
-// Hints: they change no value. .volatile is .relaxed.sys with more promises; for races it counts as an ordinary access,
-// as it orders nothing.
+// Takes hints, which change no value. .volatile is .relaxed.sys with more promises; for races it counts as an ordinary
+// access, because it orders nothing.
 inline bool take_hints(Decoder& d) {
     d.take_one({"ca", "cg", "cs", "lu", "cv", "wb", "wt"});
     d.take("volatile"), d.take("weak");
@@ -185,7 +185,7 @@ inline void decode_st(Decoder& d) {
 }
 
 inline void nothing(Machine&, Warp&, const Instr&, u32) {}
-inline void decode_prefetch(Decoder& d) {  // a hint: no value, and an address that need not be valid
+inline void decode_prefetch(Decoder& d) {  // a hint without a value, whose address need not be valid
     take_space(d);
     d.take_one({"L1", "L2", "L2::evict_last", "L2::evict_normal"});
     d.i.run = nothing;
@@ -193,7 +193,7 @@ inline void decode_prefetch(Decoder& d) {  // a hint: no value, and an address t
 inline void policy(Machine& m, Warp& w, const Instr& i, u32 mask) {
     for_lanes(mask, [&](int l) { m.row(w, i.d[0])[l] = 0; });
 }
-inline void decode_createpolicy(Decoder& d) {  // an opaque word that only hints take
+inline void decode_createpolicy(Decoder& d) {  // makes an opaque word that only hints take
     d.mods.clear();
     d.destination(0);
     d.i.run = policy;
@@ -276,7 +276,8 @@ struct AtomicPackedAdd {
         return static_cast<T>(put(AtomicFloatAdd::of<H>(get<H>(a >> 16), get<H>(b >> 16))) << 16 | low);
     }
 };
-// One lane after another, the first of them drawn: no order is promised. i.a: red, without a result.
+// The lanes act one after another, beginning with a random one, because no order is promised. i.a says that this is
+// red, which has no result.
 template <class T, class Update>
 void atomically(Machine& m, Warp& w, const Instr& i, u32 mask, Update&& update) {
     const u64* base = m.in(w, i.s[0]);

@@ -1,5 +1,5 @@
-// Values in registers: types of the PTX ISA (section "Types", Fundamental and Packed) and their exact arithmetic.
-// A register is 64 bits wide here; a value lies in its low bits, the rest is zero.
+// This file has the types of the PTX ISA (section "Types", Fundamental and Packed) and their exact arithmetic. A
+// register is 64 bits wide here; a value lies in its low bits, and the rest is zero.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -34,12 +34,12 @@ struct bf16 {
 enum class Round { kNearest, kZero, kDown, kUp };
 
 // Rounds x to a format of `digits` significant bits whose smallest normal number is 2^min_exponent; beyond `largest`
-// the result is infinity, or `largest` where the direction says so. Exact: x is a double, and so is the result.
+// the result is infinity, or `largest` if the direction says so. Nothing else is rounded: x and the result are double.
 inline double round_to(double x, int digits, int min_exponent, double largest, Round mode) {
     if (x == 0 || !std::isfinite(x)) return x;
     const int exponent = std::max(std::ilogb(x), min_exponent);
     const double unit = std::ldexp(1.0, exponent - digits + 1);
-    const double scaled = std::fabs(x) / unit;  // a power of two: exact
+    const double scaled = std::fabs(x) / unit;  // exact, because unit is a power of two
     double whole = std::floor(scaled);
     const double rest = scaled - whole;
     const bool negative = std::signbit(x);
@@ -59,7 +59,7 @@ inline double round_to(double x, int digits, int min_exponent, double largest, R
     return negative ? -result : result;
 }
 
-// a + b in double, rounded to odd: a later rounding to 50 bits or fewer is then as of the exact sum.
+// Returns a + b in double, rounded to odd: a later rounding to 50 bits or fewer then equals that of the exact sum.
 inline double add_to_odd(double a, double b) {
     const double sum = a + b;
     if (!std::isfinite(sum)) return sum;
@@ -95,7 +95,7 @@ inline double to_double(bf16 v) { return std::bit_cast<float>(u32{v.bits} << 16)
 inline double to_double(float v) { return v; }
 inline double to_double(double v) { return v; }
 
-// One rounding of a double (itself exact, or rounded to odd) to T. NaN becomes the ISA's canonical NaN.
+// Rounds a double, which is exact or rounded to odd, to T once. NaN becomes the ISA's canonical NaN.
 template <class T>
 T from_double(double x, Round mode = Round::kNearest);
 template <>
@@ -128,7 +128,7 @@ inline double from_double<double>(double x, Round) {
 template <class T>
 inline constexpr bool is_float = std::is_floating_point_v<T> || std::is_same_v<T, f16> || std::is_same_v<T, bf16>;
 
-// Subnormal numbers of f32 become zero of the same sign (.ftz); other types have no .ftz that changes f32 rules.
+// Turns subnormal numbers of f32 and f16 into zeros of the same sign (.ftz). Values of other types do not change.
 template <class T>
 T flush(T v) {
     if constexpr (std::is_same_v<T, float>) {

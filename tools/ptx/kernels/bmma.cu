@@ -1,4 +1,4 @@
-// Binary tile products: counts[m][n] = sum over k of popc(a[m][k] & b[n][k]); one warp a block, one 16 x 8 tile.
+// Computes counts[m][n] = sum over k of popc(a[m][k] & b[n][k]). A block is one warp and computes one 16 x 8 tile.
 // Rows of a and b hold `words` 32-bit words, a multiple of 8.
 #include <cstdint>
 
@@ -22,7 +22,7 @@ __device__ __forceinline__ void store(int32_t* counts, const int (&d)[4], int m,
 
 }  // namespace
 
-// Fragments straight from global memory.
+// Loads the fragments straight from global memory.
 extern "C" __global__ void bmma_direct(const uint32_t* __restrict__ a, const uint32_t* __restrict__ b,
                                        int32_t* __restrict__ counts, int m, int n, int words) {
     const int group = threadIdx.x / 4, in_group = threadIdx.x % 4;
@@ -41,8 +41,8 @@ extern "C" __global__ void bmma_direct(const uint32_t* __restrict__ a, const uin
     store(counts, d, m, n);
 }
 
-// Four steps of k at a time through shared memory: rows of 128 bytes whose 16-byte chunks are swizzled by the row, so
-// that the eight rows of an 8 x 16-byte matrix of ldmatrix lie in different banks. words is a multiple of 32.
+// Loads four steps of k at a time through shared memory, in rows of 128 bytes whose 16-byte chunks are swizzled by the
+// row, so that the eight rows of an 8 x 16-byte matrix of ldmatrix lie in different banks. words is a multiple of 32.
 extern "C" __global__ void bmma_ldmatrix(const uint32_t* __restrict__ a, const uint32_t* __restrict__ b,
                                          int32_t* __restrict__ counts, int m, int n, int words) {
     __shared__ __align__(128) uint4 tile_a[16 * 8], tile_b[8 * 8];
@@ -68,7 +68,7 @@ extern "C" __global__ void bmma_ldmatrix(const uint32_t* __restrict__ a, const u
         __syncwarp();
         for (int step = 0; step < 4; ++step) {
             uint32_t fa[4], fb[2];
-            // Matrices 0..3 of a: rows 0-7 and 8-15 of the first 128 bits, then of the second.
+            // Matrices 0 to 3 of a are rows 0-7 and 8-15 of the first 128 bits, then of the second.
             const int ra = lane % 16, ca = 2 * step + lane / 16;
             const uint32_t pa = static_cast<uint32_t>(__cvta_generic_to_shared(&tile_a[ra * 8 + (ca ^ ra % 8)]));
             asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -1,4 +1,4 @@
-// Histogram of bytes: counted in shared memory by atomics, then added to the global one.
+// Counts bytes in shared memory by atomics, and adds the counts to the histogram in global memory.
 #include <cstdint>
 
 extern "C" __global__ void histogram(const uint8_t* __restrict__ x, unsigned* counts, int n) {

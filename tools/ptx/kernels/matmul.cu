@@ -1,6 +1,6 @@
-// C = A B for float32, 32 x 32 tiles, 16 x 16 threads with 2 x 2 outputs each; the next pair of tiles is copied
-// (cp.async) while this one is multiplied. K is a multiple of 32, so that rows of A are 16-byte aligned; M is any, N a
-// multiple of 4.
+// Computes C = A B for float32 by 32 x 32 tiles and 16 x 16 threads with 2 x 2 outputs each. The next pair of tiles is
+// copied (cp.async) while this one is multiplied. K is a multiple of 32, so that rows of A are 16-byte aligned; M is
+// arbitrary, and N is a multiple of 4.
 #include <cstdint>
 
 namespace {
@@ -9,7 +9,7 @@ constexpr int kTile = 32;
 
 __device__ __forceinline__ void copy_async16(float* shared, const float* global, bool valid) {
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    // Zero bytes of the source are read where the copy is not valid; the rest of the 16 is filled with zeros.
+    // An invalid copy reads 0 bytes of the source; zeros fill the rest of the 16 bytes.
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(valid ? 16 : 0)
                  : "memory");
 }

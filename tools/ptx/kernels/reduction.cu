@@ -1,4 +1,4 @@
-// Block sums: shuffles within a warp, one shared word a warp between them; one partial sum a block.
+// Computes one sum per block, by shuffles within a warp and one shared word per warp.
 #include <cstdint>
 
 extern "C" __global__ void block_sum(const int32_t* __restrict__ x, int32_t* __restrict__ partial, int n) {
@@ -17,7 +17,7 @@ extern "C" __global__ void block_sum(const int32_t* __restrict__ x, int32_t* __r
     }
 }
 
-// The whole sum in one launch: the block that finishes last adds up the partial sums (CUDA samples, threadFenceReduction).
+// Computes the whole sum in one launch: the last block adds the partial sums (CUDA samples, threadFenceReduction).
 extern "C" __global__ void grid_sum(const int32_t* __restrict__ x, int32_t* partial, unsigned* finished, int32_t* sum,
                                     int n) {
     __shared__ int32_t values[128];

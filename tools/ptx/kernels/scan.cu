@@ -1,4 +1,4 @@
-// Inclusive prefix sums of one block's 256 floats: Hillis and Steele, two buffers in dynamic shared memory.
+// Computes inclusive prefix sums of a block's floats by Hillis and Steele, in two buffers of dynamic shared memory.
 #include <cstdint>
 
 extern "C" __global__ void inclusive_scan(const float* __restrict__ x, float* __restrict__ y, int n) {

@@ -1,4 +1,4 @@
-// Transpose by 32 x 32 tiles, 32 x 8 threads; PAD columns of padding decide whether the column reads share a bank.
+// Transposes by 32 x 32 tiles and 32 x 8 threads. PAD columns of padding decide whether the column reads share a bank.
 #include <cstdint>
 
 template <int PAD>
@@ -23,7 +23,7 @@ extern "C" __global__ void transpose_plain(const float* x, float* y, int rows, i
     transpose<0>(x, y, rows, columns);
 }
 
-// Each thread walks down a column of its own: reads are coalesced, writes are not.
+// Each thread walks down a column of its own, so reads are coalesced and writes are not.
 extern "C" __global__ void transpose_naive(const float* x, float* y, int rows, int columns) {
     const int column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= columns) return;

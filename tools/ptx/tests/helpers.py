@@ -1,4 +1,4 @@
-"""What the interpreter's own tests share: a kernel round a few instructions, and the textbook kernels."""
+"""The parts that the interpreter's own tests share: a kernel around a few instructions, and the textbook kernels."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ PTX_TYPE = {"u1": "u8", "u2": "u16", "u4": "u32", "u8": "u64", "i1": "s8", "i2":
 
 
 def ptx_type(dtype: np.dtype) -> str:
-    """The type of a register that holds a NumPy value; bytes lie in 16-bit registers."""
+    """Return the type of a register that holds a NumPy value; bytes lie in 16-bit registers."""
     dtype = np.dtype(dtype)
     return {"f2": "b16", "f4": "f32", "f8": "f64"}.get(dtype.str[1:]) or PTX_TYPE[dtype.str[1:]]
 
 
 def module(body: str, params: str = ".param .u64 out", before: str = "") -> Module:
-    """A kernel `k` of these statements; %tid holds the linear thread index of the block, %out the first parameter."""
+    """Return a kernel `k` of these statements; %tid is the linear index of the thread, %out the first parameter."""
     text = f"""{HEADER}{before}
 .visible .entry k({params})
 {{
@@ -45,7 +45,7 @@ def module(body: str, params: str = ".param .u64 out", before: str = "") -> Modu
 
 
 def lanes(body: str, *inputs: Sequence | np.ndarray, out: type | str = np.uint32, threads: int = 0) -> np.ndarray:
-    """Runs `body` once a value: %a, %b, %c hold the inputs' values, and %d is the result."""
+    """Run `body` once for each value: %a, %b, %c hold the values of the inputs; return the values of %d."""
     arrays = [np.ascontiguousarray(x) for x in inputs]
     count = threads or (arrays[0].size if arrays else 32)
     result = np.zeros(count, out)
@@ -76,13 +76,13 @@ def textbook(name: str) -> str:
 def run(
     body: str, args: Sequence = (), threads: int = 32, *, params: str = "", before: str = "", grid: int = 1, **options
 ) -> Report:
-    """Launches statements over `threads` threads; without args the output is one buffer of a word a thread."""
+    """Launch statements over `threads` threads; without args the output is a buffer with one word for each thread."""
     args = args or [Out(np.zeros(threads * grid, np.uint32))]
     return module(body, params or ".param .u64 out", before).launch("k", grid, threads, args, **options)
 
 
 def assert_fault(kind: str, message: str, body: str, *args, seeds: Sequence[int] = range(3), **kwargs) -> PtxFault:
-    """The statements stop with this fault, whatever the schedule."""
+    """Assert that the statements stop with this fault under every schedule."""
     for seed in seeds:
         with pytest.raises(PtxFault, match=message or None) as caught:
             run(body, *args, seed=seed, **kwargs)

@@ -1,4 +1,4 @@
-"""Each detector on a small kernel that is wrong, and its silence on the same kernel put right."""
+"""Each detector reports a small kernel that is wrong, and is silent about the same kernel once it is right."""
 
 import numpy as np
 import pytest
@@ -108,7 +108,7 @@ def test_uninitialised_registers():
     body = "setp.lt.u32 %p1, %tid, 5; @%p1 mov.u32 %r1, 0; add.u32 %r2, %r1, 1;"
     fault = assert_fault("uninitialised register", "", body)
     assert fault.thread == (5, 0, 0)
-    # A move carries it on, a selection only where it selects it.
+    # A move passes the state on; a selection does so only if it selects the register.
     run(
         "mov.u32 %r1, %r2; mov.b64 %rd1, {%r1, %r2}; setp.lt.u32 %p1, %tid, 99; selp.u32 %r3, %tid, %r1, %p1; "
         "add.u32 %r3, %r3, 1;"
@@ -130,7 +130,7 @@ def test_a_missing_barrier():
                 run(NEIGHBOUR.format(x=x, sync="", then=""), threads=64, seed=seed)
             assert caught.value.kind in ("race on shared memory", "uninitialised memory")
         run(NEIGHBOUR.format(x=x, sync="bar.sync 0;", then=""), threads=64)
-    # Written before it is read by others: also without a read of something never written.
+    # The words were written before, so no read of uninitialised memory hides the race.
     body = NEIGHBOUR.format(x=32, sync="bar.sync 0;", then="{} st.shared.u32 [%r21], 5;")
     assert_fault("race on shared memory", "the (write|read)", body.format(""), threads=64)
     run(body.format("bar.sync 0;"), threads=64)
@@ -139,7 +139,7 @@ def test_a_missing_barrier():
 def test_what_orders_the_lanes_of_a_warp():
     assert_fault("race on shared memory", "not ordered after", NEIGHBOUR.format(x=1, sync="", then=""))
     run(NEIGHBOUR.format(x=1, sync="bar.warp.sync -1;", then=""))
-    # Not a warp's barrier between warps, nor one of other lanes, nor shuffles and votes.
+    # A warp's barrier does not order warps; a barrier of other lanes, a shuffle or a vote does not order these lanes.
     for seed in range(3):
         with pytest.raises(PtxFault, match=r"not ordered after|before anything wrote"):
             run(NEIGHBOUR.format(x=32, sync="bar.warp.sync -1;", then=""), threads=64, seed=seed)
@@ -157,12 +157,12 @@ def test_what_orders_the_lanes_of_a_warp():
 def test_two_lanes_store_to_one_place():
     assert_fault("race on shared memory", "the write", SHARED + "st.shared.u32 [%r20], 1;")
     run(SHARED + "st.shared.u32 [%r20], 1;", threads=1)
-    # Neighbouring bytes of a word are places of their own.
+    # Neighbouring bytes of a word are separate places.
     run(
         SHARED + "cvt.u16.u32 %h1, %tid; add.u32 %r2, %r20, %tid; st.shared.u8 [%r2], %h1; ld.shared.u8 %h2, [%r2];",
         threads=96,
     )
-    # A word and one of its bytes.
+    # A word overlaps one of its bytes.
     body = (
         SHARED + "setp.eq.u32 %p1, %tid, 0; @%p1 st.shared.u32 [%r20], 1; setp.eq.u32 %p2, %tid, {}; "
         "@%p2 st.shared.u8 [%r20+3], 1;"
@@ -184,7 +184,7 @@ def test_atomics_do_not_race_with_atomics():
 
 
 def test_a_flag_in_shared_memory():
-    """Release and acquire order what lies round them; relaxed accesses do not, and neither does a plain flag."""
+    """Release and acquire order the accesses around them; relaxed accesses do not, and neither does a plain flag."""
     body = (
         ".shared .align 4 .b8 d[8]; mov.u32 %r20, d; setp.eq.u32 %p1, %tid, 0; "
         "@%p1 st.relaxed.cta.shared.u32 [%r20+4], 0; bar.sync 0;"
@@ -207,9 +207,9 @@ def test_a_flag_in_shared_memory():
 
 
 def random_program(rng: np.random.Generator) -> tuple[str, bool]:
-    """Accesses by single threads of three warps and synchronizations, and whether two accesses race.
+    """Return accesses by single threads of three warps with synchronizations, and whether two of the accesses race.
 
-    Vector clocks, a thread each: an access is ordered after an earlier one whose thread's clock it knows.
+    Each thread has a vector clock: an access is ordered after an earlier one if its thread knows the other's clock.
     """
     threads, size = 96, 16
     body = f".shared .align 16 .b8 s[{size}]; mov.u32 %r20, s; mov.u32 %r1, 0; mov.u16 %h1, 0;"
@@ -251,7 +251,7 @@ def random_program(rng: np.random.Generator) -> tuple[str, bool]:
 
 
 def test_races_are_found_exactly():
-    """A race in some order of the accesses is reported under every schedule, and nothing else is."""
+    """Every race that some order of the accesses allows is reported under each schedule, and nothing else is."""
     rng = np.random.default_rng(2)
     seen = [0, 0]
     for _ in range(300):
@@ -273,7 +273,7 @@ def test_global_races():
     run(at + "st.global.u32 [%at], %r3;", grid=3)
     assert_fault("race on global memory", r"of block \(\d,0,0\)", AT + "st.global.u32 [%at], 1;", [out()], grid=2)
     run(AT + "red.global.add.u32 [%at], 1;", [InOut(np.zeros(32, np.uint32))], grid=2)
-    # Within a block a barrier orders global memory too; between blocks nothing but the launch does.
+    # Within a block a barrier orders global memory too; between blocks only the launch does.
     swap = (
         AT + "st.global.u32 [%at], %tid; {} xor.b32 %r2, %tid, 63; mad.wide.u32 %rd2, %r2, 4, %out; "
         "ld.global.u32 %r1, [%rd2];"
@@ -349,7 +349,7 @@ def test_the_groups_are_counted():
 
 def test_a_buffer_overwritten():
     copy = "cp.async.ca.shared.global [%r21], [%rd2], 4;"
-    # by a store while the copy is in flight
+    # A store overwrites it while the copy is in flight.
     assert_fault(
         "asynchronous copy",
         "is written while",
@@ -358,7 +358,7 @@ def test_a_buffer_overwritten():
         params=TWO,
     )
     assert_fault("asynchronous copy", "is written while", SHARED + LOAD_X + copy + copy, [out(), X], params=TWO)
-    # by a copy while others may still read
+    # A copy overwrites it while others may still read.
     body = (
         SHARED + LOAD_X + "st.shared.u32 [%r21], 0; bar.sync 0; xor.b32 %r2, %tid, 32; mad.lo.u32 %r3, %r2, 4, %r20; "
         "ld.shared.u32 %r4, [%r3]; {} " + copy
@@ -384,7 +384,7 @@ def test_a_source_changed_in_flight():
 
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_sizes_and_filling_with_zeros(size):
-    """src-size bytes come from the source, zeros fill the rest; with ignore-src all of it."""
+    """src-size bytes come from the source, and zeros fill the rest; with ignore-src they fill everything."""
     data = np.arange(1, 513, dtype=np.uint8)
     for source_size in {0, 1, size - 1, size}:
         body = f"""
@@ -437,7 +437,7 @@ def test_bank_conflicts(stride, extra):
 
 
 def test_bank_conflicts_of_wide_accesses():
-    """64 bits: half warps; 128 bits: quarter warps. Side by side they are free of conflicts."""
+    """Half warps are served at 64 bits, quarter warps at 128 bits; accesses side by side have no conflicts."""
     wide = ".shared .align 16 .b8 s[4096]; mov.u32 %r20, s; mad.lo.u32 %r21, %tid, {stride}, %r20; st.shared.{what};"
     two, four = "v2.u32 [%r21], {%tid, %tid}", "v4.u32 [%r21], {%tid, %tid, %tid, %tid}"
     report = run(wide.format(stride=8, what=two))
@@ -459,7 +459,7 @@ def test_sectors(stride, offset, touched, needed):
     assert "sectors touched" in str(report)
 
 
-# ---- Where -----------------------------------------------------------------------------------------------------------
+# ---- Places ----------------------------------------------------------------------------------------------------------
 def test_a_fault_names_block_thread_and_lines():
     text = f"""{HEADER}.visible .entry bad(.param .u64 out)
 {{

@@ -20,7 +20,7 @@ def signed(value: int, bits: int) -> int:
 
 
 def pairs(bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs of edge values, and random ones."""
+    """Return all pairs of edge values, and random pairs."""
     edges = [*EDGES, (1 << bits) - 1, 1 << (bits - 1), (1 << (bits - 1)) - 1]
     values = np.array([v & ((1 << bits) - 1) for v in edges], np.uint64)
     a = np.repeat(values, len(values)), np.tile(values, len(values))
@@ -34,7 +34,7 @@ def truncated_division(a: int, b: int) -> int:
     return q if (a < 0) == (b < 0) else -q
 
 
-# What each computes, of Python integers already read as signed or unsigned.
+# Each instruction computes this from Python integers that are already read as signed or unsigned.
 BINARY = {
     "add": lambda a, b, n: a + b,
     "sub": lambda a, b, n: a - b,
@@ -87,7 +87,7 @@ def test_mad_sad_mul24():
 
 
 def test_carries():
-    """128-bit sums and differences of two 64-bit halves, and a 64 x 64 product from 32-bit parts."""
+    """Carries make 128-bit sums and differences of 64-bit halves, and a 64 x 64 product from 32-bit parts."""
     a, b = (RNG.integers(0, 1 << 64, 40, dtype=np.uint64) for _ in range(2))
     a[:3], b[:3] = [2**64 - 1, 0, 2**63], [1, 1, 2**63]
     high = lanes("add.cc.u64 %rd1, %a, %b; addc.u64 %d, %a, %b;", a, b, out=np.uint64)
@@ -116,7 +116,7 @@ def test_logic_and_shifts(bits):
     assert lanes(f"xor.b{bits} %d, %a, %b;", a, b, out=a.dtype).tolist() == [x ^ y for x, y in ints]
     assert lanes(f"not.b{bits} %d, %a;", a, out=a.dtype).tolist() == [x ^ mask for x, _ in ints]
     assert lanes(f"cnot.b{bits} %d, %a;", a, out=a.dtype).tolist() == [int(x == 0) for x, _ in ints]
-    amount = (b % np.array(2 * bits, b.dtype)).astype(np.uint32)  # past the width too: clamped
+    amount = (b % np.array(2 * bits, b.dtype)).astype(np.uint32)  # amounts past the width are clamped
     shifts = [(x, int(n)) for (x, _), n in zip(ints, amount, strict=True)]
     assert lanes(f"shl.b{bits} %d, %a, %b;", a, amount, out=a.dtype).tolist() == [x << n & mask for x, n in shifts]
     assert lanes(f"shr.u{bits} %d, %a, %b;", a, amount, out=a.dtype).tolist() == [x >> n for x, n in shifts]
@@ -138,7 +138,7 @@ def test_funnel_shifts():
 def test_lop3_is_its_table():
     a, b = (x[:512] for x in pairs(32))
     c = a[::-1].copy()
-    # The ISA: immLut = F(0xF0, 0xCC, 0xAA)
+    # The ISA defines immLut = F(0xF0, 0xCC, 0xAA).
     for function, f in {0xF0 & 0xCC & 0xAA: lambda x, y, z: x & y & z, 0x96: lambda x, y, z: x ^ y ^ z}.items():
         assert lanes(f"lop3.b32 %d, %a, %b, %c, {function};", a, b, c).tolist() == f(a, b, c).tolist()
     select = (0xF0 & 0xCC) | (~0xF0 & 0xAA)
@@ -279,7 +279,7 @@ def floats(dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def same(got: np.ndarray, want: np.ndarray) -> None:
-    """Equal values, zeros with equal sign, and NaN where NaN."""
+    """Assert equal values, zeros of equal sign, and NaN at the same places."""
     nan = np.isnan(want)
     assert (np.isnan(got) == nan).all()
     bits = f"u{want.itemsize}"
@@ -306,7 +306,8 @@ def test_float_arithmetic(kind):
                 (a == 0) & (b == 0), np.copysign(a, np.minimum(np.copysign(1, a), np.copysign(1, b))), np.fmin(a, b)
             ).astype(dtype),
         )
-        if kind != "f64":  # exact in a wider type, where the sum is rounded once more: ties aside, which these avoid
+        if kind != "f64":
+            # In a wider type the product is exact. Rounding the sum twice matters only near ties, which do not occur.
             wide = np.longdouble
             exact = a.astype(wide) * b.astype(wide) + c.astype(wide)
             same(lanes(f"fma.rn.{kind} %d, %a, %b, %c;", a, b, c, out=dtype), exact.astype(dtype))
@@ -316,7 +317,7 @@ def test_fma_rounds_once():
     eps = np.float32(2.0**-23)
     a, c = np.array([1 + eps], np.float32), np.array([-1], np.float32)
     assert lanes("fma.rn.f32 %d, %a, %a, %b;", a, c, out=np.float32)[0] == np.float32(2 * float(eps) + float(eps) ** 2)
-    # 2^-24 * (1 + 2^-10) + 1 in half: just above a tie
+    # In half, 2^-24 * (1 + 2^-10) + 1 is just above a tie.
     a, b, c = (np.array([v], np.float16) for v in (1 + 2**-10, 2**-11, 1))
     assert lanes("fma.rn.f16 %d, %a, %b, %c;", a, b, c, out=np.float16)[0] == np.float16(1 + 2**-10)
 
@@ -389,7 +390,7 @@ def test_classes_signs_and_relu():
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
-    """Round to nearest even, by the bits of float32."""
+    """Round to nearest even by the bits of float32."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
     rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
@@ -562,7 +563,7 @@ def test_what_is_not_known_is_an_error(line, message):
 
 
 def test_every_instruction_has_a_test():
-    """The interpreter's table of families against the tests and the textbook kernels."""
+    """Each opcode in the interpreter's table of families occurs in a test or a textbook kernel."""
     tests, package = Path(__file__).parent, Path(__file__).parents[1]
     table = re.search(r"kFamilies\[\] = \{(.*?)\n\};", (package / "interpreter.cpp").read_text(), re.DOTALL)
     families = re.findall(r'\{"(\w+)",', table[1])

@@ -1,4 +1,4 @@
-"""ldmatrix, stmatrix and mma.sync against the ISA's tables, written out here once more."""
+"""ldmatrix, stmatrix and mma.sync agree with the ISA's tables, which are written out here once more."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ RNG = np.random.default_rng(1)
 
 
 def matrix_kernel(instruction: str, sizes: tuple[int, int, int]) -> str:
-    """Loads the fragments a, b, c of each lane (register r of lane l at word 32 r + l), multiplies, stores d."""
+    """Return a kernel that loads fragments a, b, c (register r of lane l at word 32 r + l), multiplies and stores d."""
     na, nb, nc = sizes
     body = "ld.param.u64 %rd1, [a]; ld.param.u64 %rd2, [b]; ld.param.u64 %rd3, [c];"
     for k in (1, 2, 3):
@@ -23,7 +23,7 @@ def matrix_kernel(instruction: str, sizes: tuple[int, int, int]) -> str:
     return body + "".join(f"st.global.u32 [%at+{128 * r}], %r{24 + r};" for r in range(nc))
 
 
-# The ISA's fragments for .b1: bit i (counted over all registers of the lane) lies at (row, column).
+# In the ISA's fragments for .b1, bit i (counted over all registers of the lane) lies at (row, column).
 def a_m8n8k128(lane, i):
     return lane >> 2, (lane % 4) * 32 + i
 
@@ -93,7 +93,7 @@ def test_mma_b1(shape, op):
 @pytest.mark.parametrize("depth", [16, 32])
 @pytest.mark.parametrize("signs", [("s8", "s8"), ("u8", "s8"), ("u8", "u8")])
 def test_mma_of_bytes(signs, depth):
-    """m16n8k16, m16n8k32: an 8-bit element i of a lane lies in register i / 4."""
+    """For m16n8k16 and m16n8k32, the 8-bit element i of a lane lies in register i / 4."""
     types = [np.int8 if s == "s8" else np.uint8 for s in signs]
     a = RNG.integers(np.iinfo(types[0]).min, np.iinfo(types[0]).max + 1, (16, depth)).astype(types[0])
     b = RNG.integers(np.iinfo(types[1]).min, np.iinfo(types[1]).max + 1, (depth, 8)).astype(types[1])
@@ -118,7 +118,7 @@ def test_mma_of_bytes(signs, depth):
 
 
 def fill(size: int) -> str:
-    """Half word h of shared memory holds h."""
+    """Return statements after which each half word h of shared memory holds h."""
     return f"""
     .shared .align 128 .b8 s[{size}];
     mov.u32 %r20, s; mul.lo.u32 %r2, %tid, 2;
@@ -174,7 +174,7 @@ def test_matrix_instructions_need_the_whole_warp():
 
 
 def test_ldmatrix_reads_what_other_lanes_wrote():
-    """Each lane's own row, without bar.warp.sync: a race, as lanes get pieces of all rows."""
+    """Each lane writes its own row without bar.warp.sync; that is a race, because lanes get pieces of all rows."""
     body = """
     .shared .align 128 .b8 s[512];
     mov.u32 %r20, s; mad.lo.u32 %r6, %tid, 16, %r20; st.shared.v4.u32 [%r6], {%tid, %tid, %tid, %tid}; SYNC
@@ -185,7 +185,7 @@ def test_ldmatrix_reads_what_other_lanes_wrote():
 
 
 def test_conflicts_of_ldmatrix():
-    """Rows 128 bytes apart share their banks: eight wavefronts a matrix; rows 16 or 144 bytes apart: one."""
+    """Rows 128 bytes apart share their banks, so a matrix takes eight wavefronts; with 16 or 144 it takes one."""
     for stride, extra in ((16, 0), (128, 7), (144, 0), (64, 3)):
         body = (
             fill(2048)

@@ -1,4 +1,4 @@
-"""State spaces, widths, generic addresses, parameters, atomics, and what nvcc's directives say."""
+"""Tests of state spaces, widths, generic addresses, parameters, atomics and the directives of nvcc."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ STORE = "mad.wide.u32 %at, %tid, 4, %out; st.global.u32 [%at], %r1;"
 
 
 def words(body: str, threads: int = 32, **kwargs) -> list[int]:
-    """What the statements leave in %r1, a word a thread."""
+    """Return the value that the statements leave in %r1, for each thread."""
     out = np.zeros(threads * kwargs.get("grid", 1), np.uint32)
     args = [Out(out), *kwargs.pop("args", [])]
     run(body + STORE, args, threads, **kwargs)
@@ -20,7 +20,7 @@ def words(body: str, threads: int = 32, **kwargs) -> list[int]:
 
 @pytest.mark.parametrize(("kind", "bits"), [("u8", 8), ("s8", 8), ("u16", 16), ("s16", 16), ("u32", 32), ("s32", 32)])
 def test_loads_extend(kind, bits):
-    """A register may be wider than what is loaded: zeros or signs fill it."""
+    """A register may be wider than the loaded value; zeros or signs fill it."""
     x = np.array([0x80FF80FF, 0x7F010203], np.uint32).view(f"u{bits // 8}")
     body = f"""
     ld.param.u64 %rd1, [x]; mad.wide.u32 %rd1, %tid, {bits // 8}, %rd1; ld.global.{kind} %rd2, [%rd1];
@@ -36,7 +36,7 @@ def test_loads_extend(kind, bits):
     ("vector", "kind"), [(1, "u8"), (1, "u64"), (2, "u32"), (4, "u32"), (4, "u16"), (2, "u64"), (8, "u32")]
 )
 def test_vectors_in_every_space(space, vector, kind):
-    """Element e of a vector lies e elements on; loaded back one by one."""
+    """Element e of a stored vector lies e elements further; loads of single elements find it."""
     size = int(kind[1:]) // 8
     registers = {"u8": "h", "u16": "h", "u32": "r", "u64": "rd"}[kind]
     own = "" if space == "global" else f".{space} .align 32 .b8 memory[{32 * vector * size}];"
@@ -216,7 +216,7 @@ def test_cache_hints_are_parsed():
 
 
 def test_scopes_of_inline_assembly():
-    """Registers and labels in braces are the braces' own."""
+    """Registers and labels that are declared in braces belong to these braces."""
     body = """
     mov.u32 %r1, 0;
     { .reg .pred p; .reg .b32 t; setp.lt.u32 p, %tid, 4; mov.u32 t, 5; @p bra DONE; add.u32 %r1, %r1, t; DONE: }

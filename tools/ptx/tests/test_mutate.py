@@ -38,7 +38,7 @@ PTX = f"""{HEADER}.visible .entry other() {{ bar.sync 0; ret; }}
 
 
 def changed(mutants: list[Mutant]) -> list[tuple[str, str]]:
-    """Of each mutant the line that differs: before and after."""
+    """Return the line that differs of each mutant, before and after."""
     found = []
     for mutant in mutants:
         lines = zip(PTX.split("\n"), mutant.text.split("\n"), strict=True)
@@ -68,7 +68,7 @@ RUNNING = "\n".join(line for line in PTX.split("\n") if not any(w in line for w 
 def run_and_compare(module: Module, seed: int) -> None:
     out = np.zeros(32, np.int32)
     module.launch("k", 1, 32, [Out(out)], seed=seed)
-    # Does not look at thread 20, which a mutant lets through.
+    # This ignores thread 20, so the mutant that lets it through survives.
     assert (out[:20] == 3).all() and (out[21:] == np.int32(-0x32323233)).all()
 
 
@@ -86,5 +86,5 @@ def test_survivors_are_named():
         assert_caught(RUNNING, [], run_and_compare)
     broken = Mutant("nothing stored", RUNNING.replace("@%p2 st.global", "@!%p2 st.global"))
     assert assert_caught(RUNNING, [broken], run_and_compare)[0][1] == "wrong result"
-    with pytest.raises(AssertionError):  # the kernel itself has to pass
+    with pytest.raises(AssertionError):  # the kernel itself must pass
         assert_caught(broken.text, [broken], run_and_compare)

@@ -1,4 +1,4 @@
-"""Textbook kernels, as nvcc compiles them, against NumPy; and mutants of them, each of which must be noticed."""
+"""Textbook kernels, as nvcc compiles them, equal NumPy, and every mutant of them is caught."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ from ..regenerate import generate, normalised
 from .helpers import KERNELS, textbook
 
 SEEDS = range(5)
-# Enough for the shapes here; a mutant that loops for ever is stopped soon.
+# This is enough for the shapes here and stops a mutant that loops for ever soon.
 LIMIT = 300_000
 
 
@@ -58,7 +58,7 @@ def grid_sum(module: Module, seed: int) -> None:
 
 def inclusive_scan(module: Module, seed: int) -> None:
     for n, width in ((1, 32), (5, 2), (64, 64), (255, 128), (300, 256)):
-        x = np.random.default_rng(seed).integers(-99, 99, n).astype(np.float32)  # whole numbers: exact in any order
+        x = np.random.default_rng(seed).integers(-99, 99, n).astype(np.float32)  # their sums are exact in any order
         y, blocks = np.zeros(n, np.float32), -(-n // width)
         launch(module, "inclusive_scan", blocks, width, [x, Out(y), n], shared_bytes=8 * width, seed=seed)
         equal(y, np.concatenate([np.cumsum(x[at : at + width]) for at in range(0, n, width)]))
@@ -127,23 +127,23 @@ def test_equals_numpy(kernel):
 
 
 # ---- Mutants ---------------------------------------------------------------------------------------------------------
-# Mutants that compute the same, by a part of their name, and why.
+# These mutants compute the same: a part of the name, and the reason.
 EQUIVALENT = {
     "grid_sum": {
-        "barrier removed: bar.sync at PTX line 289": "thread 0 alone goes on, with what it wrote itself",
+        "barrier removed: bar.sync at PTX line 289": "thread 0 alone continues, and reads only what it wrote itself",
     },
     "inclusive_scan": {
-        "setp.lt.s32 at PTX line 97": "offset <= width: one more round, in which every thread copies",
+        "setp.lt.s32 at PTX line 97": "offset <= width adds a round in which every thread only copies",
     },
     "matmul": {
-        "setp.ge.s32 at PTX line 54": "the address of a row that is not there, of which nothing is read",
-        "setp.ge.s32 at PTX line 87": "the address of a column that is not there, of which nothing is read",
+        "setp.ge.s32 at PTX line 54": "the address is that of a row that does not exist, of which nothing is read",
+        "setp.ge.s32 at PTX line 87": "the address is that of a column that does not exist, of which nothing is read",
         "setp.lt.s32 at PTX line 80": "row m of the tile holds row 0, for outputs that are not stored",
         "setp.lt.s32 at PTX line 108": "column n of the tile holds column 0, for outputs that are not stored",
-        "setp.gt.s32 at PTX line 125": "k > 31 or >= 31: k is a multiple of 32",
+        "setp.gt.s32 at PTX line 125": "k > 31 and k >= 31 are the same, because k is a multiple of 32",
     },
     "bmma_direct": {
-        "setp.lt.s32 at PTX line 40": "words < 1 or <= 1: words is a multiple of 8",
+        "setp.lt.s32 at PTX line 40": "words < 1 and words <= 1 are the same, because words is a multiple of 8",
     },
 }
 
@@ -170,7 +170,7 @@ def test_mutants_of_the_source():
     assert len(caught) == 3
 
 
-# ---- What is counted -------------------------------------------------------------------------------------------------
+# ---- Counts -------------------------------------------------------------------------------------------------
 def test_padding_removes_bank_conflicts():
     """A column of a 32 x 32 tile lies in one bank: 31 extra wavefronts for each of the 32 reads of a tile."""
     module = Module.from_ptx(textbook("transpose"))
@@ -204,7 +204,7 @@ def test_swizzled_tiles_have_no_conflicts():
 
 @pytest.mark.skipif(nvcc() is None, reason="needs nvcc")
 def test_without_the_swizzle_there_are_conflicts():
-    """Rows of 128 bytes: the eight of a matrix share their banks, 7 extra wavefronts for each of 6 matrices a step."""
+    """The eight rows of 128 bytes of a matrix share their banks: 7 extra wavefronts for each of 6 matrices a step."""
     source = (KERNELS / "bmma.cu").read_text()
     for swizzle, plain in (
         ("(i % 8 ^ i / 8 % 8)", "i % 8"),
@@ -220,7 +220,7 @@ def test_without_the_swizzle_there_are_conflicts():
 
 
 # ---- nvcc ------------------------------------------------------------------------------------------------------------
-@pytest.mark.skipif(nvcc_release() != "13.0", reason="the kept PTX is of nvcc 13.0")
+@pytest.mark.skipif(nvcc_release() != "13.0", reason="nvcc 13.0 made the kept PTX")
 @pytest.mark.parametrize("source", sorted(KERNELS.glob("*.cu")), ids=lambda path: path.stem)
 def test_kept_ptx_is_what_nvcc_emits(source):
     assert generate(source) == source.with_suffix(".ptx").read_text()

@@ -1,4 +1,4 @@
-"""Divergence, and what the lanes of a warp and the warps of a block do together."""
+"""Tests of divergence, and of what the lanes of a warp and the warps of a block do together."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ SEEDS = range(4)
 
 # ---- Divergence ------------------------------------------------------------------------------------------------------
 def test_lanes_part_and_meet():
-    """Both sides of a branch run with their lanes only, what follows with all of them."""
+    """Each side of a branch runs with its lanes only; the code after both runs with all lanes."""
     body = """
     setp.lt.u32 %p1, %tid, 10;
     @%p1 bra THEN;
@@ -58,7 +58,7 @@ def test_votes():
 
 
 def reference_shuffle(mode: str, b: int, c: int) -> list[int]:
-    """The pseudocode of the ISA's section on shfl.sync, lane values 100 + lane."""
+    """Return the results by the pseudocode of the ISA's section on shfl.sync; lane l has the value 100 + l."""
     result = []
     segment, clamp = c >> 8 & 31, c & 31
     for lane in range(32):
@@ -79,7 +79,7 @@ def reference_shuffle(mode: str, b: int, c: int) -> list[int]:
 @pytest.mark.parametrize("mode", ["up", "down", "bfly", "idx"])
 def test_shuffles(mode):
     for width in (32, 16, 4):
-        # As the CUDA headers form c: the segment from the width, and the clamp 0 for up and 31 for the others.
+        # The CUDA headers form c in this way: the segment by the width, and the clamp 0 for up and 31 for the others.
         c = (32 - width) << 8 | (0 if mode == "up" else 31)
         for b in (0, 1, 3, 16):
             body = f"""
@@ -105,7 +105,7 @@ def test_match_and_redux():
 
 
 def test_a_part_of_the_warp_works_together():
-    """Halves with their own member mask; the other half is elsewhere."""
+    """Each half has its own member mask while the other half is elsewhere."""
     body = """
     setp.lt.u32 %p1, %tid, 16; @%p1 bra LOW;
     redux.sync.add.u32 %r1, %tid, 0xFFFF0000; bra END;
@@ -118,7 +118,7 @@ def test_a_part_of_the_warp_works_together():
 
 
 def test_members_wait_for_each_other():
-    """Lanes that come early wait; they are not taken for the whole."""
+    """Lanes that arrive early wait, and do not execute without the others."""
     body = """
     setp.lt.u32 %p1, %tid, 16; @!%p1 bra MEET;
     mov.u32 %r2, 0;
@@ -152,7 +152,7 @@ def test_barriers_and_their_reductions():
 
 
 def test_named_barriers_hand_over():
-    """Warp 0 produces and does not wait (arrive), warp 1 consumes (sync); warp 2 takes no part."""
+    """Warp 0 produces and does not wait (arrive), warp 1 consumes (sync), and warp 2 takes no part."""
     body = """
     .shared .align 4 .b8 s[128];
     mov.u32 %r1, 0; mov.u64 %rd1, s; and.b32 %r2, %tid, 31; mad.wide.u32 %rd1, %r2, 4, %rd1;
@@ -178,7 +178,7 @@ def test_a_barrier_that_not_all_reach():
         "deadlock", "wait at barrier", "setp.lt.u32 %p1, %tid, 32; @%p1 bra A; bar.sync 0; A: bar.sync 1;", threads=64
     )
     assert "bar.sync" in str(fault)
-    # Exited threads are not waited for; the lanes of one warp at two barriers never were meant to be.
+    # Barriers do not wait for exited threads. The lanes of one warp may not wait at two barrier instructions.
     run("setp.lt.u32 %p1, %tid, 40; @%p1 exit; bar.sync 0;", threads=64)
     body = "setp.lt.u32 %p1, %tid, 8; @%p1 bra A; bar.sync 0; bra B; A: bar.sync 0; B:"
     assert_fault("barrier", "two barrier instructions", body)
