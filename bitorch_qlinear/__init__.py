@@ -8,12 +8,13 @@ from . import _vmap as _vmap  # registers the batching rules, for torch.func.vma
 from . import functional, kernels, quantizations
 from ._info import Info, info
 from ._version import __version__
-from .convert import LayerReport, Report, explain, pack, unpack
+from .convert import Folded, LayerReport, Report, explain, pack, unpack
 from .linear import QLinear, safe_globals
 from .packed import PackedQLinear
 from .quantizations import Quantization, quantization_names, register_quantization
 
 __all__ = [
+    "Folded",
     "Info",
     "LayerReport",
     "PackedQLinear",
@@ -33,4 +34,4 @@ __all__ = [
 ]
 
 # torch.load(weights_only=True) may build this package's classes of a whole saved model. The user allows all others.
-torch.serialization.add_safe_globals([*safe_globals(), PackedQLinear])
+torch.serialization.add_safe_globals([*safe_globals(), PackedQLinear, Folded])
