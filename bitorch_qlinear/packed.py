@@ -308,7 +308,7 @@ class PackedQLinear(nn.Module):
             RuntimeError: The output would have another dtype than the one that the signs are right for.
         """
         dtype = FUSED_DTYPES[self._fused]  # type: ignore[index]
-        if x.dtype is not dtype or (autocast_dtype(x) or dtype) is not dtype:
+        if x.dtype is not dtype or autocast_dtype(x) not in (None, dtype):
             if has_other_layout(x):
                 return apply_to_values(self, x)
             got = "autocast" if x.dtype is dtype else str(x.dtype)
@@ -316,8 +316,10 @@ class PackedQLinear(nn.Module):
                 f"x: expected {dtype}, in which this model was fused, got {got}: convert the model first and fuse it "
                 "then, as in pack(model.to(dtype), fuse=True), and fuse no model that runs under autocast"
             )
-        if wants_gradient(x):
-            return without_gradient(self._compute_fused(x.detach(), words, form), x, _NO_GRADIENT)
+        if x.requires_grad and wants_gradient(x):
+            y = self._compute_fused(x.detach(), words, form)
+            # torch.export traces the backward of a Function, too, and an exported program is for inference.
+            return y if _compiling() and torch.compiler.is_exporting() else without_gradient(y, x, _NO_GRADIENT)
         buffers: dict[str, Any] = self._buffers
         scale, offset = buffers["scale"], buffers["offset"]
         if form is not None or (has_kernels(x) and has_kernels(words)):
@@ -332,8 +334,8 @@ class PackedQLinear(nn.Module):
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         with torch.autocast(x.device.type, enabled=False):
             product = F.linear(self.activation(x).to(wide), self._signs(wide))
-            y: Tensor = (product * scale + offset).to(dtype)
-        return y
+            result: Tensor = (product * scale + offset).to(dtype)
+        return result
 
     # ---- the product ----
 

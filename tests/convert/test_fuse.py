@@ -286,6 +286,28 @@ class Optional(nn.Module):
         return self.b(x)
 
 
+class OptionalByDefault(Optional):
+    """The default of an argument decides that something else lies between than with a value."""
+
+    def forward(self, x, shift=None):
+        x = self.a(x)
+        x = x - 1 if shift is None else self.norm(x)
+        return self.b(x)
+
+
+class UsedInParts(nn.Module):
+    """Two parts, which are traced apart, call one module; only one of them has a chain with it."""
+
+    def __init__(self):
+        super().__init__()
+        shared = norm(N)
+        self.one = nn.Sequential(signs(N, K), shared, signs(9, N))
+        self.other = nn.Sequential(signs(N, K), nn.Tanh(), shared)
+
+    def forward(self, x):
+        return self.one(x).sum() + self.other(x) if x.sum() > -1e9 else x
+
+
 class Reads(nn.Module):
     """The forward reads a tensor of the module that would be replaced."""
 
@@ -360,6 +382,8 @@ NOT_FUSED = {
     "two-rules": (lambda: Branches("steheaviside"), "the next layers have different sign rules"),
     "function": (Functional, "the function relu follows; only modules can be fused"),
     "an-argument-decides": (Optional, "the function add follows"),
+    "a-default-decides": (OptionalByDefault, "the function sub follows"),
+    "used-in-parts": (UsedInParts, "is used in several places"),
     "read-by-forward": (Reads, "the tensors of BatchNorm1d are also read"),
     "called-twice": (Shared, "QLinear is called 2 times"),
     "one-module-in-two-places": (
@@ -571,7 +595,10 @@ def test_more_than_two_dimensions():
     per_channel = pack(nn.Sequential(signs(N, K), norm(N), signs(9, N)).eval(), fuse=True)
     with pytest.raises(RuntimeError, match=r"x: expected 2 dimensions, got 3: BatchNorm1d\(37"):
         per_channel(torch.randn(2, N, K))
-    model = nn.Sequential(signs(N, K), nn.LeakyReLU(), nn.Hardtanh(), signs(9, N)).eval()
+    per_channel = pack(nn.Sequential(signs(N, K), slopes(N), signs(9, N)).eval(), fuse=True)
+    with pytest.raises(RuntimeError, match=r"x: expected 2 dimensions, got 3: PReLU\(num_parameters=37"):
+        per_channel(torch.randn(2, N, K))
+    model = nn.Sequential(signs(N, K), nn.PReLU(), nn.Hardtanh(), signs(9, N)).eval()
     for shape in ((K,), (2, 3, K), (0, K)):
         x = torch.randn(shape)
         with torch.no_grad():
@@ -606,6 +633,19 @@ def test_compile_and_export():
         program = torch.export.export(fused, (x,), dynamic_shapes=({0: batch},))
         assert_equal(program.module()(x), want)
         assert_equal(program.module()(x[:3]), packed(x[:3]))
+
+
+def test_compile_and_export_behind_a_layer_with_gradients():
+    model = nn.Sequential(nn.Linear(20, K), *chain(BETWEEN["prelu"])).eval()
+    packed, fused, x = pack(model), pack(model, fuse=True), torch.randn(4, 20)
+    want = packed(x).detach()
+    for strict in (True, False):
+        assert_equal(torch.export.export(fused, (x,), strict=strict).module()(x).detach(), want)
+    compiled = torch.compile(fused, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert_equal(compiled(x), want)
+    with pytest.raises(RuntimeError, match="x: a fused PackedQLinear has no gradient"):
+        compiled(x).sum().backward()
 
 
 def test_fused_words_may_be_written():
