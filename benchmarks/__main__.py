@@ -13,7 +13,6 @@ COMMANDS = {
     "check": ("benchmarks.check", "compare the committed results with a fresh run"),
     "tables": ("benchmarks.tables", "write the tables in README.md and docs/ from the committed results"),
     "gpu": ("benchmarks.gpu.__main__", "time the CUDA kernels against cuBLAS"),
-    "gpu-model": ("benchmarks.gpu_model", "estimate the CUDA kernels' times from their machine code"),
 }
 
 

@@ -228,24 +228,31 @@ def training_run(figures: Figures | None) -> str:
     )
 
 
-def demo_output(figures: Figures | None) -> str:
-    """Return the demo's own report, and what the binary layers cost in accuracy over several splits of the images.
+DEMO_MISSING = f"Not measured yet: `{COMMAND} --demo`."
+
+
+def demo_accuracy(figures: Figures | None) -> str:
+    """Return what the binary layers cost in accuracy over several splits of the images.
 
     One split decides nothing: the networks differ by fewer images than two splits do.
     """
     if figures is None:
-        return f"Not measured yet: `{COMMAND} --demo`."
+        return DEMO_MISSING
     accuracies = figures["test_accuracy_by_seed"]
+    rows = [
+        [demo.TRAINED[name], *(f"{value:.2%}" for value in (statistics.mean(values), min(values), max(values)))]
+        for name, values in ((name, accuracies[name]) for name in demo.TRAINED)
+    ]
     seeds = len(accuracies[demo.BINARY])
-    shown = {
-        name: f"{statistics.mean(values):.2%} ({min(values):.2%} to {max(values):.2%})"
-        for name, values in accuracies.items()
-    }
     return (
-        f"```text\n{demo.text(figures)}\n```\n\nMean test accuracy over {seeds} splits of the images and initial "
-        f"weights (`--seed 0` to `{seeds - 1}`, in brackets the lowest and the highest): binary {shown[demo.BINARY]}, "
-        f"float32 {shown[demo.FLOAT]}."
+        f"{markdown(rows, ['hidden layers', 'mean test accuracy', 'lowest', 'highest'])}\n\n"
+        f"{seeds} splits of the images and initial weights (`--seed 0` to `{seeds - 1}`)."
     )
+
+
+def demo_output(figures: Figures | None) -> str:
+    """Return the demo's own report."""
+    return DEMO_MISSING if figures is None else f"```text\n{demo.text(figures)}\n```"
 
 
 def fill(text: str, contents: dict[str, str]) -> str:
@@ -291,6 +298,7 @@ def blocks() -> dict[str, str]:
         "training steps": train.table(training["results"], "pipe"),
         "memory": memory.table(resident, "pipe"),
         "training run": training_run(load("train_run")),
+        "demo accuracy": demo_accuracy(load("demo")),
         "demo": demo_output(load("demo")),
     }
 

@@ -118,8 +118,8 @@ class PackedQLinear(nn.Module):
     the dtype in which the model was fused, and has no gradient.
 
     Attributes:
-        in_features: K.
-        out_features: N.
+        in_features: The number of inputs, K.
+        out_features: The number of outputs, N.
         weight: int32 words of shape ``(N, ceil(K / 32))``, see :mod:`bitorch_qlinear.functional`.
         bias: Shape ``(N,)`` or None; a frozen Parameter.
         k: K as a 0-dim int64 tensor, for the checkpoint, as are ``format``, ``input_rule`` and ``weight_rule``.
@@ -157,8 +157,8 @@ class PackedQLinear(nn.Module):
         """Create a layer whose weights are all -1 and whose bias is 0, to load a checkpoint into.
 
         Args:
-            in_features: K.
-            out_features: N.
+            in_features: The number of inputs, K.
+            out_features: The number of outputs, N.
             bias: Whether the layer has a bias.
             device: Device of the tensors.
             dtype: Dtype of the bias.

@@ -6,7 +6,7 @@
 
 namespace bitorch_qlinear {
 
-// The four floating types come first: they index the record's tables of packing functions.
+// The four floating types come first, because they index the record's table of packing functions.
 enum class DType : int { float64, float32, float16, bfloat16, int32, int8, boolean };
 constexpr int kFloatTypes = 4;
 
@@ -21,7 +21,7 @@ static constexpr int64_t element_size(DType dtype) {
     }
 }
 
-// Half types are their bit patterns; distinct types so that overloads can tell them apart.
+// The half types hold their bit patterns. They are distinct types so that overloads can tell them apart.
 struct Half {
     uint16_t bits;
 };
@@ -29,7 +29,7 @@ struct BFloat16 {
     uint16_t bits;
 };
 
-// Anonymous on purpose: a file compiled for another instruction set must keep its own copy.
+// The namespace is anonymous, because a file compiled for another instruction set must keep its own copy.
 namespace {
 
 inline uint32_t float_bits(float value) {
@@ -60,10 +60,9 @@ inline double widen(double value) { return value; }
 inline float widen(float value) { return value; }
 inline float widen(BFloat16 value) { return bits_float(uint32_t{value.bits} << 16); }
 
-// IEEE 754 binary16 -> binary32. 5 exponent bits with bias 15 become 8 with bias 127: shifted into
-// place, the value is 2^112 too small, which one exact multiplication mends, subnormals included
-// (the shifted pattern of a subnormal is taken as an integer instead, since a processor set to flush
-// subnormal floats would lose it).
+// Widens IEEE 754 binary16 to binary32: 5 exponent bits with bias 15 become 8 with bias 127. The magnitude is shifted
+// into place, and 112 is added to its exponent. A subnormal is converted as an integer and scaled by 2^-24 instead,
+// because a processor that flushes subnormal floats would lose it.
 inline float widen(Half value) {
     const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
     const uint32_t magnitude = value.bits & 0x7FFFu;
@@ -76,14 +75,14 @@ inline float widen(Half value) {
 inline void narrow(double value, double* out) { *out = value; }
 inline void narrow(float value, float* out) { *out = value; }
 
-// binary32 -> bfloat16, to nearest, ties to even; every NaN becomes the quiet 0x7FC0.
+// Rounds binary32 to bfloat16, to nearest, ties to even; every NaN becomes the quiet 0x7FC0.
 inline void narrow(float value, BFloat16* out) {
     const uint32_t bits = float_bits(value);
     const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
     out->bits = nan ? uint16_t{0x7FC0} : static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
 }
 
-// binary32 -> binary16, to nearest, ties to even; beyond 65504 it is infinity.
+// Rounds binary32 to binary16, to nearest, ties to even; what rounds beyond 65504 becomes infinity.
 inline void narrow(float value, Half* out) {
     const uint32_t bits = float_bits(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
     uint32_t half;

@@ -14,7 +14,7 @@
 
 namespace bitorch_qlinear {
 
-// Where results go: y[m][n], contiguous. bias and scale hold n values of T, or are null.
+// The results y[m][n], contiguous. bias and scale hold n values of T, or are null.
 struct Output {
     void* data;
     DType dtype;
@@ -26,8 +26,8 @@ struct Output {
 
 namespace {
 
-// One pass without branches inside, so that the compiler vectorizes it for the including file's own
-// target. (K - p) - p cannot overflow.
+// The loop has no branches, so that the compiler vectorizes it for the including file's own target. (K - p) - p cannot
+// overflow.
 template <class T, bool Scale, bool Bias, class Out>
 inline void write_floats(int32_t k, const T* __restrict scale, const T* __restrict bias,
                          const int32_t* __restrict popcounts, int64_t count, Out* __restrict out) {
@@ -53,7 +53,7 @@ inline void write_floats(const Output& y, int64_t row, int64_t column, const int
     }
 }
 
-// y[row][column .. column + count) from `count` popcounts of a ^ b.
+// Writes y[row][column .. column + count) from `count` popcounts of a ^ b.
 inline void write_outputs(const Output& y, int64_t row, int64_t column, const int32_t* popcounts, int64_t count) {
     switch (y.dtype) {
         case DType::float64: return write_floats<double, double>(y, row, column, popcounts, count);

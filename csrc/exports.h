@@ -1,4 +1,4 @@
-// What the operator libraries offer as plain C functions, which Python calls by ctypes.
+// Support for the operator libraries' plain C functions, which Python calls by ctypes.
 #pragma once
 
 #include <exception>

@@ -1,4 +1,4 @@
-// bitorch_qlinear._C: what the build was and what the processor offers. No torch header, no operator.
+// bitorch_qlinear._C reports what was built and what the processor supports. It has no torch header and no operator.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -33,5 +33,5 @@ PYBIND11_MODULE(_C, module) {
     module.def("build_info", &build_info,
                "Version, digest of the sources, compiler, torch built against, CUDA targets.");
     module.def("cpu_capability", &bitorch_qlinear::cpu_capability,
-               "What processor and operating system offer: AVX512, AVX2, NEON or DEFAULT.");
+               "What processor and operating system support: AVX512, AVX2, NEON or DEFAULT.");
 }

@@ -11,7 +11,7 @@ namespace bitorch_qlinear {
 
 constexpr int64_t kWordBits = 32;
 constexpr int64_t kWordBytes = 4;
-constexpr int64_t kLineWords = 16;  // words of a cache line
+constexpr int64_t kLineWords = 16;  // in a cache line
 // K and every partial sum K - 2 popcount fit in an int32.
 constexpr int64_t kMaxValues = INT32_MAX;
 
@@ -19,14 +19,14 @@ static inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 
 
 static inline int64_t words_for(int64_t k) { return ceil_div(k, kWordBits); }
 
-// The valid bits of word `index` of a row of k values.
+// Returns the mask of the valid bits of word `index` of a row of k values.
 static inline uint32_t word_mask(int64_t index, int64_t k) {
     const int64_t valid = k - kWordBits * index;
     if (valid >= kWordBits) return ~uint32_t{0};
     return valid <= 0 ? 0 : (uint32_t{1} << valid) - 1;
 }
 
-// What the prepared form of the weights begins with.
+// The beginning of the prepared form of the weights.
 struct PreparedHeader {
     char magic[8];
     uint32_t layout;

@@ -1,4 +1,5 @@
-// The only file that is compiled again whenever any source changes: setup.py writes sources_digest.h before each build.
+// This is the only file that is compiled again whenever any source changes: setup.py writes sources_digest.h before
+// each build.
 #include "sources.h"
 
 #include "sources_digest.h"

@@ -16,12 +16,10 @@ html_theme = "furo"
 html_title = f"{project} {version}"
 
 myst_heading_anchors = 3
-suppress_warnings = ["myst.strikethrough"]
 
 default_role = "code"  # for single backticks in docstrings
 
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_typehints_format = "short"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -30,12 +28,6 @@ napoleon_use_ivar = True  # an attribute is part of its class's text, not an obj
 # Every reference must lead somewhere, except to what other projects describe: the build needs no network.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|nn|collections|contextlib|typing|dataclasses)\..*"),
-    (
-        r"py:class",
-        r"bitorch_qlinear\..*\.(_\w+|BinaryQuantization)",
-    ),  # private
-    (r"py:.*", r"(Any|Callable|Dropout|Iterator|Module|Mapping|Parameter|Tensor|_Class|_Model|T_destination)"),
-    # Attributes' types and "Returns" sections are words, which napoleon takes for references.
-    (r"py:class", r"optional|(Shape|At most|One of).*"),
+    (r"py:class", r"(torch|collections)\..*"),
+    (r"py:class", r"bitorch_qlinear\..*\._\w+"),  # type variables, which have no page
 ]

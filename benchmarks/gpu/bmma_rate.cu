@@ -26,7 +26,8 @@ __global__ void multiply(int32_t* out) {
     }
     int32_t total = 0;
     for (const auto& c : sums) total += c[0] + c[1] + c[2] + c[3];
-    out[blockIdx.x * blockDim.x + threadIdx.x] = total;  // Without a use of the sums the compiler would drop the products.
+    out[blockIdx.x * blockDim.x + threadIdx.x] =
+        total;  // Without a use of the sums the compiler would drop the products.
 }
 
 // Returns operations a second, with two to a multiply-add, or 0 if CUDA reports an error. `out` has an int32 for each

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bitorch_qlinear import _library
 from examples.digits.costs import environment
+from tools.sanitize import find_tool
 
-from ..sanitize import find_tool
 from .contestants import random_rows
 from .measurements import reason
 from .tables import shown

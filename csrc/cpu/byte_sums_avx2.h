@@ -1,4 +1,5 @@
-// Sums of bytes that hold two 4-bit counts, and the transposition of bytes: what both ways of gemm_avx2.cpp share.
+// Sums of bytes that hold two 4-bit counts, and the transposition of bytes: shared by gemm_avx2.cpp and
+// gemm_tables_avx2.h.
 #pragma once
 
 // Included inside the AVX2 region, behind the intrinsics.
@@ -18,8 +19,8 @@ inline Vector high_nibbles(Vector v) { return low_nibbles(_mm256_srli_epi16(v, 4
 // sum avoids them (8 % of the whole call).
 inline void accumulate(Vector& a, Vector b) { asm("vpaddb %1, %0, %0" : "+x"(a) : "x"(b)); }
 
-// The 16-bit sums of 32 bytes. `whole` adds bytes as even + 256 odd modulo 2^16 and `odd` the odd
-// bytes alone; even = whole - 256 odd modulo 2^16 is left to widen(), which saves a mask each block.
+// 16-bit sums of 32 bytes. `whole` sums bytes as even + 256 odd modulo 2^16, and `odd` sums the odd bytes alone.
+// even_and_odd() computes even = whole - 256 odd modulo 2^16 at the end, which saves a mask in each block.
 struct Sums {
     Vector whole, odd;
 };
@@ -30,18 +31,18 @@ inline void add_bytes(Sums* sums, Vector bytes, bool first) {
     sums->odd = first ? odd : _mm256_add_epi16(sums->odd, odd);
 }
 
-// A and B of one block -> byte counts of rows p and q -> their 16-bit sums.
+// Adds the byte counts of rows p and q, which are computed from A and B of one block, to their 16-bit sums.
 inline void flush_pair(Vector a, Vector b, Sums* p, Sums* q, bool first) {
     // B's low nibbles are q mod 16 in every byte, so A - 16 (q mod 16) is p mod 256 exactly.
     const Vector high = _mm256_set1_epi8(static_cast<char>(0xF0));
     const Vector row_p = _mm256_sub_epi8(a, _mm256_and_si256(_mm256_slli_epi16(b, 4), high));
-    // What p's odd byte left in B's even byte is 16 (p mod 16).
+    // p's odd byte has left 16 (p mod 16) in B's even byte.
     const Vector leak = _mm256_and_si256(_mm256_srli_epi16(row_p, 4), _mm256_set1_epi16(0xF0));
     add_bytes(p, row_p, first);
     add_bytes(q, _mm256_sub_epi8(b, leak), first);
 }
 
-// 16 x 16 bytes, in place: v[i] becomes column i. Each round interleaves registers 8 apart, which
+// Transposes 16 x 16 bytes in place: v[i] becomes column i. Each round interleaves registers 8 apart, which
 // rotates the eight index bits (row, column) by one; after four rounds they have changed places.
 inline void transpose(__m128i* v) {
     for (int round = 0; round < 4; ++round) {
@@ -55,7 +56,7 @@ inline void transpose(__m128i* v) {
     }
 }
 
-// 16 bytes of packed row `row` of n from byte `begin` on; 0 past n and past k.
+// Loads 16 bytes of packed row `row` of n from byte `begin` on; bits past n and past k become 0.
 inline __m128i load_row_bytes(const uint32_t* words, int64_t row, int64_t n, int64_t begin, int64_t k) {
     if (row >= n) return _mm_setzero_si128();
     const uint32_t* from = words + row * words_for(k);
@@ -66,7 +67,7 @@ inline __m128i load_row_bytes(const uint32_t* words, int64_t row, int64_t n, int
     return _mm_load_si128(reinterpret_cast<const __m128i*>(tail));
 }
 
-// Bytes [begin, begin + 16) of 32 packed rows, transposed: columns[i] holds byte begin + i of the rows row, row + 16,
+// Transposes bytes [begin, begin + 16) of 32 packed rows: columns[i] holds byte begin + i of the rows row, row + 16,
 // row + 1, row + 17 ... row + 31, so that the 16-bit halves of a sum are consecutive rows.
 inline void load_byte_columns(const uint32_t* words, int64_t row, int64_t n, int64_t begin, int64_t k,
                               Vector* columns) {
@@ -82,7 +83,7 @@ inline void load_byte_columns(const uint32_t* words, int64_t row, int64_t n, int
     }
 }
 
-// 16-bit sums -> the counts themselves: of the even bytes, and of the odd ones.
+// Turns 16-bit sums into the counts of the even bytes and of the odd ones.
 inline void even_and_odd(const Sums& sums, Vector counts[2]) {
     counts[0] = _mm256_sub_epi16(sums.whole, _mm256_slli_epi16(sums.odd, 8));
     counts[1] = sums.odd;

@@ -10,7 +10,8 @@ namespace bitorch_qlinear {
 namespace {
 
 #if defined(__x86_64__)
-// The register states that the operating system saves (XCR0); the processor alone is not enough.
+// Returns the register states that the operating system saves (XCR0), without which the processor's features are
+// useless.
 uint64_t saved_states() {
     uint32_t low, high;
     asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -40,7 +41,7 @@ CpuFeatures detect() {
 #elif defined(__aarch64__)
 CpuFeatures detect() {
     CpuFeatures features;
-    features.neon = true;  // part of the base architecture
+    features.neon = true;  // it belongs to the base architecture
     return features;
 }
 #else

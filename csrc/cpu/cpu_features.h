@@ -1,4 +1,4 @@
-// What the processor *and* the operating system offer.
+// The instruction sets that both the processor and the operating system support.
 #pragma once
 
 namespace bitorch_qlinear {

@@ -7,7 +7,7 @@
 namespace bitorch_qlinear {
 namespace {
 
-// Best first. To add a kernel: one record in its own file, one line here.
+// Best first. A new kernel is one record in its own file and one line here.
 const Kernel* const kKernels[] = {
 #if defined(__x86_64__)
     &kAvx512Kernel,
@@ -37,10 +37,10 @@ const Kernel* find_kernel(const std::string& name) {
                              available_kernels() + "), got \"" + name + "\"");
 }
 
-// Empty: the automatic choice.
+// An empty name selects the automatic choice.
 const Kernel* choose(const std::string& name) { return name.empty() ? best_kernel() : find_kernel(name); }
 
-// The value of an environment variable; "" if it is not set.
+// Returns the value of an environment variable, or "" if it is not set.
 std::string environment(const char* variable) {
     const char* value = std::getenv(variable);
     return value ? value : "";

@@ -1,4 +1,4 @@
-// What Python asks the operators' library about the CPU kernels.
+// The plain C functions by which Python asks the operators' library about the CPU kernels.
 #include "../exports.h"
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Binary matrix product by product tables (AVX2). Its slow twin is gemm_scalar.cpp. Many rows go by the tables of
+// Binary matrix product by product tables (AVX2). Its slow twin is gemm_scalar.cpp. Blocks of many rows are computed by
 // gemm_tables_avx2.h instead.
 //
 // popcount(a ^ b) is summed over K by table lookups that keep the *output index* in the byte lane, so
@@ -19,7 +19,7 @@
 //
 // Ports of a Zen 3 or 4 core: 2 shuffles or shifts a cycle, 4 byte adds. A group for 32 outputs is 3
 // shuffles + 1 shift (FP1/FP2) + 4 adds = 8 operations on 4 pipes = 2 cycles for 768 multiply-adds: at
-// most 384 a cycle. The loop in L1 takes 10.2 cycles for 128 outputs where 8 are the least: 300 a cycle,
+// most 384 a cycle. The loop in L1 takes 10.2 cycles for 128 outputs instead of at least 8: 300 a cycle,
 // 78 % (Zen 4, measured against a chain of additions; gcc 12).
 //
 // The prepared form: panels of 64 outputs; in a panel, for each 8 values of K one cache line with the
@@ -41,7 +41,7 @@
 
 #include "target.h"
 
-// Our own headers too are compiled for AVX2 here; what they define has internal linkage.
+// Our own headers are compiled for AVX2 here, too, and everything that they define has internal linkage.
 BITORCH_QLINEAR_AVX2_BEGIN
 #include "byte_sums_avx2.h"
 #include "gemm_tables_avx2.h"
@@ -96,12 +96,12 @@ inline Vector load_table(const uint8_t* tables, const uint16_t* offset) {
 }
 inline Vector look_up(Vector table, Vector nibbles) { return _mm256_shuffle_epi8(table, nibbles); }
 inline Vector sum(Vector a, Vector b, Vector c) { return _mm256_add_epi8(_mm256_add_epi8(a, b), c); }
-// Per row pair and 128 outputs: [weight vector 0..3][row p, row q].
+// The sums of a row pair and 128 outputs: [weight vector 0..3][row p, row q].
 struct PairSums {
     Sums rows[4][2];
 };
 
-// The inner loop: one row pair x 32 Vectors outputs x one block, from planar weights [nibble][128 bytes].
+// The inner loop: multiplies one row pair by one block of 32 Vectors outputs, from planar weights [nibble][128 bytes].
 template <int Vectors>
 __attribute__((noinline)) void pair_planar(const uint8_t* planar, const uint16_t* x, int64_t units, PairSums* sums,
                                            bool first) {
@@ -124,7 +124,7 @@ __attribute__((noinline)) void pair_planar(const uint8_t* planar, const uint16_t
     for (int v = 0; v < Vectors; ++v) flush_pair(a[v], b[v], &sums->rows[v][0], &sums->rows[v][1], first);
 }
 
-// One row pair x 64 outputs x one block, from the prepared form; Spread also leaves the nibbles planar
+// Multiplies one row pair by one block of 64 outputs, from the prepared form; Spread also writes the planar nibbles
 // for the row pairs that follow.
 template <bool Spread>
 __attribute__((noinline)) void pair_panel(const uint8_t* panel, uint8_t* planar, const uint16_t* x, int64_t units,
@@ -160,8 +160,8 @@ __attribute__((noinline)) void pair_panel(const uint8_t* panel, uint8_t* planar,
     for (int v = 0; v < 2; ++v) flush_pair(a[v], b[v], &sums[v][0], &sums[v][1], first);
 }
 
-// A single row x Panels * 64 outputs x one span: byte sums, flushed every block.
-// For 32 outputs x 8 values it masks twice, shifts, looks up twice and adds twice: 7 operations on 4 pipes, so at most
+// Multiplies a single row by one span of Panels * 64 outputs, with byte sums that are flushed every block. For 32
+// outputs by 8 values the loop masks twice, shifts, looks up twice and adds twice: 7 operations on 4 pipes, so at most
 // 146 multiply-adds a cycle; it reaches 131 in L1 (90 %, Zen 4).
 template <int Panels>
 __attribute__((noinline)) void single_row(const uint8_t* panels, int64_t panel_bytes, const uint16_t* x, int64_t units,
@@ -188,7 +188,7 @@ __attribute__((noinline)) void single_row(const uint8_t* panels, int64_t panel_b
     }
 }
 
-// The 16-bit sums of one row -> take(i, int32 counts) for each 8 of 32 `vectors` outputs from i on.
+// Calls take(i, int32 counts) with the 16-bit sums of one row, for each 8 of the 32 `vectors` outputs from i on.
 template <class Take>
 inline void widen_sums(const Sums (*sums)[2], int row, int vectors, const Take& take) {
     for (int v = 0; v < vectors; ++v) {
@@ -201,7 +201,7 @@ inline void widen_sums(const Sums (*sums)[2], int row, int vectors, const Take& 
     }
 }
 
-// A scale and a bias that change nothing, not even the sign of a zero.
+// A scale and a bias that change no value, not even the sign of a zero.
 struct Neutral {
     float scale[kColumns], bias[kColumns];
 };
@@ -213,7 +213,7 @@ constexpr Neutral make_neutral() {
 }
 constexpr Neutral kNeutral = make_neutral();
 
-// 32 `vectors` outputs of float32 straight from the sums of their only span; the same bits as write_outputs.
+// Writes 32 `vectors` float32 outputs directly from the sums of their only span, with the same bits as write_outputs.
 inline void write_floats(const Output& y, int64_t row, int64_t column, const Sums (*sums)[2], int sums_row,
                          int vectors) {
     const Vector k = _mm256_set1_epi32(y.k);
@@ -227,12 +227,12 @@ inline void write_floats(const Output& y, int64_t row, int64_t column, const Sum
     });
 }
 
-// 32 bytes (256 values) of a packed row from byte `begin` on; what lies past k is 0.
+// Loads 32 bytes (256 values) of a packed row from byte `begin` on; bits past k become 0.
 inline Vector load_bits(const uint32_t* row, int64_t begin, int64_t k) {
     const int64_t left = k - 8 * begin;
     const uint32_t* from = row + begin / kWordBytes;
     if (left >= 256) return load(from);
-    // Masked: from a copy made word by word the load would wait for the last of the writes.
+    // The load is masked, because a load from a copy made word by word would wait for the last of the writes.
     const Vector before = _mm256_setr_epi32(0, 32, 64, 96, 128, 160, 192, 224), zero = _mm256_setzero_si256();
     const Vector values = _mm256_max_epi32(_mm256_sub_epi32(_mm256_set1_epi32(static_cast<int>(left)), before), zero);
     const Vector past = _mm256_sllv_epi32(_mm256_set1_epi32(-1), values);  // 0 where all 32 count
@@ -241,17 +241,18 @@ inline Vector load_bits(const uint32_t* row, int64_t begin, int64_t k) {
 }
 
 inline int64_t units_for(int64_t k) { return ceil_div(k, kUnit); }
-// Table offsets of a row (pair): one a nibble, in whole vectors of 64.
+// The number of table offsets of a row or row pair: one for each nibble, in whole vectors of 64.
 inline int64_t offsets_for(int64_t k) { return ceil_div(units_for(k) * kUnitNibbles, 64) * 64; }
 
-// Two packed rows -> table offsets 16 (p | q << 4), one a nibble, in order of K. q may be null (zeros).
+// Makes the table offsets 16 (p | q << 4) of two packed rows, one for each nibble, in order of K. If q is null, its
+// values are 0.
 void make_offsets(const uint32_t* p, const uint32_t* q, int64_t k, uint16_t* offsets) {
     for (int64_t begin = 0; 2 * begin < offsets_for(k); begin += 32, offsets += 64) {
         const Vector bits_p = load_bits(p, begin, k);
         const Vector bits_q = q ? load_bits(q, begin, k) : _mm256_setzero_si256();
         const Vector even = _mm256_or_si256(low_nibbles(bits_p), _mm256_slli_epi16(low_nibbles(bits_q), 4));
         const Vector odd = _mm256_or_si256(high_nibbles(bits_p), _mm256_andnot_si256(_mm256_set1_epi8(15), bits_q));
-        // Nibbles in order, but for the 128-bit lanes that unpack keeps apart.
+        // The nibbles are in order, except that unpack keeps 128-bit lanes apart.
         const Vector low = _mm256_unpacklo_epi8(even, odd), high = _mm256_unpackhi_epi8(even, odd);
         const __m128i quarters[4] = {_mm256_castsi256_si128(low), _mm256_castsi256_si128(high),
                                      _mm256_extracti128_si256(low, 1), _mm256_extracti128_si256(high, 1)};
@@ -262,7 +263,7 @@ void make_offsets(const uint32_t* p, const uint32_t* q, int64_t k, uint16_t* off
     }
 }
 
-// Where the parts of a tile's private memory begin, in bytes, each a multiple of 64.
+// The offsets of the parts of a tile's private memory, in bytes, each a multiple of 64.
 struct WorkspaceLayout {
     int64_t sums, planar, counts, end;
 };
@@ -281,7 +282,7 @@ struct Workspace {
     uint16_t* offsets;  // [row pairs][offsets_for(k)]
     PairSums* sums;     // [row pairs]
     uint8_t* planar;    // one block's weights, [nibble][128 outputs]; 7.5 KiB
-    int32_t* counts;    // [rows][128] where K takes several spans, else one row reused
+    int32_t* counts;    // [rows][128] if K takes several spans, else one row that is reused
 
     Workspace(uint8_t* base, const WorkspaceLayout& at)
         : offsets(reinterpret_cast<uint16_t*>(base)),
@@ -290,7 +291,7 @@ struct Workspace {
           counts(reinterpret_cast<int32_t*>(base + at.counts)) {}
 };
 
-// All rows of a tile x up to two panels x one span of K, into 16-bit sums.
+// Multiplies all rows of a tile by one span of up to two panels, into 16-bit sums.
 void multiply_span(const uint8_t* panels, int64_t panel_bytes, int count, const Workspace& work, int64_t rows,
                    int64_t offset_stride, Range units) {
     if (size(units) == 0) {
@@ -391,7 +392,7 @@ BITORCH_QLINEAR_TARGET_END
 
 namespace bitorch_qlinear {
 
-// Outside the region: this runs before anybody knows that the processor has AVX2.
+// This is outside the region, because it runs before it is known that the processor has AVX2.
 static bool runs_on(const CpuFeatures& features) { return features.avx2; }
 
 const Kernel kAvx2Kernel = {

@@ -21,11 +21,11 @@
 //     if they packed perfectly, but 298 with the two copies that VPTERNLOG's overwritten operand costs, and
 //     250 with a fresh broadcast in place of each copy;
 //   product tables as in gemm_avx2.cpp, 64 outputs x two rows, by VPERMB of 6 bits (378) or VPERMI2B of 7 bits
-//     (400): that is before the byte sums are untangled every 240 values, and a single row wastes half of it.
-// Of 2, 4 and 6 rows a tile 4 is the best; prefetching the weights for a single row costs 17 %.
+//     (400): this is without untangling the byte sums every 240 values, and a single row wastes half of it.
+// Among 2, 4 and 6 rows a tile, 4 is the best; prefetching the weights for a single row costs 17 %.
 #if defined(__x86_64__)
 #if !defined(__clang__)
-// gcc 12 warns of its own intrinsics, which begin with a vector left undefined.
+// gcc 12 warns about its own intrinsics, which begin with an undefined vector.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
@@ -35,7 +35,7 @@
 
 #include "target.h"
 
-// Our own headers too are compiled for AVX-512 here; what they define has internal linkage.
+// Our own headers are compiled for AVX-512 here, too, and everything that they define has internal linkage.
 BITORCH_QLINEAR_AVX512_BEGIN
 #include "hash.h"
 #include "kernel.h"
@@ -53,34 +53,35 @@ constexpr int64_t kPanel = kLanes * kPanelVectors;
 constexpr int64_t kUnitBytes = kPanel * kWordBytes;
 constexpr int kRowGroup = 4;
 constexpr int64_t kRows = 128;
-// Words of K a block of the weights: 128 KiB, which stay in L2 beside at most 256 KiB of 128 rows of x.
-// It is a part of one panel where K is large, and else several panels, so that y is written in long rows
+// The words of K in a block of the weights: 128 KiB, which stay in L2 beside at most 256 KiB of 128 rows of x.
+// A block is a part of one panel if K is large, and otherwise several panels, so that y is written in long rows
 // (Zen 4: 512 x 256 -> 4096 takes 0.6 to 0.74 of the time that single panels take).
 constexpr int64_t kBlockWords = 512;
 
 inline Vector load(const void* p) { return _mm512_loadu_si512(p); }
 inline void store(void* p, Vector v) { _mm512_storeu_si512(p, v); }
 
-// Up to 4 rows x 64 outputs x a part of K.
+// A tile: up to 4 rows by 64 outputs by a part of K.
 struct Tile {
     const uint32_t* x;  // rows `stride` words apart
     int64_t stride;
-    const uint32_t* weights;  // of a panel
+    const uint32_t* weights;  // [word][kPanel], of one panel
     int64_t words;
-    uint32_t last;    // the bits of each row's last word that count
-    bool first;       // else the counts go on from those of the part before
+    uint32_t last;    // the mask of each row's last word
+    bool first;       // if false, the counts continue those of the part before
     int32_t* counts;  // [row][kPanel]
 };
 
-// Where the counts of a tile become outputs: y from [row][column] on, of the last vector the lanes `inside`.
+// The place in y at which a tile's counts become outputs: y[row][column]. `inside` is the mask of the last vector's
+// lanes.
 struct Corner {
     const Output& y;
     int64_t row, column;
     __mmask16 inside;
 };
 
-// float32 outputs straight from registers: 0.75 (K = 64) to 0.95 (K = 1024) of the time that a way through memory
-// takes. The same bits as write_outputs: a factor of 1 and a term of -0.0 change nothing.
+// Writes float32 outputs directly from registers, in 0.75 (K = 64) to 0.95 (K = 1024) of the time that it takes through
+// memory. The bits are those of write_outputs, because a factor of 1 and a term of -0.0 change nothing.
 template <int Rows, int Vectors>
 inline void write_floats(const Corner& corner, const Vector (&counts)[Rows][Vectors]) {
     const Output y = corner.y;  // a copy, which writes cannot change
@@ -103,7 +104,7 @@ inline void write_floats(const Corner& corner, const Vector (&counts)[Rows][Vect
     }
 }
 
-// Rows x 16 Vectors outputs: into tile.counts, or into y where there is a corner.
+// Multiplies Rows rows by 16 Vectors outputs, into tile.counts, or into y if there is a corner.
 template <int Rows, int Vectors>
 __attribute__((noinline)) void multiply_tile(const Tile& tile, const Corner* corner) {
     const uint32_t *x = tile.x, *weights = tile.weights;
@@ -155,7 +156,7 @@ MultiplyTile tile_of(int64_t rows, int64_t vectors) {
     }
 }
 
-// Up to 4 rows x up to a panel of columns x the words `part` of K; after the last of them y is written.
+// Multiplies up to 4 rows by up to a panel of columns over the words `part` of K, and writes y after the last of them.
 inline void multiply_part(const Product& product, Range rows, Range columns, Range part, int32_t* counts) {
     const int64_t words = words_for(product.k), vectors = ceil_div(size(columns), kLanes);
     const bool last = part.end == words, floats = product.y.dtype == DType::float32;
@@ -180,7 +181,7 @@ int64_t blocks_for(int64_t k) { return k > 0 ? ceil_div(words_for(k), kBlockWord
 
 int64_t columns_for(int64_t k) { return k > 0 ? ceil_div(kBlockWords, words_for(k)) * kPanel : kPanel; }
 
-// Counts of all rows where K takes several blocks, else of one group of rows.
+// The counts of all rows if K takes several blocks, else of one group of rows.
 int64_t workspace_bytes(int64_t rows, int64_t k) {
     return (blocks_for(k) > 1 ? rows : kRowGroup) * kPanel * static_cast<int64_t>(sizeof(int32_t));
 }
@@ -188,7 +189,7 @@ int64_t workspace_bytes(int64_t rows, int64_t k) {
 void gemm(const Product& product, Range rows, Range columns, uint8_t* memory) {
     const int64_t words = words_for(product.k), blocks = blocks_for(product.k), block_columns = columns_for(product.k);
     int32_t* workspace = reinterpret_cast<int32_t*>(memory);
-    // Three loops over blocks that stay in L2, and inside them tiles whose counts stay in registers.
+    // Three loops go over blocks that stay in L2; the tiles inside them keep their counts in registers.
     for (int64_t begin = columns.begin; begin < columns.end; begin += block_columns) {
         const int64_t end = columns.end - begin < block_columns ? columns.end : begin + block_columns;
         for (int64_t block = 0; block < blocks; ++block) {
@@ -205,7 +206,7 @@ void gemm(const Product& product, Range rows, Range columns, uint8_t* memory) {
     }
 }
 
-// 16 x 16 words, in place: v[i] becomes column i. Each round interleaves registers 8 apart, which rotates
+// Transposes 16 x 16 words in place: v[i] becomes column i. Each round interleaves registers 8 apart, which rotates
 // the eight index bits (row, column) by one; after four rounds they have changed places.
 inline void transpose(Vector* v) {
     const Vector low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -249,7 +250,7 @@ BITORCH_QLINEAR_TARGET_END
 
 namespace bitorch_qlinear {
 
-// Outside the region: this runs before anybody knows that the processor has AVX-512.
+// This is outside the region, because it runs before it is known that the processor has AVX-512.
 static bool runs_on(const CpuFeatures& features) { return features.avx512; }
 
 const Kernel kAvx512Kernel = {
@@ -266,7 +267,7 @@ const Kernel kAvx512Kernel = {
     .column_tile = kPanel,
     .workspace_bytes = workspace_bytes,
     .gemm = gemm,
-    // With 512-bit loads 7.9 cycles for 30 bits against 7.5 (Zen 4, which splits them), so the AVX2 one.
+    // AVX2's way is used: with 512-bit loads 30 bits take 7.9 cycles instead of 7.5 (Zen 4, which splits them).
     .sign_gemm = &kAvx512SignGemm,
 };
 

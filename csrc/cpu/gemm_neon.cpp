@@ -1,17 +1,18 @@
 // Binary matrix product by XOR and the popcount of bytes (CNT), for 64-bit Arm. Its slow twin is gemm_scalar.cpp.
 //
-// 16 bytes of a row of x meet the same of a weight row, and the counts, at most 8 a byte, are added in bytes:
+// 16 bytes of a row of x are compared with 16 of a weight row, and the counts, at most 8 for each byte, are added in
+// bytes:
 //
 //     bytes += CNT(x ^ w)                                                               128 multiply-adds
 //
 // Every 31 steps (3968 values) they are widened to 32 bits; each sum of a tile of 4 rows x 4 outputs is added up at the
-// end, so no form of the weights but the words is needed. The tile's 16 sums of bytes, 4 vectors of weights and one of
+// end, so the weights need no other form than the words. The tile's 16 sums of bytes, 4 vectors of weights and one of
 // x fill 22 of the 32 registers.
 //
 // XOR, CNT and the addition go to any vector pipe, of which a Neoverse N1 has two and a V1 four (LLVM's scheduling
 // models AArch64SchedNeoverseN1.td and V1.td, which cite Arm's optimization guides): 3 operations in 1.5 and 0.75
 // cycles, at most 85 and 171 multiply-adds a cycle. A step's loop is 48 of them, 8 loads and 4 others (gcc 12, -O3),
-// without a spill. Not measured: no Arm processor was at hand, the kernel ran under an emulator.
+// without a spill. Nothing was measured: no Arm processor was available, and the kernel has only run under an emulator.
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
@@ -33,7 +34,7 @@ static_assert(8 * kStepsPerBlock <= 255, "a block's count must fit in a byte");
 
 inline uint8x16_t load(const uint32_t* words) { return vreinterpretq_u8_u32(vld1q_u32(words)); }
 
-// The words of a row from `first` on, fewer than four whole ones; 0 past k.
+// Loads the words of a row from `first` on, fewer than four whole ones; bits past k become 0.
 inline uint8x16_t load_last(const uint32_t* row, int64_t first, int64_t k) {
     uint32_t words[kStepWords] = {};
     for (int64_t i = first; i < words_for(k); ++i) words[i - first] = row[i] & word_mask(i, k);

@@ -3,15 +3,15 @@
 //
 // 64 multiply-adds are a move, an XOR, a POPCNT and an addition; a processor that starts four instructions a cycle, of
 // which one POPCNT, does at most 64 a cycle. Zen 4 starts six, of which four may be POPCNT: the 20 instructions of a
-// tile's step, 256 multiply-adds, allow 77 a cycle, and the loop in L1 reaches 61 (79 %; gcc 12). POPCNT in gcc's and
-// clang's own instruction set, of 2003, is a call.
+// tile's step, 256 multiply-adds, allow 77 a cycle, and the loop in L1 reaches 61 (79 %; gcc 12). In the instruction
+// set that gcc and clang assume, x86-64 of 2003, POPCNT is a function call.
 #if defined(__x86_64__)
 #include <cstdint>
 #include <cstring>
 
 #include "target.h"
 
-// Our own headers too are compiled for POPCNT here; what they define has internal linkage.
+// Our own headers are compiled for POPCNT here, too, and everything that they define has internal linkage.
 BITORCH_QLINEAR_POPCNT_BEGIN
 #include "gemm_unprepared.h"
 #include "hash.h"
@@ -21,7 +21,7 @@ BITORCH_QLINEAR_POPCNT_BEGIN
 namespace bitorch_qlinear {
 namespace {
 
-// Two words of a row from word `first` on; 0 past k.
+// Loads two words of a row from word `first` on; load_last sets the bits past k to 0.
 inline uint64_t load(const uint32_t* row, int64_t first) {
     uint64_t bits;
     std::memcpy(&bits, row + first, sizeof bits);
@@ -60,7 +60,7 @@ BITORCH_QLINEAR_TARGET_END
 
 namespace bitorch_qlinear {
 
-// Outside the region: this runs before anybody knows that the processor has POPCNT.
+// This is outside the region, because it runs before it is known that the processor has POPCNT.
 static bool runs_on(const CpuFeatures& features) { return features.popcnt; }
 
 const Kernel kPopcntKernel = {

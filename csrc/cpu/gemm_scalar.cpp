@@ -1,5 +1,5 @@
-// The portable kernel and the slow twin of all others: XOR and popcount over the interchange form,
-// one 32-bit word at a time, as packed.h and epilogue.h define it.
+// The portable kernel, which is the slow twin of all others: XOR and popcount over the interchange form, one 32-bit
+// word at a time, as packed.h and epilogue.h define it.
 #include "hash.h"
 #include "kernel.h"
 #include "pack_portable.h"

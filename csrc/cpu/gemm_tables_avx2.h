@@ -1,18 +1,18 @@
 // Binary matrix product for many rows, by tables of rows (AVX2): the method of the four Russians (Arlazarov, Dinic,
 // Kronrod and Faradzhev, 1970). Its slow twin is gemm_scalar.cpp.
 //
-// 64 rows of x are one vector: each of 32 bytes holds a 4-bit count of row r and, above it, one of row r + 32. For five
-// values of K these rows make a table of 32 vectors that five weight bits w index:
+// 64 rows of x share one vector, whose byte r of 32 holds a 4-bit count of row r and, above it, one of row r + 32. For
+// five values of K these rows make a table of 32 vectors that five weight bits w index:
 //
 //     T[w][r] = popcount(x[r] ^ w)                                        at most 5
 //
-// so that one load is 64 x 5 = 320 multiply-adds. Three of them make a GROUP s (15 values; at most 15 in a count), summed
-// as in gemm_avx2.cpp: A += s, B += s >> 4. 24 tables are a BLOCK, 120 values; they take 24 KiB and stay in L1 while the
-// strip's outputs pass by. A and B of an output wait in memory for the second block and are then untangled into 16-bit
-// sums.
+// so that one load is 64 x 5 = 320 multiply-adds. Three of them make a GROUP s (15 values; at most 15 in a count),
+// which is summed as in gemm_avx2.cpp: A += s, B += s >> 4. 24 tables are a BLOCK, 120 values; they take 24 KiB and
+// stay in L1 while the strip's outputs pass by. A and B of an output wait in memory for the second block and are then
+// untangled into 16-bit sums.
 //
-// The weights are read as they are in the interchange form, 15 bytes a row and block: prefetched, that costs 8 % more
-// than from a copy in the order of reading (K = 4096, Zen 4), and for 128 rows the copy would cost as much.
+// The weights are read in the interchange form, 15 bytes for each row and block. With prefetching that costs 8 % more
+// than reading a copy in the order of use (K = 4096, Zen 4), and for 128 rows making the copy would cost as much.
 //
 // A block is 48 operations for the indices, 24 loads that add, 24 of A, B and the shift, 3 loads of weights, 2 stores
 // and 5 for the loop: 106, so on a Zen 3 or 4, which starts 6 a cycle, 17.7 cycles for 7680 multiply-adds, 434 a cycle.
@@ -38,19 +38,19 @@ constexpr int64_t kBlock = kTables * kIndexBits;
 constexpr int64_t kBlockBytes = kBlock / 8;
 static_assert(kGroupTables * kIndexBits <= 15, "a group's count must fit in 4 bits");
 static_assert(2 * kBlock <= 255, "the count of two blocks must fit in a byte");
-// Outputs whose sums, 192 bytes each, stay in L2. Fewer make the tables more often.
+// The outputs whose sums, 192 bytes each, stay in L2. With fewer, the tables would be made more often.
 constexpr int64_t kStrip = 1024;
-// Outputs whose counts go to the epilogue together, 16 rows at a time: 8 KiB.
+// The outputs whose counts go to the epilogue together, 16 rows at a time: 8 KiB.
 constexpr int64_t kFinished = 128;
-// Prefetched so many outputs ahead: 3 to 6 are alike.
+// How many outputs ahead the weights are prefetched; 3 to 6 are equally fast.
 constexpr int64_t kAhead = 4;
-// Where this is the faster way, by 1.02 to 1.16 times (one thread, Zen 4): with fewer rows a vector is not full enough,
-// with fewer outputs or values the tables and the counts cost more than they save, with more values each weight row
-// lies in pages of its own.
+// From these bounds on this method is 1.02 to 1.16 times as fast (one thread, Zen 4). With fewer rows a vector is not
+// full enough, with fewer outputs or values the tables and the counts cost more than they save, and with more values
+// each weight row lies in pages of its own.
 constexpr int64_t kFewestRows = 58, kFewestOutputs = 512, kFewestValues = 768, kMostValues = 16384;
 static_assert(kMostValues <= 65535, "a count must fit in 16 bits");
 
-// A and B of one output, waiting for the second block; and its sums: rows 0-31 and 32-63 of 64.
+// A and B of one output, which wait for the second block; and its sums of rows 0-31 and 32-63.
 struct Bytes {
     Vector a, b;
 };
@@ -58,14 +58,15 @@ struct RowSums {
     Sums halves[2];
 };
 
-// One block of `outputs` weight rows, `stride` bytes apart, by 64 rows of x. The first of two blocks (or the only one)
-// begins at 0 instead of what waits; the second (or the only one) adds to the sums, or sets them where `first`.
+// Multiplies one block of `outputs` weight rows, `stride` bytes apart, by 64 rows of x. The first of two blocks (or the
+// only one) begins at 0 instead of the waiting sums; the second (or the only one) adds to the sums, or sets them if
+// `first`.
 template <bool FirstOfTwo, bool Flush>
 __attribute__((noinline)) void add_block(const uint8_t* tables, const uint8_t* weights, int64_t stride, int64_t outputs,
                                          Bytes* waiting, RowSums* sums, bool first) {
     for (; outputs; --outputs, weights += stride, ++waiting, ++sums) {
         __builtin_prefetch(weights + kAhead * stride);
-        uint64_t bits[3];  // 40 each, of the last from bit 24 on: nothing past the block's 15 bytes is read
+        uint64_t bits[3];  // 40 bits each, in the last from bit 24 on: nothing past the block's 15 bytes is read
         std::memcpy(&bits[0], weights, 8);
         std::memcpy(&bits[1], weights + 5, 8);
         std::memcpy(&bits[2], weights + 7, 8);
@@ -76,7 +77,8 @@ __attribute__((noinline)) void add_block(const uint8_t* tables, const uint8_t* w
             BITORCH_QLINEAR_UNROLL
             for (int i = 0; i < 8; ++i) {
                 const int table = 8 * word + i, shift = kIndexBits * i + (word == 2 ? 24 : 0);
-                // The index times 32, the bytes of an entry: gcc 12 takes two instructions for a shift, one for this.
+                // This is the index times 32, the size of an entry. gcc 12 needs two instructions for a shift and one
+                // for this.
                 const uint64_t offset = std::rotr(bits[word], shift - 5) & (kEntries - 1) << 5;
                 const Vector entry =
                     _mm256_load_si256(reinterpret_cast<const Vector*>(tables + table * kTableBytes + offset));
@@ -95,8 +97,8 @@ __attribute__((noinline)) void add_block(const uint8_t* tables, const uint8_t* w
     }
 }
 
-// The tables of a block from its planes: [120][32 bytes], 1 or 0 in each 4-bit count as the row's bit is. Values from
-// `valid` on count nothing, whatever the weights' bits are; their planes are 0.
+// Makes the tables of a block from its planes [120][32 bytes], each of which holds a row's bit in a 4-bit count. Values
+// from `valid` on have planes of 0 and add nothing, for any weight bits.
 __attribute__((noinline)) void make_tables(const Vector* planes, int64_t valid, Vector* tables) {
     for (int64_t value = 0; value < kBlock; tables += kEntries) {
         const Vector* ones = planes + value;
@@ -114,7 +116,7 @@ __attribute__((noinline)) void make_tables(const Vector* planes, int64_t valid, 
     }
 }
 
-// The planes of up to 64 packed rows, for all blocks of k and up to 127 values more: 0 past k and past the rows.
+// Makes the planes of up to 64 packed rows, for all blocks of k and up to 127 values more: 0 past k and past the rows.
 __attribute__((noinline)) void make_planes(const uint32_t* x, int64_t rows, int64_t k, Vector* planes) {
     for (int64_t begin = 0; begin < ceil_div(k, kBlock) * kBlockBytes; begin += 16) {
         Vector low[16], high[16];
@@ -132,7 +134,7 @@ __attribute__((noinline)) void make_planes(const uint32_t* x, int64_t rows, int6
     }
 }
 
-// 8 x 8 values of 16 bits in each 128-bit half, in place: v[i] becomes column i.
+// Transposes 8 x 8 values of 16 bits in each 128-bit half in place: v[i] becomes column i.
 inline void transpose_16_bits(Vector* v) {
     for (int round = 0; round < 3; ++round) {
         Vector next[8];
@@ -145,8 +147,8 @@ inline void transpose_16_bits(Vector* v) {
     }
 }
 
-// Sums of 8 outputs -> the int32 counts of 16 rows, counts[row][kFinished]; the rows are the even (0) or odd (1) bytes
-// of a half of the 64.
+// Turns the sums of 8 outputs into the int32 counts of 16 rows, counts[row][kFinished]. The rows are the even (0) or
+// odd (1) bytes of a half of the 64.
 inline void count_rows(const RowSums* sums, int half, int odd, int32_t* counts) {
     Vector v[8];
     BITORCH_QLINEAR_UNROLL
@@ -163,7 +165,7 @@ inline void count_rows(const RowSums* sums, int half, int odd, int32_t* counts) 
     }
 }
 
-// y[rows][columns] from the sums of these rows (up to 64) and columns.
+// Writes y[rows][columns] from the sums of these rows (up to 64) and columns.
 void finish(const Output& y, Range rows, Range columns, const RowSums* sums, int32_t* counts) {
     for (int64_t column = columns.begin; column < columns.end; column += kFinished, sums += kFinished) {
         const int64_t width = std::min(columns.end - column, kFinished);
@@ -179,7 +181,7 @@ void finish(const Output& y, Range rows, Range columns, const RowSums* sums, int
 
 int64_t planes_for(int64_t k) { return ceil_div(ceil_div(k, kBlock) * kBlockBytes, 16) * 128; }
 
-// Private memory of a call, and its parts.
+// A call's private memory and its parts.
 constexpr int64_t kTablesBytes = kTables * kTableBytes;
 constexpr int64_t kWaitingBytes = kStrip * static_cast<int64_t>(sizeof(Bytes));
 constexpr int64_t kSumsBytes = kStrip * static_cast<int64_t>(sizeof(RowSums));
@@ -205,14 +207,14 @@ struct Workspace {
           planes(reinterpret_cast<Vector*>(memory += kCountsBytes)) {}
 };
 
-// How many of the rows this way is faster for; the others are left to the other way.
+// Returns for how many of the rows this method is faster; gemm_avx2.cpp's own loops compute the others.
 int64_t rows_worth(int64_t rows, int64_t columns, int64_t k) {
     if (columns < kFewestOutputs || k < kFewestValues || k > kMostValues) return 0;
     const int64_t rest = rows % kRows;
     return rest < kFewestRows ? rows - rest : rows;
 }
 
-// Up to 64 rows, whose planes are made, by a strip of outputs, into sums.
+// Multiplies up to 64 rows, whose planes are made, by a strip of outputs, into sums.
 void multiply_strip(const Product& product, Range columns, const Workspace& work) {
     const int64_t stride = words_for(product.k) * kWordBytes, blocks = ceil_div(product.k, kBlock);
     for (int64_t block = 0; block < blocks; ++block) {
@@ -223,7 +225,7 @@ void multiply_strip(const Product& product, Range columns, const Workspace& work
         const auto* tables = reinterpret_cast<const uint8_t*>(work.tables);
         const auto* weights =
             reinterpret_cast<const uint8_t*>(product.weight) + columns.begin * stride + block * kBlockBytes;
-        // The last block may end past its row, which matters in the last one: that is read from a copy.
+        // A last block may end past its row. In the last row that would be past the weights, so it is read from a copy.
         const int64_t left = stride - block * kBlockBytes;
         const bool copied = left < kBlockBytes && columns.end == product.n;
         const int64_t outputs = size(columns) - copied;

@@ -1,5 +1,5 @@
 // The loops of the kernels that read the words themselves and so need no prepared form: tiles of a few rows by a few
-// outputs, whose words meet along K.
+// outputs, whose words are compared along K.
 #pragma once
 
 #include "kernel.h"
@@ -7,7 +7,7 @@
 namespace bitorch_qlinear {
 namespace {
 
-// Outputs whose counts go to the epilogue together.
+// The outputs whose counts go to the epilogue together.
 constexpr int64_t kStrip = 64;
 
 // Tile::count<Rows, Columns>(x, weight, k, counts) sets counts[row][kStrip] to the bits of k in which the rows of x and
@@ -27,7 +27,7 @@ template <class Tile>
 void gemm_by_words(const Product& product, Range rows, Range columns, uint8_t*) {
     const int64_t words = words_for(product.k);
     int32_t counts[Tile::kRows * kStrip];
-    // A strip's weights stay near while all rows pass.
+    // A strip's weights stay in cache while all rows are multiplied by them.
     for (int64_t strip = columns.begin; strip < columns.end; strip += kStrip) {
         const int64_t width = columns.end - strip < kStrip ? columns.end - strip : kStrip;
         for (int64_t row = rows.begin; row < rows.end; row += Tile::kRows) {

@@ -1,5 +1,5 @@
-// The kernel record: everything that belongs to one instruction set, in one struct, so that the form
-// of the prepared weights can never belong to another kernel than the one that reads it.
+// The kernel record holds everything that belongs to one instruction set in one struct, so that the prepared weights
+// can never be in another kernel's form than that of the kernel that reads them.
 #pragma once
 
 #include <cstdint>
@@ -14,11 +14,11 @@ namespace bitorch_qlinear {
 
 // Packs one row of k values, contiguous, into words_for(k) words; bits past k are 0.
 //   bit = !(v < 0), or v > 0 where `strict`.
-// Where in_range is not null, its bit is |v| <= threshold (so NaN is out of range); the threshold is
+// If in_range is not null, its bit is |v| <= threshold (so NaN is out of range); the threshold is
 // representable in the row's type.
 using PackRow = void (*)(const void* x, int64_t k, bool strict, double threshold, uint32_t* words, uint32_t* in_range);
 
-// The inverse: k values from words_for(k) words. For float types and int8 +-1, for bool the bit itself.
+// Unpacks k values from words_for(k) words: +-1 for numbers, and the bit itself for bool.
 using UnpackRow = void (*)(const uint32_t* words, int64_t k, void* out, DType dtype);
 
 // The prepared form of the weights: the header (packed.h), the words' fingerprint (fingerprint.h), then for each panel
@@ -52,17 +52,17 @@ struct Kernel {
     bool (*runs_on)(const CpuFeatures&);
     PackRow pack_row[kFloatTypes];
     UnpackRow unpack_row;
-    // hash.h's, compiled for this instruction set.
+    // hash.h's function, compiled for this instruction set.
     uint64_t (*hash_words)(const uint32_t* words, int64_t count, int64_t period);
     Layout layout;
     // Writes the panels [begin, end) of the prepared form from row-major words; null if unit_bytes is 0.
     void (*prepare)(const uint32_t* words, int64_t n, int64_t k, Range panels, uint8_t* out);
-    // Tiles that gemm takes: at most row_tile rows, columns from a multiple of column_tile on.
+    // gemm takes tiles of at most row_tile rows whose columns begin at a multiple of column_tile.
     int64_t row_tile, column_tile;
     int64_t (*workspace_bytes)(int64_t rows, int64_t k);
     // Computes y[rows][columns]; workspace is aligned to 64 bytes and private to the call.
     void (*gemm)(const Product&, Range rows, Range columns, uint8_t* workspace);
-    // The product where one factor stays real.
+    // The product of real values by signs.
     const SignGemm* sign_gemm;
 };
 

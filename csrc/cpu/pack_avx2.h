@@ -1,5 +1,5 @@
-// Packing a row with AVX2, 32 values at a time. The twin that says what it computes is pack_row_portable
-// in pack_portable.h.
+// Packs a row with AVX2, 32 values at a time. Its twin, which defines what it computes, is pack_row_portable in
+// pack_portable.h.
 #pragma once
 
 // Included inside the AVX2 region, behind the intrinsics.
@@ -8,11 +8,12 @@
 namespace bitorch_qlinear {
 namespace {
 
-// v < 0 (Negative) or v > 0 by the bit pattern, see is_positive: patterns from 1 to infinity behind the sign, so pattern
-// - 1 < infinity without a sign. The comparison has one, so the upper bit of both sides is turned over. 32 values give a
-// word, bit i belonging to x[i].
+// signs() tests v < 0 (Negative) or v > 0 by the bit pattern (is_positive): behind the sign it lies between 1 and
+// infinity, so pattern - 1 < infinity as unsigned integers. AVX2 compares signed ones, so the upper bit of both sides
+// is inverted. 32 values give a word, whose bit i belongs to x[i].
 
-// The word of 32 masks, 8 a vector: packed into bytes for one movemask, which is half as fast as a comparison.
+// Joins 32 masks, 8 in each vector, into a word. They are packed into bytes for one movemask, which is half as fast as
+// a comparison.
 inline uint32_t join(const __m256i* masks) {
     // Packing keeps the 128-bit halves apart; the permutation puts their quarters in order.
     const __m256i bytes =
@@ -56,7 +57,7 @@ inline uint32_t signs_16(const void* x) {
         return _mm256_cmpgt_epi16(infinity, _mm256_add_epi16(_mm256_loadu_si256(from), offset));
     };
     const __m256i* halves = static_cast<const __m256i*>(x);
-    // As in join().
+    // The permutation is that of join().
     const __m256i bytes = _mm256_packs_epi16(inside(halves), inside(halves + 1));
     return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xD8)));
 }
@@ -69,7 +70,7 @@ inline uint32_t signs(const BFloat16* x) {
     return signs_16<Negative, 0x7F80>(x);
 }
 
-// |v| <= threshold of 32 values; NaN is out of range.
+// in_range() tests |v| <= threshold of 32 values; NaN is out of range.
 
 inline __m256 load8(const float* x) { return _mm256_loadu_ps(x); }
 inline __m256 load8(const Half* x) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))); }

@@ -1,9 +1,9 @@
-// Packing a row with AVX-512, 32 values at a time: comparisons give the bits themselves. The twin that says
-// what it computes is pack_row_portable in pack_portable.h.
+// Packs a row with AVX-512, 32 values at a time: comparisons give the bits themselves. Its twin, which defines what it
+// computes, is pack_row_portable in pack_portable.h.
 //
-// Against pack_avx2.h on Zen 4, float32: 0.94 of the time for 1 MiB in L2, 1.00 for 8 MiB in L3, 1.01 to 1.08 from
-// memory, where loads of 32 bytes in any form are the better ones and software prefetch costs 20 % more. torch.sum over
-// the 8 MiB takes 0.91 of either's time.
+// Compared with pack_avx2.h on Zen 4, float32 takes 0.94 of the time for 1 MiB in L2, 1.00 for 8 MiB in L3, and 1.01 to
+// 1.08 from memory, for which loads of 32 bytes are better in any form and software prefetch costs 20 % more. torch.sum
+// over the 8 MiB takes 0.91 of either's time.
 #pragma once
 
 // Included inside the AVX-512 region, behind the intrinsics.
@@ -12,8 +12,8 @@
 namespace bitorch_qlinear {
 namespace {
 
-// v < 0 (Negative) or v > 0 by the bit pattern, see is_positive: patterns from 1 to infinity behind the
-// sign. 32 values give a word, bit i belonging to x[i].
+// signs() tests v < 0 (Negative) or v > 0 by the bit pattern (is_positive), which behind the sign lies between 1 and
+// infinity. 32 values give a word, whose bit i belongs to x[i].
 
 template <bool Negative>
 inline uint32_t signs(const float* x) {
@@ -48,7 +48,7 @@ inline uint32_t signs(const BFloat16* x) {
     return signs_16<Negative, 0x7F80>(x);
 }
 
-// |v| <= threshold of 32 values; NaN is out of range.
+// in_range() tests |v| <= threshold of 32 values; NaN is out of range.
 
 inline __m512 load16(const float* x) { return _mm512_loadu_ps(x); }
 inline __m512 load16(const Half* x) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }

@@ -1,4 +1,5 @@
-// Packing a row with NEON, 32 values at a time. The twin that says what it computes is pack_row_portable in pack_portable.h.
+// Packs a row with NEON, 32 values at a time. Its twin, which defines what it computes, is pack_row_portable in
+// pack_portable.h.
 #pragma once
 
 // Included behind arm_neon.h.
@@ -7,7 +8,7 @@
 namespace bitorch_qlinear {
 namespace {
 
-// Masks of 16 values, a byte each, from those of their own width: every other part of two vectors, until they are bytes.
+// Narrows the masks of 16 values to a byte each: it keeps every other part of two vectors until the masks are bytes.
 inline uint8x16_t narrow(const uint16x8_t* masks) {
     return vuzp1q_u8(vreinterpretq_u8_u16(masks[0]), vreinterpretq_u8_u16(masks[1]));
 }
@@ -26,7 +27,7 @@ inline uint8x16_t narrow(const uint64x2_t* masks) {
     return narrow(halves);
 }
 
-// 32 masks of a byte -> a word: a bit is kept of each byte, and eight neighbours are added up.
+// Joins 32 masks of a byte into a word: each byte keeps one bit, and eight neighbours are added up.
 inline uint32_t join(uint8x16_t low, uint8x16_t high) {
     const uint8x16_t bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
     uint8x16_t sums = vpaddq_u8(vandq_u8(low, bit), vandq_u8(high, bit));
@@ -35,7 +36,7 @@ inline uint32_t join(uint8x16_t low, uint8x16_t high) {
     return vgetq_lane_u32(vreinterpretq_u32_u8(sums), 0);
 }
 
-// The word of 32 values by a test that makes a vector of masks from its first values.
+// Makes the word of 32 values by a test that turns the first values at an address into a vector of masks.
 template <class T, class Test>
 inline uint32_t word_of(const T* x, const Test& test) {
     using Masks = decltype(test(x));
@@ -47,8 +48,8 @@ inline uint32_t word_of(const T* x, const Test& test) {
     return join(narrow(masks[0]), narrow(masks[1]));
 }
 
-// v < 0 (Negative) or v > 0 by the bit pattern, see is_positive: patterns from 1 to infinity behind the sign. All of it
-// unsigned: gcc's vsubq_s64 is a subtraction of C++, whose overflow is undefined.
+// signs() tests v < 0 (Negative) or v > 0 by the bit pattern (is_positive), which behind the sign lies between 1 and
+// infinity. Everything is unsigned, because gcc's vsubq_s64 is a subtraction of C++, whose overflow is undefined.
 
 template <bool Negative>
 inline uint64x2_t sign_masks(const double* x) {
@@ -80,7 +81,7 @@ inline uint32_t signs(const T* x) {
     return word_of(x, [](const T* from) { return sign_masks<Negative>(from); });
 }
 
-// |v| <= threshold of 32 values; NaN is out of range.
+// in_range() tests |v| <= threshold of 32 values; NaN is out of range.
 
 inline float32x4_t load4(const float* x) { return vld1q_f32(x); }
 inline float32x4_t load4(const Half* x) {

@@ -1,4 +1,4 @@
-// The portable packing and unpacking of a row: what every instruction set's version must equal.
+// The portable packing and unpacking of a row, which every instruction set's version must equal.
 #pragma once
 
 #include <cstdint>
@@ -9,18 +9,18 @@
 namespace bitorch_qlinear {
 namespace {
 
-// |v| of every type that widen() returns, NaN staying NaN.
+// Returns |v| for every type that widen() returns; NaN stays NaN.
 inline double absolute(double v) { return v < 0 ? -v : v; }
 inline float absolute(float v) { return v < 0 ? -v : v; }
 
-// v > 0 and v < 0 by the bit pattern: a comparison of floats takes denormals for zero in those threads
-// in which somebody asked for that, and results would depend on the thread.
+// Tests v > 0 and v < 0 by the bit pattern. A comparison of floats takes denormals for zero in threads that flush them,
+// and results would depend on the thread.
 inline bool is_positive(float v) { return float_bits(v) - 1 < 0x7F800000u; }
 inline bool is_negative(float v) { return is_positive(bits_float(float_bits(v) ^ 0x80000000u)); }
 inline bool is_positive(double v) { return double_bits(v) - 1 < 0x7FF0000000000000u; }
 inline bool is_negative(double v) { return is_positive(bits_double(double_bits(v) ^ 0x8000000000000000u)); }
 
-// The bits of values [begin, end) of a row, with the first at bit 0; end - begin <= 32.
+// Returns the bits of values [begin, end) of a row, with the first at bit 0; end - begin <= 32.
 template <class T>
 inline uint32_t sign_bits(const T* x, int64_t begin, int64_t end, bool strict) {
     uint32_t word = 0;
@@ -51,7 +51,7 @@ void pack_row_portable(const void* row, int64_t k, bool strict, double threshold
     }
 }
 
-// Bit 0 -> zero, bit 1 -> one, both given as the output's bit patterns.
+// Writes `zero` for bit 0 and `one` for bit 1, both given as the output's bit patterns.
 template <class T>
 inline void unpack_patterns(const uint32_t* words, int64_t k, void* data, T zero, T one) {
     T* out = static_cast<T*>(data);

@@ -1,18 +1,18 @@
-// The rows' loop of every instruction set's packing, over its signs() and in_range() of 32 values.
+// The loop over a row in every instruction set's packing, which calls its signs() and in_range() for 32 values.
 #pragma once
 
-// Included behind these two, inside the region of the instruction set.
+// It is included after these two, inside the region of the instruction set.
 #include "pack_portable.h"
 
 namespace bitorch_qlinear {
 namespace {
 
-// How far ahead of the values that are packed memory is asked for: a page, at whose end the processor's own prefetching
-// stops. Packing 64 MiB that no cache holds takes 5.5 ms with it and 6.4 without (Intel Xeon with AVX-512; torch.sum
-// 5.9), and as the first half of a product 6.1 and 8.8.
+// How far ahead of the packed values memory is prefetched: a page, at whose end the processor's own prefetching stops.
+// Packing 64 MiB that no cache holds takes 5.5 ms with it and 6.4 without (Intel Xeon with AVX-512; torch.sum 5.9), and
+// as the first half of a product 6.1 and 8.8.
 constexpr int64_t kPrefetchBytes = 4096, kLineBytes = 64;
 
-// Whole words by vectors; the last, partial one by the twin.
+// Packs whole words by vectors, and the last, partial one by the twin.
 template <class T, bool Strict, bool InRange>
 inline void pack_words(const T* x, int64_t k, double threshold, uint32_t* words, uint32_t* range_words) {
     const int64_t whole = k / kWordBits;

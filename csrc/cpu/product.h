@@ -1,5 +1,5 @@
-// The products, from checked pointers and sizes down to the kernel's calls: packing, panels of weights that came without
-// a prepared form, and the tiles that threads compute.
+// The products, from checked pointers and sizes down to the kernel's calls: packing, panels of weights that came
+// without a prepared form, and the tiles that threads compute.
 #pragma once
 
 #include <algorithm>
@@ -219,8 +219,9 @@ void multiply_rows(const Threads& threads, const Kernel& kernel, const Rows& x, 
 // kFewestColumns would make the same tables too often.
 constexpr int64_t kMostColumns = 4096, kFewestColumns = 512;
 
-// Computes a product of real values by signs in tiles of row_tile rows by equal shares of the columns: one share, unless
-// there are fewer rows than threads. Few rows, also those that whole tiles leave over, are computed by multiply_few.
+// Computes a product of real values by signs in tiles of row_tile rows by equal shares of the columns: one share,
+// unless there are fewer rows than threads. Few rows, also those that whole tiles leave over, are computed by
+// multiply_few.
 template <class Threads>
 void multiply_by_signs(const Threads& threads, const SignGemm& kernel, const SignProduct& product) {
     const bool serial = static_cast<double>(product.m) * product.n * product.k < kSerialSignProducts;

@@ -15,8 +15,8 @@ struct Free {
 };
 using Scratch = std::unique_ptr<uint8_t, Free>;
 
-// Null after a failure, so that a thread of the pool, which must not throw, can report it; an expanded x can ask for
-// more bytes than an int64 counts.
+// Returns null on failure, because pool threads must not throw. It checks for overflow, because an expanded x can ask
+// for more bytes than an int64 holds.
 inline Scratch allocate(int64_t count, int64_t item_bytes = 1) {
     int64_t bytes;
     if (__builtin_mul_overflow(count, item_bytes, &bytes) || bytes > INT64_MAX / 2) return nullptr;

@@ -14,9 +14,9 @@
 //
 //     |error| <= d u / (1 - d u) * sum |x|                      and one more rounding for the half types
 //
-// (a BLAS adds one after another at least what one block of its K holds). No sum is made by taking away what was added
-// before: infinities and NaN come out as in any other order, but that a finite sum may overflow in one and not in
-// another.
+// (a BLAS adds at least the values of one block of its K one after another). No sum is computed by subtracting what was
+// added before, so infinities and NaN come out as in any other order, except that a finite sum may overflow in one
+// order and not in another.
 #pragma once
 
 #include <cstdint>
@@ -31,10 +31,10 @@ constexpr int kGroupBits = 6;
 constexpr int kGroups = 5;
 constexpr int64_t kPassValues = kGroupBits * kGroups;
 constexpr int64_t kPassesPerSpan = 64;
-// Codes are made for blocks of so many columns; 16 passes are 480 bits, whole words of K.
+// Codes are made for blocks of this many columns; 16 passes are 480 bits, whole words of K.
 constexpr int64_t kCodeColumns = kWordBits;
 constexpr int64_t kCodePasses = 16;
-// Rows that are computed together: as many as fill a cache line.
+// Returns how many rows are computed together: as many as fill a cache line.
 static constexpr int64_t row_tile(DType dtype) { return dtype == DType::float64 ? 8 : 16; }
 
 struct SignProduct {
@@ -42,7 +42,7 @@ struct SignProduct {
     const void* x;
     DType dtype;
     int64_t m, k, row_stride, value_stride;
-    // n is along the bits: [k][words_for(n)]; or where transposed, k is: [n][words_for(k)]. Both row-major, contiguous.
+    // The bits run along n, [k][words_for(n)], or if transposed along k, [n][words_for(k)]; row-major and contiguous.
     const uint32_t* words;
     bool transposed;
     int64_t n;
@@ -51,19 +51,20 @@ struct SignProduct {
 
 static inline int64_t count_passes(const SignProduct& product) { return ceil_div(product.k, kPassValues); }
 
-// The codes of 32 columns: codes[pass - passes.begin][i], bit j the sign of s[30 pass + j][column + i], 0 past k and n.
-// `column` is a multiple of 32, passes.begin of 16.
+// Makes the codes of 32 columns: bit j of codes[pass - passes.begin][i] is the sign of s[30 pass + j][column + i], 0
+// past k and n. `column` is a multiple of 32, passes.begin of 16.
 using BlockCodes = void (*)(const SignProduct&, Range passes, int64_t column, uint32_t* codes);
 
 struct SignGemm {
-    // From this many outputs on, and half as many values of K, it is faster than unpacking the signs and the BLAS.
+    // From this many outputs and half as many values of K on, it is faster than unpacking the signs and calling the
+    // BLAS.
     int64_t least_outputs;
-    // codes[pass][n], as BlockCodes has them, of all passes and these columns, which begin at a multiple of 32.
+    // Makes codes[pass][n], in BlockCodes' form, for all passes and these columns, which begin at a multiple of 32.
     void (*make_codes)(const SignProduct&, Range columns, uint32_t* codes);
     int64_t (*workspace_bytes)(const SignProduct&, int64_t columns);
     // Computes y[rows][columns], of at most row_tile rows; workspace is aligned to 64 bytes and private to the call.
     void (*multiply)(const SignProduct&, const uint32_t* codes, Range rows, Range columns, uint8_t* workspace);
-    // Up to this many rows, at most row_tile, multiply_few is faster, which makes codes as it goes; 0 where it is null.
+    // Up to this many rows, at most row_tile, multiply_few is faster; it makes codes as it goes. 0 if it is null.
     int64_t (*most_few_rows)(DType);
     int64_t (*few_workspace_bytes)(const SignProduct&, int64_t rows, int64_t columns);
     // Computes y[rows][columns]; the columns begin at a multiple of 32. workspace as above.
@@ -75,21 +76,21 @@ extern const SignGemm kScalarSignGemm;
 extern const SignGemm kAvx2SignGemm;
 extern const SignGemm kAvx512SignGemm;
 
-// Adds a pass's entries, a cache line each, to the sums of `count` outputs; writes them where it is the first.
+// Adds a pass's entries, a cache line each, to the sums of `count` outputs; the first pass sets the sums.
 using AddPass = void (*)(const uint8_t* tables, const uint32_t* codes, int64_t count, bool first, void* sums);
 
-// AVX2's multiply with another loop within.
+// AVX2's multiply with the given inner loop.
 void multiply_by_tables(const SignProduct&, const uint32_t* codes, Range rows, Range columns, AddPass,
                         uint8_t* workspace);
 #endif
 
-// Anonymous on purpose: a file compiled for another instruction set must keep its own copy.
+// The namespace is anonymous, because a file compiled for another instruction set must keep its own copy.
 namespace {
 
 constexpr int64_t kEntryBytes = 64;
 constexpr int64_t kTableBytes = kEntryBytes << kGroupBits;
 
-// Bits [6 Group, 6 Group + 6) of a code as a table's byte offset: a rotation and a mask.
+// Returns bits [6 Group, 6 Group + 6) of a code as a table's byte offset, by a rotation and a mask.
 template <int Group>
 inline uint64_t entry_offset(uint32_t code) {
     constexpr int kRight = (kGroupBits * Group + 26) % 32;  // to bits 6..11
@@ -97,8 +98,8 @@ inline uint64_t entry_offset(uint32_t code) {
     return rotated & (kTableBytes - kEntryBytes);
 }
 
-// Where the words' rows hold K, a block of columns gets all of its codes before the next; where they hold columns, all
-// blocks get the codes of 16 passes. Either way the words are read along their rows.
+// If the words' rows hold K, a block of columns gets all of its codes before the next block; if they hold columns, all
+// blocks get the codes of 16 passes. In both cases the words are read along their rows.
 inline void make_codes_by_blocks(BlockCodes make_block_codes, const SignProduct& product, Range columns,
                                  uint32_t* codes) {
     const int64_t passes = count_passes(product), step = product.transposed ? passes : kCodePasses;

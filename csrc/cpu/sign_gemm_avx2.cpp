@@ -1,5 +1,5 @@
 // Real values by signs by the method of four Russians, and few rows by sign_gemm_few.h (AVX2). Its slow twin is
-// sign_gemm_scalar.cpp, and sign_gemm.h says in which order both add.
+// sign_gemm_scalar.cpp, and sign_gemm.h defines in which order both add.
 //
 // An ENTRY is one cache line, the same sum for 16 rows of x (8 of float64). For each group of 6 values of K a table
 // holds all 64 signed sums, 4 KiB; the five tables of a pass, 20 KiB, stay in L1. An output's code has 30 bits, 6 for
@@ -9,11 +9,11 @@
 //
 // so that 480 multiply-adds are 12 loads of 32 bytes, 10 additions and 2 stores: 6 cycles at two loads a cycle, 80 a
 // cycle (AVX2's fused multiply-adds: 16). Measured on Zen 4 at 3.68 GHz, one thread: 7.5 cycles, 64 a cycle; without
-// reading and writing the sums 5.6.
-// What binds beside the loads is the number of operations: gcc's own addressing (lea, mov + shr) took 8.2 cycles,
-// offsets by rotation and operands with a displacement take 7.5. Measured and rejected, cycles for the same 30 bits:
-// offsets read as 16 bits 8.8; 5 bits x 6 tables 10; 7 + 7 + 6 + 6 + 6 bits (28 KiB) 8.6 where their sums stay in L1,
-// 9.2 else; AVX-512 with one load a line 7.9 (a Zen 4 splits it; sign_gemm_avx512.cpp has it for others).
+// reading and writing the sums 5.6. Besides the loads, the number of operations is the limit: gcc's own addressing
+// (lea, mov + shr) took 8.2 cycles, offsets by rotation and operands with a displacement take 7.5. Measured and
+// rejected, cycles for the same 30 bits: offsets read as 16 bits 8.8; 5 bits x 6 tables 10; 7 + 7 + 6 + 6 + 6 bits (28
+// KiB) 8.6 if their sums stay in L1, else 9.2; AVX-512 with one load a line 7.9 (a Zen 4 splits it;
+// sign_gemm_avx512.cpp has it for others).
 //
 // llvm-mca (znver3, which counts the load of the code too) has 7.1 cycles for the loop, its 28 operations 4.7.
 //
@@ -27,7 +27,7 @@
 
 #include "target.h"
 
-// Our own headers too are compiled for AVX2 here; what they define has internal linkage.
+// Our own headers are compiled for AVX2 here, too, and everything that they define has internal linkage.
 BITORCH_QLINEAR_AVX2_BEGIN
 #include "sign_gemm_few.h"
 
@@ -36,7 +36,7 @@ namespace {
 
 constexpr int64_t kPanelValues = 32;  // of a pass: 30, in whole blocks of 8 or 4
 
-// Vectors of float and of double, under the same names.
+// Vectors of float and of double with the same names.
 template <class Sum>
 struct Lanes;
 
@@ -49,8 +49,8 @@ struct Lanes<float> {
     static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
     static Vector subtract(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
     static Vector negate(Vector a) { return _mm256_xor_ps(a, _mm256_set1_ps(-0.0f)); }
-    // By asm, because gcc 12 computes an address that is used twice beforehand. The table is memory that it cannot see
-    // here: hence the clobber in look_up.
+    // asm is used because gcc 12 computes an address that is used twice beforehand. gcc does not see that this reads
+    // the tables, so add_pass has a memory clobber before its lookups.
     template <int Displacement>
     static Vector look_up(const uint8_t* tables, uint64_t offset) {
         Vector v;
@@ -125,7 +125,7 @@ inline void gather_block(const SignProduct& product, Range rows, Range values, S
     }
 }
 
-// panel[32][16 or 8]: the rows' values from `begin` on, 0 past the rows' end and past k.
+// Fills panel[32][16 or 8] with the rows' values from `begin` on, and 0 past the rows' end and past k.
 template <class T, class Sum>
 void load_panel(const SignProduct& product, Range rows, int64_t begin, Sum* panel) {
     constexpr int kCount = Lanes<Sum>::kCount;
@@ -150,7 +150,7 @@ void load_panel(const SignProduct& product, Range rows, int64_t begin, Sum* pane
     }
 }
 
-// The eight signed sums of three entries; bit i of the index is the sign of the i-th.
+// Makes the eight signed sums of three entries; bit i of the index is the sign of the i-th.
 template <class Sum>
 inline void half_sums(const Sum* x, typename Lanes<Sum>::Vector* sums) {
     using L = Lanes<Sum>;
@@ -200,7 +200,7 @@ inline typename Lanes<Sum>::Vector sum_entries(const uint8_t* tables, const uint
 template <class Sum, bool First>
 void add_pass(const uint8_t* bytes, const uint32_t* codes, int64_t count, Sum* sums) {
     using L = Lanes<Sum>;
-    asm volatile("" : : : "memory");  // the tables are written before the lookups, which gcc does not see, begin
+    asm volatile("" : : : "memory");  // the tables must be written before the lookups, which gcc does not see
     for (int64_t i = 0; i < count; ++i, sums += 2 * L::kCount) {
         const uint32_t code = codes[i];
         const uint64_t offsets[kGroups] = {entry_offset<0>(code), entry_offset<1>(code), entry_offset<2>(code),
@@ -225,9 +225,9 @@ struct Workspace {
     Sum* tables;
     Sum* panel;
     Sum* sums;    // [columns][16 or 8], of one span
-    Sum* totals;  // the same, of all spans before it; the sums themselves where there is but one
+    Sum* totals;  // the same for all spans before it; the sums themselves if there is only one span
 
-    // Whole blocks of 16 columns: write_rows reads past the last.
+    // These are whole blocks of 16 columns, because write_rows reads past the last column.
     static int64_t sums_bytes(int64_t columns) { return ceil_div(columns, 16) * 16 * kEntryBytes; }
     static int64_t bytes(int64_t columns, int64_t passes) {
         return kGroups * kTableBytes + kPanelValues * kEntryBytes +
@@ -250,7 +250,7 @@ void add_span(const Sum* sums, int64_t count, bool first, Sum* totals) {
     }
 }
 
-// Two vectors of a row of y.
+// Stores two vectors of a row of y.
 template <class T, class Sum>
 inline void write_values(const Sum* from, int64_t count, T* to) {
     constexpr int kCount = Lanes<Sum>::kCount;
@@ -262,8 +262,8 @@ inline void write_values(const Sum* from, int64_t count, T* to) {
     }
 }
 
-// A cache line of each row at a time, by way of a buffer: rows are often a power of two apart, and lines that are
-// written in halves would leave L1 in between.
+// Writes a cache line of each row at a time, through a buffer. Rows are often a power of two apart, and lines that are
+// written in halves would be evicted from L1 in between.
 template <class T, class Sum>
 void write_rows(const SignProduct& product, Range rows, Range columns, const Sum* totals) {
     constexpr int kCount = Lanes<Sum>::kCount, kWidth = 2 * kCount;
@@ -318,9 +318,9 @@ int64_t workspace_bytes(const SignProduct& product, int64_t columns) {
 
 // ---- codes ----------------------------------------------------------------------------------------
 
-// 32 x 32 bits, in place: bit c of word r becomes bit r of word c.
+// Transposes 32 x 32 bits in place: bit c of word r becomes bit r of word c.
 inline void transpose_bits(uint32_t* words) {
-    // The bytes of 8 rows: byte b of each, in row order, becomes the 64-bit element b.
+    // Byte b of each of 8 rows, in row order, goes to the 64-bit element b.
     const __m256i by_byte = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9,
                                              13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m256i interleave = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -342,8 +342,8 @@ inline void transpose_bits(uint32_t* words) {
     }
 }
 
-// Codes where the words' rows hold K. 15 words of 8 rows, transposed, become the codes of 16 passes, 30 bits each: pass p
-// begins with the highest 2 p bits of word p - 1, and the lowest 30 - 2 p of word p follow.
+// Makes the codes if the words' rows hold K. 15 words of 8 rows, transposed, become the codes of 16 passes, 30 bits
+// each: pass p begins with the highest 2 p bits of word p - 1, and the lowest 30 - 2 p of word p follow.
 void make_codes_of_rows(const SignProduct& product, Range passes, int64_t column, uint32_t* codes) {
     constexpr int64_t kWords = kCodePasses * kPassValues / kWordBits;
     const int64_t width = words_for(product.k);
@@ -354,7 +354,7 @@ void make_codes_of_rows(const SignProduct& product, Range passes, int64_t column
         const int64_t count = passes.end - pass < kCodePasses ? passes.end - pass : kCodePasses;
         const __m256i last = _mm256_set1_epi32(static_cast<int>(left));
         for (int64_t i = 0; i < kCodeColumns; i += 8) {
-            // Words -1 to 15.
+            // This holds words -1 to 15.
             alignas(32) uint32_t words[17][8];
             _mm256_store_si256(reinterpret_cast<__m256i*>(words[0]), _mm256_setzero_si256());
             BITORCH_QLINEAR_UNROLL
@@ -443,8 +443,8 @@ struct FloatLookup {
     }
 };
 
-// Doubles are looked up as their low and their high words, whose tables are apart. The two are unpacked to the sums of
-// outputs 0, 1, 4, 5 and 2, 3, 6, 7.
+// Doubles are looked up as their low and their high words, which have separate tables. The two are unpacked to the sums
+// of outputs 0, 1, 4, 5 and 2, 3, 6, 7.
 struct DoubleLookup {
     struct Pair {
         __m256d first, second;
@@ -487,7 +487,7 @@ struct DoubleLookup {
             const __m256d a = _mm256_xor_pd(_mm256_broadcast_sd(values + 3 * half), _mm256_setr_pd(n, p, n, p));
             const __m256d b = _mm256_xor_pd(_mm256_broadcast_sd(values + 3 * half + 1), _mm256_setr_pd(n, n, p, p));
             const __m256d pairs = _mm256_add_pd(a, b);
-            // Words of the sums 0, 1, 4, 5 and 2, 3, 6, 7, put in order as doubles are.
+            // The words of the sums 0, 1, 4, 5 and 2, 3, 6, 7 are put in the order of the doubles.
             const __m256 low = _mm256_castpd_ps(_mm256_add_pd(pairs, _mm256_xor_pd(third, _mm256_set1_pd(n))));
             const __m256 high = _mm256_castpd_ps(_mm256_add_pd(pairs, third));
             const __m256d lows = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0x88));
@@ -498,7 +498,7 @@ struct DoubleLookup {
     }
 };
 
-// Where sign_gemm_few.h meets the time of a whole tile of tables.
+// Returns up to how many rows sign_gemm_few.h takes less time than a whole tile of tables.
 int64_t most_few_rows(DType dtype) { return dtype == DType::float64 ? 2 : 6; }
 
 void multiply_few_rows(const SignProduct& product, Range rows, Range columns, uint8_t* workspace) {

@@ -1,16 +1,15 @@
-// Real values by signs (AVX-512). Few rows are sign_gemm_few.h with 16 sums of float, or 8 of double, a vector. More
-// rows go by the tables of sign_gemm_avx2.cpp, of which an entry is one vector here.
+// Real values by signs (AVX-512). Few rows are computed by sign_gemm_few.h with 16 sums of float, or 8 of double, in a
+// vector. More rows use the tables of sign_gemm_avx2.cpp, whose entries are one vector here.
 //
 // Few rows: Intel has two ports for 512 bits, of which one alone permutes. 16 outputs by 30 values take 20 operations a
 // row, 9 shifts for all the rows of a tile and 7 to make the codes, so at least 18 cycles for one row and 10 to 12 for
-// each row more. Measured on a Xeon with AMX (family 6, model 167, about 3.8 GHz, one thread, 1024 x 1024): one row
-// 5.9 ns, each row more 3.4 ns; AVX2 9.0 and 6.7. It makes no difference there whether the groups are a loop or five
-// copies (in which gcc 12 spills), and whether a tile is 2 rows by 2 vectors or 4 by 1.
-// Many rows: 1.2 to 1.35 times as fast as AVX2's loop on the same processor. Zen 4 splits the loads; there the loop takes
-// 7.9 cycles and AVX2's 7.5.
+// each row more. Measured on a Xeon with AMX (family 6, model 167, about 3.8 GHz, one thread, 1024 x 1024): one row 5.9
+// ns, each row more 3.4 ns; AVX2 9.0 and 6.7. It makes no difference there whether the groups are a loop or five copies
+// (in which gcc 12 spills), and whether a tile is 2 rows by 2 vectors or 4 by 1. Many rows: 1.2 to 1.35 times as fast
+// as AVX2's loop on the same processor. Zen 4 splits the loads; there the loop takes 7.9 cycles and AVX2's 7.5.
 #if defined(__x86_64__)
 #if !defined(__clang__)
-// gcc 12 warns of its own intrinsics, which begin with a vector left undefined.
+// gcc 12 warns about its own intrinsics, which begin with an undefined vector.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
@@ -20,7 +19,7 @@
 
 #include "target.h"
 
-// Our own headers too are compiled for AVX-512 here; what they define has internal linkage.
+// Our own headers are compiled for AVX-512 here, too, and everything that they define has internal linkage.
 BITORCH_QLINEAR_AVX512_BEGIN
 #include "sign_gemm_few.h"
 
@@ -29,7 +28,7 @@ namespace {
 
 // ---- codes ----------------------------------------------------------------------------------------
 
-// Lane j of row i becomes lane i of row j.
+// Transposes 16 x 16 lanes: lane j of row i becomes lane i of row j.
 inline void transpose(__m512i* rows) {
     __m512i quads[16];
     for (int i = 0; i < 16; i += 4) {
@@ -54,7 +53,7 @@ inline void transpose(__m512i* rows) {
     }
 }
 
-// The same for rows of which only the first 8 lanes hold anything: half the work.
+// Transposes rows of which only the first 8 lanes are used, with half the work.
 inline void transpose_halves(__m512i* rows) {
     for (int i = 0; i < 4; ++i) {
         rows[i] = _mm512_inserti32x8(rows[i], _mm512_castsi512_si256(rows[i + 4]), 1);
@@ -78,7 +77,7 @@ inline void transpose_halves(__m512i* rows) {
     for (int w = 8; w < 16; ++w) rows[w] = _mm512_setzero_si512();
 }
 
-// As in sign_gemm_avx2.cpp, 16 rows at a time.
+// Makes codes as sign_gemm_avx2.cpp does, for 16 rows at a time.
 void make_codes_of_rows(const SignProduct& product, Range passes, int64_t column, uint32_t* codes) {
     constexpr int64_t kWords = kCodePasses * kPassValues / kWordBits;
     const int64_t width = words_for(product.k);
@@ -114,7 +113,7 @@ void make_codes_of_rows(const SignProduct& product, Range passes, int64_t column
     clear_past_k(product, passes, codes - kCodeColumns);
 }
 
-// Codes where the words' rows hold columns: a row's word is the mask of the codes that get its bit.
+// Makes the codes if the words' rows hold columns: a row's word is the mask of the codes that get its bit.
 void make_codes_of_columns(const SignProduct& product, Range passes, int64_t column, uint32_t* codes) {
     const int64_t width = words_for(product.n), left = product.n - column;
     const uint32_t valid = left < kWordBits ? (uint32_t{1} << left) - 1 : ~uint32_t{0};
@@ -153,7 +152,7 @@ struct FloatLookup {
     static Vector zero() { return _mm512_set1_ps(-0.0f); }
     static Codes load(const uint32_t* codes) { return _mm512_load_si512(codes); }
     static Codes shift(Codes codes) { return _mm512_srli_epi32(codes, 3); }
-    // Twice, as four bits choose among 16.
+    // The vector holds the table twice, because four bits choose among its 16 lanes.
     static Table load_table(const float* sums) { return _mm512_broadcast_f32x8(_mm256_load_ps(sums)); }
     static Vector look_up(Codes codes, Table table) { return _mm512_permutexvar_ps(codes, table); }
     static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
@@ -255,7 +254,7 @@ void multiply(const SignProduct& product, const uint32_t* codes, Range rows, Ran
                        product.dtype == DType::float64 ? add_double_pass : add_float_pass, workspace);
 }
 
-// Where sign_gemm_few.h meets the time of a whole tile of tables.
+// Returns up to how many rows sign_gemm_few.h takes less time than a whole tile of tables.
 int64_t most_few_rows(DType dtype) { return dtype == DType::float64 ? 4 : 10; }
 
 void multiply_few_rows(const SignProduct& product, Range rows, Range columns, uint8_t* workspace) {

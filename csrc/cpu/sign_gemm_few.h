@@ -1,4 +1,5 @@
-// Real values by signs for few rows of x, by tables of half sums: the algorithm, for any instruction set that permutes.
+// Real values by signs for few rows of x, by tables of half sums: the algorithm, for any instruction set with
+// permutations.
 //
 // The tables of sign_gemm_avx2.cpp serve a cache line of rows, and few rows leave most of it empty. Here a vector
 // holds the sums of one row for several outputs. A half sum has three signs, so its eight values are a vector, and one
@@ -7,10 +8,10 @@
 //     t = permute(table of (x0, x1, x2), codes) + permute(table of (x3, x4, x5), codes >> 3)          codes >>= 6
 //
 // which with t's own addition is six operations for 6 values, of which the two shifts serve all the rows. Spans are the
-// outer loop: their 64 passes are 1920 bits, whole words of a row, their tables stay in L1 (20 KiB a row of float32) and
-// their sums in registers. Codes are made for 32 outputs and one span, 8 KiB, and are never all in memory.
+// outer loop: their 64 passes are 1920 bits, whole words of a row, their tables stay in L1 (20 KiB a row of float32)
+// and their sums in registers. Codes are made for 32 outputs and one span, 8 KiB, and are never all in memory.
 //
-// What an instruction set says about itself is a struct `Lookup`:
+// A struct `Lookup` describes the instruction set:
 //
 //     Sum                               float or double
 //     Vector, Codes, Table              sums of kCount outputs, their codes, and the eight values of a half sum
@@ -25,7 +26,7 @@
 #include <cstdint>
 #include <cstring>
 
-// Included inside the region of the instruction set, which has AVX2 at least.
+// It is included inside the region of the instruction set, which has at least AVX2.
 #include "sign_gemm.h"
 
 namespace bitorch_qlinear {
@@ -34,16 +35,16 @@ namespace {
 constexpr int64_t kHalfSums = int64_t{1} << kGroupBits / 2;
 constexpr int64_t kPassSums = 2 * kGroups * kHalfSums;
 constexpr int64_t kSpanValues = kPassValues * kPassesPerSpan;
-constexpr int64_t kValuesRead = 16;  // by make_tables
+constexpr int64_t kValuesRead = 16;  // how many values make_tables may read
 
-// What a row's words have past k in the last pass counts as 0.
+// The bits past k in a row's words count as 0 in the last pass.
 inline void clear_past_k(const SignProduct& product, Range passes, uint32_t* last_codes) {
     const int64_t valid = product.k - (passes.end - 1) * kPassValues;
     if (valid >= kPassValues) return;
     for (int64_t i = 0; i < kCodeColumns; ++i) last_codes[i] &= (uint32_t{1} << valid) - 1;
 }
 
-// A vector's worth of values of x or y.
+// Loads or stores a vector's worth of values of x or y.
 inline __m256 load_wide(const float* x) { return _mm256_loadu_ps(x); }
 inline __m256d load_wide(const double* x) { return _mm256_loadu_pd(x); }
 inline __m256 load_wide(const Half* x) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))); }
@@ -56,7 +57,7 @@ inline void store_narrow(double* y, __m256d v) { _mm256_storeu_pd(y, v); }
 inline void store_narrow(Half* y, __m256 v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
-// As narrow(): to nearest, ties to even, every NaN 0x7FC0.
+// Rounds as narrow() does: to nearest, ties to even, every NaN to 0x7FC0.
 inline void store_narrow(BFloat16* y, __m256 v) {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -112,7 +113,7 @@ void make_row_tables(const typename L::Sum* values, int64_t passes, typename L::
     }
 }
 
-// Adds a span's passes to the totals of 32 columns, `Rows` rows that lie row_tables and row_totals apart.
+// Adds a span's passes to the totals of 32 columns, for `Rows` rows that lie row_tables and row_totals apart.
 template <class L, int Rows>
 __attribute__((noinline)) void add_few(const uint32_t* codes, int64_t passes, const typename L::Sum* tables,
                                        int64_t row_tables, bool first, typename L::Sum* totals, int64_t row_totals) {
@@ -167,7 +168,7 @@ __attribute__((noinline)) void add_few(const uint32_t* codes, int64_t passes, co
     }
 }
 
-// The same for any number of rows: four, two or one at a time.
+// Does the same for any number of rows, four, two or one at a time.
 template <class L, int Most = L::kTile>
 void add_few_rows(int64_t rows, const uint32_t* codes, int64_t passes, const typename L::Sum* tables,
                   int64_t row_tables, bool first, typename L::Sum* totals, int64_t row_totals) {
@@ -193,7 +194,7 @@ void multiply_few(const SignProduct& product, BlockCodes make_codes, Range rows,
         const Range span{pass, passes - pass < kPassesPerSpan ? passes : pass + kPassesPerSpan};
         const int64_t begin = pass * kPassValues, left = product.k - begin;
         const Range values{begin, left < kSpanValues ? product.k : begin + kSpanValues};
-        // The last pass is filled up with zeros, and what make_tables reads without need is at least initialized.
+        // The last pass is filled up with zeros, and what make_tables reads beyond it is at least initialized.
         const int64_t read = size(span) * kPassValues + kValuesRead;
         std::memset(work.values + size(values), 0, static_cast<size_t>(read - size(values)) * sizeof(Sum));
         for (int64_t row = 0; row < size(rows); ++row) {

@@ -1,11 +1,11 @@
-// Real values by signs, one value at a time: the twin of the other instruction sets' versions, which says what they
+// Real values by signs, one value at a time: the twin of the other instruction sets' versions, which defines what they
 // compute and in which order they add.
 #include "sign_gemm.h"
 
 namespace bitorch_qlinear {
 namespace {
 
-// The bits [begin, begin + 30) of a row of k bits, 0 past k.
+// Returns the bits [begin, begin + 30) of a row of k bits, 0 past k.
 inline uint32_t bits_at(const uint32_t* row, int64_t begin, int64_t k) {
     const int64_t word = begin / kWordBits, shift = begin % kWordBits, left = k - begin;
     uint64_t bits = row[word];

@@ -1,15 +1,16 @@
-// Instruction sets per function, never per build: between POPCNT_BEGIN (or AVX2_BEGIN, AVX512_BEGIN) and TARGET_END every
-// function, template and lambda is compiled for that set, by gcc and by clang, without any -m flag.
+// Instruction sets per function, never per build: between POPCNT_BEGIN (or AVX2_BEGIN, AVX512_BEGIN) and TARGET_END
+// every function, template and lambda is compiled for that set, by gcc and by clang, without any -m flag.
 #pragma once
 
-// Tests define BITORCH_QLINEAR_SIMDE where functions stand for the instructions: there is nothing to compile for then.
+// Tests that replace the instructions by functions define BITORCH_QLINEAR_SIMDE, so that no region selects an
+// instruction set.
 
 #if defined(__clang__)
 #define BITORCH_QLINEAR_POPCNT_BEGIN \
     _Pragma("clang attribute push(__attribute__((target(\"popcnt\"))), apply_to = function)")
 #define BITORCH_QLINEAR_AVX2_BEGIN \
     _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c,bmi2\"))), apply_to = function)")
-// A pragma is one string literal, which a line cannot hold here.
+// _Pragma takes one string literal, which would be too long for a line here.
 #define BITORCH_QLINEAR_PRAGMA(...) _Pragma(#__VA_ARGS__)
 #define BITORCH_QLINEAR_AVX512_BEGIN                                                                      \
     BITORCH_QLINEAR_PRAGMA(clang attribute push(                                                          \

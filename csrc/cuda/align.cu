@@ -1,8 +1,9 @@
-// Words of the interchange form to the aligned one, the set bits of each row, and the prepared form's header.
+// Copies words of the interchange form to the aligned one, counts the set bits of each row, and writes the prepared
+// form's header.
 //
-// A lane takes a word and not 16 bytes, for rows of the interchange form start on any word: kSteps loads of 128 bytes
-// in flight a warp. That is enough (an estimate, `python -m benchmarks gpu-model`): per 128 bytes read and as many
-// written a warp has 17 instructions, where an SM of an H200 issues about 50 in the time that its share of the memory
+// A lane takes a word and not 16 bytes, because rows of the interchange form start on any word. A warp has kSteps loads
+// of 128 bytes in flight, which is enough (an estimate, `python -m tools.gpu_model`): for each 128 bytes read and
+// written a warp has 17 instructions, and an SM of an H200 issues about 50 in the time that its share of the memory
 // takes.
 #include <algorithm>
 #include <iterator>
@@ -18,7 +19,8 @@ constexpr int kSteps = 8;
 constexpr int kSegment = kSteps * kWarp;
 static_assert(kSegment % kAlignedWords == 0, "a row's padding words belong to its last segment");
 
-// Words [first, first + kSegment) of a row, as far as it has them; their set bits, in the lanes' sum.
+// Copies words [first, first + kSegment) of a row, as far as they exist, and returns their set bits, distributed over
+// the lanes.
 __device__ __forceinline__ int32_t align_segment(const Align& job, int64_t row, int64_t first) {
     const int64_t width = word_count(job.k),
                   aligned_width = (width + kAlignedWords - 1) / kAlignedWords * kAlignedWords;
@@ -42,7 +44,7 @@ __device__ __forceinline__ int32_t align_segment(const Align& job, int64_t row, 
     return count;
 }
 
-// popcounts has `rows` elements: zeros from m on.
+// popcounts has `rows` elements, which are zeros from m on.
 __global__ void __launch_bounds__(kRowThreads) align_rows(const Align job, int64_t rows, const PreparedHeader header) {
     const int64_t row = row_of_warp(), width = word_count(job.k);
     int32_t count = 0;
@@ -61,7 +63,8 @@ __global__ void __launch_bounds__(kRowThreads) align_rows(const Align job, int64
 cudaError_t align(const Align& job, cudaStream_t stream) {
     const int64_t padded = prepared_popcount_bytes(job.m) / static_cast<int64_t>(sizeof(int32_t));
     const int64_t rows = job.header ? padded : job.m;
-    const int64_t launched = job.header ? std::max(rows, int64_t{1}) : rows;  // no weights have a header too
+    const int64_t launched =
+        job.header ? std::max(rows, int64_t{1}) : rows;  // a form without weights has a header, too
     PreparedHeader header = {{}, kPreparedLayout, 0, job.m, job.k, {}};
     std::copy(std::begin(kPreparedMagic), std::end(kPreparedMagic), header.magic);
     return launch_rows(align_rows, launched, ceil_div(words_for(job.k), kSegment), false, stream, job, rows, header);

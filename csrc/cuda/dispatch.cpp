@@ -12,7 +12,7 @@
 namespace bitorch_qlinear::cuda {
 namespace {
 
-// The value, or the sentence as an exception.
+// Returns the value, or throws the sentence.
 template <class T>
 T value_of(OrError<T> result) {
     if (const std::string* sentence = std::get_if<std::string>(&result)) {

@@ -1,7 +1,7 @@
 // From popcounts to outputs, as csrc/epilogue.h derives it: y = narrow(T(k - 2 popcount) * T(scale) + T(bias)), each
 // operation rounded once, where popcount is that of a ^ b. A kernel that counts a & b has
 //     popcount(a ^ b) = popcount(a) + popcount(b) - 2 popcount(a & b).
-// All of it modulo 2^32, unsigned, so that the sum may pass 2^31 on its way: k - 2 popcount itself fits in an int32.
+// Everything is unsigned, modulo 2^32, so the sum may exceed 2^31 on its way; k - 2 popcount itself fits in an int32.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -25,7 +25,7 @@ __device__ __forceinline__ double multiply(double a, double b) { return __dmul_r
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ double add(double a, double b) { return __dadd_rn(a, b); }
 
-// One output type of the kernels, with its T. The kernels are templates of it: a switch on the type at
+// One output type of the kernels, with its T. The kernels are templates of it, because a switch on the type at
 // each output made nvcc 13.0 compile for more than ten minutes.
 template <class OutT, class SumT>
 struct As {
@@ -33,7 +33,7 @@ struct As {
     using Sum = SumT;
 };
 
-// T(channels[column]), or what changes no output where there are none.
+// Returns T(channels[column]), or `absent` if there are no channels.
 template <class Sum>
 __device__ __forceinline__ Sum channel(const Channels& channels, int64_t column, Sum absent) {
     if (!channels.data) return absent;
@@ -45,19 +45,19 @@ __device__ __forceinline__ Sum channel(const Channels& channels, int64_t column,
     }
 }
 
-// Scale and bias of a block's columns, as T, in shared memory: converted once, by one piece of code. (Converted where
-// they are used, the switch above made nvcc compile gemm_popc for 20 seconds instead of one.)
+// Scale and bias of a block's columns, as T, in shared memory, converted once by one piece of code. (With the
+// conversion at each use, the switch above made nvcc compile gemm_popc for 20 seconds instead of one.)
 template <class As, int Width>
 struct ChannelTile {
     typename As::Sum scale[Width], bias[Width];
 
-    // All threads of the block call it, and meet at a barrier before the first use.
+    // All threads of the block must call it, and reach a barrier before the first use.
     __device__ __forceinline__ void load(const Output& y, int64_t n, int64_t first) {
         if constexpr (!std::is_same_v<typename As::Sum, int32_t>) {
 #pragma unroll 1
             for (int i = static_cast<int>(threadIdx.x); i < Width; i += static_cast<int>(blockDim.x)) {
                 using Sum = typename As::Sum;
-                // x * 1 is x and x + (-0) is x, to the bit: without scale or bias there is no case of its own.
+                // x * 1 is x and x + (-0) is x, to the bit, so a missing scale or bias needs no case of its own.
                 const bool exists = first + i < n;
                 scale[i] = exists ? channel<Sum>(y.scale, first + i, Sum{1}) : Sum{1};
                 bias[i] = exists ? channel<Sum>(y.bias, first + i, -Sum{0}) : -Sum{0};
@@ -66,7 +66,7 @@ struct ChannelTile {
     }
 };
 
-// One output from the popcount of a ^ b.
+// Returns one output from the popcount of a ^ b.
 template <class As>
 __device__ __forceinline__ typename As::Out output(int64_t k, uint32_t popcount, typename As::Sum scale,
                                                    typename As::Sum bias) {
@@ -80,7 +80,7 @@ __device__ __forceinline__ typename As::Out output(int64_t k, uint32_t popcount,
     return out;
 }
 
-// As many bytes, stored at once. (nvcc 13.0 takes stores of a struct of outputs apart.)
+// An integer vector of this many bytes, which is stored at once. (nvcc 13.0 splits stores of a struct of outputs.)
 template <int Size>
 struct Bytes;
 template <>
@@ -100,8 +100,9 @@ struct Bytes<16> {
     using Type = uint4;
 };
 
-// The row [column, column + Count) of y[row], as far as it exists, from popcounts of a ^ b; `scale` and `bias` are
-// those of its columns, in a ChannelTile. Stores are 16 bytes wide where `whole_vectors` says that rows allow it.
+// Writes y[row][column .. column + Count), as far as it exists, from popcounts of a ^ b; `scale` and `bias` are those
+// of its columns, in a ChannelTile. Stores are 16 bytes wide if `whole_vectors`, which requires rows that start on 16
+// bytes.
 template <class As, int Count>
 __device__ __forceinline__ void write_outputs(const Output& y, int64_t n, int64_t k, int64_t row, int64_t column,
                                               bool whole_vectors, const uint32_t (&popcounts)[Count],
@@ -131,7 +132,7 @@ __device__ __forceinline__ void write_outputs(const Output& y, int64_t n, int64_
     }
 }
 
-// Whether every row of y starts on 16 bytes.
+// Returns whether every row of y starts on 16 bytes.
 static inline bool rows_on_16_bytes(const Output& y, int64_t n) {
     return reinterpret_cast<uintptr_t>(y.data) % 16 == 0 && n * element_size(y.dtype) % 16 == 0;
 }

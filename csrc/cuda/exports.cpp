@@ -1,4 +1,4 @@
-// What Python asks the CUDA operators' library about its kernels.
+// The plain C functions by which Python asks the CUDA operators' library about its kernels.
 #include "../exports.h"
 
 #include <cstdint>

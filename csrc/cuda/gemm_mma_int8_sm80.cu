@@ -1,21 +1,22 @@
-// Binary product on the tensor cores of integers, m16n8k32 u8, for compute capability 8.0 and later: for 10.0 and later,
-// which have none of bits. Twin: gemm_popc.cu. How it goes through shared memory is drawn in mma_tiles.cuh.
+// Binary product on the tensor cores of integers, m16n8k32 u8, for compute capability 8.0 and later. It is meant for
+// 10.0 and later, which have no tensor cores of bits. Twin: gemm_popc.cu. mma_tiles.cuh draws its way through shared
+// memory.
 //
-// A bit becomes a byte of 0 or 1, whose products are those of AND: the sums are the set bits of a & b, as gemm_mma_sm80
-// has them, and lie in the same registers. A word makes 8 registers of 4 bytes, `word >> bit & 0x01010101`: which value
-// of k lies in which byte does not matter, as both factors have it the same way. Memory and shared memory hold bits.
+// A bit becomes a byte of 0 or 1, and products of such bytes are those of AND: the sums are the set bits of a & b, in
+// the same registers as in gemm_mma_sm80. A word makes 8 registers of 4 bytes, `word >> bit & 0x01010101`: which value
+// of k is in which byte does not matter, because both factors have the same order. Memory and shared memory hold bits.
 //
-// Why, in multiply-adds a clock and SM (estimates, none measured):
+// The reason, in multiply-adds per clock and SM (estimates, not measured):
 //
 //     CUDA cores, gemm_popc          512    16 lanes of __popc (CUDA C++ programming guide, "Arithmetic Instructions")
-//     CUDA cores, with full adders   780    as gemm_skinny.cu counts, with nothing else to do
+//     CUDA cores, with full adders   780    as gemm_skinny.cu counts, if it did nothing else
 //     int8, 12.0                    1024    838 TOPS of an RTX 5090 with 170 SMs at 2.41 GHz (its white paper)
-//     int8, 10.0                    2048    at least: that is an A100's. A B200's 4500 TOPS are 8200, by tcgen05 alone
+//     int8, 10.0                    2048    at least, which is an A100's. A B200's 4500 TOPS are 8200, but only by tcgen05
 //
-// The unpacking goes beside it, on other units: of one bit of each byte it makes 8 registers of two fragments of x and 8
-// of weights, by a shift and an AND each. These 32 instructions of a warp take 64 clocks of a quarter of an SM, the 8
-// m16n8k32 that they are for 128 on 12.0: the tensor cores bound the loop there, and from 2048 a clock on the unpacking
-// does. With tiles of 64 x 64, L2 brings 4 bytes a clock and shared memory moves 12 (12.0).
+// Other units unpack at the same time: from one bit of each byte they make 8 registers of two fragments of x and 8 of
+// weights, by a shift and an AND each. These 32 instructions of a warp take 64 clocks of a quarter of an SM, and the 8
+// m16n8k32 that use them 128 on 12.0: the tensor cores are the limit there, and from 2048 a clock on the unpacking is.
+// With tiles of 64 x 64, L2 brings 4 bytes a clock and shared memory moves 12 (12.0).
 #include "mma.cuh"
 #include "mma_tiles.cuh"
 

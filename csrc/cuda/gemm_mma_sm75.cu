@@ -1,12 +1,12 @@
 // Binary product on tensor cores, m8n8k128 xor.popc, for compute capability 7.5 to 8.9. Twin: gemm_popc.cu; its larger
-// sibling, gemm_mma_sm80.cu, says why its lanes read shared memory as they do and draws a stage.
+// sibling's mma_tiles.cuh draws a stage and explains why the lanes read shared memory in this order.
 //
 // A block computes a tile of 64 x 64 outputs, each of its four warps a square of 32 x 32: 4 x 4 instructions for each
-// 128 bits of k. Turing has no copies past registers: while a stage of 512 bits is multiplied, the next is on its way
-// through them into the other of two buffers. Chunks that do not exist are zeros in both operands, and rows that do not
-// exist belong to outputs that are not written.
+// 128 bits of k. Turing cannot copy to shared memory without registers: while a stage of 512 bits is multiplied, the
+// next passes through them into the other of two buffers. Chunks that do not exist are zeros in both operands, and rows
+// that do not exist belong to outputs that are not written.
 //
-// An estimate, not measured: an instruction is 8192 multiply-adds, and a warp reads 4 KiB for its 64 of a stage, 64
+// By estimate, not measured, an instruction is 8192 multiply-adds, and a warp reads 4 KiB for its 64 of a stage, 64
 // bytes each; the block writes 32 more. At 8192 multiply-adds of bits a clock and SM (8 times a T4's int8 rate in its
 // data sheet) that is 96 bytes of shared memory a clock.
 #include "check_prepared.cuh"
@@ -22,7 +22,7 @@ constexpr int kThreads = 128;
 
 #ifdef BITORCH_QLINEAR_MMA_SM75
 
-constexpr int kSide = 32;                            // of a warp's square
+constexpr int kSide = 32;                            // the side of a warp's square
 constexpr int kFragments = 4;                        // along it, of 8 rows or columns
 constexpr int kChunkBits = 128;                      // 16 bytes, the widest load
 constexpr int kChunks = 4;                           // of a row in a stage: one for each lane q
@@ -32,7 +32,7 @@ struct Stage {
     uint4 x[kTile][kChunks], weight[kTile][kChunks];
 };
 
-// A thread's part of a stage, on its way.
+// The part of a stage that a thread is copying.
 struct Copies {
     uint4 x[kCopies], weight[kCopies];
 };
@@ -70,7 +70,7 @@ __device__ __forceinline__ void store_stage(const Copies& copies, Stage& stage) 
     }
 }
 
-// Set bits of a ^ b: of a warp's outputs those that a lane holds, as c[2] of 4 x 4 instructions.
+// The set bits of a ^ b for those of a warp's outputs that a lane holds, as c[2] of 4 x 4 instructions.
 using Sums = int32_t[kFragments][kFragments][2];
 
 template <int Vector>
@@ -104,7 +104,7 @@ __device__ __forceinline__ void multiply_tile(const Product& product, const Plac
     store_stage(copies, stages[0]);
 #pragma unroll 1
     for (int stage = 0; stage < count; ++stage) {
-        __syncthreads();  // this stage is there, and the other buffer has been read
+        __syncthreads();  // this stage has been written, and the other buffer has been read
         load_stage(product, at, stage + 1, copies);
         multiply_stage<Vector>(stages[stage % 2], at, sums);
         store_stage(copies, stages[(stage + 1) % 2]);
@@ -133,7 +133,7 @@ __device__ __forceinline__ void write_tile(const Product& product, const Place& 
 
 #endif
 
-// Blocks an SM: as many as find room in the shared memory of sm_75, three.
+// Three blocks share an SM, as many as fit in the shared memory of sm_75.
 template <class As>
 __global__ void __launch_bounds__(kThreads, 3)
     multiply_tiles(const Product product, int64_t column_tiles, bool whole_vectors) {
@@ -145,10 +145,10 @@ __global__ void __launch_bounds__(kThreads, 3)
     if (threadIdx.x == 0) check_prepared(product.prepared, product.n, product.k);
     channels.load(product.y, product.n, at.column);
     multiply_tile<kVector<As>>(product, at, stages, sums);
-    __syncthreads();  // without a stage there was none
+    __syncthreads();  // with k = 0 there was no barrier yet
     write_tile<As>(product, at, whole_vectors, sums, channels);
 #else
-    __trap();  // rather than to leave y as it was
+    __trap();  // instead of leaving y unwritten
 #endif
 }
 

@@ -1,9 +1,9 @@
 // Binary product on tensor cores, m16n8k256 and.popc, for compute capability 8.0 to 9.0. Twin: gemm_popc.cu.
-// How it goes through shared memory is drawn in mma_tiles.cuh.
+// mma_tiles.cuh draws its way through shared memory.
 //
-// Estimates, none measured. From data sheets, an A100 makes 16384 multiply-adds of bits a clock and SM, an H100 about
-// 8192 by this instruction, which is 32768: one in 2 or 4 clocks. Of the 128 bytes that shared memory moves in a clock,
-// and of L2, a tile needs
+// These are estimates, not measured. By data sheets, an A100 makes 16384 multiply-adds of bits per clock and SM and an
+// H100 about 8192 with this instruction, which is 32768 of them: one instruction in 2 or 4 clocks. From shared memory,
+// which moves 128 bytes in a clock, and from L2 a tile needs
 //
 //     tile        reads and writes an instruction     a clock, A100 (H100)     from L2 a clock and SM, A100 (H100)
 //     128 x 256   128 + 48 bytes                      88 (44) bytes            24 (12) bytes
@@ -33,7 +33,7 @@ struct BitProducts {
             for (int i = 0; i < kFragments<Shape>; ++i) {
                 const uint4(&a)[2] = fragments.x[i];
                 const uint4(&b)[4] = fragments.weight[group];
-                // Instructions in a row have sums of their own, so that none waits for the one before.
+                // Consecutive instructions have sums of their own, so that none waits for the one before.
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     mma_and_popc(sums[i][group][j], {a[0].x, a[1].x, a[0].y, a[1].y}, {b[j].x, b[j].y});

@@ -1,14 +1,13 @@
-// Binary product on CUDA cores, for every architecture and shape: XOR and __popc over tiles in shared
-// memory. The GPU twin of the other kernels, all of which are by estimate faster where they are chosen (heuristics.h), so it is kept
-// simple: outputs are stored one by one. Its own twin is cpu/gemm_scalar.cpp.
+// Binary product on CUDA cores, for every architecture and shape: XOR and __popc over tiles in shared memory. It is the
+// GPU twin of the other kernels. By estimate they are faster for the products for which they are chosen (heuristics.h),
+// so this one is kept simple: outputs are stored one by one. Its own twin is cpu/gemm_scalar.cpp.
 //
-// A block of 256 threads computes a tile of 64 x 64 outputs, a thread 4 x 4 of them: rows ty + 16 i and
-// columns tx + 16 j. Each stage of kStage words is stored transposed, [word][row], so that the 16 columns
-// that half a warp reads are consecutive banks and its row is a broadcast; a row of kTile + 1 words keeps
-// the transposing stores apart too.
+// A block of 256 threads computes a tile of 64 x 64 outputs, a thread 4 x 4 of them: rows ty + 16 i and columns tx + 16
+// j. Each stage of kStage words is stored transposed, [word][row], so that the 16 columns that half a warp reads are
+// consecutive banks and its row is a broadcast; a row of kTile + 1 words also keeps the transposing stores apart.
 //
 // __popc runs at 16 lanes a clock and SM (compute capability 8.x and 9.0, CUDA C++ programming guide,
-// "Arithmetic Instructions"): 32 multiply-adds each, so at most 512 a clock and SM. An estimate, not measured.
+// "Arithmetic Instructions"): 32 multiply-adds each, so at most 512 per clock and SM (an estimate, not measured).
 #include "epilogue.cuh"
 
 namespace bitorch_qlinear::cuda {
@@ -22,8 +21,8 @@ constexpr int kEach = kTile / kSide;  // outputs of a thread along it
 
 using Stage = uint32_t[kStage][kTile + 1];
 
-// Words [first, first + kStage) of the rows from `begin` on; 0 for rows and words that do not exist and for
-// bits past k.
+// Loads words [first, first + kStage) of the rows from `begin` on; 0 for rows and words that do not exist and for bits
+// past k.
 __device__ __forceinline__ void load_stage(const Operand& operand, int64_t begin, int64_t rows, int64_t first,
                                            int64_t k, Stage& stage) {
     const int64_t width = word_count(k);

@@ -10,16 +10,16 @@
 //     x               the same words of a row, by all groups; from 3 rows on by a group a row, and shuffled
 //
 // A lane has 4 loads of weights in flight: Each rows by Lines lines. The warps of a block divide K among them and add
-// their popcounts in shared memory: integers, so their order does not show. What the epilogue needs is fetched while
+// their popcounts in shared memory: integers, so their order does not matter. The epilogue's operands are loaded while
 // the first weights are on their way.
 //
-// Estimates, none measured. An H200 moves 4.3 TB/s with a latency of about 0.7 us: 3 MB must be in flight, 23 KB on
-// each of its 132 SMs. A warp has 2 KB in flight; for one row and n = k = 8192 there are 512 blocks of 8 warps, 4 on an
-// SM: all of the weights at once. No block divides its K with another: that needs memory which the interface does not
-// have, or a second launch, of 1 us or more. It could help only where blocks are few and rows long. At n = 256, k =
-// 65536 there are 64 blocks of 32 KB of weights, and an SM takes 64 bytes a clock from L2: 0.3 us, less than the 0.5 us
-// in which the chip's memory gives these 2 MiB. (From 3 rows on they are 32 of 64 KB: 0.5 us. The counting of 16 rows
-// takes longer.)
+// These are estimates, not measured. An H200 moves 4.3 TB/s with a latency of about 0.7 us: 3 MB must be in flight, 23
+// KB on each of its 132 SMs. A warp has 2 KB in flight; for one row and n = k = 8192 there are 512 blocks of 8 warps, 4
+// on an SM: all of the weights at once. Blocks do not share a K, because that would need memory which the interface
+// does not provide, or a second launch of at least 1 us. It could only help if blocks are few and rows long. At n =
+// 256, k = 65536 there are 64 blocks of 32 KB of weights, and an SM takes 64 bytes a clock from L2: 0.3 us, less than
+// the 0.5 us in which the chip's memory gives these 2 MiB. (From 3 rows on they are 32 of 64 KB: 0.5 us. The counting
+// of 16 rows takes longer.)
 #include <algorithm>
 
 #include "check_prepared.cuh"
@@ -34,8 +34,9 @@ constexpr int kGroupLanes = 8;  // whose loads make up a line
 constexpr int kGroups = kWarp / kGroupLanes;
 constexpr int kLine = kGroupLanes * kWords;
 
-// A block: rows of x, of weights for each group, and lines of them that a lane loads at once; the most warps; and how
-// many blocks are to share an SM, for which registers must suffice. Without that number ptxas spills a few of them.
+// The shape of a block: rows of x, rows of weights for each group, and lines of them that a lane loads at once; the
+// most warps; and how many blocks share an SM, for which registers must suffice. Without that number ptxas spills a few
+// of them.
 template <int Rows, int Each, int Lines, int Warps, int Blocks>
 struct Shape {
     static constexpr int kRows = Rows, kEach = Each, kLines = Lines, kWarps = Warps, kBlocks = Blocks;
@@ -43,12 +44,12 @@ struct Shape {
     static constexpr int kColumns = kGroups * Each, kStep = Lines * kLine;
 };
 
-constexpr int kManyBlocks = 256;  // two an SM of the largest chips: from there on a block may have more columns
+constexpr int kManyBlocks = 256;  // two per SM of the largest chips; from here on a block may have more columns
 
-// Set bits of a stream of words. A full adder makes of two words and the one left over from before one left over and
-// one whose bits count twice (H. Warren, Hacker's Delight, "Counting 1-bits in an array"). An SM does 16 lanes of
+// Counts the set bits of a stream of words. From two words and the remainder a full adder makes a new remainder and a
+// word whose bits count twice (H. Warren, Hacker's Delight, "Counting 1-bits in an array"). An SM does 16 lanes of
 // __popc a clock, but 64 of the logic (CUDA C++ programming guide, "Arithmetic Instructions"): for 8 words 5 __popc, 16
-// logic operations and 5 adds take 21 / 64 clocks a lane, where 8 __popc alone take 8 / 16.
+// logic operations and 5 adds take 21 / 64 clocks of a lane, while 8 __popc alone take 8 / 16.
 struct BitCounter {
     uint32_t left_over = 0, twos = 0;
 
@@ -63,9 +64,9 @@ struct BitCounter {
     __device__ __forceinline__ uint32_t total() const { return 2 * twos + __popc(left_over); }
 };
 
-// Sums over the 8 lanes of a group, by Bit = 1, 2, 4: each time a lane exchanges half of its sums for those of the lane
-// whose number differs by Bit. Lane l is left with sums l, l + 8, ... in places 0, 1, ...; of fewer than 8, all lanes
-// of equal l % Count with the same one.
+// Adds up the sums of the 8 lanes of a group, by Bit = 1, 2, 4: each time a lane exchanges half of its sums for those
+// of the lane whose number differs by Bit. Lane l is left with sums l, l + 8, ... in places 0, 1, ...; of fewer than 8,
+// all lanes of equal l % Count with the same one.
 template <int Bit, int Count>
 __device__ __forceinline__ void add_lanes(uint32_t (&sums)[Count], int lane) {
     if constexpr (Count / Bit < 2) {
@@ -79,7 +80,7 @@ __device__ __forceinline__ void add_lanes(uint32_t (&sums)[Count], int lane) {
     }
 }
 
-// A lane's words, from the same place of each group's line.
+// Returns another lane's words, from the same place of each group's line.
 __device__ __forceinline__ uint4 from_group(const uint4& words, int group, int place) {
     const int lane = group * kGroupLanes + place;
     return {__shfl_sync(kAllLanes, words.x, lane), __shfl_sync(kAllLanes, words.y, lane),
@@ -92,7 +93,7 @@ template <class Shape, class Function>
 __device__ __forceinline__ void count_differences(const Product& product, int width, int64_t column, uint32_t* sums,
                                                   Function meanwhile) {
     constexpr int kRows = Shape::kRows, kEach = Shape::kEach, kLines = Shape::kLines, kStep = Shape::kStep;
-    // Many rows of x are divided among the groups, and shuffled; few are loaded by each.
+    // Many rows of x are divided among the groups and shuffled; few are loaded by each group.
     constexpr bool kDivided = kRows >= kGroups;
     constexpr int kApart = kDivided ? kGroups : 1, kLoads = kRows / kApart;
     const int index = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -174,7 +175,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skin
         channels.load(product.y, product.n, column);
     });
     __syncthreads();
-    // One output a thread, consecutive ones: as few sectors as there are, whether or not rows of y start on 16 bytes.
+    // Each thread writes one output, next to its neighbours': as few sectors as possible, also if rows of y do not
+    // start on 16 bytes.
     for (int i = thread; i < product.m * kColumns; i += threads) {
         const int row = i / kColumns, j = i % kColumns;
         write_outputs<As, 1>(product.y, product.n, product.k, row, column + j, false, {sums[i]}, channels.scale + j,
@@ -192,8 +194,9 @@ cudaError_t launch(const Product& product, cudaStream_t stream) {
     return cudaGetLastError();
 }
 
-// By the least power of two that holds the rows of x. One or two rows have two shapes: many columns a block load x less
-// often, and where that leaves too few blocks, few columns and more of K a block keep the loads in flight.
+// Launches the shape for the least power of two that holds the rows of x. One or two rows have two shapes: with many
+// columns, blocks load x less often; if that leaves too few blocks, few columns and more of K in a block keep the loads
+// in flight.
 template <class As>
 cudaError_t launch_rows(const Product& product, cudaStream_t stream) {
     const bool wide = product.n >= kManyBlocks * kGroups * 4;

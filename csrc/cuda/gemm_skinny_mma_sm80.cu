@@ -3,7 +3,7 @@
 //
 // All rows of x are one fragment of an instruction, and Tiles fragments of 8 weight rows are a block's columns of y.
 // The bits of k may be summed in any order, so lane (g, q) loads 16 bytes of rows g and g + 8 of x and of row g of each
-// tile of weights straight into the registers of two instructions, without shared memory or ldmatrix:
+// tile of weights directly into the registers of two instructions, without shared memory or ldmatrix:
 //
 //     word of a slice   4 q      4 q + 1   |  4 q + 2   4 q + 3
 //     x row g           a[0]     a[2]      |  a[0]      a[2]
@@ -13,15 +13,15 @@
 //
 // A slice is what one such load takes of a row, 16 words; a warp loads Slices of them, side by side, before it uses
 // any. The warps of a block divide K among them and add their popcounts in shared memory: integers, so their order does
-// not show. What the epilogue needs is fetched while the first weights are on their way.
+// not matter. The epilogue's operands are loaded while the first weights are on their way.
 //
-// Estimates, none measured. An H200 moves 4.3 TB/s with a latency of about 0.7 us: 3 MB must be in flight, 23 KB an SM.
-// At n = k = 8192 there are 256 blocks, two on most of its 132 SMs, of 8 warps with 4 KB of weights in flight each: all
-// 8 MiB at once. Its 32768 products of 16 x 8 x 256 bits, one in 4 clocks an SM, keep the tensor cores busy for a
-// quarter of the 2 us that the memory takes. No block divides its K with another: that needs memory which the interface
-// does not have, or a second launch, of 1 us or more. It could help only where blocks are few and rows long. At n =
-// 256, k = 65536 there are 32 blocks of 64 KB of weights and 128 KB of x, and an SM takes 64 bytes a clock from L2: 1.6
-// us, where all SMs together would need 0.5 us, and the second launch.
+// These are estimates, not measured. An H200 moves 4.3 TB/s with a latency of about 0.7 us: 3 MB must be in flight, 23
+// KB an SM. At n = k = 8192 there are 256 blocks, two on most of its 132 SMs, of 8 warps with 4 KB of weights in flight
+// each: all 8 MiB at once. Its 32768 products of 16 x 8 x 256 bits, one in 4 clocks an SM, keep the tensor cores busy
+// for a quarter of the 2 us that the memory takes. Blocks do not share a K, because that would need memory which the
+// interface does not provide, or a second launch of at least 1 us. It could only help if blocks are few and rows long.
+// At n = 256, k = 65536 there are 32 blocks of 64 KB of weights and 128 KB of x, and an SM takes 64 bytes a clock from
+// L2: 1.6 us, while all SMs together would need 0.5 us, and the second launch.
 #include <algorithm>
 
 #include "check_prepared.cuh"
@@ -36,8 +36,8 @@ constexpr int kWords = 4;  // of a load, the widest: 16 bytes
 constexpr int kSlice = 4 * kWords;
 constexpr int kSide = 8;  // columns of an instruction, and half of its rows
 
-// A block: tiles of columns, slices that a lane loads at once, the most warps, and how many blocks are to share an SM,
-// for which registers must suffice.
+// The shape of a block: tiles of columns, slices that a lane loads at once, the most warps, and how many blocks share
+// an SM, for which registers must suffice.
 template <int Tiles, int Slices, int Warps, int Blocks>
 struct Shape {
     static constexpr int kTiles = Tiles, kSlices = Slices, kWarps = Warps, kBlocks = Blocks;
@@ -45,13 +45,13 @@ struct Shape {
     static constexpr int kColumns = kTiles * kSide, kStep = kSlices * kSlice;
 };
 
-constexpr int kManyBlocks = 256;  // two an SM of the largest chips: from there on a block may have more columns
+constexpr int kManyBlocks = 256;  // two per SM of the largest chips; from here on a block may have more columns
 static_assert(kSkinnyRows == 2 * kSide, "the rows of x are those of one instruction");
 
-// Popcounts of a block's outputs as the instructions' registers hold them: [tile][register][lane], so that a register
-// of all lanes is 32 consecutive words. Outputs are read by rows, 32 lanes 8 / Tiles rows of 8 Tiles columns: of each
-// tile and of registers 0 and 1 (even and odd columns) 32 / Tiles / 2 words in a row, which the padding puts side by
-// side.
+// The popcounts of a block's outputs in the order of the instructions' registers: [tile][register][lane], so that a
+// register of all lanes is 32 consecutive words. Outputs are read by rows, 32 lanes 8 / Tiles rows of 8 Tiles columns:
+// of each tile and of registers 0 and 1 (even and odd columns) 32 / Tiles / 2 words in a row, which the padding puts
+// side by side.
 template <int Tiles>
 struct Sums {
     static constexpr int kRegister = kWarp + kWarp / 2, kTile = 4 * kRegister + kWarp / 2 / Tiles;
@@ -148,7 +148,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skin
         channels.load(product.y, product.n, column);
     });
     __syncthreads();
-    // One output a thread, consecutive ones: as few sectors as there are, whether or not rows of y start on 16 bytes.
+    // Each thread writes one output, next to its neighbours': as few sectors as possible, also if rows of y do not
+    // start on 16 bytes.
     for (int i = thread; i < product.m * kColumns; i += threads) {
         const int row = i / kColumns, j = i % kColumns;
         // popcount(a ^ b) = popcount(a) + popcount(b) - 2 popcount(a & b)
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skin
                              channels.bias + j);
     }
 #else
-    __trap();  // rather than to leave y as it was
+    __trap();  // instead of leaving y unwritten
 #endif
 }
 
@@ -171,7 +172,7 @@ cudaError_t launch(const Product& product, cudaStream_t stream) {
     return cudaGetLastError();
 }
 
-// Many columns a block load x less often; where that leaves too few blocks, more of K a block keeps the loads in
+// Blocks with many columns load x less often; if that leaves too few blocks, more of K in a block keeps the loads in
 // flight.
 template <class As>
 cudaError_t launch_tiles(const Product& product, cudaStream_t stream) {

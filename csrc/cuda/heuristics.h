@@ -1,22 +1,23 @@
-// Which kernel computes a product, and with which tile. The functions depend only on the device's figures and the product's
-// sizes, without a CUDA header or state, so that test_heuristics.py can ask about devices that the machine does not have.
+// Which kernel computes a product, and with which tile. The functions depend only on the device's figures and the
+// product's sizes, without a CUDA header or state, so that test_heuristics.py can ask about devices that the machine
+// does not have.
 //
 //     rows of x      7.5         8.0 to 9.0         later, known or not
 //     up to 4        skinny      skinny             skinny
 //     5 to 16        skinny      skinny_mma_sm80    skinny
 //     more           mma_sm75    mma_sm80           mma_int8_sm80
 //
-// popc runs everywhere, and the others are tested against it. The kernel does not depend on n and k: a tiny product costs a
-// launch by any kernel. The tile of mma_sm80 is the one of least estimated time. For all sizes:
+// popc runs everywhere, and the others are tested against it. The kernel does not depend on n and k: a tiny product
+// costs a launch by any kernel. The tile of mma_sm80 is the one of least estimated time. For all sizes:
 //   - the kernel is legal, and as m grows, a kernel that was abandoned is never chosen again;
 //   - the tile depends on m and n in units of 64 and on k in stages, all rounded up;
 //   - as k grows, a tile that was abandoned is never chosen again; the least estimate never falls as m, n or k grows;
-//   - the tile is 128 x 256 if such tiles leave nothing idle (m and n are their multiples, and their number is a multiple of
-//     the number of multiprocessors), and whenever m and n are at least 4096 and there are at least 40 such tiles for each
-//     multiprocessor.
+//   - the tile is 128 x 256 if such tiles leave nothing idle (m and n are their multiples, and their number is a multiple
+//     of the number of multiprocessors), and whenever m and n are at least 4096 and there are at least 40 such tiles for
+//     each multiprocessor.
 //
-// Every rate and time here is an estimate, from data sheets, the CUDA C++ programming guide ("Arithmetic Instructions") and
-// the machine code that nvcc emits.
+// Every rate and time here is an estimate, from data sheets, the CUDA C++ programming guide ("Arithmetic Instructions")
+// and the machine code that nvcc emits.
 #pragma once
 
 #include <algorithm>
@@ -66,12 +67,13 @@ static constexpr Multiprocessor multiprocessor(int capability) {
 constexpr int64_t kSharedBytesAClock = 128;
 constexpr int64_t kReservedBytes = 1024;  // shared memory that the system takes for each block
 
-// The clocks from a block's start to its first multiply and from its last to its end: the latencies of its first copies, of
-// scale, bias and popcounts, and of its stores, about 700 clocks each. Blocks on one multiprocessor wait together.
+// The clocks from a block's start to its first multiply and from its last to its end: the latencies of its first
+// copies, of scale, bias and popcounts, and of its stores, about 700 clocks each. Blocks on one multiprocessor wait
+// together.
 constexpr double kClocksAround = 2000;
 
-// A narrower tile must be estimated 1/16 faster than the next wider one, because the estimate is no finer than that and a
-// narrower tile moves more bytes. Otherwise the choice would alternate between products that differ by one tile.
+// A narrower tile must be estimated 1/16 faster than the next wider one, because the estimate is no finer than that and
+// a narrower tile moves more bytes. Otherwise the choice would alternate between products that differ by one tile.
 constexpr double kDoubt[kTiles] = {1, 17. / 16, 17. / 16 * 17 / 16};
 
 constexpr const char* kTileReasons[kTiles] = {
@@ -81,8 +83,8 @@ constexpr const char* kTileReasons[kTiles] = {
 };
 
 // Returns the clocks for a stage of a tile: those of the slowest of tensor cores, L2 and shared memory, whose work
-// overlaps. The three tiles, widest first, take 1024, 512, 192 on 8.0; 2048, 1024, 341 on 9.0; and 2048, 1024, 512 on 8.6
-// and 8.9, where the tensor cores alone would need 256 for the third.
+// overlaps. The three tiles, widest first, take 1024, 512, 192 on 8.0; 2048, 1024, 341 on 9.0; and 2048, 1024, 512 on
+// 8.6 and 8.9, where the tensor cores alone would need 256 for the third.
 static constexpr double stage_clocks(Tile tile, const Multiprocessor& chip) {
     const int64_t i = static_cast<int64_t>(tile), outputs = kTileRows[i] * kTileColumns[i];
     const int64_t copied = (kTileRows[i] + kTileColumns[i]) * kTileStageBits / 8;
@@ -94,16 +96,17 @@ static constexpr double stage_clocks(Tile tile, const Multiprocessor& chip) {
                      clocks(copied + read, kSharedBytesAClock)});
 }
 
-// Returns how many blocks share a multiprocessor: 1 of the widest tile, 2 (on 8.6 and 8.9: 1) of the next, 4 (3) of the last.
+// Returns how many blocks share a multiprocessor: 1 of the widest tile, 2 (on 8.6 and 8.9: 1) of the next, 4 (3) of the
+// last.
 static constexpr int64_t resident_blocks(Tile tile, const Multiprocessor& chip) {
     const int64_t i = static_cast<int64_t>(tile);
     const int64_t bytes = kTileStages * (kTileRows[i] + kTileColumns[i]) * kTileStageBits / 8 + kReservedBytes;
     return std::min(kTileBlocks[i], chip.shared_bytes / bytes);
 }
 
-// Estimates the clocks of a product. Blocks that share a multiprocessor also share its tensor cores and its part of L2, so
-// the number of tiles of the busiest multiprocessor counts; only kClocksAround passes once for all that it holds at a time.
-// The result is a double, because with k = 2^31 and m n = 2^40 the clocks exceed an int64.
+// Estimates the clocks of a product. Blocks that share a multiprocessor also share its tensor cores and its part of L2,
+// so the number of tiles of the busiest multiprocessor counts; only kClocksAround passes once for all that it holds at
+// a time. The result is a double, because with k = 2^31 and m n = 2^40 the clocks exceed an int64.
 static inline double estimated_clocks(Tile tile, const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
     const int64_t i = static_cast<int64_t>(tile);
     const Multiprocessor chip = multiprocessor(gpu.capability);
@@ -130,20 +133,20 @@ struct Choice {
     const char* reason;
 };
 
-// gemm_skinny counts up to this many rows while the weights arrive from memory, on every chip that has another kernel for
-// them. Its adders (gemm_skinny.cu) take about 10 / 64 clocks of a lane for 4 words, so a multiprocessor counts 26 words per
-// clock, each for one of 1, 2, 4, 8 or 16 rows (a smaller number is rounded up to one of these). Memory brings it 4.7 words
-// per clock on an H200 (4.3 TB/s for 132 at 1.75 GHz) and 3 on an A100, which for 4 rows are 19 and 12 words to count, for 8
-// rows 37 and 24. At 8192 x 8192, 16 rows would take 5.6 us to count, while memory needs 2.
+// gemm_skinny counts up to this many rows while the weights arrive from memory, on every chip that has another kernel
+// for them. Its adders (gemm_skinny.cu) take about 10 / 64 clocks of a lane for 4 words, so a multiprocessor counts 26
+// words per clock, each for one of 1, 2, 4, 8 or 16 rows (a smaller number is rounded up to one of these). Memory
+// brings it 4.7 words per clock on an H200 (4.3 TB/s for 132 at 1.75 GHz) and 3 on an A100, which for 4 rows are 19 and
+// 12 words to count, for 8 rows 37 and 24. At 8192 x 8192, 16 rows would take 5.6 us to count, while memory needs 2.
 //
-// A tensor core's instruction takes 64 words by 16 rows in 4 clocks (H100; 2 on an A100): 16 words per clock for any number
-// of rows. But it needs the set bits of each row, and with up to 4 rows three quarters of its work are wasted.
+// A tensor core's instruction takes 64 words by 16 rows in 4 clocks (H100; 2 on an A100): 16 words per clock for any
+// number of rows. But it needs the set bits of each row, and with up to 4 rows three quarters of its work are wasted.
 constexpr int64_t kCountedRows = 4;
 
-// Returns the automatic choice. Without binary tensor cores gemm_skinny is best for all the rows that it takes. On 7.5, a
-// T4's memory brings 1.3 words per clock, which for 16 rows are 20 to count. From 10.0 on, a B200's memory brings 7.3, so
-// that 4 rows hardly keep up, and an RTX 5090's 1.1; but gemm_mma_int8_sm80 always multiplies 64 rows, in 1 clock for a word
-// of weights (2 on 12.0), while 16 rows of gemm_skinny take 0.6.
+// Returns the automatic choice. Without binary tensor cores gemm_skinny is best for all the rows that it takes. On 7.5,
+// a T4's memory brings 1.3 words per clock, which for 16 rows are 20 to count. From 10.0 on, a B200's memory brings
+// 7.3, so that 4 rows hardly keep up, and an RTX 5090's 1.1; but gemm_mma_int8_sm80 always multiplies 64 rows, in 1
+// clock for a word of weights (2 on 12.0), while 16 rows of gemm_skinny take 0.6.
 static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
     const auto takes = [&](GemmKernel kernel) { return legal(kernel, gpu, m); };
     const auto choice = [](GemmKernel kernel, const char* reason) { return Choice{kernel, Tile::m64n64, reason}; };
@@ -168,9 +171,9 @@ static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
 
 #ifndef __CUDACC__  // kernels do not need strings, which would cost nvcc two seconds for each file and target
 
-// Returns the choice for a product; `forced` is find_kernel's record, or null. A device that lacks the forced kernel is an
-// error. A product of more rows than that kernel takes gets the automatic choice, because the layers of a model multiply
-// different numbers of rows.
+// Returns the choice for a product; `forced` is find_kernel's record, or null. A device that lacks the forced kernel is
+// an error. A product of more rows than that kernel takes gets the automatic choice, because the layers of a model
+// multiply different numbers of rows.
 static inline OrError<Choice> decide(const KernelRecord* forced, const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
     if (!supported(gpu.capability)) {
         return in_words(gpu.capability) + " is not supported: the CUDA kernels need 7.5 or later";

@@ -1,11 +1,11 @@
-// The CUDA kernels' launchers: raw pointers, sizes and a stream; no torch. Each returns the launch's
-// error, allocates nothing, does not synchronize, and may be captured in a graph.
+// The CUDA kernels' launchers, which take raw pointers, sizes and a stream, and know no torch. Each returns the
+// launch's error, allocates nothing, does not synchronize, and may be captured in a graph.
 //
 // Words come in two forms, both row-major:
 //   interchange  words_for(k) words a row; bits past k may be anything, and kernels mask them
 //   aligned      aligned_words_for(k) words a row, every bit past k zero, the first row on 16 bytes: rows can be read
 //                16 bytes at a time, and what a kernel reads past k adds nothing to a popcount of AND or XOR
-// Where k is a multiple of 128 and the tensor starts on 16 bytes, the interchange form is the aligned one.
+// If k is a multiple of 128 and the tensor starts on 16 bytes, the interchange form is the aligned one.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -19,7 +19,7 @@
 
 namespace bitorch_qlinear::cuda {
 
-// Rows of x to packed words; the twin that says what it computes is pack_row_portable (cpu/pack_portable.h).
+// Packs rows of x into words; its twin, which defines what it computes, is pack_row_portable (cpu/pack_portable.h).
 struct Pack {
     const void* x;  // m rows of k contiguous values, `stride` values apart
     DType dtype;
@@ -33,7 +33,7 @@ struct Pack {
 };
 cudaError_t pack(const Pack&, cudaStream_t);
 
-// Words of the interchange form to values: +-1 of a float type, int32 or int8; for boolean the bits themselves.
+// Unpacks words of the interchange form to values: +-1 of a float type, int32 or int8; for boolean the bits themselves.
 struct Unpack {
     const uint32_t* words;  // [m][words_for(k)]
     int64_t m, k;
@@ -42,7 +42,7 @@ struct Unpack {
 };
 cudaError_t unpack(const Unpack&, cudaStream_t);
 
-// Words of the interchange form to the aligned one, and the set bits of each row (bits past k not counted).
+// Copies words of the interchange form to the aligned one, and counts the set bits of each row without those past k.
 struct Align {
     const uint32_t* words;  // [m][words_for(k)]
     int64_t m, k;
@@ -65,7 +65,7 @@ struct Channels {
     DType dtype;
 };
 
-// y[m][n], contiguous; what each output is stands in epilogue.cuh.
+// y[m][n], contiguous; epilogue.cuh defines each output.
 struct Output {
     void* data;
     DType dtype;
@@ -73,8 +73,8 @@ struct Output {
 };
 
 // y = x . weight^T. `prepared` is the header of the prepared form that the weights or their popcounts are taken from,
-// or null: a kernel that reads them traps where it is another than n and k ask for (check_prepared.cuh), for the host cannot
-// look without waiting for the device.
+// or null. The host cannot read it without waiting for the device, so a kernel that uses the form traps if its n, k or
+// layout is wrong (check_prepared.cuh).
 struct Product {
     Operand x, weight;
     int64_t m, n, k;
@@ -82,7 +82,7 @@ struct Product {
     const PreparedHeader* prepared;
 };
 
-// Whether both operands are in the aligned form, as far as addresses and strides tell.
+// Returns whether both operands are in the aligned form, as far as addresses and strides tell.
 static inline bool are_aligned(const Product& product) {
     const auto is_aligned = [&](const Operand& operand) {
         return reinterpret_cast<uintptr_t>(operand.words) % 16 == 0 && operand.stride % kAlignedWords == 0 &&
@@ -96,7 +96,8 @@ static inline bool have_popcounts(const Product& product) { return product.x.pop
 // Operands in the interchange form (or the aligned one, which is a case of it), any m, n, k and compute capability.
 cudaError_t gemm_popc(const Product&, cudaStream_t);
 
-// The others read the aligned form, and return cudaErrorInvalidValue for operands or sizes that they do not take.
+// The other kernels read the aligned form, and return cudaErrorInvalidValue for operands or sizes that they do not
+// take.
 cudaError_t gemm_skinny(const Product&, cudaStream_t);           // any compute capability; no popcounts needed
 cudaError_t gemm_skinny_mma_sm80(const Product&, cudaStream_t);  // compute capability 8.0 to 9.0
 cudaError_t gemm_mma_sm80(const Product&, Tile, cudaStream_t);   // compute capability 8.0 to 9.0

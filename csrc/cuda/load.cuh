@@ -1,11 +1,13 @@
-// Loads of 16 bytes under a predicate, through the path for data that no kernel writes meanwhile (PTX ISA, "ld.global.nc").
+// Loads of 16 bytes under a predicate, through the path for data that no kernel writes at the same time (PTX ISA,
+// "ld.global.nc").
 #pragma once
 
 #include <cstdint>
 
 namespace bitorch_qlinear::cuda {
 
-// Four words of a row, or zeros where they do not exist: a load under a predicate, without a branch, in its place.
+// Loads four words of a row, or zeros if they do not exist. The load has a predicate instead of a branch and is not
+// moved.
 __device__ __forceinline__ uint4 load(const uint32_t* words, bool exist) {
     uint4 w;
     asm volatile(
@@ -18,7 +20,7 @@ __device__ __forceinline__ uint4 load(const uint32_t* words, bool exist) {
     return w;
 }
 
-// The same past the L1 cache, for what no other block reads.
+// Does the same without allocating in the L1 cache, for words that no other block reads.
 __device__ __forceinline__ uint4 load_once(const uint32_t* words, bool exist) {
     uint4 w;
     asm volatile(

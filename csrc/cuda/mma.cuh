@@ -7,11 +7,11 @@
 //     a[3] row g + 8, bits 128 + 32 q ...
 // Which bits of k an instruction takes does not matter as long as a and b agree: a sum has no order.
 //
-// m16n8k32 of bytes has the same fragments, with 4 bytes in the place of 32 bits.
+// m16n8k32 of bytes has the same fragments, with 4 bytes instead of 32 bits.
 //
 // nvcc 13.0 makes one BMMA of and.popc for sm_80 to sm_90a. For sm_100 and sm_120, which have no binary tensor cores,
-// it would make eight IMMA on unpacked bytes, each of which it unpacks anew: kernels of this instruction are left empty
-// there, and gemm_mma_int8_sm80.cu does better.
+// it would make eight IMMA on unpacked bytes, and unpack the bytes again for each: kernels of this instruction are left
+// empty there, and gemm_mma_int8_sm80.cu does better.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +41,8 @@ __device__ __forceinline__ void mma_and_popc(int32_t (&c)[4], const uint32_t (&a
 #endif
 
 #ifdef BITORCH_QLINEAR_MMA_SM75
-// c += popcount(a ^ b) of 8 x 8 outputs over 128 bits: a is row g, b column g, bits 32 q ...; c row g, columns 2 q, 2 q + 1.
+// c += popcount(a ^ b) of 8 x 8 outputs over 128 bits: a is row g, b column g, bits 32 q ...; c row g, columns 2 q, 2 q
+// + 1.
 __device__ __forceinline__ void mma_xor_popc(int32_t (&c)[2], uint32_t a, uint32_t b) {
     asm volatile("mma.sync.aligned.m8n8k128.row.col.s32.b1.b1.s32.xor.popc {%0, %1}, {%2}, {%3}, {%0, %1};"
                  : "+r"(c[0]), "+r"(c[1])
@@ -50,7 +51,7 @@ __device__ __forceinline__ void mma_xor_popc(int32_t (&c)[2], uint32_t a, uint32
 #endif
 
 #ifdef BITORCH_QLINEAR_MMA_INT8
-// c += the products of 16 x 8 outputs over 32 bytes without a sign.
+// c += the products of 16 x 8 outputs over 32 unsigned bytes.
 __device__ __forceinline__ void mma_bytes(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile(
         "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 "

@@ -12,7 +12,7 @@ namespace {
 template <class As>
 constexpr int kVector = 16 / static_cast<int>(sizeof(typename As::Out));
 
-// Where a block's tile begins, where a warp's square begins in it, and the lane's row g and column pair q in a fragment.
+// The beginning of a block's tile and of a warp's square in it, and the lane's row g and column pair q in a fragment.
 struct Place {
     int64_t row, column;
     int warp_row, warp_column, g, q;
@@ -25,8 +25,9 @@ __device__ __forceinline__ Place place_in_tile(int64_t row, int64_t column, int 
     return {row, column, warp / kAcross * Side, warp % kAcross * Side, lane / 4, lane % 4};
 }
 
-// Returns the column of the square, which is also its weight row, that feeds column 2 q of instruction j; the next one feeds
-// column 2 q + 1. The columns of four instructions are permuted so that a lane holds vectors of neighbouring outputs.
+// Returns the column of the square, which is also its weight row, that feeds column 2 q of instruction j; the next one
+// feeds column 2 q + 1. The columns of four instructions are permuted so that a lane holds vectors of neighbouring
+// outputs.
 template <int Vector>
 __device__ __forceinline__ int column_of(int j, int q) {
     constexpr int kEach = Vector / 2;  // instructions that fill a vector

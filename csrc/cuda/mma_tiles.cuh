@@ -1,4 +1,4 @@
-// Binary product on tensor cores in tiles that pass through shared memory: all of it but the instruction.
+// Binary product on tensor cores in tiles that pass through shared memory: everything except the instruction.
 //
 //                  weight rows = columns of y             a block's tile of y: kRows x kColumns, in squares of kSide,
 //                 +--------+--------+--------+--------+   a warp each
@@ -16,11 +16,11 @@
 //     row 2    chunk 0  ...
 //
 // The bits of k may be summed in any order, so lane (g, q) takes chunk q of its fragment row in one 16-byte load, words
-// 0 and 1 for one instruction and words 2 and 3 for another: no ldmatrix. Shared memory serves 16-byte loads 8 lanes at
-// a time, g = 2 i and 2 i + 1 with q = 0 ... 3: if their rows are 2 r and 2 r + 1, that is one full line of banks,
-// without a swizzle. So it is for x, where lane g has row g, and for weight, where the row that feeds a column of an
-// instruction is free to choose, every output being a column of its own. The instructions of 32 columns are shuffled so
-// that a lane gets vectors of 16 bytes of y, and four lanes neighbouring ones: with 8 outputs a vector (bfloat16)
+// 0 and 1 for one instruction and words 2 and 3 for another, without ldmatrix. Shared memory serves 16-byte loads 8
+// lanes at a time, g = 2 i and 2 i + 1 with q = 0 ... 3: if their rows are 2 r and 2 r + 1, that is one full line of
+// banks, without a swizzle. This holds for x, because lane g has row g, and for weight, because any row may feed a
+// column of an instruction: every output is a column of its own. The columns of the instructions are permuted within 32
+// so that a lane gets vectors of 16 bytes of y, and four lanes neighbouring ones: with 8 outputs a vector (bfloat16)
 //
 //     column c of instruction j = weight row 8 (c / 2) + 2 j + c % 2
 //
@@ -43,7 +43,7 @@ static_assert(kChunks == 4, "a lane q = 0 ... 3 of each fragment row reads one c
 
 constexpr int kGroup = 32;  // columns of four instructions, which are shuffled
 
-// A tile of y and the warps that compute it. Blocks: how many share an SM, for which registers must suffice.
+// A tile of y and the warps that compute it. Blocks is the number that share an SM, for which registers must suffice.
 template <int Rows, int Columns, int Side, int Blocks>
 struct Shape {
     static constexpr int kRows = Rows, kColumns = Columns, kSide = Side, kBlocks = Blocks;
@@ -57,14 +57,14 @@ struct Shape {
 template <int Index>
 using ShapeOf = Shape<kTileRows[Index], kTileColumns[Index], kTileSide[Index], kTileBlocks[Index]>;
 
-// Set bits of the tile's rows of x and weight, and its scale and bias: what the epilogue adds to the products.
+// The epilogue's operands beside the products: set bits of the tile's rows of x and weight, and scale and bias.
 template <class As, class Shape>
 struct Margins {
     uint32_t x[Shape::kRows], weight[Shape::kColumns];
     ChannelTile<As, Shape::kColumns> channels;
 };
 
-// The margins take the stages' place when the last has been read.
+// The margins use the stages' memory when the last stage has been read.
 template <class As, class Shape>
 union Shared {
     typename Shape::Stage stages[kStages];
@@ -74,14 +74,14 @@ union Shared {
                   "shared memory of a block");
 };
 
-// What a warp's square consists of: fragments of 16 rows, and groups of columns.
+// A warp's square consists of fragments of 16 rows and of groups of columns.
 template <class Shape>
 constexpr int kFragments = Shape::kSide / 16;
 template <class Shape>
 constexpr int kGroups = Shape::kSide / kGroup;
 
-// Neighbouring blocks, which run at the same time, take tiles of 8 tile rows by some tile columns rather than of one
-// tile row: the nearer to a square, the fewer rows of x and weight they have to bring into L2.
+// Returns a lane's place. Neighbouring blocks, which run at the same time, take tiles of 8 tile rows by some tile
+// columns instead of one tile row: the nearer to a square, the fewer rows of x and weight they bring into L2.
 template <class Shape>
 __device__ __forceinline__ Place place(int64_t row_tiles, int64_t column_tiles) {
     constexpr int64_t kTall = 8;
@@ -92,7 +92,7 @@ __device__ __forceinline__ Place place(int64_t row_tiles, int64_t column_tiles) 
     return place_in_tile<Shape::kColumns, Shape::kSide>(row, column, warp, lane);
 }
 
-// Rows from `begin` on, chunks from `first` on; zeros for those that do not exist.
+// Copies rows from `begin` on and chunks from `first` on; zeros for those that do not exist.
 template <class Shape, int Rows>
 __device__ __forceinline__ void fetch_rows(const Operand& operand, int64_t begin, int64_t rows, int64_t first,
                                            int64_t chunks, uint4 (&to)[Rows][kChunks]) {
@@ -118,7 +118,7 @@ __device__ __forceinline__ void fetch_stage(const Product& product, const Place&
     fetch_rows<Shape>(product.weight, at.column, product.n, first, chunks, stage.weight);
 }
 
-// The copies of all but the last `InFlight` groups are there for all threads, and what was read before may be
+// Waits until all threads see the copies of all groups except the last `InFlight`, and what was read before may be
 // overwritten.
 template <int InFlight>
 __device__ __forceinline__ void wait_for_stage() {
@@ -146,18 +146,19 @@ struct Fragments {
     }
 };
 
-// Set bits of a & b: of each 16 x 32 outputs of a warp those that a lane holds, as c[4] of four instructions.
+// The set bits of a & b for those of each 16 x 32 outputs of a warp that a lane holds, as c[4] of four instructions.
 template <class Shape>
 using Sums = int32_t[kFragments<Shape>][kGroups<Shape>][4][4];
 
-// Instructions say whether the target has them, and multiply what is in `fragments`, which they then read again from
-// the next stage:
+// A struct `Instructions` tells whether the target has them, multiplies what is in `fragments`, and refills it from the
+// next stage:
 //
 //     static constexpr bool kExists;
 //     static void multiply_stage(Fragments<Shape, Vector>& fragments, const typename Shape::Stage& next, const Place& at,
 //                                Sums<Shape>& sums);
 
-// Stages past the last are zeros, or an earlier stage: they are read into registers, and no further.
+// Multiplies a tile. Stages past the last are zeros or an earlier stage; they are read into registers but not
+// multiplied.
 template <class Instructions, class Shape, int Vector>
 __device__ __forceinline__ void multiply_tile(const Product& product, const Place& at,
                                               typename Shape::Stage (&stages)[kStages], Sums<Shape>& sums) {
@@ -235,7 +236,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         load_margins<As, Shape>(product, at, shared.margins);
         write_tile<As, Shape>(product, at, whole_vectors, sums, shared.margins);
     } else {
-        __trap();  // rather than to leave y as it was
+        __trap();  // instead of leaving y unwritten
     }
 }
 
@@ -248,9 +249,10 @@ cudaError_t launch(const Product& product, cudaStream_t stream) {
         constexpr int kBytes = sizeof(Shared<As, Shape>);
         const auto kernel = multiply_tiles<As, Shape, Instructions>;
         if constexpr (kBytes > 48 * 1024) {
-            // Holds for the current device alone. Asked at every launch it costs less than to remember for which.
+            // The attribute belongs to the current device. Setting it at every launch costs less than remembering for
+            // which it is set.
             const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-            if (error != cudaSuccess) return cudaGetLastError();  // which forgets it, before others ask
+            if (error != cudaSuccess) return cudaGetLastError();  // which clears the error, before others see it
         }
         kernel<<<static_cast<unsigned>(row_tiles * column_tiles), Shape::kThreads, kBytes, stream>>>(
             product, row_tiles, column_tiles, rows_on_16_bytes(product.y, product.n));

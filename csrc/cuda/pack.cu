@@ -1,14 +1,15 @@
-// Packs rows of floats into words, and in the same pass the in-range bits and the rows' popcounts.
+// Packs rows of floats into words, and in the same pass makes the in-range bits and the rows' popcounts.
 //
-// A warp packs a segment of a row: kSteps steps of 512 bytes, all loaded before the first is used, for memory is what
-// binds. In a step a lane holds 16 bytes, that is V values, and the warp makes V words, each in 32 / V lanes:
+// A warp packs a segment of a row: kSteps steps of 512 bytes, all loaded before the first is used, because memory is
+// the limit. In a step a lane holds 16 bytes, that is V values, and the warp makes V words, each in 32 / V lanes:
 //
 //     Vectors  one load; the lane's values are neighbours, and make V bits of its word, which shuffles join
 //     Values   V loads, each of 32 neighbours by the 32 lanes, whose ballot is a word: rows of any length and alignment
 //
-// Estimates, not measured (`python -m benchmarks gpu-model`): of an H200's memory an SM gets the bytes of a segment of
-// bfloat16 Vectors in 105 clocks. For its 205 instructions the units of logic, which take two of a warp in a clock, need
-// 72, so memory binds; with in-range bits it is 144 against 111, so these units do, at 77 % of the memory's rate.
+// By estimate, not measured (`python -m tools.gpu_model`), an SM of an H200 gets the bytes of a segment of
+// bfloat16 Vectors from memory in 105 clocks. Its 205 instructions take the units of logic, which start two of a warp
+// in a clock, 72 clocks, so memory is the limit. With in-range bits they take 144 clocks and memory 111, so these units
+// are, at 77 % of the memory's rate.
 #include "kernels.h"
 #include "row_grid.cuh"
 #include "sign_tests.cuh"
@@ -24,7 +25,7 @@ constexpr int kVector = 16 / sizeof(T);
 template <class T>
 constexpr int kLanes = kWarp / kVector<T>;
 
-// One step. Of the values from `from` on `left` exist (fewer than one: none); the bits of others are 0.
+// One step. `left` values exist from `from` on (none if it is not positive); the bits of others are 0.
 template <class T>
 struct Vectors {
     uint4 data;
@@ -36,8 +37,8 @@ struct Vectors {
         data = exists ? *reinterpret_cast<const uint4*>(from + first) : uint4{};
     }
 
-    // Value i, for tests that do not look at what lies below its lowest bit: there the upper half of a word still has
-    // the lower one.
+    // Returns value i in the word's upper bits. For 16-bit types the lower half may hold a neighbour's bits, which the
+    // tests ignore.
     __device__ __forceinline__ typename Pattern<T>::Word value(int i) const {
         const uint32_t words[4] = {data.x, data.y, data.z, data.w};
         if constexpr (sizeof(T) == 8) return words[2 * i] | uint64_t{words[2 * i + 1]} << 32;
@@ -85,7 +86,8 @@ struct Values {
     }
 };
 
-// Words [first, first + kSteps * kVector) of a row, as far as it has them; their set bits, in the lanes' sum.
+// Packs words [first, first + kSteps * kVector) of a row, as far as they exist, and returns their set bits, distributed
+// over the lanes.
 template <class T, bool Strict, class Step>
 __device__ __forceinline__ int32_t pack_segment(const Pack& job, int64_t row, int64_t first,
                                                 typename Pattern<T>::Word limit) {
@@ -121,7 +123,7 @@ __device__ __forceinline__ int32_t pack_segment(const Pack& job, int64_t row, in
     return count;
 }
 
-// Two blocks an SM fit anyway; without the 2, nvcc 13.0 spills in three kernels for sm_120.
+// Two blocks fit on an SM in any case; without the 2, nvcc 13.0 spills in three kernels for sm_120.
 template <class T, bool Strict, class Step>
 __global__ void __launch_bounds__(kRowThreads, 2) pack_rows(const Pack job) {
     constexpr int kWords = kSteps * kVector<T>;

@@ -1,4 +1,9 @@
-// How large the prepared form of the weights is on CUDA (check_prepared.cuh): plain C++, which a build without CUDA reads too.
+// The prepared form of the weights on CUDA, one for all kernels, and its size. This is plain C++, because a build
+// without CUDA needs the size, too.
+//
+//     header | popcounts[n], padded with zeros to 16 bytes | aligned words[n], only if k is not a multiple of 128
+//
+// For other k the kernels read the interchange form's words, and a layer holds 1/32 of its float32 weights.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +12,10 @@
 
 namespace bitorch_qlinear::cuda {
 
-// Among the layouts of cpu/kernel.h's records, which count from 0.
+// The layout's number. The CPU kernels' layouts (cpu/kernel.h) have numbers from 0 on.
 constexpr uint32_t kPreparedLayout = 64;
 
-// A row of the aligned form (kernels.h) holds a multiple of so many words.
+// A row of the aligned form (kernels.h) holds a multiple of this many words.
 constexpr int64_t kAlignedWords = 4;
 
 static inline int64_t aligned_words_for(int64_t k) { return ceil_div(words_for(k), kAlignedWords) * kAlignedWords; }

@@ -1,4 +1,5 @@
-// The records of the CUDA kernels: names, devices and operands. Plain C++ without a CUDA header, which tests compile too.
+// The records of the CUDA kernels: names, devices and operands. Plain C++ without a CUDA header, which tests compile
+// too.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +11,13 @@
 
 namespace bitorch_qlinear::cuda {
 
-// Rows of x that a skinny kernel takes at most.
+// The most rows of x that a skinny kernel takes.
 constexpr int64_t kSkinnyRows = 16;
 
 enum class GemmKernel : int { popc, skinny, skinny_mma_sm80, mma_sm75, mma_sm80, mma_int8_sm80 };
 constexpr int kGemmKernels = 6;
 
-// A compute capability is one number here: 86 is 8.6, 120 is 12.0.
+// A kernel and the devices and operands that it takes. A compute capability is one number here: 86 is 8.6, 120 is 12.0.
 struct KernelRecord {
     GemmKernel kernel;
     const char* name;     // for BITORCH_QLINEAR_CUDA_KERNEL; the launcher is gemm_<name>
@@ -28,9 +29,9 @@ struct KernelRecord {
 constexpr int kNewest = INT32_MAX;
 constexpr int64_t kAnyRows = INT64_MAX;
 
-// mma_sm80 stops at 9.0: sm_90 still has the BMMA instruction, but for sm_100 and sm_120 nvcc emulates it by eight IMMA on
-// unpacked bytes. mma_int8_sm80 unpacks in a better way; on devices with BMMA it has an eighth of mma_sm80's rate and
-// exists for tests. mma_sm75 stops before 9.0, where xor is no longer a single instruction (mma.cuh).
+// mma_sm80 stops at 9.0: sm_90 still has the BMMA instruction, but for sm_100 and sm_120 nvcc emulates it by eight IMMA
+// on unpacked bytes. mma_int8_sm80 unpacks in a better way; on devices with BMMA it has an eighth of mma_sm80's rate
+// and exists for tests. mma_sm75 stops before 9.0, where xor is no longer a single instruction (mma.cuh).
 constexpr KernelRecord kKernels[kGemmKernels] = {
     {GemmKernel::popc, "popc", 75, kNewest, false, false, kAnyRows},
     {GemmKernel::skinny, "skinny", 75, kNewest, true, false, kSkinnyRows},
@@ -49,7 +50,7 @@ static constexpr bool runs_on(const KernelRecord& kernel, int capability) {
 // Returns whether any kernel runs on it.
 static constexpr bool supported(int capability) { return runs_on(record(GemmKernel::popc), capability); }
 
-// What the choice of a kernel depends on.
+// The properties of a device on which the choice of a kernel depends.
 struct Gpu {
     int capability;
     int multiprocessors;

@@ -36,8 +36,8 @@ __device__ __forceinline__ int32_t sum_over_row(int32_t count) {
     return sum;
 }
 
-// Launches a kernel over rows. A row gets as many warps of a block as it has segments, up to a power of two, so that short
-// rows share a block; with `parts`, a longer row gets further blocks, so that one long row fills the device too.
+// Launches a kernel over rows. A row gets as many warps of a block as it has segments, up to a power of two, so that
+// short rows share a block; with `parts`, a longer row gets further blocks, so that one long row fills the device too.
 template <class... Parameters>
 cudaError_t launch_rows(void (*kernel)(Parameters...), int64_t rows, int64_t segments, bool parts, cudaStream_t stream,
                         Parameters... arguments) {

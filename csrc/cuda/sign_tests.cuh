@@ -58,7 +58,8 @@ __device__ __forceinline__ uint32_t word_of(double value, __nv_bfloat16*) {
     return __float_as_uint(static_cast<float>(value));  // the lower half is 0
 }
 
-// Returns the exclusive upper bound of the words with |v| <= threshold; NaN lies above it. The threshold is a value of T.
+// Returns the exclusive upper bound of the words with |v| <= threshold; NaN lies above it. The threshold is a value of
+// T.
 template <class T>
 __device__ __forceinline__ typename Pattern<T>::Word range_limit(double threshold) {
     if (!(threshold >= 0)) return 0;

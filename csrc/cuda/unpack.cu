@@ -1,15 +1,15 @@
-// Unpacks words of the interchange form to values: unpack_row_portable (cpu/pack_portable.h) says what it computes.
+// Unpacks words of the interchange form to values: unpack_row_portable (cpu/pack_portable.h) defines what it computes.
 //
-// The types differ only in size and in the patterns of bit 0 and bit 1, so the kernels know just those. As in pack.cu
-// a warp takes a segment of a row, kSteps steps of 512 bytes; in a step it reads V words, each by 32 / V lanes, and a
-// lane writes 16 bytes, that is V values:
+// The types differ only in size and in the patterns of bit 0 and bit 1, so the kernels are given only these. As in
+// pack.cu a warp takes a segment of a row, kSteps steps of 512 bytes; in a step it reads V words, each by 32 / V lanes,
+// and a lane writes 16 bytes, that is V values:
 //
 //     rows on 16 bytes   one store of V neighbours
 //     other rows         V stores, each of a word's 32 values by the 32 lanes
 //
-// What binds is writing, 1 to 8 bytes a bit. Estimates, not measured: per 512 bytes a warp has 42 to 56 instructions
-// (of PTX), where an SM of an H200 issues about 100 in the time that its share of the memory takes. On other rows these
-// are 46 to 116, and 211 for one-byte values, which so reach half the memory's rate.
+// The limit is writing, 1 to 8 bytes for a bit. By estimate, not measured, a warp has 42 to 56 instructions (of PTX)
+// for 512 bytes, and an SM of an H200 issues about 100 in the time that its share of the memory takes. For other rows
+// there are 46 to 116, and 211 for one-byte values, which reach half of the memory's rate.
 #include <type_traits>
 
 #include "kernels.h"
@@ -51,7 +51,7 @@ struct Patterns {
     }
 };
 
-// 16 bytes, from the lowest bits. Left to itself, nvcc 13.0 splits some of these stores into two.
+// Stores 16 bytes, made from the lowest bits. asm is used because nvcc 13.0 splits some of these stores into two.
 template <class Value>
 __device__ __forceinline__ void store(Value* out, uint32_t bits, const Patterns<Value>& patterns) {
     constexpr int kCount = Patterns<Value>::kCount;
@@ -64,7 +64,7 @@ __device__ __forceinline__ void store(Value* out, uint32_t bits, const Patterns<
     }
 }
 
-// What a lane writes of a step, of whose values `left` exist, from the word of its group of lanes.
+// Writes a lane's part of a step, of whose values `left` exist, from the word of its group of lanes.
 template <class Value, bool Whole>
 __device__ __forceinline__ void write_step(uint32_t word, int left, const Patterns<Value>& patterns, Value* out) {
     const int lane = lane_index();

@@ -1,5 +1,5 @@
-// Argument checks in words: which argument, what was expected, what came. They run before anything is
-// allocated or written, and what passes them cannot make a kernel read or write out of bounds.
+// Argument checks, whose messages say which argument was wrong, what was expected and what was given. They run before
+// anything is allocated or written, and arguments that pass them cannot make a kernel read or write out of bounds.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -19,7 +19,7 @@ namespace bitorch_qlinear {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Without streams: their locale crashes where a compiler links its own libstdc++ statically beside torch's.
+// Streams are not used, because their locale crashes if a compiler links its own libstdc++ statically beside torch's.
 inline std::string in_words(const char* part) { return part; }
 inline std::string in_words(const std::string& part) { return part; }
 template <class Number>
@@ -37,7 +37,8 @@ template <class... Parts>
     throw std::runtime_error(message);
 }
 
-// Undefined where the stable ABI has no word for the dtype: its own error would name a file instead of the argument.
+// Returns Undefined if the stable ABI has no name for the dtype; its own error would name a file instead of the
+// argument.
 inline ScalarType scalar_type(const Tensor& tensor) {
     try {
         return tensor.scalar_type();
@@ -86,12 +87,12 @@ inline DType check_float(const char* argument, ScalarType type) {
     return *dtype;
 }
 
-// torch passes None through, as an undefined tensor, even where one of several tensors is required.
+// torch passes None through, as an undefined tensor, even for a required tensor.
 inline void check_given(const char* argument, const Tensor& tensor) {
     if (!tensor.defined()) fail(argument, "expected a tensor, got None");
 }
 
-// Where an operator computes. The CPU has no index: -1.
+// The device on which an operator computes. The index is -1 on the CPU.
 struct Device {
     int32_t type;
     int32_t index;
@@ -105,10 +106,11 @@ inline bool is_on(const Tensor& tensor, const Device& device) {
     return index == device.index;
 }
 
-// On the device that the operator computes on, and inside its own storage (a storage can be resized beneath a tensor).
+// Checks that the tensor is on the operator's device and inside its own storage (a storage can be resized beneath a
+// tensor).
 inline void check_memory(const char* argument, const Tensor& tensor, const Device& device, int64_t item_size) {
     if (!is_on(tensor, device)) fail(argument, "expected a tensor on the same device as the first argument");
-    if (tensor.numel() == 0) return;  // whatever its strides: they may be of any size
+    if (tensor.numel() == 0) return;  // its strides may then be of any size
     int64_t last = tensor.storage_offset();
     const auto sizes = tensor.sizes();
     const auto strides = tensor.strides();
@@ -128,7 +130,7 @@ inline void check_dimensions(const char* argument, const Tensor& tensor, int64_t
     if (tensor.dim() < least) fail(argument, "expected shape ", shape, ", got ", tensor.dim(), " dimensions");
 }
 
-// Packed words [..., words_for(k)].
+// Checks packed words [..., words_for(k)].
 inline void check_words(const char* argument, const Tensor& words, int64_t k, const Device& device) {
     check_given(argument, words);
     const ScalarType type = scalar_type(words);
@@ -144,7 +146,7 @@ inline void check_words(const char* argument, const Tensor& words, int64_t k, co
     check_memory(argument, words, device, kWordBytes);
 }
 
-// A matrix of them, [n, words_for(k)].
+// Checks a matrix of packed words [n, words_for(k)].
 inline void check_word_rows(const char* argument, const Tensor& words, int64_t k, const Device& device) {
     check_given(argument, words);
     if (words.dim() != 2) fail(argument, "expected shape (n, ceil(k / 32)), got ", words.dim(), " dimensions");
@@ -155,7 +157,7 @@ inline void check_weight_words(const Tensor& words, int64_t k, const Device& dev
     check_word_rows("weight_words", words, k, device);
 }
 
-// bias and scale: n floats.
+// Checks bias or scale: n floats, if given.
 inline void check_vector(const char* argument, const std::optional<Tensor>& vector, int64_t n, const Device& device) {
     if (!vector) return;
     const DType dtype = check_float(argument, scalar_type(*vector));

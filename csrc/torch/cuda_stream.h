@@ -12,15 +12,15 @@
 
 namespace bitorch_qlinear::cuda {
 
-// torch's current stream of a device. (torch::stable::Stream hands out no handle before torch 2.13.)
+// Returns torch's current stream of a device. (torch::stable::Stream gives no handle before torch 2.13.)
 inline cudaStream_t current_stream(int32_t device_index) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
     return static_cast<cudaStream_t>(stream);
 }
 
-// Where an operator launches: its device and the stream that torch has current there. While the object lives, the device
-// is the current one. The constructor throws if no kernel runs on the device.
+// The device on which an operator launches its kernels, and torch's current stream there. While the object lives, the
+// device is the current one. The constructor throws if no kernel runs on the device.
 class Launch {
   public:
     explicit Launch(const Device& device)

@@ -1,4 +1,4 @@
-// The operators' schemas, and nothing else. Each device registers its implementations in its own file.
+// The operators' schemas. Each device registers its implementations in its own file.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(bitorch_qlinear, library) {

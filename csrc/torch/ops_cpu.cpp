@@ -1,4 +1,4 @@
-// The operators on the CPU: check, allocate, share tiles among torch's threads, call the kernel.
+// The operators on the CPU: they check arguments, allocate results, and compute by product.h with torch's threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,8 +18,8 @@
 #include "../cpu/product.h"
 #include "tensors.h"
 
-// How many forms were found that were not made of the words that came with them. The layers read it before and after a
-// call: a form that is never made anew costs its preparation in every call.
+// Counts the prepared forms that were not made of the words that came with them. The layers read it before and after a
+// call, because a stale form that is kept costs a preparation in every call.
 extern "C" {
 __attribute__((visibility("default"))) std::atomic<uint64_t> bitorch_qlinear_stale_forms{0};
 }
@@ -37,14 +37,13 @@ struct TorchThreads {
 };
 using Threads = OneAtATime<TorchThreads>;
 
-// Results from here on are worth the system call.
+// Results at least this large justify madvise().
 constexpr int64_t kHugeBytes = int64_t{4} << 20;
 
 const Device kCpu{aoti_torch_device_type_cpu(), -1};
 
-// The system maps and clears fresh memory a page at a time while it is written first: of 4 KiB, unless told otherwise.
-// A weight gradient of 64 MiB is there 1.3 times sooner in pages of 2 MiB, its product included (Zen 4). Only whole
-// pages of the result: no memory is added to it.
+// Fresh memory is mapped and zeroed page by page on first write. Pages of 2 MiB instead of 4 KiB make a weight gradient
+// of 64 MiB 1.3 times as fast, product included (Zen 4). Only whole pages inside the result are advised.
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
     constexpr uintptr_t kHugePage = 2 << 20;
@@ -72,7 +71,7 @@ Outputs outputs_of(const Tensor& y, const std::optional<Tensor>& bias, const std
 
 // ---- prepared weights ----------------------------------------------------------------------------
 
-// How often torch has seen the tensor written; kUnknownVersion for inference tensors, which have no such number.
+// Returns how often torch has seen the tensor written, or kUnknownVersion for inference tensors, which do not count.
 int64_t version_of(const Tensor& tensor) {
     std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
     if (torch_call_dispatcher("aten::is_inference", "", stack.data(), TORCH_ABI_VERSION)) return kUnknownVersion;
@@ -120,7 +119,7 @@ void check_reals(const Tensor& reals, int64_t count) {
     check_memory("reals", reals, kCpu, element_size(dtype));
 }
 
-// The real factor as the kernel reads it: with row or value stride 1, copied where neither is.
+// The real factor with row or value stride 1, as the kernel reads it; a copy if neither stride is 1.
 struct Reals {
     Tensor tensor;  // keeps the memory alive
     int64_t row_stride, value_stride;

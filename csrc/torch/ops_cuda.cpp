@@ -1,5 +1,5 @@
-// The operators on CUDA: check, allocate from torch's allocator, choose the kernel, launch in the current stream. Nothing
-// here waits for the device.
+// The operators on CUDA: they check arguments, allocate from torch's allocator, choose the kernel and launch it in the
+// current stream. Nothing here waits for the device.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,7 +18,7 @@
 namespace bitorch_qlinear::cuda {
 namespace {
 
-// The first argument's device. torch dispatches to CUDA if any tensor is on it, so this one may be elsewhere.
+// Returns the first argument's device. torch dispatches to CUDA if any tensor is on it, so this one may be elsewhere.
 Device device_of(const char* argument, const Tensor& tensor) {
     Device device{aoti_torch_device_type_cuda(), -1};
     int32_t type = 0;
@@ -46,7 +46,7 @@ struct Factor {
     std::optional<Tensor> memory = std::nullopt;  // keeps alive what was made for this call
 };
 
-// Memory for the popcounts of m rows, and for their aligned words behind them where these are wanted.
+// Allocates the popcounts of m rows, followed by their aligned words if `aligned`.
 Factor allocate_factor(int64_t m, int64_t k, bool aligned, const Launch& launch) {
     const int64_t count_bytes = prepared_popcount_bytes(m), stride = aligned_words_for(k);
     Tensor memory = scratch(count_bytes + (aligned ? m * stride * kWordBytes : 0), launch);
@@ -55,7 +55,7 @@ Factor allocate_factor(int64_t m, int64_t k, bool aligned, const Launch& launch)
     return {operand, nullptr, std::move(memory)};
 }
 
-// From words [m][words_for(k)] of the interchange form.
+// Makes a factor from words [m][words_for(k)] of the interchange form.
 Factor factor_of_words(const uint32_t* words, int64_t m, int64_t k, const KernelRecord& kernel, const Launch& launch) {
     const bool realign = kernel.aligned && (prepared_holds_words(k) || !starts_on_16_bytes(words));
     const Operand as_it_is{words, words_for(k), nullptr};
@@ -68,7 +68,7 @@ Factor factor_of_words(const uint32_t* words, int64_t m, int64_t k, const Kernel
     return factor;
 }
 
-// From values, which are packed in the very form.
+// Makes a factor from values, which are packed directly in the kernel's form.
 Factor factor_of_rows(const Rows& x, bool strict, const KernelRecord& kernel, const Launch& launch) {
     Factor factor = allocate_factor(x.m, x.k, true, launch);
     if (!kernel.aligned) factor.operand.stride = words_for(x.k);

@@ -1,4 +1,4 @@
-// Tensors as the operators of every device take and make them.
+// Reading the operators' arguments and making their results, on every device.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -17,7 +17,7 @@
 
 namespace bitorch_qlinear {
 
-// A contiguous tensor of memory as it comes.
+// Returns a contiguous tensor of uninitialized memory.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Device& device) {
     std::vector<int64_t> strides(sizes.size());
     int64_t stride = 1;
@@ -37,12 +37,13 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const De
     return Tensor(handle);
 }
 
-// Whether each element lies at a multiple of its size, as the kernels read it; torch.frombuffer can give others.
+// Returns whether each element lies at a multiple of its size, as kernels require; torch.frombuffer can make other
+// tensors.
 inline bool is_aligned(const Tensor& tensor) {
     return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % tensor.element_size() == 0;
 }
 
-// Whether rows can be read where they are, and the leading dimensions walk through them with one stride; if so, which.
+// Returns the common row stride if x can be read without a copy, else nullopt.
 inline std::optional<int64_t> row_stride(const Tensor& x) {
     const auto sizes = x.sizes();
     const auto strides = x.strides();
@@ -57,12 +58,13 @@ inline std::optional<int64_t> row_stride(const Tensor& x) {
         } else if (strides[d] != expected) {
             return std::nullopt;
         }
-        if (__builtin_mul_overflow(strides[d], sizes[d], &expected)) return std::nullopt;  // of no elements
+        if (__builtin_mul_overflow(strides[d], sizes[d], &expected)) return std::nullopt;  // the tensor has no elements
     }
     return stride;
 }
 
-// Not torch::stable's, which where it fails prints a backtrace (torch 2.14) and names a file of the build.
+// Copies x by the dispatcher, because the error of torch::stable's contiguous() prints a backtrace (torch 2.14) and
+// names a file of the build.
 inline Tensor contiguous_copy(const char* argument, const Tensor& x) {
     using torch::headeronly::MemoryFormat;
     std::array<StableIValue, 2> stack{torch::stable::detail::from(x),
@@ -77,7 +79,7 @@ inline Tensor aligned(const char* argument, const Tensor& tensor) {
     return is_aligned(tensor) ? tensor : contiguous_copy(argument, tensor);
 }
 
-// The number of rows: the product of the leading dimensions.
+// Returns the number of rows, which is the product of the leading dimensions.
 inline int64_t count_rows(const Tensor& tensor) {
     int64_t m = 1;
     for (int64_t d = 0; d + 1 < tensor.dim(); ++d) m *= tensor.size(d);
@@ -104,7 +106,7 @@ inline TensorRows check_rows(const char* argument, const Tensor& x, int64_t k, c
     return {{data, dtype, m, k, stride.value_or(k)}, std::move(rows)};
 }
 
-// The sizes of a tensor with at least one dimension, with another last one.
+// Returns the sizes of a tensor of at least one dimension, with another last size.
 inline std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) {
     std::vector<int64_t> result;
     result.reserve(static_cast<size_t>(tensor.dim()));
@@ -115,7 +117,7 @@ inline std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) 
 
 inline uint32_t* words_of(const Tensor& words) { return static_cast<uint32_t*>(words.data_ptr()); }
 
-// What every product takes beside its factors: n values of bias and scale, and the type of the outputs.
+// Checks what every product takes beside its factors: n values of bias and scale, and the type of the outputs.
 inline void check_epilogue(int64_t n, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
                            ScalarType out_type, const Device& device) {
     check_vector("bias", bias, n, device);
@@ -127,7 +129,7 @@ inline void check_epilogue(int64_t n, const std::optional<Tensor>& bias, const s
     }
 }
 
-// Checks what of a prepared form every device can check without reading its memory.
+// Checks a prepared form as far as every device can without reading its memory.
 inline void check_prepared_vector(const char* argument, const Tensor& prepared, const Device& device) {
     if (scalar_type(prepared) != ScalarType::Byte || prepared.dim() != 1 || !prepared.is_contiguous()) {
         fail(argument, "expected the contiguous uint8 vector that prepare_weight makes, got ",
@@ -200,7 +202,7 @@ inline DType check_unpacked(ScalarType type) {
     return *dtype;
 }
 
-// The layout that a caller of prepare_weight counts on, if any.
+// Checks the layout that a caller of prepare_weight expects, if it expects one.
 inline void check_layout(const std::optional<int64_t>& layout, int64_t present) {
     if (layout && *layout != present) {
         fail("layout", "expected ", present, ", that of the kernel that runs here, or None, got ", *layout);
@@ -211,7 +213,7 @@ inline void check_threshold(const std::optional<double>& threshold) {
     if (threshold && !(*threshold >= 0)) fail("threshold", "expected a number >= 0 or None, got ", *threshold);
 }
 
-// The threshold as x's dtype holds it: the comparison is then exact in the wider type of the kernel.
+// Rounds the threshold to x's dtype, so that the comparison is exact in the kernel's wider type.
 inline double round_to(double threshold, DType dtype) {
     switch (dtype) {
         case DType::float64: return threshold;

@@ -1,4 +1,4 @@
-"""The CPU benchmarks: what is made of given figures, and that each runs to its end at a tiny size."""
+"""The CPU benchmarks make the right tables from given figures, and each runs to its end with tiny sizes."""
 
 import json
 import math
@@ -81,14 +81,14 @@ def test_a_long_call_is_made_once_a_turn(monkeypatch):
     monkeypatch.setattr(measuring, "LONG_SECONDS", 0)
     calls = []
     measuring.interleaved({"a": lambda: calls.append(torch.get_num_threads())}, rounds=5, threads={"a": 1})
-    assert calls == [1] * (3 + 5)  # torch's Timer makes three when it is asked for one
+    assert calls == [1] * (3 + 5)  # torch's Timer makes three calls if it is asked for one
 
 
 def test_spread_is_half_the_distance_of_the_quartiles():
     assert measuring.spread({"a": [0.9, 1.0, 1.2]}, "a") == "± 15.0%"
 
 
-def test_commit_has_a_plus_where_measured_files_differ(monkeypatch):
+def test_commit_has_a_plus_if_measured_files_differ(monkeypatch):
     said = {"status": "", "rev-parse": "abc"}
     asked = []
 
@@ -197,6 +197,7 @@ def test_target_whose_peer_is_absent():
     assert "not measured: no bnn" in targets.table([figure])
 
 
+@pytest.mark.slow
 def test_every_target_is_measured_at_a_tiny_size(monkeypatch):
     shapes = [Shape(min(s.m, 3), min(s.k, 40), min(s.n, 24), s.name) for s in measuring.load_shapes()]
     monkeypatch.setattr(targets, "load_shapes", lambda quick=False: shapes)
@@ -211,7 +212,7 @@ def test_every_target_is_measured_at_a_tiny_size(monkeypatch):
     assert all(figure["why"] or (figure["measured"] and figure["seconds_quartiles"]) for figure in figures)
 
 
-def test_two_threads_are_judged_by_the_shape_that_gains_least():
+def test_two_threads_are_judged_by_the_shape_that_gains_the_least():
     times = {"a": {1: [2.0] * 3, 2: [1.0] * 3}, "b": {1: [9.0] * 3, 2: [10.0] * 3}}
     measured = targets.two_threads()(targets.Runs({}, {}, [], times, {}, 2))
     assert measured.value == 0.9 and set(measured.seconds_quartiles) == {"b, 1", "b, 2"}
@@ -242,7 +243,7 @@ def test_comparison_with_the_committed_figures():
     ("speed", "kernel", "lost"),
     [(0.8, "k", None), (0.6, "k", "QLinear, one, QLinear, two, QLinear, training"), (0.6, "other", None)],
 )
-def test_check_judges_only_the_processor_that_was_committed(monkeypatch, capsys, speed, kernel, lost):
+def test_check_judges_only_on_the_processor_of_the_committed_figures(monkeypatch, capsys, speed, kernel, lost):
     steps = [{name: value for name, value in each.items() if name not in ("dtype", "threads")} for each in RESULTS]
     files = {"cpu": {"results": RESULTS, "setting": SETTING}, "train": {"results": steps, "setting": SETTING}}
 
@@ -274,7 +275,7 @@ def test_check_measures_the_types_and_threads_of_the_figures():
     assert set(steps[0]["seconds_quartiles"]) == {peers.LINEAR, peers.QLINEAR}
 
 
-def test_readme_names_who_was_absent_and_who_won_everywhere():
+def test_tables_name_absent_peers_and_where_the_linear_always_wins():
     names = ["large batch", "one row", "odd sizes", "tiny", "small batch"]
     times = {peers.LINEAR: 2.0, peers.QLINEAR: 1.0, peers.PACKED_LAYER: 0.5, peers.PACKED: 1.0}
     results = [result(name, **times) for name in names]
@@ -286,7 +287,7 @@ def test_readme_names_who_was_absent_and_who_won_everywhere():
     assert "nn.Linear is still faster at K = N = 2048" in tables.inference_table(inference)
 
 
-def test_readme_compares_both_layers():
+def test_the_comparison_has_both_layers():
     names = ["large batch", "one row", "odd sizes", "tiny", "small batch"]
     results = [result(name, **{peers.LINEAR: 2.0, peers.QLINEAR: 1.0, peers.PACKED_LAYER: 0.5}) for name in names]
     text = tables.comparison({"results": results, "absent": {}, "setting": SETTING}, {"results": results, "absent": {}})
@@ -297,14 +298,14 @@ def test_readme_compares_both_layers():
     assert [row[0] for row in rows] == layers
 
 
-def test_readme_says_where_the_smallest_cube_s_time_goes():
+def test_the_text_about_the_smallest_cube_has_its_times():
     said = tables.smallest_cube({"sizes": CUBES})
     assert "256 × 256 → 256 takes 20.0 µs" in said and "take 12.5 µs" in said
     assert "1 × 64 → 64, with hardly any arithmetic, takes 5.0 µs" in said
     assert "up to 256 × 256 → 256" in tables.flatness({"sizes": CUBES})
 
 
-def test_readme_shows_the_training_run():
+def test_the_text_about_the_training_run_has_its_accuracy():
     runs = {
         peers.QLINEAR: {"seconds": 10.0, "epochs": 3, "test_accuracy": 0.98},
         peers.BITORCH: {"absent": "no module"},
@@ -369,8 +370,9 @@ def test_train_run_from_end_to_end(monkeypatch, capsys, tmp_path):
     assert {each["epochs"] for each in runs.values()} == {1} and "8 wide" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_from_end_to_end(capsys, tmp_path):
-    large = bytearray(b"1") * (256 << 20)  # a peak of this process, which must not hide that of the ones it starts
+    large = bytearray(b"1") * (256 << 20)  # the peak of this process must not count for its children
     memory.main(["--size", "256", "--layers", "2", "--batch", "2", "--json", str(tmp_path / "memory.json")])
     del large
     measured = json.loads((tmp_path / "memory.json").read_text())["bytes"]
@@ -390,7 +392,7 @@ def test_memory_from_end_to_end(capsys, tmp_path):
         (targets, ["--rounds", "0"], "--rounds: expected a whole number of at least 2, got '0'"),
     ],
 )
-def test_a_bad_number_is_a_sentence(module, option, said, capsys):
+def test_a_wrong_number_gives_a_clear_error(module, option, said, capsys):
     with pytest.raises(SystemExit) as error:
         module.main(option)
     assert error.value.code == 2 and said in capsys.readouterr().err
@@ -400,9 +402,7 @@ def test_commands_are_listed(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, "benchmarks")
     listed = capsys.readouterr().out
-    assert end.value.code == 2 and all(
-        name in listed for name in ("cpu", "train", "memory", "targets", "tables", "gpu-model")
-    )
+    assert end.value.code == 2 and all(name in listed for name in ("cpu", "train", "memory", "targets", "tables"))
 
 
 def test_pages_are_made_of_the_committed_figures():
@@ -414,6 +414,13 @@ def test_pages_are_made_of_the_committed_figures():
 def test_every_table_is_on_a_page():
     text = "".join(page.read_text() for page in tables.PAGES)
     assert all(f"<!-- {name}: written by" in text for name in tables.blocks())
+
+
+def test_accuracy_of_the_demo_is_the_mean_over_its_seeds():
+    figures = {"test_accuracy_by_seed": {"binary": [0.9, 0.98, 0.97], "float32": [0.99, 0.97, 0.98]}}
+    cells = [[cell.strip() for cell in row.split("|")[2:-1]] for row in tables.demo_accuracy(figures).splitlines()]
+    assert cells[2:4] == [["98.00%", "97.00%", "99.00%"], ["95.00%", "90.00%", "98.00%"]]
+    assert "3 splits" in tables.demo_accuracy(figures) and "Not measured" in tables.demo_accuracy(None)
 
 
 def test_tables_are_filled_in_between_their_markers():

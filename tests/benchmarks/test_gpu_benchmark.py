@@ -1,4 +1,4 @@
-"""The parts of the GPU benchmark that need no GPU: tables, targets, files; the runner; what is made of a sanitizer."""
+"""Everything around the GPU benchmark that needs no GPU: tables, targets, files, the runner, sanitizers' verdicts."""
 
 import json
 import sys
@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_run, sanitize
 from benchmarks.gpu import contestants, machine, measurements, plot, shapes, tables, targets
 from benchmarks.measuring import Shape
+from tools import gpu_run, sanitize
 
 CPU = torch.device("cpu")
 SMALL = [Shape(m=3, k=45, n=16), Shape(m=17, k=64, n=16)]
 
 
 def made_up_timer(calls, flush):
-    """Three microseconds a call, as if measured; the calls must run."""
+    """Run two of the calls and return made-up quartiles around 3 µs, or one time per call without a flush."""
     for call in calls[:2]:
         call()
     return [1e-6, 3e-6, 5e-6] if flush else [2e-6 / len(calls)]
@@ -64,7 +64,7 @@ def test_targets():
     assert all(target.measured is target.met is None for target in targets.targets(figures_with([])))
 
 
-def test_everything_is_measured_where_a_timer_is_made_up():
+def test_everything_is_measured_with_a_made_up_timer():
     figures = measured(SMALL)
     assert set(figures.compared) == {str(shape) for shape in SMALL}
     names = {row["contestant"] for row in figures.products}
@@ -85,7 +85,8 @@ def test_everything_is_measured_where_a_timer_is_made_up():
     )
     assert row["tops"] == pytest.approx(2 * 3 * 16 * 45 / 3e-6 / 1e12)
     assert row["gb_s"] == pytest.approx(((3 + 16) * 8 + 2 * 3 * 16) / 3e-6 / 1e9)
-    # 32 x 32: a bit each of signs and of range, where nn.Linear keeps 16; and of the weights.
+    # For 32 x 32 inputs, nn.Linear keeps 16 bits per value, and QLinear a bit per sign and, with a threshold, another
+    # one for the range; it also keeps the signs of the weights.
     saved = {name: layer["saved"] for name, layer in figures.training.items()}
     assert saved["nn.Linear"] == {"activations": 2 * 32 * 32, "weights": 0}
     assert saved["QLinear"] == {"activations": 32 * 4, "weights": 32 * 4}
@@ -95,7 +96,7 @@ def test_everything_is_measured_where_a_timer_is_made_up():
 
 
 def test_packing_is_timed_in_graphs_of_several_calls():
-    """One alone would pay for the graph's start, and for what a flush left unwritten."""
+    """A graph of one call would measure its own start, too, and the writes that a flush has left over."""
     lengths = []
 
     def timer(calls, flush):
@@ -135,7 +136,7 @@ def test_absent_peers_are_named(monkeypatch):
 
 
 @pytest.mark.parametrize("ours", [False, True])
-def test_what_no_graph_can_hold_is_absent_or_failed_and_the_rest_is_measured(ours):
+def test_calls_that_cannot_be_captured_are_absent_or_failed_and_the_rest_is_measured(ours):
     def timer(calls, flush):
         for call in calls[:2]:
             if call.__qualname__.startswith("ours") is ours:
@@ -165,7 +166,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     assert "packing inside and the chosen kernel differ, first at" in figures.failed[str(SMALL[0])]
 
 
-def test_what_was_measured_before_an_interrupt_is_kept(tmp_path, monkeypatch):
+def test_figures_measured_before_an_interrupt_are_kept(tmp_path, monkeypatch):
     check, kept = measurements.check, []
 
     def interrupted(shape, device):
@@ -183,13 +184,13 @@ def test_what_was_measured_before_an_interrupt_is_kept(tmp_path, monkeypatch):
     figures = measured([*SMALL, last], keep=keep)
     assert figures.failed == {str(SMALL[1]): "interrupted"} and figures.skipped == [str(last)]
     assert {row["m"] for row in figures.products} == {SMALL[0].m}
-    # After packing, training and each product.
+    # The figures are kept after packing, after training and after each product.
     assert [(len(each["packing"]), len(each["training"]), len(each["compared"])) for each in kept] == [
         *((4, 0, 0), (4, 3, 0), (4, 3, 1), (4, 3, 1)),
     ]
 
 
-def test_what_there_is_no_time_for_is_said():
+def test_measurements_without_time_are_reported():
     figures = measured(SMALL, seconds=-1.0)
     assert figures.skipped == ["packing", "training", *map(str, SMALL)] and not figures.products
     assert f"lack of time: packing, training, {SMALL[0]}" in tables.report(figures)
@@ -211,7 +212,7 @@ def test_files(tmp_path):
 @pytest.mark.skipif(sanitize.find_tool("nvcc") is None, reason="there is no nvcc")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would write to the CPU's memory")
 def test_the_rate_of_the_instruction_is_not_measured_without_a_gpu():
-    """But its source compiles and loads."""
+    """The program that measures it compiles and loads, and reports that CUDA does not work."""
     out = torch.empty(1024, dtype=torch.int32)
     assert machine.rate_of_the_instruction((9, 0), 1, out) == "not measured: CUDA reports an error"
     assert machine.rate_of_the_instruction((8, 99), 1, out).startswith("not measured: Command ")
@@ -232,6 +233,7 @@ def test_the_shapes_of_the_targets_come_first():
 # ---- the runner ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_hides_no_other(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(gpu_run, "SPARE", 0)
 
@@ -254,8 +256,9 @@ def test_a_part_that_fails_hides_no_other(tmp_path, capfd, monkeypatch):
     assert gpu_run.run_all(every[3:], tmp_path, time.time() + 60)
 
 
-def test_all_ends_in_time(tmp_path, capfd, monkeypatch):
-    """The last part gets what remains, and is told; what has no time is said and does not succeed."""
+@pytest.mark.slow
+def test_the_run_ends_in_time(tmp_path, capfd, monkeypatch):
+    """A part is told the time that remains; a part without any time left is reported as a failure."""
     monkeypatch.setattr(gpu_run, "SPARE", 1)
     told = [sys.executable, "-c", "import sys; print(sys.argv[1:])"]
     every = [
@@ -272,6 +275,7 @@ def test_all_ends_in_time(tmp_path, capfd, monkeypatch):
     assert "late" in late and late.endswith("out of time") and not (tmp_path / "late.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_part_that_is_stopped_may_say_how_far_it_came(tmp_path):
     code = """
 import time
@@ -286,6 +290,7 @@ except KeyboardInterrupt:
     assert (tmp_path / "tests.txt").read_text() == "working\ntwo failed\n\nstopped after 2 s\n"
 
 
+@pytest.mark.slow
 def test_a_part_that_ignores_the_interrupt_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_run, "GRACE", 1)
     code = (
@@ -297,7 +302,7 @@ def test_a_part_that_ignores_the_interrupt_is_stopped(tmp_path, monkeypatch):
 
 
 def test_a_process_that_escapes_and_holds_the_output_is_not_waited_for(tmp_path, monkeypatch):
-    """As a compiler's worker does, which has a session of its own and inherits the pipe."""
+    """A compiler's worker, for example, starts a new session and inherits the pipe."""
     monkeypatch.setattr(gpu_run, "GRACE", 1)
     code = """
 import subprocess, sys
@@ -311,7 +316,7 @@ print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(15)"], st
 
 
 def test_a_part_leaves_nothing_running(tmp_path):
-    """A sanitizer that was killed leaves the program that it watched, on the GPU that is timed next."""
+    """If a sanitizer is killed, the program that it watches goes on using the GPU, which is timed next."""
     code = """
 import subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=subprocess.DEVNULL,
@@ -329,15 +334,15 @@ print(child.pid)
 
 
 def running(pid):
-    """Not so a zombie, which waits to be reaped by whoever adopted it."""
+    """Return whether the process exists and is not a zombie."""
     try:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-def test_every_part_is_run_where_there_is_time(tmp_path, capfd):
-    """Also one whose own time is as short as what is kept for a last word."""
+def test_every_part_runs_if_there_is_time(tmp_path, capfd):
+    """This includes a part whose own time is as short as the time that is reserved for its last output."""
     every = [part._replace(command=["true"]) for part in gpu_run.parts(tmp_path)]
     assert gpu_run.run_all(every, tmp_path, time.time() + gpu_run.SECONDS)
     assert {path.name for path in tmp_path.iterdir()} == {part.file for part in every}
@@ -347,7 +352,7 @@ def test_every_part_is_run_where_there_is_time(tmp_path, capfd):
 def test_the_parts_fit_into_the_time(tmp_path):
     every = gpu_run.parts(tmp_path)
     *others, last = every
-    # Of 8 minutes, 100 s for the build and half a minute for the sanitizers at least.
+    # Of 8 minutes, 100 s remain for the build, and at least half a minute for the sanitizers.
     assert sum(part.seconds for part in others) <= gpu_run.SECONDS - 100 - 2 * gpu_run.SPARE < 8 * 60
     assert [part.name for part in others[1:]] == ["tests", "benchmarks"] and last.told
     files = {part.file for part in every} | {"gpu.json", "gpu.md", "gpu.png"}
@@ -386,6 +391,7 @@ def test_verdicts(code, output, deserved, said):
     assert sanitize.verdict(code, output, 80.0)[1].startswith(said)
 
 
+@pytest.mark.slow
 def test_tools_run_side_by_side(tmp_path, capfd):
     fake = tmp_path / "fake.py"
     fake.write_text(

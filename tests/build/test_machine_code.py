@@ -1,6 +1,7 @@
-"""What the CUDA kernels became as machine code, for each target; and the reading of it. No GPU is needed.
+"""The CUDA kernels' machine code for each target, and the program that reads it. No GPU is needed.
 
-Where CUDA operators are built, as in CI, the library itself is read, by cuobjdump; elsewhere samples of its output.
+If the CUDA operators are built, as in CI, cuobjdump disassembles the library. The program itself is tested on samples
+of cuobjdump's output, which need no build.
 """
 
 import os
@@ -11,21 +12,21 @@ from pathlib import Path
 import pytest
 
 import bitorch_qlinear
-from benchmarks import gpu_model, machine_code
-from benchmarks.machine_code import CHIPS, Bounds, Instruction, Kernel, Resources
 from bitorch_qlinear import _library
+from tools import gpu_model, machine_code
+from tools.machine_code import CHIPS, Bounds, Instruction, Kernel, Resources
 
 LIBRARY = Path(bitorch_qlinear.__file__).with_name("_ops_cuda.so")
 HEURISTICS = Path(__file__).parents[2] / "csrc" / "cuda" / "heuristics.h"
 TARGETS = list(CHIPS)
-# Where the kernels of tensor cores have code (kKernels of heuristics.h); the others have some everywhere.
+# The targets for which the kernels with tensor cores have code (kKernels in records.h). All targets have the others.
 TENSOR_CORES = {
     "gemm_mma_sm75": ("sm_75", "sm_80", "sm_86", "sm_89"),
     "gemm_mma_sm80": ("sm_80", "sm_86", "sm_89", "sm_90a"),
     "gemm_skinny_mma_sm80": ("sm_80", "sm_86", "sm_89", "sm_90a"),
     "gemm_mma_int8_sm80": ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"),
 }
-# Those of mma_tiles.cuh.
+# These kernels use mma_tiles.cuh.
 TILED = ("gemm_mma_sm80", "gemm_mma_int8_sm80")
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
 
@@ -65,7 +66,7 @@ def test_targets():
     assert {*re.findall(r"sm_\w+", _library.build_info["cuda_targets"])} == {*TARGETS}
     used, bounds = machine_code.resources(LIBRARY), machine_code.launch_bounds(LIBRARY)
     assert used.keys() == {*TARGETS}
-    # Whatever has no machine code in it compiles this PTX when it is loaded: all kernels, with the instruction of 8.0.
+    # A device without machine code in the library compiles this PTX, which has all kernels of capability 8.0.
     assert machine_code.ptx_targets(LIBRARY) == {"sm_80"}
     assert all(kernels.keys() == bounds.keys() for kernels in used.values())
     assert {kernel.source for kernel in bounds} == gpu_model.WORKS.keys()
@@ -83,7 +84,7 @@ def test_nothing_is_spilled():
 
 @reads_library
 def test_occupancy():
-    """As many blocks share a multiprocessor as the launch bounds say, and heuristics.h for the tiles of mma_sm80."""
+    """As many blocks fit a multiprocessor as the launch bounds promise and, for mma_sm80, as heuristics.h assumes."""
     used, bounds = machine_code.resources(LIBRARY), machine_code.launch_bounds(LIBRARY)
     for target, kernels in used.items():
         for kernel, takes in kernels.items():
@@ -101,7 +102,7 @@ def test_occupancy():
 
 
 def check_tensor_cores(kernel: Kernel, names: Counter[str]) -> None:
-    """One instruction for each that the source has, all of them in the loop; of an inner loop, in all of its passes."""
+    """The code has exactly the tensor core instructions of the source; an inner loop counts with all its passes."""
     kinds = {"gemm_mma_sm75": "BMMA.88128.XOR.POPC", "gemm_mma_int8_sm80": "IMMA.16832.U8.U8"}
     kind = kinds.get(kernel.source, "BMMA.168256.AND.POPC")
     expected = {kind: work_of(kernel).count} if kernel.source in TENSOR_CORES else {}
@@ -109,14 +110,14 @@ def check_tensor_cores(kernel: Kernel, names: Counter[str]) -> None:
 
 
 def promised_accesses(kernel: Kernel) -> dict[str, int]:
-    """What a warp accesses in one pass of the main loop, 16 bytes a lane: patterns of instructions, and how many."""
+    """Return how many accesses of 16 bytes per lane a warp makes in a pass of the main loop, by instruction pattern."""
     match kernel:
         case Kernel("gemm_mma_sm80" | "gemm_mma_int8_sm80", sizes=(rows, columns, side, _)):
             threads = 32 * rows * columns // side**2
             return {r"LDGSTS\..*BYPASS\..*128B\.128": (rows + columns) * 4 // threads, r"LDS.*\.128": side // 4}
         case Kernel("gemm_mma_sm75"):
             return {r"LDG\.E\.128": 4, r"STS\.128": 4, r"LDS.*\.128": 8}
-        # NA: no allocation in L1, for weights.
+        # NA means "no allocation in L1" and is for weights.
         case Kernel("gemm_skinny", sizes=(rows, each, lines, *_)):
             x = lines * (rows // 4 if rows >= 4 else rows)
             return {r"LDG\.E\.NA\.128": each * lines, r"LDG\.E\.128": x}
@@ -130,7 +131,7 @@ def promised_accesses(kernel: Kernel) -> dict[str, int]:
 
 
 def check_memory(kernel: Kernel, names: Counter[str], passed: Counter[str]) -> None:
-    """Accesses are as wide as the sources promise, and asynchronous copies where they are."""
+    """Accesses are as wide as the sources promise, and exactly the kernels with tiles copy asynchronously."""
     promised = promised_accesses(kernel)
     accesses = {
         pattern: sum(count for name, count in passed.items() if re.match(pattern, name)) for pattern in promised
@@ -138,17 +139,17 @@ def check_memory(kernel: Kernel, names: Counter[str], passed: Counter[str]) -> N
     assert accesses == promised
     for kind in {re.match("[A-Z]+", pattern)[0] for pattern in promised}:
         of_kind = sum(count for pattern, count in promised.items() if re.match(rf"{kind}\b", pattern))
-        assert machine_code.count(passed, kind) == of_kind, f"narrower {kind}"
+        assert machine_code.count(passed, kind) == of_kind, f"some {kind} are narrower"
     assert (machine_code.count(names, "LDGSTS") > 0) == (kernel.source in TILED)
     if side := (32,) if kernel.source == "gemm_mma_sm75" else kernel.sizes[2:3] if kernel.source in TILED else ():
         vectors = sum(count for name, count in names.items() if name.startswith("STG.E.128"))
-        assert vectors == side[0] ** 2 * BYTES[kernel.type] // (32 * 16), "stores of whole vectors"
+        assert vectors == side[0] ** 2 * BYTES[kernel.type] // (32 * 16), "results are not stored as whole vectors"
 
 
 @reads_library
 @pytest.mark.parametrize("target", TARGETS)
 def test_instructions(target):
-    """All of a target's code in one test: its disassembly takes seconds."""
+    """One test checks all of a target's code, because its disassembly takes seconds."""
     kernels = 0
     for kernel, instructions in machine_code.disassemble(LIBRARY, target):
         kernels += 1
@@ -168,7 +169,7 @@ def test_instructions(target):
     assert kernels == len(machine_code.launch_bounds(LIBRARY))
 
 
-# ---- its reading, on samples -----------------------------------------------------------------------------------------
+# ---- the program that reads it, on samples ---------------------------------------------------------------------------
 
 SPACE = "_ZN15bitorch_qlinear4cuda"
 POPC = f"{SPACE}45_GLOBAL__N__339fd175_12_gemm_popc_cu_54fd179714multiply_tilesINS0_2AsIiiEEEEvNS0_7ProductEl"
@@ -260,8 +261,8 @@ def test_launch_bounds_of_a_sample():
         ("sm_80", 128, 0, 128, 0, 4),
         ("sm_80", 129, 0, 128, 0, 3),  # 136 registers
         ("sm_80", 246, 0, 256, 98304, 1),
-        ("sm_80", 168, 0, 128, 0, 3),  # three warps of each quarter
-        ("sm_86", 111, 0, 128, 32768, 3),  # shared memory, with what the system reserves
+        ("sm_80", 168, 0, 128, 0, 3),  # three warps in each quarter of a multiprocessor
+        ("sm_86", 111, 0, 128, 32768, 3),  # limited by shared memory, including the reserved part
         ("sm_90a", 111, 1024, 128, 32768, 4),
         ("sm_90a", 32, 1024, 64, 0, 32),
     ],
@@ -271,7 +272,7 @@ def test_resident_blocks(target, registers, shared, threads, dynamic, blocks):
 
 
 def kernel_of(text: str) -> list[Instruction]:
-    """One instruction a line, 16 bytes each, after a predicate where there is one."""
+    """Parse instructions, one per line and 16 bytes each, with an optional predicate before the name."""
     found = []
     for number, line in enumerate(text.strip().splitlines()):
         predicate, name, operands = re.fullmatch(r"\s*(?:(@\S+) )?(\S+) ?(.*)", line).groups()
@@ -304,14 +305,14 @@ NESTED = kernel_of("""
 
 
 def test_loops():
-    """Two ways to load, one of them left from its middle; a loop of two popcounts; and, behind the end, no loop."""
+    """The sample has two ways to load, of which one is left in its middle, and a loop of two popcounts."""
     found = machine_code.loops(NESTED)
     assert [(loop.first, loop.last) for loop in found] == [(0x30, 0x40), (0xC0, 0xF0), (0x60, 0xA0), (0x10, 0x100)]
     (outer,) = machine_code.main_loops(NESTED, "POPC")
     assert outer == found[-1]
     assert machine_code.main_loops(NESTED, "BMMA") == []
     passed = machine_code.one_pass(NESTED, outer, ["POPC", "LDG"], {"POPC": 8, "LDG": 3})
-    # IADD3 and two branches once; the shorter way to load three times; a load that is none; four times two popcounts.
+    # The shorter way to load runs three times and the popcounts four times; LDS to RZ does not count as a load.
     assert passed == {"IADD3": 1, "BRA": 1 + 3 + 1 + 4 + 1, "LDG.E": 3, "NOP": 1, "POPC": 8, "BRA.DIV": 4}
     with pytest.raises(AssertionError, match="does not make 7"):
         machine_code.one_pass(NESTED, outer, ["POPC"], {"POPC": 7, "LDG": 3})
@@ -320,7 +321,7 @@ def test_loops():
 
 
 def test_model_on_a_sample():
-    """By hand: 4 instructions of tensor cores, 3 others."""
+    """The expected numbers are computed by hand for 4 tensor core instructions and 3 others."""
     instructions = kernel_of("LDS.128\nLOP3.LUT\nBMMA.168256.AND.POPC\n" * 2 + "IMAD.IADD\n@P0 BRA 0x0")
     work = gpu_model.Work("BMMA", 2, "tensor", multiplies=2 * 16 * 8 * 256, l2=470, memory=1339)
     passed = gpu_model.main_pass(instructions, work)
@@ -346,12 +347,12 @@ def test_rates_are_those_of_the_heuristics():
 
 
 def test_without_a_library(tmp_path):
-    with pytest.raises(SystemExit, match=r"none\.so is not there: the CUDA operators are not built"):
+    with pytest.raises(SystemExit, match=r"none\.so does not exist: the CUDA operators are not built"):
         gpu_model.main(["--library", str(tmp_path / "none.so")])
 
 
 def test_a_library_without_ptx(monkeypatch, tmp_path):
-    """As a build for one GPU alone is."""
+    """A build for a single GPU has no PTX."""
     (tmp_path / "operators.so").touch()
     monkeypatch.setattr(machine_code, "lines", lambda *_: ["cuobjdump info    : No PTX file found to extract"])
     with pytest.raises(SystemExit, match=r"operators\.so has no PTX.*: build for all targets"):
@@ -379,6 +380,6 @@ def test_command(monkeypatch, capsys, tmp_path):
     gpu_model.main(["--library", str(library)])
     said = capsys.readouterr().out
     assert "An estimate from machine code and data sheets: no hardware was used." in said
-    # 17 instructions of 4 a clock; 2 KiB at 20.8 bytes a clock.
+    # A multiprocessor issues 4 of the 17 instructions per clock, and reads 2 KiB at 20.8 bytes per clock.
     assert re.search(r"align<> +sm_90a +48 +1056 +5 x 256 +17 +4 +16 +99 +memory +100% of memory", said)
     assert "gemm" not in said

@@ -1,4 +1,4 @@
-"""Private names of torch are in one file of the package, each with what serves where a torch lacks it."""
+"""Only one file of the package uses private names of torch, and each of them has a fallback for a torch without it."""
 
 import ast
 import subprocess
@@ -11,10 +11,10 @@ import bitorch_qlinear
 
 PACKAGE = Path(bitorch_qlinear.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-# The tables of every nn.Module, whose own code says that subclasses may read them, and the methods that a subclass
+# These are the tables of nn.Module, whose own comments allow subclasses to read them, and the methods that a subclass
 # overrides to take part in loading, saving and moving.
-OF_MODULES = {"_parameters", "_buffers", "_modules", "_apply", "_load_from_state_dict", "_save_to_state_dict"}
-# These are documented, whatever they are called.
+MODULE_NAMES = {"_parameters", "_buffers", "_modules", "_apply", "_load_from_state_dict", "_save_to_state_dict"}
+# These are documented despite their names.
 PUBLIC = {"torch._check", "_asdict", "_replace", "_getframe"}
 
 
@@ -23,7 +23,7 @@ def is_private(name: str) -> bool:
 
 
 def own_names(trees) -> set[str]:
-    """Of everything that the package defines itself."""
+    """Return the names of everything that the package itself defines."""
     names = set()
     for tree in trees:
         for node in ast.walk(tree):
@@ -41,14 +41,14 @@ OWN = own_names(TREES.values()) | {path.stem for path in FILES} | {"_C"}
 
 
 def private_names(tree: ast.AST) -> list[str]:
-    """What the file reads of others, or imports from them, that begins with an underscore; strings of getattr too."""
+    """Return the names with a leading underscore that the file reads or imports from others, also through getattr."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             of_torch = ast.unparse(node.value).split(".")[0] in ("torch", "nn", "F", "forward_ad")
             if {node.attr, ast.unparse(node)} & PUBLIC:
                 continue
-            if of_torch or node.attr not in OWN | OF_MODULES:
+            if of_torch or node.attr not in OWN | MODULE_NAMES:
                 found.append(f"line {node.lineno}: {ast.unparse(node)}")
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
@@ -57,17 +57,17 @@ def private_names(tree: ast.AST) -> list[str]:
             found += [f"line {node.lineno}: {a.name}" for a in node.names if any(map(is_private, a.name.split(".")))]
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr") and len(node.args) > 1:
             name = node.args[1]
-            if isinstance(name, ast.Constant) and is_private(str(name.value)) and name.value not in OWN | OF_MODULES:
+            if isinstance(name, ast.Constant) and is_private(str(name.value)) and name.value not in OWN | MODULE_NAMES:
                 found.append(f"line {node.lineno}: {ast.unparse(node)}")
     return found
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.name != "_torch.py"], ids=lambda path: path.name)
-def test_no_other_file_has_any(path):
+def test_no_other_file_uses_private_names(path):
     assert private_names(TREES[path]) == []
 
 
-def test_they_are_found():
+def test_private_names_are_found():
     source = (
         "import torch\nfrom torch._C import x\ntorch._C.f\ny._version_of_torch\nself._modules\ngetattr(z, '_op', 1)\n"
     )
@@ -76,6 +76,7 @@ def test_they_are_found():
     ]
 
 
+@pytest.mark.slow
 def test_import_adds_no_part_of_torch_that_is_slow_to_import():
     code = (
         "import sys, torch; before = set(sys.modules); import bitorch_qlinear; "
@@ -89,6 +90,7 @@ def test_import_adds_no_part_of_torch_that_is_slow_to_import():
 PARTS = ["_is_any_autocast_enabled", "_are_functorch_transforms_active"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", PARTS)
 def test_a_torch_without_a_private_name_computes_the_same(missing):
     code = f"""

@@ -1,4 +1,4 @@
-"""``python -m bitorch_qlinear``: what it prints, its exit code, and that it notices a kernel that is wrong."""
+"""``python -m bitorch_qlinear`` prints a verdict for each kernel, and notices a kernel that is wrong."""
 
 import subprocess
 import sys
@@ -22,12 +22,13 @@ def run(*arguments):
 
 
 def verdicts(output):
-    """The text beside each kernel."""
+    """Return the verdict of each kernel by its name."""
     lines = output[output.index("\nself-test") :].strip().splitlines()[1:]
     return {line.rpartition("  ")[0].strip() or line: line.rpartition("  ")[2] for line in lines}
 
 
-def test_all_kernels_are_right():
+@pytest.mark.slow
+def test_all_kernels_compute_the_right_results():
     result = run()
     assert result.returncode == 0 and result.stderr == ""
     assert result.stdout.startswith(f"{info()}\n")
@@ -35,6 +36,7 @@ def test_all_kernels_are_right():
     assert set(KERNELS) <= set(said) and set(said.values()) == {"ok"}
 
 
+@pytest.mark.slow
 def test_help_and_unknown_arguments():
     help_text = run("--help")
     assert help_text.returncode == 0 and help_text.stdout.startswith("usage: python -m bitorch_qlinear")
@@ -43,7 +45,7 @@ def test_help_and_unknown_arguments():
 
 
 def one_bit_wrong(function, kernel):
-    """The operator, one bit of whose last value is wrong where the kernel computes."""
+    """Return the operator with one bit of its last value wrong while this kernel is active."""
 
     def call(*args, **kwargs):
         result = function(*args, **kwargs)
@@ -57,7 +59,7 @@ def one_bit_wrong(function, kernel):
 
 OPERATORS = ["pack_bits", "unpack_bits", "binary_linear", "linear_train", "multiply_signs"]
 CALLS = [(kernel, operator) for kernel in KERNELS if kernel != "scalar" for operator in OPERATORS]
-CALLS += [("scalar", "unpack_bits"), ("scalar", "binary_linear")]  # what torch computes exactly, too
+CALLS += [("scalar", "unpack_bits"), ("scalar", "binary_linear")]  # torch computes these exactly, too
 
 
 @pytest.mark.parametrize(("kernel", "operator"), CALLS)
@@ -68,7 +70,7 @@ def test_one_wrong_bit_is_found(monkeypatch, capsys, kernel, operator):
     said = verdicts(capsys.readouterr().out)
     assert kernels.active() == before
     assert "expected" in said[kernel] and "got" in said[kernel]
-    if kernel != "scalar":  # from which all others differ then
+    if kernel != "scalar":  # otherwise all other kernels differ from it
         assert {name for name in said if said[name] != "ok"} == {kernel}
 
 
@@ -92,7 +94,7 @@ def test_an_error_of_a_kernel_is_its_verdict(monkeypatch, capsys):
 
 
 def test_every_cuda_kernel_of_every_device_is_checked(monkeypatch, capsys):
-    """Two made-up devices; their results come from the CPU."""
+    """The test makes up two devices, whose results come from the CPU."""
     forced = []
     compute = program.compute
     monkeypatch.setattr(_library, "has_cuda", True)

@@ -1,4 +1,4 @@
-"""What a strict type checker, and so an IDE, sees of the interface: wrong calls are errors, right ones are not."""
+"""A strict type checker, and so an editor, reports wrong calls of the interface, and accepts right ones."""
 
 import inspect
 import os
@@ -47,6 +47,7 @@ words: Tensor = PackedQLinear(64, 32).weight
 """
 
 
+@pytest.mark.slow
 def test_calls(tmp_path, monkeypatch):
     programs = {"wrong.py": WRONG, "right.py": RIGHT}
     for name, program in programs.items():
@@ -61,7 +62,7 @@ def test_calls(tmp_path, monkeypatch):
 
 
 def test_the_constructor_names_what_it_takes():
-    """In the order of nn.Linear, and then by keyword alone."""
+    """The arguments have the names and the order of nn.Linear's, and all others are keyword-only."""
     theirs = list(inspect.signature(nn.Linear).parameters)
     for cls in (QLinear, PackedQLinear):
         parameters = inspect.signature(cls).parameters

@@ -1,4 +1,4 @@
-"""pack(), unpack() and explain(): what they replace, what they leave alone and why, and what they say of it."""
+"""pack(), unpack() and explain(): which layers they replace, which they leave alone and why, and what they report."""
 
 import copy
 import gc
@@ -27,12 +27,12 @@ either_place = pytest.mark.parametrize("inplace", [True, False], ids=["inplace",
 
 def layer_like(k=K, n=N, **options):
     layer = QLinear(k, n, **options).eval()
-    layer.weight.data.flatten()[::7] = 0.0  # where the sign rules differ
+    layer.weight.data.flatten()[::7] = 0.0  # the sign rules differ at 0
     return layer
 
 
 def network():
-    """Real first and last layers, binarized ones between."""
+    """Return a network with binarized layers between real first and last ones."""
     inner = nn.Sequential(layer_like(33, N, bias=False))
     return nn.Sequential(nn.Linear(5, K), layer_like(K, 33), nn.BatchNorm1d(33), inner, nn.Linear(N, 2)).eval()
 
@@ -64,6 +64,7 @@ def test_pack_in_place():
     assert_equal(model(x), want)
 
 
+@pytest.mark.slow
 def test_float_weights_are_freed():
     model = network()
     dead = [weakref.ref(model[1].weight), weakref.ref(model[3][0].weight)]
@@ -97,7 +98,7 @@ def test_a_layer_itself(inplace):
 
 
 @either_place
-def test_what_is_packed_already_stays(inplace):
+def test_packed_layers_stay_as_they_are(inplace):
     model = pack(network())
     words = model[1].weight.clone()
     again = pack(model, inplace=inplace)
@@ -125,7 +126,7 @@ def test_tied_weights_are_packed_once_and_stay_tied(inplace):
     want = model(X)
     with Calls() as calls:
         packed = pack(model, inplace=inplace)
-    assert calls.names.count("pack_bits") == 2  # for each rule
+    assert calls.names.count("pack_bits") == 2  # once for each rule
 
     def check(each):
         assert each[0].weight is each[1].weight is not each[2].weight
@@ -172,7 +173,7 @@ def test_real_input_stays_real(weight_quantization, size, dtype):
     for rows in (1, 4, 65):
         x = torch.randn(rows, k, dtype=dtype)
         with torch.no_grad():
-            if weight_quantization == "weightdorefa":  # which the QLinear computes in float
+            if weight_quantization == "weightdorefa":  # the QLinear computes this in float
                 assert packed(x).isfinite().all()
                 error = (packed(x).double() - layer(x).double()).abs().max()
                 assert error <= 40 * torch.finfo(dtype).eps * k**0.5
@@ -183,7 +184,7 @@ def test_real_input_stays_real(weight_quantization, size, dtype):
 
 @pytest.mark.parametrize("input_quantization", ["sign", "steheaviside"])
 def test_weights_of_one_bit_are_packed_as_they_are_quantized(input_quantization):
-    """weightdorefa of one bit: +1 and -1, but of 0 another one than sign."""
+    """One-bit weightdorefa gives +1 and -1 as sign does, except for the weight 0, of which it makes the other one."""
     layer = layer_like(input_quantization=input_quantization, weight_quantization="weightdorefa", bias=False)
     values = layer.weight_quantization(layer.weight).detach()
     assert values.abs().unique().tolist() == [1.0]
@@ -196,7 +197,7 @@ def test_weights_of_one_bit_are_packed_as_they_are_quantized(input_quantization)
     assert_equal(fresh.weight, packed.weight)
 
 
-# ---- what is left alone ----
+# ---- layers that are left unpacked ----
 
 
 class Own(QLinear):
@@ -259,7 +260,7 @@ REASONS = {
 
 @pytest.mark.parametrize("case", REASONS)
 @either_place
-def test_what_is_not_packed_and_why(case, inplace, caplog):
+def test_layers_that_are_not_packed_and_the_reasons(case, inplace, caplog):
     make, said = REASONS[case]
     model = nn.Sequential(make(), nn.ReLU(), layer_like(N, 4))
     report = explain(model)
@@ -280,7 +281,7 @@ def test_what_is_not_packed_and_why(case, inplace, caplog):
 
 def test_weights_of_an_unknown_class_are_a_reason():
     class Wrapped(torch.Tensor):
-        """What knows no operator of ours, as quantize_ puts it into a layer."""
+        """A tensor class that does not know our operators, such as quantize_ puts into a layer."""
 
         @staticmethod
         def __new__(cls, inner):
@@ -319,7 +320,7 @@ def test_out_proj_of_an_attention_is_never_called(caplog):
     assert "attention.out_proj stays as it is: nn.MultiheadAttention reads" in caplog.text
 
 
-def test_all_packed_is_no_warning(caplog):
+def test_no_warning_if_all_layers_are_packed(caplog):
     with caplog.at_level(logging.INFO, "bitorch_qlinear"):
         pack(network())
         pack(nn.Sequential(nn.Linear(3, 2)))
@@ -334,7 +335,7 @@ def test_all_packed_is_no_warning(caplog):
 
 @either_place
 def test_containers_of_bitorch(inplace, caplog):
-    """They say that they are the layer which they hold: the packed layer takes the container's place."""
+    """A container claims to be an instance of the class of its layer; the packed layer replaces the container."""
     model = nn.Sequential(LayerContainer(QLinear, K, N), nn.ReLU()).eval()
     want = model(X)
     with caplog.at_level("INFO"):
@@ -396,7 +397,7 @@ def test_models_that_cannot_be_copied(case):
         RuntimeError, match=r"model: cannot be copied .*inplace=True works on the model itself"
     ) as error:
         pack(model)
-    if case == "a-pruned-layer":  # its hook would be lost: the error says that it would stay as it is, too
+    if case == "a-pruned-layer":  # the error also says that the layer would stay unpacked because of its hook
         assert "0 would stay as it is: it has hooks" in str(error.value)
     else:
         want = model(X).detach()
@@ -404,6 +405,7 @@ def test_models_that_cannot_be_copied(case):
         assert_equal(model(X), want)
 
 
+@pytest.mark.slow
 def test_a_model_for_distributed_training_is_unwrapped_first(tmp_path):
     code = f"""
 import torch, torch.distributed as dist
@@ -444,7 +446,7 @@ def test_unpack(inplace):
 
 @pytest.mark.parametrize("convert", [pack, unpack, explain])
 @pytest.mark.parametrize("model", [3, QLinear, None])
-def test_a_module_is_wanted(convert, model):
+def test_other_objects_than_modules_are_refused(convert, model):
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got "):
         convert(model)
 

@@ -1,4 +1,4 @@
-"""The pages' Python runs, the paths and commands that they name exist, and their figures are the committed ones."""
+"""The Python in the pages runs, paths and commands that they name exist, and their figures are the committed ones."""
 
 import json
 import os
@@ -31,13 +31,13 @@ TO_COME = {
 
 
 def prose(name: str) -> str:
-    """The text of a page without its code blocks."""
+    """Return the text of a page without its code blocks."""
     return re.sub(r"^```.*?^```$", "", (ROOT / name).read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", WITH_PYTHON)
 def test_python_blocks_run(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # they write checkpoints
+    monkeypatch.chdir(tmp_path)  # the pages' code writes checkpoints
     document = Sybil(parsers=[PythonCodeBlockParser()]).parse(ROOT / name)
     examples = list(document.examples())
     assert len(examples) == (ROOT / name).read_text().count("```python")
@@ -62,7 +62,7 @@ def test_paths_are_looked_at():
 
 
 def test_places_to_come_are_free():
-    assert not [path for path in TO_COME if (ROOT / path).exists()], "they exist: take them out of TO_COME"
+    assert not [path for path in TO_COME if (ROOT / path).exists()], "some of TO_COME exist now: remove them from it"
 
 
 @pytest.mark.parametrize("name", NAMES)

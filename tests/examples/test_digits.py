@@ -112,6 +112,7 @@ def test_default_model_is_binarized_inside() -> None:
     assert type(classifier.first) is type(classifier.last) is nn.Linear
 
 
+@pytest.mark.slow
 def test_same_seed_same_training() -> None:
     def curve() -> tuple[list[float], list[float]]:
         digits = model.load_digits(SEED, torch.device("cpu"))
@@ -140,6 +141,7 @@ def test_twin_begins_with_the_same_weights_and_sees_the_same_batches(monkeypatch
     assert all(map(torch.equal, seen[True], seen[False]))
 
 
+@pytest.mark.slow
 def test_report_needs_only_the_json(run: Run, tmp_path: Path) -> None:
     assert report.text(run.results) in run.output
     report.plot(tmp_path / "again.png", run.results)

@@ -1,1 +1,1 @@
-"""The operators called with hostile arguments, and an oracle of the contract."""
+"""A fuzzer that calls the operators with hostile arguments, and an oracle that knows what must come of each call."""

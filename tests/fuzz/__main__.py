@@ -1,10 +1,10 @@
-"""Calls every operator with hostile arguments, in a process of its own; test_fuzz.py and `make fuzz` run it.
+"""Call every operator with hostile arguments in a separate process; test_fuzz.py and `make fuzz` run this program.
 
-A case follows from its seed. The process says each seed before it begins, so that a crash has a name too:
+The seed determines a case. The process prints each seed before it runs the case, so that a crash can be attributed:
 
     PYTHONPATH=tests python -m fuzz --first 0 --cases 100000
-    PYTHONPATH=tests python -m fuzz --first 4711 --cases 1     (one case again)
-    PYTHONPATH=tests python -m fuzz --large                    (the hand-chosen ones of large.py)
+    PYTHONPATH=tests python -m fuzz --first 4711 --cases 1     (repeats one case)
+    PYTHONPATH=tests python -m fuzz --large                    (the hand-written cases in large.py)
 """
 
 from __future__ import annotations
@@ -24,13 +24,20 @@ from bitorch_qlinear import _kernels
 
 from . import arguments, large, oracle
 
-BATCH = 10_000  # cases a process
+BATCH = 10_000  # cases per process
 MOST_FAILURES = 10
-FAILED = 3  # the process' exit status: neither that of a traceback nor of a usage error
+FAILED = 3  # the exit status after a failure; a traceback gives 1 and a usage error 2
 
 
 def check_case(seed: int) -> bool:
-    """Raises AssertionError, which describes the case, where its outcome is wrong; whether it was carried out."""
+    """Run one case.
+
+    Returns:
+        Whether the operator had to compute a result rather than refuse the arguments.
+
+    Raises:
+        AssertionError: If the outcome is wrong; the message describes the case.
+    """
     case = arguments.make_case(seed)
     try:
         return oracle.check(case)
@@ -39,14 +46,14 @@ def check_case(seed: int) -> bool:
 
 
 def check_large(name: str) -> bool:
-    """Likewise of large.py."""
+    """Run one case of large.py with the kernel that is chosen automatically."""
     _kernels.force_kernel(None)
     large.CHECKS[name]()
     return True
 
 
 def work(labels: Iterator[str]) -> int:
-    """Prints each label (a seed or a name) and then checks it; says what is wrong on stderr."""
+    """Print each label (a seed or the name of a large case) and then run its case; report failures on stderr."""
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(1)
@@ -65,12 +72,12 @@ def work(labels: Iterator[str]) -> int:
 
 
 def run(options: list[str], timeout: float | None = None) -> tuple[str, str]:
-    """Those of this script, in a process of its own.
+    """Run this program with these options in a separate process.
 
     Returns:
-        What went wrong, or ""; and the last line that the process said.
+        A description of what went wrong, or "", and the last line that the process printed.
     """
-    # Other paths come after, such as that of a sanitized build of the package.
+    # PYTHONPATH stays in effect: it may name a sanitized build of the package.
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-W", "ignore", "-m", "fuzz", "--here", *options]
@@ -90,11 +97,11 @@ def run(options: list[str], timeout: float | None = None) -> tuple[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Calls every operator with hostile arguments.")
+    parser = argparse.ArgumentParser(description="Call every operator with hostile arguments.")
     parser.add_argument("--first", type=int, default=0, help="the first case's seed (0)")
-    parser.add_argument("--cases", type=int, default=BATCH, help=f"how many ({BATCH})")
-    parser.add_argument("--large", action="store_true", help="the hand-chosen ones of many elements")
-    parser.add_argument("--here", action="store_true", help="in this process, each label said")
+    parser.add_argument("--cases", type=int, default=BATCH, help=f"the number of cases ({BATCH})")
+    parser.add_argument("--large", action="store_true", help="run the hand-written cases of many elements instead")
+    parser.add_argument("--here", action="store_true", help="run in this process, and print each label")
     options = parser.parse_args()
     end = options.first + options.cases
     if options.here:

@@ -1,4 +1,4 @@
-"""Arguments for every operator from a seed: valid ones in memory of every form, of which some are then spoilt."""
+"""Arguments for every operator, determined by a seed: valid ones in memory of every form, some of them then spoilt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMESPACE = "bitorch_qlinear::"
 OPERATORS = sorted(n[len(NAMESPACE) :] for n in torch._C._dispatch_get_all_op_names() if n.startswith(NAMESPACE))
 KERNELS = _kernels.available_kernels()
 HEADER_BYTES = 64
-PANELS_OFFSET = 192  # behind the header and the fingerprint
+PANELS_OFFSET = 192  # the panels follow the header and the fingerprint
 MAGIC = b"bitorchq"
 
 WORDS = (torch.int32, torch.uint32)
@@ -32,7 +32,7 @@ WRONG_TYPES = [None, "x", 2.5, [], 3 + 1j, object, b"\0", -7]
 
 
 class Case(NamedTuple):
-    """One call of an operator: its arguments by their names in the schema."""
+    """One call of an operator, with its arguments by their names in the schema."""
 
     operator: str
     kernel: str
@@ -44,7 +44,7 @@ def schema(operator: str) -> list[torch.Argument]:
 
 
 class Maker:
-    """Draws the arguments of one problem."""
+    """A source of random arguments whose sizes fit together."""
 
     def __init__(self, seed: int):
         self.random = random.Random(seed)
@@ -60,14 +60,14 @@ class Maker:
     # ---- tensors ------------------------------------------------------------------------------
 
     def elements(self, count: int, dtype: torch.dtype) -> Tensor:
-        """One dimension of values that the dtype can hold, as bytes."""
+        """Return the bytes of ``count`` random values of the dtype (uint8, one dimension)."""
         if dtype in FLOATS:
             return random_values((count,), dtype, self.generator).view(torch.uint8)
         content = torch.randint(0, 256, (count * dtype.itemsize,), dtype=torch.uint8, generator=self.generator)
         return content & 1 if dtype is torch.bool else content
 
     def view(self, sizes: tuple[int, ...], strides: list[int], dtype: torch.dtype, offset: int = 0) -> Tensor:
-        """A tensor of these strides in memory that ends with it, or begins with it."""
+        """Return a tensor of these strides in guarded memory, which begins or ends with it."""
         content = self.elements(max(extent(sizes, tuple(strides), offset), offset), dtype)
         raw = guarded(content, at_end=self.chance(0.75), misaligned=self.chance(0.1))
         return raw.view(dtype).as_strided(sizes, strides, offset)
@@ -77,7 +77,7 @@ class Maker:
         return self.view(sizes, strides, dtype, self.random.choice([0, 0, 1, 7]))
 
     def strided(self, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Dimensions in any order, apart, expanded, overlapping."""
+        """Return a tensor whose dimensions may be permuted, have gaps, be expanded or overlap."""
         strides, step = [0] * len(sizes), self.random.choice([1, 1, 2, 3])
         order = list(range(len(sizes)))[::-1]
         if self.chance(0.3):
@@ -88,7 +88,7 @@ class Maker:
         for d, size in enumerate(sizes):
             if self.chance(0.15):
                 strides[d] = self.random.choice([0, 0, 1, 2])
-            if size == 1 and self.chance(0.2):  # a stride that nobody walks
+            if size == 1 and self.chance(0.2):  # nothing ever steps along a dimension of size 1
                 strides[d] = self.random.choice([0, 2**31, 2**62])
         if 0 in sizes and self.chance(0.3):
             strides = [self.random.choice([0, 1, 2**40, 2**62, 2**63 - 1]) for _ in sizes]
@@ -134,7 +134,7 @@ class Maker:
         return values[argument]
 
     def prepared(self, weight_words: Tensor) -> Tensor:
-        """The form of the words; sometimes that of others, of another size or for another kernel."""
+        """Return the words' prepared form, or sometimes one of other words, of another size or for another kernel."""
         words, k, kernel = weight_words.clone(), self.k, None
         if self.chance(0.1):
             words = self.words(self.n)
@@ -148,7 +148,7 @@ class Maker:
         return guarded(made, misaligned=self.chance(0.1))
 
     def share_memory(self, values: dict[str, Any]) -> None:
-        """Lets arguments lie in each other's memory."""
+        """Let arguments share memory."""
         if "x_words" in values:
             values["x_words"] = values["weight_words"]
         if values.get("bias") is None:
@@ -158,7 +158,7 @@ class Maker:
             values["bias"] = x.view(-1)[: self.n]
         values["scale"] = values["bias"]
 
-    # ---- what spoils them ---------------------------------------------------------------------
+    # ---- ways to spoil them -------------------------------------------------------------------
 
     def spoil(self, argument: torch.Argument, value: Any) -> Any:
         if self.chance(0.05):
@@ -204,14 +204,14 @@ class Maker:
         return tuple(changed)
 
     def other_storage(self, tensor: Tensor) -> Tensor:
-        """The storage given back, or some of it, beneath the tensor."""
+        """Return a tensor whose storage has been freed, entirely or in part, if it has any."""
         copy = torch.empty(tensor.shape, dtype=tensor.dtype)
         full = copy.untyped_storage().nbytes()
         copy.untyped_storage().resize_(self.random.choice([0, full // 2, max(full - 1, 0), full]))
         return copy if copy.untyped_storage().nbytes() < full else tensor
 
     def other_bytes(self, prepared: Tensor) -> Tensor:
-        """A few bytes anywhere, of the panels, the fingerprint or the header."""
+        """Return a copy with a few bytes changed, in the panels or from the fingerprint or header on."""
         changed = prepared.clone()
         starts = [0, *(start for start in (HEADER_BYTES, PANELS_OFFSET) if start < len(changed))]
         first = self.random.choice(starts)
@@ -220,7 +220,7 @@ class Maker:
         return guarded(changed)
 
     def other_header(self, prepared: Tensor) -> Tensor:
-        """The magic as it should be, and layout, n and k often; all that follows as chance has it."""
+        """Return a form with the right magic, often the right layout, n and k, and random bytes after them."""
         changed = self.elements(len(prepared), torch.uint8).clone()
         changed[:16] = prepared[:16]
         if self.chance(0.3):
@@ -238,7 +238,7 @@ class Maker:
 
 
 def make_case(seed: int) -> Case:
-    """The same arguments for the same seed. Makes the case's kernel the active one."""
+    """Return the case that the seed determines, and make its kernel the active one."""
     maker = Maker(seed)
     operator, kernel = maker.random.choice(OPERATORS), maker.random.choice(KERNELS)
     _kernels.force_kernel(kernel)
@@ -256,7 +256,7 @@ def make_case(seed: int) -> Case:
 
 
 def describe(case: Case) -> str:
-    """The call in words, a line for each argument."""
+    """Return a description of the call, with a line for each argument."""
     lines = [f"  {name} = {form_of(name, value)}" for name, value in case.values.items()]
     return "\n".join([f"{case.operator} with kernel {case.kernel}", *lines])
 

@@ -1,4 +1,4 @@
-"""Tensors in memory that may be read and nothing else: a write, or a read beside it, stops the process."""
+"""Tensors in read-only memory between forbidden pages: any write, and any read outside, ends the process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 PAGE = mmap.PAGESIZE
-# Of <sys/mman.h>; the mmap module has the other two.
+# This constant of <sys/mman.h> is missing in the mmap module.
 PROT_NONE = 0
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -21,15 +21,15 @@ def _protect(address: int, size: int, protection: int) -> None:
 
 
 def guarded(content: Tensor, at_end: bool = True, misaligned: bool = False) -> Tensor:
-    """A read-only copy of bytes, between two pages that nobody may touch.
+    """Return a read-only copy of bytes, between two pages that must not be touched.
 
     Args:
-        content: uint8, one dimension.
-        at_end: It ends where the page behind it begins; otherwise it begins where the page before it ends.
-        misaligned: One byte further away from that page, so that no element of two bytes or more is aligned.
+        content: The bytes (uint8, one dimension).
+        at_end: Let the copy end where the following page begins; otherwise it begins where the preceding page ends.
+        misaligned: Leave one byte between the copy and that page, so that no element of two bytes or more is aligned.
 
     Returns:
-        uint8, the size of its storage.
+        The copy (uint8), whose storage holds nothing else.
     """
     size, shift = len(content), int(misaligned)
     if size == 0:
@@ -46,19 +46,19 @@ def guarded(content: Tensor, at_end: bool = True, misaligned: bool = False) -> T
 
 
 def extent(sizes: tuple[int, ...], strides: tuple[int, ...], offset: int = 0) -> int:
-    """Elements of storage that a tensor of these sizes and strides needs."""
+    """Return the number of elements of storage that a tensor of these sizes and strides needs."""
     if 0 in sizes:
         return 0
     return offset + 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
 
 
 def is_inside(tensor: Tensor) -> bool:
-    """Whether the tensor lies in its storage, which can be resized beneath it."""
+    """Return whether the tensor lies within its storage, which may have been resized."""
     needed = extent(tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
     return needed * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def lazy_zeros(count: int, dtype: torch.dtype) -> Tensor:
-    """Zeros that take memory only where they are written: torch.zeros writes all of its own."""
+    """Return zeros that take memory only once they are written, unlike those of torch.zeros."""
     memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype)

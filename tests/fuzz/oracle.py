@@ -1,4 +1,4 @@
-"""What must come of a call: which arguments are at fault, or the result in plain torch."""
+"""An oracle of the operators' contract: it names the arguments at fault, or computes the result in plain torch."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .arguments import HEADER_BYTES, MAGIC, PANELS_OFFSET, WORDS, Case, schema
 from .memory import is_inside
 
 MOST_VALUES = 2**31 - 1
-MOST_BYTES = 2**28  # of all results of a case: what follows from a seed must run anywhere
+MOST_BYTES = 2**28  # the results of a case may not take more, so that any machine can run it
 UNPACKED = (*FLOATS, torch.int32, torch.int8, torch.bool)
-# torch's own refusals name no argument: of None for the one tensor that the operator takes, and of a tensor of another
-# layout; of a dtype to compute in that the stable ABI has no word for.
+# torch itself refuses None for an operator's only tensor, tensors that are not strided, and dtypes that its stable ABI
+# does not have. These errors name no argument.
 UNNAMED = "no tensor arguments to this function|Could not run 'bitorch_qlinear::"
 UNKNOWN_DTYPE = "Not yet supported ScalarType"
 
@@ -37,11 +37,11 @@ def words_for(k: int) -> int:
     return -(-k // 32)
 
 
-# ---- which arguments are at fault ------------------------------------------------------------------
+# ---- the arguments at fault ------------------------------------------------------------------------
 
 
 def is_type(argument: torch.Argument, value: Any) -> bool:
-    """Whether torch takes the Python value for the argument's type."""
+    """Return whether torch accepts the Python value for an argument of this type."""
     kind = str(argument.type)
     if value is None and (kind.startswith("Optional") or "bool" in kind):
         return True
@@ -70,7 +70,7 @@ def is_vector(vector: Tensor | None, n: int) -> bool:
 
 
 def is_prepared(prepared: Tensor | None) -> bool:
-    """Whether the operators take it; they use it where it is the form of these words."""
+    """Return whether the operators accept the form; whether they use it depends on the words."""
     if prepared is None:
         return True
     form = prepared.dtype is torch.uint8 and prepared.dim() == 1 and prepared.is_contiguous() and is_inside(prepared)
@@ -78,7 +78,7 @@ def is_prepared(prepared: Tensor | None) -> bool:
 
 
 def is_forged(prepared: Tensor, genuine: Tensor) -> bool:
-    """Whether it passes for the genuine form, by header, size and a hash of the words, but has other panels."""
+    """Return whether the form has the genuine form's header, size and a hash of the words, but other panels."""
 
     def announces(form: Tensor) -> tuple[Tensor, ...]:
         return form[8:12], form[16:32]
@@ -88,21 +88,21 @@ def is_forged(prepared: Tensor, genuine: Tensor) -> bool:
         return False
     if torch.equal(given[PANELS_OFFSET:], genuine[PANELS_OFFSET:]):
         return False
-    hashes, of_words = (form[HEADER_BYTES : HEADER_BYTES + 80].clone().view(torch.int64) for form in (given, genuine))
-    return bool((hashes == of_words)[of_words != 0].any())
+    hashes, right = (form[HEADER_BYTES : HEADER_BYTES + 80].clone().view(torch.int64) for form in (given, genuine))
+    return bool((hashes == right)[right != 0].any())
 
 
 def find_faults(case: Case) -> set[str]:
-    """The arguments that the operator must refuse, of which its error names one."""
+    """Return the arguments that the operator must refuse; its error must name one of them."""
     v = case.values
     wrong = {a.name for a in schema(case.operator) if not is_type(a, v[a.name])}
-    # torch hands on None as an undefined tensor and a number as a dtype: the error is about the first fault found.
+    # torch passes None on as an undefined tensor and a number as a dtype, so the error may be about any argument.
     if any(v[name] is None or (name in ("dtype", "out_dtype") and isinstance(v[name], int)) for name in wrong):
         return set(v)
     if wrong:
         return wrong
     tensors = {name for name, value in v.items() if isinstance(value, Tensor)}
-    if any(v[name].is_meta for name in tensors):  # the fakes look at the other arguments too
+    if any(v[name].is_meta for name in tensors):  # the fake implementations check the other arguments too
         return tensors | ({"k", "dtype", "out_dtype", "threshold", "layout"} & set(v))
     k = v.get("k", 0)
     if not 0 <= k <= MOST_VALUES:
@@ -144,7 +144,7 @@ def find_faults(case: Case) -> set[str]:
 
 
 def plain(tensor: Tensor | None) -> Tensor | None:
-    """The same values, contiguous and in memory of their own; uint32 as int32."""
+    """Return a contiguous copy of the tensor, with uint32 viewed as int32."""
     if tensor is None:
         return None
     copy = torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor._is_zerotensor() else tensor.resolve_neg().clone()
@@ -153,7 +153,7 @@ def plain(tensor: Tensor | None) -> Tensor | None:
 
 
 def check_prepared(case: Case, prepared: Tensor) -> None:
-    """The header and the size; the payload is right where the product is."""
+    """Check the form's header and size. Its panels are checked through the products that use them."""
     n, k = case.values["weight_words"].shape[0], case.values["k"]
     panel, unit, unit_bytes, number = _kernels.prepared_layout()
     header = bytes(prepared[:HEADER_BYTES].tolist())
@@ -179,7 +179,7 @@ def check_product(case: Case, y: Tensor, x_signs: Tensor, default: torch.dtype) 
 
 
 def check_sign_product(case: Case, y: Tensor) -> None:
-    """Bit for bit the scalar twin's from plain memory, and, where floats hold it, close to the exact product."""
+    """Check that y equals the scalar kernel's result bit for bit and, unless it may overflow, is nearly exact."""
     v = case.values
     reals, words = plain(v["reals"]), plain(v["sign_words"])
     with kernels.forced("scalar"):
@@ -191,7 +191,7 @@ def check_sign_product(case: Case, y: Tensor) -> None:
     exact, largest = rows @ matrix, rows.abs().sum(1, keepdim=True)
     additions, info = 69 + len(matrix) // 1920 + 1, torch.finfo(y.dtype)
     unit = 2.0**-53 if y.dtype is torch.float64 else 2.0**-24
-    # The exact product in float64 has errors of its own, and the half types round once more.
+    # The product in float64 is itself rounded, and the half types round once more.
     bound = (additions * unit + len(matrix) * 2.0**-53) * largest + exact.abs() * info.eps + info.tiny
     error = (y.reshape(exact.shape).double() - exact).abs()
     assert ((error <= bound) | ~(largest < info.max / 2)).all(), "too far from the exact product"
@@ -223,16 +223,19 @@ def check_result(case: Case, results: tuple[Tensor, ...]) -> None:
 
 
 def without_values(case: Case) -> bool:
-    """Whether every tensor is a shape alone: which the operators' fakes take, and which torch may refuse itself."""
+    """Return whether all tensors are meta tensors: fake implementations accept them, but torch may refuse them."""
     tensors = [value for value in case.values.values() if isinstance(value, Tensor)]
     return bool(tensors) and all(tensor.is_meta for tensor in tensors)
 
 
 def check(case: Case) -> bool:
-    """Calls the operator and raises AssertionError where what comes is wrong.
+    """Call the operator and check its outcome.
 
     Returns:
-        Whether the call was one that the operator must carry out.
+        Whether the operator had to compute a result rather than refuse the arguments.
+
+    Raises:
+        AssertionError: If the outcome is wrong.
     """
     wrong = find_faults(case)
     arguments = schema(case.operator)
@@ -244,7 +247,7 @@ def check(case: Case) -> bool:
         message = str(error)
         if without_values(case):
             return False
-        assert wrong, f"refused what is right: {message}"
+        assert wrong, f"refused valid arguments: {message}"
         named = any(re.search(rf"\b{name}\b", message) for name in wrong)
         asked = case.values.get("dtype", case.values.get("out_dtype"))
         unnamed = UNNAMED if asked in (None, *UNPACKED) else f"{UNNAMED}|{UNKNOWN_DTYPE}"
@@ -254,9 +257,9 @@ def check(case: Case) -> bool:
         return False
     results = results if isinstance(results, tuple) else (results,)
     if without_values(case):
-        assert all(r.is_meta for r in results), "values of tensors without any"
+        assert all(r.is_meta for r in results), "meta tensors gave a result with values"
         return False
-    assert not wrong, f"accepted, with {sorted(wrong)} wrong"
+    assert not wrong, f"accepted although {sorted(wrong)} are wrong"
     assert sum(r.nbytes for r in results) <= MOST_BYTES, "results too large for a case"
     check_result(case, results)
     return True

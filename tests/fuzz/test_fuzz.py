@@ -1,4 +1,4 @@
-"""Hostile arguments to every operator: no crash, no access beside the memory, a clear error or the right result."""
+"""Hostile arguments never crash an operator or reach outside memory: it raises a clear error or returns the result."""
 
 import ctypes
 import faulthandler
@@ -20,11 +20,12 @@ BATCHES = 4
 
 @pytest.fixture(autouse=True)
 def _automatic_kernel():
-    """Each case has a kernel of its own, and leaves it the active one."""
+    """Reset the kernel after the test, because each case forces one."""
     yield
     _kernels.force_kernel(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_hostile_arguments(batch):
     size = CASES // BATCHES
@@ -33,25 +34,26 @@ def test_hostile_arguments(batch):
     assert int(last.split()[0]) > size / 5, f"too few valid calls: {last}"
 
 
+@pytest.mark.slow
 def test_more_elements_than_an_int32_counts():
     errors, last = fuzz.run(["--large"], timeout=600)
     assert not errors, errors
     assert len(large.CHECKS) == 20 and last.startswith("20 carried out"), last
 
 
-def test_a_case_follows_from_its_seed():
+def test_the_seed_determines_the_case():
     for seed in range(50):
         first, second = (arguments.describe(arguments.make_case(seed)) for _ in range(2))
         assert first == second
 
 
-def test_every_operator_is_carried_out_and_refused():
+def test_cases_include_valid_and_wrong_calls_of_every_operator():
     outcomes = {(c.operator, bool(oracle.find_faults(c))) for c in map(arguments.make_case, range(500))}
     assert outcomes == {(name, refused) for name in arguments.OPERATORS for refused in (False, True)}
 
 
 def signal_of(function):
-    """That ends a process which calls the function; 0 if it lives on."""
+    """Return the signal that ends a child process which calls the function, or 0 if it ends by itself."""
     child = os.fork()
     if child == 0:
         faulthandler.disable()

@@ -1,1 +1,1 @@
-"""What needs an NVIDIA GPU: every CUDA kernel against the CPU's scalar one, and the layers on CUDA."""
+"""Tests that need an NVIDIA GPU: every CUDA kernel against the CPU's scalar one, and the layers on CUDA."""

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that need a GPU."""
+"""Fixtures for the tests that need a GPU."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from bitorch_qlinear import _kernels, kernels
 
 @pytest.fixture(autouse=True)
 def _scalar_twin() -> Iterator[None]:
-    """What the CPU computes in these tests comes from the scalar kernel: the twin of all others."""
+    """Let the scalar kernel, which all others must equal, compute the CPU's results in these tests."""
     with kernels.forced("scalar"):
         yield
 
 
 @pytest.fixture
 def cuda_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The CUDA kernel of this name, forced."""
+    """Force the CUDA kernel of this name."""
     with kernels.forced(request.param):
         assert _kernels.forced_cuda_kernel() == request.param
         yield request.param

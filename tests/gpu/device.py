@@ -1,4 +1,4 @@
-"""The GPU under test, and ways to bring tensors there. Imported where there is none, it skips the importing module."""
+"""The GPU under test, and ways to bring tensors to it. Without a GPU, importing this skips the importing module."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CUDA = torch.device("cuda", 0)
 
 
 def why_not() -> str:
-    """What the tests lack here, or ""."""
+    """Return the reason why these tests cannot run, or ""."""
     if not torch.cuda.is_available():
         return "there is no NVIDIA GPU that this torch can use"
     if not _library.has_cuda:
@@ -39,12 +39,12 @@ several_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="ther
 
 
 def choice(m: int, n: int, k: int) -> str:
-    """What computes such a product here, in the library's words: kernel, tile, reason."""
+    """Return the library's description of how this GPU computes m x n x k: kernel, tile, reason."""
     return _kernels.cuda_choice(CAPABILITY, MULTIPROCESSORS, m, n, k)
 
 
 def moved(tensor: Tensor, device: torch.device = CUDA) -> Tensor:
-    """The tensor on the GPU, in memory of the same layout: ``to`` would close the gaps of strided ones."""
+    """Copy the tensor to the GPU in memory of the same layout; ``to`` would close the gaps of strided tensors."""
     if tensor.numel() == 0:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     storage = tensor.untyped_storage()
@@ -54,12 +54,12 @@ def moved(tensor: Tensor, device: torch.device = CUDA) -> Tensor:
 
 
 def moved_all(values: dict[str, Any], device: torch.device = CUDA) -> dict[str, Any]:
-    """The same with all tensors on the GPU."""
+    """Return the same values with all tensors moved to the GPU."""
     return {name: moved(value, device) if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 def misaligned(words: Tensor) -> Tensor:
-    """The same words, on the GPU, one word past an aligned address."""
+    """Copy the words to the GPU, to one word past an aligned address."""
     memory = torch.empty(words.numel() + 1, dtype=words.dtype, device=CUDA)
     return memory[1:].view(words.shape).copy_(words)
 
@@ -71,10 +71,10 @@ def poison(*sizes: int, dtype: torch.dtype) -> None:
 
 
 def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A CUDA graph of a call, and the result that each replay writes."""
+    """Return a CUDA graph of the call, and the result that each replay overwrites."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what is made once at a first call is not to be captured
+    with torch.cuda.stream(side):  # first calls may initialize something, which must not be captured
         for _ in range(2):
             call()
     torch.cuda.current_stream().wait_stream(side)
@@ -86,7 +86,7 @@ def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 @contextmanager
 def no_synchronization() -> Iterator[None]:
-    """An error where torch waits for the device inside. (Ours does only through torch, or by its own calls, unseen.)"""
+    """Raise an error if torch waits for the device inside the context; direct calls of CUDA are not detected."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -95,6 +95,6 @@ def no_synchronization() -> Iterator[None]:
 
 
 def assert_same(actual: Tensor, expected: Tensor, what: object = "") -> None:
-    """Bit for bit, and on the GPU; the second may still be on the CPU."""
+    """Assert that the first tensor is on the GPU and equals the second bit for bit, which may be on the CPU."""
     assert actual.device.type == CUDA.type, f"{what}: computed on {actual.device}"
     assert_equal(actual, expected.to(actual.device), what)

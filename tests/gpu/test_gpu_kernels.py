@@ -1,4 +1,4 @@
-"""Every CUDA kernel, forced, against the CPU's scalar kernel: every output of every size, bit for bit."""
+"""Every CUDA kernel equals the CPU's scalar kernel bit for bit, in every output and for all kinds of sizes."""
 
 import itertools
 import random
@@ -51,9 +51,9 @@ from .tiles import DEPTHS as DEPTHS_OF_TILES
 from .tiles import TILES, shapes_of
 
 OUTS = [*FLOATS, torch.int32]
-# Around one row, a warp's fragments, each kernel's tiles, and two tiles and a prime more.
+# These lie around one row, a warp's fragments and each kernel's tiles; a few are two tiles and a prime.
 SIDES = [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 2 * 64 + 13, 255, 256, 257, 2 * 128 + 13, 2 * 256 + 17]
-# Around a word, a 16-byte vector of words, and stages of 512 and 1024 values; the odd ones are aligned nowhere.
+# These lie around a word, a 16-byte vector of words, and stages of 512 and 1024 values; odd ones are never aligned.
 DEPTHS = [0, 1, 31, 32, 33, 127, 128, 129, 255, 257, 511, 512, 513, 1023, 1024, 1025, 1536, 2048, 2048 + 97, 4096 + 128]
 
 
@@ -67,7 +67,7 @@ def generator(seed: int) -> torch.Generator:
 @every_kernel
 @pytest.mark.parametrize("k", DEPTHS)
 def test_every_edge(cuda_kernel, k):
-    """All pairs of sides: each result is a corner of the largest one, which the CPU computes once."""
+    """Each result of a pair of sides equals a corner of the largest one, which the CPU computes once."""
     make, largest = generator(k), max(SIDES)
     x_words, words = (random_words(largest, k, make, stray=True) for _ in range(2))
     bias, scale = (torch.randn(largest, generator=make) for _ in range(2))
@@ -91,7 +91,7 @@ def test_every_edge(cuda_kernel, k):
 @given(problem=problems())
 @settings(max_examples=150)
 def test_any_problem(cuda_kernel, problem):
-    """The problems that the CPU kernels are tested on: any layout of x, bias and scale, any dtype, special values."""
+    """These are the problems of the CPU kernels' tests: any layout of x, bias and scale, any dtype, special values."""
     threshold, x, k, strict = (problem.pop(name) for name in ("threshold", "x", "k", "strict"))
     words, with_prepared = problem.pop("weight_words"), problem.pop("weight_prepared")
     gpu_x, gpu_words, gpu = moved(x), moved(words), moved_all(problem)
@@ -132,7 +132,7 @@ def test_every_combination_of_dtypes(cuda_kernel, out):
 @pytest.mark.parametrize("equal", [True, False], ids=["all equal", "all opposite"])
 @pytest.mark.parametrize("k", [2**16 + 1, 2**20, 2**24 + 1])
 def test_extremes_of_the_sum(cuda_kernel, k, equal):
-    """Sums that random bits do not reach; beyond 2**24 a float32 rounds them."""
+    """Random bits do not reach these sums, and float32 rounds those beyond 2**24."""
     x = torch.ones(3, k, dtype=torch.bfloat16)
     words = F.pack_bits(x if equal else -x)
     for out in OUTS:
@@ -157,7 +157,7 @@ def test_sizes_of_zero(cuda_kernel, m, n, k):
     ("m", "n", "k"), [(1, 1, 1), (1, 257, 4097), (16, 129, 8192), (65, 131, 1025), (300, 600, 513)]
 )
 def test_every_element_is_written(cuda_kernel, m, n, k):
-    """A graph writes to memory that is known, and garbage before each replay."""
+    """A graph writes to known memory, which is filled with garbage before each replay."""
     make = generator(2)
     x, words = random_values((m, k), torch.bfloat16, make), random_words(n, k, make)
     gpu_x, gpu_words = moved(x), moved(words)
@@ -181,7 +181,7 @@ def test_the_same_result_every_time(cuda_kernel):
 
 
 def agree(m: int, n: int, k: int, kernels: list[str | None]) -> None:
-    """Sizes that the scalar kernel takes long for: all against popc, whose small ones are proven."""
+    """Compare kernels with popc, which other tests compare with the scalar kernel on sizes that take it less time."""
     x, words = (random_words_here(rows, k) for rows in (m, n))
     with forced("popc"):
         want = F.binary_linear(x, words, k, out_dtype=torch.int32)
@@ -191,7 +191,7 @@ def agree(m: int, n: int, k: int, kernels: list[str | None]) -> None:
 
 
 def random_words_here(rows: int, k: int) -> torch.Tensor:
-    """Made on the GPU; what lies past k is random too."""
+    """Return words made on the GPU; the bits past k are random too."""
     return torch.randint(-(2**31), 2**31, (rows, -(-k // 32)), device=CUDA, dtype=torch.int32)
 
 
@@ -207,11 +207,11 @@ def test_kernels_agree_on_large_products(m, n, k):
 @pytest.mark.parametrize("k", DEPTHS_OF_TILES)
 @pytest.mark.parametrize("tile", TILES)
 def test_every_edge_of_every_tile(tile, k):
-    """Only wide products get wide tiles: these the CPU's fastest kernel computes, whose own twin is the scalar one."""
+    """Wide tiles need products so large that the CPU's fastest kernel, which equals the scalar one, computes them."""
     with forced(available()[0]), forced("mma_sm80"):
         shapes = shapes_of(tile, choice, MULTIPROCESSORS, [k])
         beside = {m - TILES[tile][0] for m, _, _ in shapes}
-        assert beside >= {-1, 0, 1}, "this device has another best tile for all candidates of an edge"
+        assert beside >= {-1, 0, 1}, "on this device, no product at some edge gets this tile"
         most_m, most_n, _ = map(max, zip(*shapes, strict=True))
         make = generator(k)
         x, words = (random_words(rows, k, make, stray=True) for rows in (most_m, most_n))
@@ -239,7 +239,7 @@ def test_a_forced_kernel_is_the_one_that_runs():
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_packing_at_every_edge(dtype):
-    """Rows of all lengths, cut out of wider ones (any stride and alignment) and closed up."""
+    """Rows of all lengths are parts of wider ones, with any stride and alignment, or contiguous copies of these."""
     wide = random_values((65, max(DEPTHS) + 3), dtype, generator(5))
     gpu_wide = moved(wide)
     for (k, first), strict in itertools.product([*itertools.product(DEPTHS, (0, 1, 3))], (False, True)):
@@ -275,7 +275,7 @@ def test_unpacking(dtype):
 
 
 def test_the_prepared_form():
-    """Header, popcounts padded to 16 bytes, and aligned words where k is no multiple of 128 (check_prepared.cuh)."""
+    """A form has a header, padded popcounts, and, unless k % 128 == 0, aligned words (check_prepared.cuh)."""
     for n, k in itertools.product([1, 3, 4, 5, 66], DEPTHS):
         words = random_words(n, k, generator(8), stray=True)
         bits = F.unpack_bits(words, k, torch.bool)
@@ -312,7 +312,7 @@ def test_more_than_2_to_the_31_outputs(cuda_kernel):
     assert m * n > 2**31
     x, words = (torch.randint(-(2**31), 2**31, (rows, 2), device=CUDA, dtype=torch.int32) for rows in (m, n))
     y = F.binary_linear(x, words, k, out_dtype=torch.bfloat16)
-    crossing = 2**31 // n  # the row in which the offset passes 2**31
+    crossing = 2**31 // n  # in this row, the offset passes 2**31
     rows = torch.unique(torch.tensor([0, 1, crossing - 1, crossing, m - 2, m - 1, *torch.randint(m, (60,)).tolist()]))
     rows = rows[(rows >= 0) & (rows < m)].to(CUDA)
     columns = torch.unique(torch.tensor([0, 1, 2**31 % n, n - 2, n - 1, *torch.randint(n, (500,)).tolist()])).to(CUDA)
@@ -321,7 +321,7 @@ def test_more_than_2_to_the_31_outputs(cuda_kernel):
 
 
 def test_more_than_2_to_the_31_values():
-    """Of x packed, of words unpacked, and apart in memory."""
+    """More values are packed, unpacked, and lie between two rows."""
     needs(14)
     m, k = 65600, 32768 + 5
     x = torch.empty(m, k, dtype=torch.bfloat16, device=CUDA).normal_()
@@ -366,7 +366,7 @@ def test_nothing_waits_for_the_device(cuda_kernel):
 
 @every_kernel
 def test_the_current_stream(cuda_kernel):
-    """Arguments that are written behind a delay: a kernel in another stream would read what was there before."""
+    """Arguments are written after a delay, so a kernel in another stream would read the previous values."""
     x, words = torch.randn(33, 1000), random_words(70, 1000, generator(9))
     want = F.linear(x, words, 1000)
     gpu_x, gpu_words = torch.zeros_like(x, device=CUDA), torch.zeros_like(words, device=CUDA)
@@ -422,14 +422,14 @@ def test_another_device_than_the_current_one(cuda_kernel):
 
 
 def gpu_arguments():
-    """Those of the CPU's tests, with what is the device's own."""
+    """Return the arguments of the CPU's tests on the GPU, with the GPU's form and layout."""
     values = moved_all(arguments())
     prepared = F.prepare_weight(values["weight_words"], values["k"])
     return values | {"weight_prepared": prepared, "layout": _kernels.CUDA_LAYOUT}
 
 
 def seen_by_the_host(name, argument, what):
-    """It cannot look into a prepared form without waiting for the device: the kernel does, and ends the process."""
+    """Return whether the host can see the fault; a form's header is checked by the kernel, which ends the process."""
     return name not in CPU_ONLY and what not in NO_HEADER
 
 
@@ -469,16 +469,16 @@ from bitorch_qlinear import _kernels
 from bitorch_qlinear import functional as F
 from bitorch_qlinear.kernels import available, forced
 words = F.pack_bits(torch.randn(5, 40, device="cuda"))
-other = F.prepare_weight(F.pack_bits(torch.randn(5, 41, device="cuda")), 41)  # as many bytes
+other = F.prepare_weight(F.pack_bits(torch.randn(5, 41, device="cuda")), 41)  # has the same size
 _kernels.force_cuda_kernel({kernel!r})
 y = F.linear(torch.randn(3, 40, device="cuda"), words, 40, weight_prepared=other)
 print("computed", y.cpu())
 """
 
 
-@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "popc"])  # which reads the words themselves
-def test_weights_prepared_for_another_product_of_the_same_size_give_no_number(kernel):
-    """In a process of its own, whose CUDA context is lost."""
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "popc"])  # popc reads no form
+def test_weights_prepared_for_another_product_of_the_same_size_give_an_error(kernel):
+    """The kernel's trap destroys the CUDA context, so this runs in a separate process."""
     root = Path(__file__).parents[2]
     code = TRAP.format(kernel=kernel)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=120)
@@ -488,7 +488,7 @@ def test_weights_prepared_for_another_product_of_the_same_size_give_no_number(ke
 
 
 def test_samples_of_all_operators():
-    """Full and minimal calls of each, whatever operators there will be."""
+    """Full and minimal calls of every operator, also of future ones, give the CPU's results."""
     for name in sorted(set(OPERATORS) - set(CPU_ONLY)):
         for required_only in (False, True):
             torch.manual_seed(0)
@@ -498,7 +498,7 @@ def test_samples_of_all_operators():
             args, kwargs = call_arguments(name, gpu_arguments(), required_only)
             results = operator(name)(*args, **kwargs)
             if name == "prepare_weight":
-                continue  # every device's own form
+                continue  # each device has its own form
             pairs = [(results, want)] if isinstance(want, torch.Tensor) else zip(results, want, strict=True)
             for result, wanted in pairs:
                 assert_same(result, wanted, name)

@@ -1,4 +1,4 @@
-"""QLinear, PackedQLinear and pack() on the GPU: what they compute on the CPU, in every way that torch calls them."""
+"""QLinear, PackedQLinear and pack() compute the same on the GPU as on the CPU, however torch calls them."""
 
 import copy
 import io
@@ -16,7 +16,7 @@ from .device import CUDA, KERNELS, assert_same, captured, every_kernel, no_synch
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SIGN_LIKE = ["sign", "approxsign", "swishsign", "steheaviside"]
-K, N = 200, 40  # sums of 40 gradients of at most 3 are exact in every dtype, in any order
+K, N = 200, 40  # sums of 40 integers up to 3 are exact in every dtype
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -31,7 +31,7 @@ def _fresh():
 
 
 def layer_like(training=True, *, k=K, n=N, **options):
-    """On the CPU, with zeros in the weights, where the rules differ."""
+    """Return a layer on the CPU with zeros in its weights, for which the rules differ."""
     layer = QLinear(k, n, **{"gradient_cancellation_threshold": 0.9, **options}).train(training)
     with torch.no_grad():
         layer.weight[0, : min(k, 5)] = 0.0
@@ -60,7 +60,7 @@ def output_and_gradients(layer, x, g=None):
 
 
 def assert_as_on_the_cpu(layer, x, exact=True):
-    """Output and all gradients, with integer gradients, whose sums are exact."""
+    """Compare output and gradients with the CPU's; the incoming gradients are integers, whose sums are exact."""
     y, gradients = output_and_gradients(layer, x)
     g = gradient_like(y)
     y, gradients = output_and_gradients(layer, x, g)
@@ -68,10 +68,10 @@ def assert_as_on_the_cpu(layer, x, exact=True):
     assert_same(gpu_y, y, "y")
     for name, gpu, want in zip("xWb", gpu_gradients, gradients, strict=False):
         if exact:
-            # A product of one row is -0.0 where cuBLAS, which adds it to 0.0, has 0.0 (seen on an H200).
+            # Adding 0.0 turns -0.0 into 0.0: for one row cuBLAS gives 0.0 if the CPU gives -0.0 (seen on an H200).
             assert_same(gpu + 0.0, want + 0.0, f"gradient of {name}")
-        else:  # an exponential function of another library
-            # Of half types two roundings of factors and product, of values up to some tens.
+        else:  # the GPU's exponential function is another one
+            # Half types round the factors and the product, with values up to some tens.
             half = {"rtol": 1e-2, "atol": 5e-2} if want.dtype.itemsize == 2 else {}
             torch.testing.assert_close(gpu.cpu(), want, equal_nan=True, **half)
 
@@ -122,8 +122,8 @@ def test_progressive_sign_and_other_quantizations():
         torch.testing.assert_close(on_gpu(layer)(x.to(CUDA)).cpu(), layer(x))
 
 
-def test_a_float_layer_that_follows_the_weights():
-    """Every way of changing the weights."""
+def test_a_layer_uses_changed_weights():
+    """Each of these changes of the weights takes effect in the next call."""
     layer = layer_like(False)
     gpu, x = on_gpu(layer), input_like(5)
     changes = [
@@ -157,7 +157,7 @@ def test_an_optimizer_step_is_noticed(make, fused):
 
 
 def test_training_learns():
-    """A teacher's signs: the loss falls, and the packed layer is the trained one."""
+    """Trained on a teacher's outputs, the loss falls, and the packed layer equals the trained one."""
     torch.manual_seed(0)
     x = torch.randn(512, 64, device=CUDA)
     target = QLinear(64, 8, bias=False).to(CUDA)(x).detach()
@@ -218,7 +218,7 @@ def test_a_compiled_layer_trains():
 
 @pytest.mark.parametrize("packed", [False, True], ids=["QLinear", "PackedQLinear"])
 def test_reduce_overhead(packed):
-    """Inductor's own CUDA graphs, in a model with other layers, and weights that change between replays."""
+    """Inductor captures CUDA graphs of a model with other layers; the weights change between replays."""
     model = nn.Sequential(layer_like(False), nn.Hardtanh(), layer_like(False, k=N)).to(CUDA)
     if packed:
         model = pack(model)
@@ -294,7 +294,7 @@ def test_a_graph_of_a_training_step():
 
 @pytest.mark.parametrize("k", [2000, 2048])
 def test_words_of_one_stream_used_in_another(k):
-    """A layer keeps nothing that one stream makes and another would have to wait for."""
+    """A layer keeps nothing that was made in one stream and that another would have to wait for."""
     layer = layer_like(False, k=k, n=512)
     gpu, packed = on_gpu(layer), PackedQLinear.from_float(on_gpu(layer))
     x = input_like(9, k=k).to(CUDA)
@@ -318,7 +318,7 @@ def test_words_of_one_stream_used_in_another(k):
 
 
 @pytest.mark.parametrize("k", [2000, 2048])
-def test_words_written_past_torch_are_used(k):
+def test_words_are_used_however_they_are_written(k):
     packed, x = PackedQLinear.from_float(on_gpu(layer_like(False, k=k))), input_like(9, k=k).to(CUDA)
     for write in (
         lambda words: packed.weight.copy_(words),
@@ -380,7 +380,7 @@ def test_there_and_back():
             model.to(device)
             assert torch.equal(model(x.to(device)).detach().cpu(), want)
     assert packed.weight.device == CUDA
-    assert packed.weight_prepared is None  # a form of the CPU's
+    assert packed.weight_prepared is None  # CUDA keeps no form, and the CPU's is dropped
 
 
 @pytest.mark.parametrize("source", ["cpu", "cuda"])
@@ -443,13 +443,13 @@ def test_info_names_the_device():
 
 
 def bytes_kept(layer, x):
-    """What a forward leaves allocated for backward, its output and input not counted."""
+    """Return the bytes that forward keeps for backward, without its output; the input counts if it is saved."""
     leaf = x.clone().requires_grad_()
-    layer(leaf)  # workspaces of the libraries
+    layer(leaf)  # allocates the libraries' workspaces
     before = torch.cuda.memory_allocated()
     y = layer(leaf)
     kept = torch.cuda.memory_allocated() - before - y.nbytes
-    # nn.Linear keeps its input alive, which a model would free otherwise.
+    # A saved input counts, because a model would otherwise free it.
     saved = []
     with saved_tensors_hooks(lambda tensor: saved.append(tensor.data_ptr()) or tensor, lambda tensor: tensor):
         layer(leaf)
@@ -463,7 +463,7 @@ def test_a_training_step_keeps_bits():
     theirs = bytes_kept(nn.Linear(k, n, **options), x)
     ours = bytes_kept(QLinear(k, n, gradient_cancellation_threshold=1.0, **options), x)
     assert theirs >= x.nbytes
-    constant = n * k // 8 + 4096  # the weights' words, and the allocator's rounding
+    constant = n * k // 8 + 4096  # for the weights' words and the allocator's rounding
     assert ours <= theirs / 7 + constant
 
 

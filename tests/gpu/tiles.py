@@ -1,4 +1,4 @@
-"""Products that get each tile of mma_sm80, found by asking the heuristics, which need no GPU for that."""
+"""Products for which mma_sm80 uses each of its tiles, found by asking the heuristics, which needs no GPU."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import itertools
 from collections.abc import Callable
 
 TILES = {"128 x 256": (128, 256), "128 x 128": (128, 128), "64 x 64": (64, 64)}
-# Around words, the stages of 512 values, and the four stages that are on their way at once.
+# These lie around whole words, stages of 512 values, and the four stages that are loaded at the same time.
 DEPTHS = [1, 33, 480, 511, 512, 513, 544, 2016, 2047, 2048, 2049, 2080, 2560 + 97]
 
 
 def shapes_of(
     tile: str, choice: Callable[[int, int, int], str], multiprocessors: int, depths: list[int]
 ) -> list[tuple[int, int, int]]:
-    """(m, n, k) one less, as much and one more than whole tiles, each the narrowest that gets the tile.
+    """Return (m, n, k) around whole tiles, each with the smallest n for which the heuristics choose the tile.
 
     Args:
-        tile: One of TILES.
-        choice: What computes m x n x k, in the library's words.
-        multiprocessors: Of the device that is asked about.
-        depths: Some of DEPTHS.
+        tile: A key of TILES.
+        choice: Returns the library's description of how it computes m x n x k.
+        multiprocessors: The number of multiprocessors of the device that ``choice`` answers for.
+        depths: The values of k.
     """
     rows, columns = TILES[tile]
     found = []

@@ -1,4 +1,4 @@
-"""The checkpoint of a packed layer says what it is, and what does not fit is refused in words before it is used."""
+"""A packed layer's checkpoint records its format and rules; one that does not fit is refused before it is used."""
 
 import io
 
@@ -12,7 +12,7 @@ from bitorch_qlinear import PackedQLinear, QLinear, pack, unpack
 from bitorch_qlinear.checkpoint import FORMAT, NUMBERS
 
 K, N = 70, 9
-X = torch.linspace(-1, 1, 3 * K).reshape(3, K).mul(1e3).sin().relu()  # half of them 0, where the rules differ
+X = torch.linspace(-1, 1, 3 * K).reshape(3, K).mul(1e3).sin().relu()  # half are 0, where rules differ
 RULES = ("format", "input_rule", "weight_rule")
 
 both_ways = pytest.mark.parametrize("assign", [True, False], ids=["assign", "copy"])
@@ -57,7 +57,7 @@ def test_round_trip(through, options, assign, tmp_path):
     assert_equal(other(X), packed(X))
 
 
-def test_what_it_says():
+def test_the_numbers_in_a_checkpoint():
     strict = {"input_quantization": "steheaviside", "weight_quantization": "steheaviside"}
     real = {"input_quantization": "identity", "weight_quantization": "weightdorefa"}
     for options, rules in (({}, (0, 0)), (strict, (1, 1)), (real, (2, 2))):
@@ -100,7 +100,7 @@ def test_another_format_is_refused(number, assign):
 @both_ways
 @pytest.mark.parametrize("wrong", [torch.tensor([1]), torch.tensor(1.0), torch.tensor(1, dtype=torch.int32)], ids=str)
 @pytest.mark.parametrize("key", NUMBERS)
-def test_numbers_of_another_kind(key, wrong, assign):
+def test_numbers_of_another_type_are_refused(key, wrong, assign):
     state = pack(layer_like()).state_dict()
     state[key] = wrong
     with pytest.raises(RuntimeError, match=f"{key}: expected a 0-dim int64 tensor, got"):
@@ -109,7 +109,7 @@ def test_numbers_of_another_kind(key, wrong, assign):
 
 @both_ways
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_checkpoint_from_before_there_was_a_format(assign, strict):
+def test_a_checkpoint_without_a_format_loads(assign, strict):
     packed = pack(layer_like())
     state = {name: value for name, value in packed.state_dict().items() if name not in RULES}
     assert set(state) == {"weight", "bias", "k"}
@@ -122,6 +122,22 @@ def test_a_checkpoint_from_before_there_was_a_format(assign, strict):
     assert set(skeleton.state_dict()) == set(packed.state_dict())
     assert not any(value.is_meta for value in skeleton.state_dict().values())
     PackedQLinear(K, N).load_state_dict(skeleton.state_dict())
+
+
+@pytest.mark.parametrize("state", ["float", "without a format"])
+def test_a_layer_of_skip_init_saves_what_it_has_loaded(state):
+    layer = nn.utils.skip_init(PackedQLinear, K, N)
+    old = {name: value for name, value in pack(layer_like()).state_dict().items() if name not in RULES}
+    layer.load_state_dict(QLinear(K, N).state_dict() if state == "float" else old)
+    PackedQLinear(K, N).load_state_dict(layer.state_dict())
+
+
+def test_progressive_sign_weights_load_in_training_mode():
+    layer = PackedQLinear(K, N, weight_quantization="progressive_sign").train()
+    trained = layer_like(weight_quantization="progressive_sign")
+    for state in (trained.state_dict(), pack(trained).state_dict()):
+        layer.load_state_dict(state)
+        assert_equal(layer(X), trained(X).detach())
 
 
 DAMAGE = {
@@ -143,7 +159,7 @@ DAMAGE = {
 @both_ways
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_one_is_refused_before_it_is_used(damage, assign):
+def test_a_damaged_checkpoint_is_refused_before_the_layer_changes(damage, assign):
     key, wrong = DAMAGE[damage]
     layer, state = pack(layer_like()), pack(layer_like()).state_dict()
     state[key] = wrong(state[key])
@@ -171,7 +187,7 @@ def test_packed_words_are_not_loaded_into_a_float_layer(prefix, assign):
     assert_equal(layer(X), packed(X))
 
 
-def test_a_state_dict_has_plain_tensors_alone():
+def test_a_state_dict_holds_only_plain_tensors():
     file = io.BytesIO()
     torch.save(nn.Sequential(pack(layer_like())).state_dict(), file)
     file.seek(0)

@@ -1,4 +1,4 @@
-"""torch.compile and torch.export: one graph, no recompilation, the same numbers."""
+"""torch.compile and torch.export make one graph, do not recompile, and give the same numbers."""
 
 import io
 import os
@@ -38,6 +38,7 @@ def results(function, layer, x, g):
 # ---- compile ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_forward_and_backward(training, dynamic):
@@ -68,7 +69,7 @@ def test_no_recompilation_per_batch_size(make):
     with torch.no_grad():
         for rows in (2, 3, 17, 64, 5):
             x = torch.randn(rows, K)
-            assert torch.equal(compiled(x), layer(x))  # nor does an eager call in between compile it anew
+            assert torch.equal(compiled(x), layer(x))  # an eager call in between must not cause a recompilation either
     assert counter.frame_count == 1
 
 
@@ -79,10 +80,10 @@ def test_no_recompilation_per_batch_size_in_backward():
     for rows in (2, 3, 17):
         compiled(torch.randn(rows, K, requires_grad=True)).sum().backward()
         counts.append(counter.frame_count)
-    assert counts == [2, 2, 2]  # forward and backward
+    assert counts == [2, 2, 2]  # one for forward, one for backward
 
 
-def test_a_weight_that_changes_does_not_recompile_and_is_seen():
+def test_a_changed_weight_is_used_without_recompilation():
     layer, counter = layer_like(False), CompileCounter()
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     x = torch.randn(3, K)
@@ -94,6 +95,7 @@ def test_a_weight_that_changes_does_not_recompile_and_is_seen():
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_inductor_trains():
     layer = layer_like(weight_quantization="steheaviside")
     compiled = torch.compile(layer, fullgraph=True)
@@ -187,7 +189,7 @@ def test_export(make, operator, state):
         assert torch.equal(loaded.module()(x), layer(x))
 
 
-def test_exported_program_holds_words_not_what_one_kernel_reads():
+def test_an_exported_program_holds_words_and_no_prepared_form():
     layer = pack(nn.Sequential(QLinear(1024, 256, bias=False)).eval())
     program = torch.export.export(layer, (torch.randn(2, 1024),))
     file = io.BytesIO()
@@ -198,7 +200,7 @@ def test_exported_program_holds_words_not_what_one_kernel_reads():
     assert not program.constants
 
 
-def test_export_of_a_network_with_gradients_wanted():
+def test_export_of_a_network_that_requires_gradients():
     model = nn.Sequential(nn.Linear(4, K), layer_like(False), nn.Linear(N, 2))
     x = torch.randn(3, 4)
     with torch.no_grad():
@@ -244,8 +246,9 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_graphs_cached_on_disk_belong_to_one_kernel(tmp_path):
-    """Inductor finds what a process with another kernel, and so another prepared form, left there."""
+    """Each process finds the graphs that a process with another kernel, and so another prepared form, has cached."""
     for kernel in reversed(_kernels.available_kernels()):
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "BITORCH_QLINEAR_CPU_KERNEL": kernel}
         subprocess.run([sys.executable, "-c", COMPILED], env=environment, check=True, timeout=300)
@@ -254,8 +257,8 @@ def test_graphs_cached_on_disk_belong_to_one_kernel(tmp_path):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 @pytest.mark.parametrize(("k", "n"), [(37, 9), (256, 256)])
-def test_export_for_any_batch_with_gradients_wanted(k, n, strict, training):
-    """Strict export traces the backward too, whose choice between tables and BLAS must not depend on the batch."""
+def test_export_of_a_layer_that_requires_gradients_serves_any_batch(k, n, strict, training):
+    """Strict export also traces the backward, whose choice between tables and BLAS must not depend on the batch."""
     layer = QLinear(k, n).train(training)
     shapes = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(layer, (torch.randn(5, k),), dynamic_shapes=shapes, strict=strict)
@@ -264,7 +267,7 @@ def test_export_for_any_batch_with_gradients_wanted(k, n, strict, training):
         torch.testing.assert_close(program.module()(x), layer(x))
 
 
-def test_no_recompilation_where_the_backward_would_choose_otherwise():
+def test_no_recompilation_if_the_backward_would_choose_another_way():
     layer, counter = QLinear(256, 256), CompileCounter()
     compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
     for rows in (5, 20, 63, 64, 100, 2000):

@@ -1,4 +1,4 @@
-"""Gradients: the formulas of csrc/DESIGN.md, what is saved for them, and torch's ways of asking for them."""
+"""Gradients follow the formulas in csrc/DESIGN.md, need few saved bits, and work with torch's ways to compute them."""
 
 import copy
 import gc
@@ -29,7 +29,7 @@ def layer_like(*, training=True, **options):
 
 
 def integers(*shape, dtype=torch.float32):
-    """Small integers, whose sums are exact in any order and dtype."""
+    """Return random integers so small that their sums are exact in any order and dtype."""
     return torch.randint(-3, 4, shape).to(dtype)
 
 
@@ -37,7 +37,7 @@ def integers(*shape, dtype=torch.float32):
 
 
 def factor(v, name):
-    """What the quantization multiplies its gradient with, at float64 values v."""
+    """Return the quantization's derivative for backward at the values v (float64)."""
     if name == "approxsign":
         return torch.where(v.abs() <= 1, 2 - 2 * v.abs(), 0.0)
     if name == "swishsign":
@@ -49,7 +49,7 @@ def factor(v, name):
 
 
 def reference_gradients(x, weight, g, threshold, input_name, weight_name):
-    mask = (x.abs() <= threshold).double() if threshold else 1.0  # in the dtype of x
+    mask = (x.abs() <= threshold).double() if threshold else 1.0  # compared in the dtype of x
     x, weight, g = x.double(), weight.double(), g.double()
     rows = g.reshape(-1, g.shape[-1])
     grad_x = (g @ signs(weight, weight_name == "steheaviside")) * factor(x, input_name) * mask
@@ -81,14 +81,14 @@ def test_formulas(input_name, weight_name, threshold, dtype):
     plain = {"sign", "steheaviside"}
     for ours, wanted, name in zip(gradients_of(layer, x, g), want, (input_name, weight_name, "sign"), strict=True):
         assert ours.dtype is dtype
-        if name in plain:  # integers: exact in every dtype
+        if name in plain:  # these are sums of integers, which are exact in every dtype
             assert torch.equal(ours.double(), wanted)
         else:
             precision = 16 * torch.finfo(dtype).eps
             torch.testing.assert_close(ours.double(), wanted, rtol=precision, atol=30 * precision)
 
 
-def test_masked_gradients_are_zero_whatever_comes_in():
+def test_masked_gradients_are_zero_even_if_the_incoming_one_is_infinite():
     layer = QLinear(3, 1, gradient_cancellation_threshold=1.0)
     x = torch.tensor([[0.5, 2.0, math.nan]], requires_grad=True)
     layer(x).backward(torch.tensor([[math.inf]]))
@@ -105,7 +105,7 @@ def test_a_weight_of_many_blocks():
 
 @both_modes
 def test_gradient_in_a_network(training):
-    """Chained layers, a gradient that is not contiguous, and accumulation over two backwards."""
+    """The layers are chained, the gradient is not contiguous, and two backwards accumulate."""
     first, second = layer_like(training=training), QLinear(N, N).train(training)
     x = torch.randn(4, K, requires_grad=True)
     g = integers(N, 4)
@@ -130,7 +130,7 @@ class NoGradient(torch.autograd.Function):
         return None
 
 
-def test_a_gradient_that_does_not_come():
+def test_a_missing_gradient():
     layer = layer_like()
     NoGradient.apply(layer(torch.randn(3, K))).sum().backward()
     assert layer.weight.grad is None
@@ -144,7 +144,7 @@ def test_expanded_gradient_of_sum():
     assert torch.equal(x.grad.double(), want[0])
 
 
-# ---- what is saved ----
+# ---- saved tensors ----
 
 
 def saved_by(layer, x):
@@ -160,7 +160,7 @@ def saved_by(layer, x):
     [("sign", None, 1), ("sign", 0.5, 2), ("steheaviside", None, 2), ("steheaviside", 0.5, 2)],
 )
 def test_bits_are_saved_not_floats(name, threshold, per_row, training):
-    rows, words = 64, 2  # 45 values are two words
+    rows, words = 64, 2  # 45 values take two words
     layer = layer_like(input_quantization=name, gradient_cancellation_threshold=threshold, training=training)
     y, saved = saved_by(layer, torch.randn(rows, K, requires_grad=True))
     assert all(tensor.dtype is torch.int32 for tensor in saved)
@@ -178,7 +178,7 @@ def test_derivatives_of_x_save_x(name):
 
 
 @pytest.mark.parametrize(("name", "saves"), [("sign", 0), ("steheaviside", 1), ("approxsign", 1), ("swishsign", 1)])
-def test_weight_is_saved_only_where_its_gradient_needs_it(name, saves):
+def test_weight_is_saved_only_if_its_gradient_needs_it(name, saves):
     layer = layer_like(weight_quantization=name)
     _, saved = saved_by(layer, torch.randn(64, K))
     assert sum(tensor.data_ptr() == layer.weight.data_ptr() for tensor in saved) == saves
@@ -197,7 +197,7 @@ def test_the_input_is_free_after_forward():
 
 
 def test_backward_uses_the_weights_of_forward():
-    """Signs are copied when forward packs: an optimizer's step in between changes nothing, as bits have no version."""
+    """Forward saves packed signs, which are a copy, so a change of the weight before backward makes no difference."""
     layer = layer_like().eval()
     x = torch.randn(3, K, requires_grad=True)
     want = reference_gradients(x.detach(), layer.weight.detach().clone(), torch.ones(3, N), 0.9, "sign", "sign")
@@ -208,7 +208,7 @@ def test_backward_uses_the_weights_of_forward():
     assert torch.equal(x.grad.double(), want[0])
 
 
-# ---- what wants a gradient ----
+# ---- tensors that require a gradient ----
 
 
 @both_modes
@@ -244,7 +244,7 @@ def test_no_grad_and_inference_mode(context, weight_quantization, training):
         assert torch.equal(y, want)
         assert not y.requires_grad
         assert y.is_inference() == (context is torch.inference_mode)
-    # What was cached inside serves a backward outside.
+    # A call outside of the context must still support backward.
     y = layer(x)
     assert torch.equal(y, want)
     y.sum().backward()
@@ -263,7 +263,7 @@ def test_non_leaf_weights(training):
     assert layer.weight.grad is None
 
 
-# ---- what is an error ----
+# ---- unsupported derivatives ----
 
 
 @both_modes
@@ -277,7 +277,7 @@ def test_double_backward(input_quantization, training):
             first.sum().backward()
 
 
-def test_create_graph_alone_is_no_error():
+def test_create_graph_without_a_second_derivative_works():
     layer = layer_like()
     x = torch.randn(3, K, requires_grad=True)
     g = integers(3, N)
@@ -418,7 +418,7 @@ def test_checkpoint(use_reentrant, weight_quantization, training):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 def test_autocast(dtype, amp, training):
     layer = layer_like(training=training, dtype=dtype)
-    # Values that amp would round: below its smallest number to 0, and across the threshold.
+    # A cast to amp would round these values to 0 and across the threshold.
     tiny, near = torch.tensor(-1e-44), torch.tensor(0.9).nextafter(torch.tensor(1.0))
     x = torch.randn(3, K).to(dtype)
     x[0, 0], x[0, 1] = tiny.to(dtype), near.to(dtype)

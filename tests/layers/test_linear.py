@@ -1,4 +1,4 @@
-"""QLinear against bitorch 0.4.1 and csrc/DESIGN.md: interface, values, which path computes, every kind of input."""
+"""QLinear equals bitorch 0.4.1 and the formula in csrc/DESIGN.md: interface, values, paths, and all kinds of input."""
 
 import contextlib
 import copy
@@ -32,7 +32,7 @@ def packs(name, training):
 
 
 def expected(x, layer, strict_input=False, strict_weight=False):
-    """The formula of csrc/DESIGN.md."""
+    """Return the output according to the formula in csrc/DESIGN.md."""
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     with torch.no_grad():
         y = (signs(x, strict_input) @ signs(layer.weight, strict_weight).T).to(wide)
@@ -56,7 +56,7 @@ def test_equals_bitorch(input_quantization, weight_quantization, training):
     if input_quantization == "identity":
         x = x.clamp(-100, 100)
     grad = torch.randn(2, 5, n)
-    # bitorch takes its configured 1.0 for None: an infinite threshold is what it has for "none".
+    # bitorch replaces None by its configured 1.0, so an infinite threshold is its way to have none.
     for bias, threshold in (("none", 0.7), ("integer", None), ("real", 1.3)):
         options = {"input_quantization": input_quantization, "weight_quantization": weight_quantization}
         theirs = BitorchQLinear(
@@ -71,7 +71,7 @@ def test_equals_bitorch(input_quantization, weight_quantization, training):
         for module in (theirs, layer):
             leaf = x.clone().requires_grad_()
             y = module(leaf)
-            with contextlib.redirect_stdout(io.StringIO()):  # bitorch's steheaviside prints
+            with contextlib.redirect_stdout(io.StringIO()):  # bitorch's steheaviside prints to stdout
                 results.append((y.detach(), torch.autograd.grad(y, [leaf, *module.parameters()], grad)))
         (want, want_gradients), (y, gradients) = results
         if bias == "real" and packs(input_quantization, training) and packs(weight_quantization, training):
@@ -112,7 +112,7 @@ def test_bitorchs_own_objects(name, options, training):
     assert ours_calls.names == theirs_calls.names
 
 
-# ---- the constructor and what it makes ----
+# ---- construction ----
 
 
 def test_is_a_linear_with_its_initialisation():
@@ -198,7 +198,7 @@ def test_wrong_thresholds(threshold):
         QLinear(4, 2, gradient_cancellation_threshold=threshold)
 
 
-def test_from_linear_wants_a_linear():
+def test_from_linear_requires_a_linear():
     with pytest.raises(TypeError, match=r"linear: expected an nn\.Linear, got Conv2d"):
         QLinear.from_linear(nn.Conv2d(1, 1, 1))
 
@@ -244,7 +244,7 @@ def test_repr(options, training, path):
 
 
 class Scaled(bitorch_quantizations.Quantization):
-    """A quantization with a parameter and a buffer of its own."""
+    """A quantization that has a parameter and a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -275,12 +275,12 @@ def test_state_dicts_load_both_ways(bias):
     for sources, targets in zip(build(), build(), strict=True):
         for source in sources:
             for target in targets:
-                target.load_state_dict(source.state_dict())  # strict: no key more or less
+                target.load_state_dict(source.state_dict())  # this is strict: no key may be missing or unexpected
                 loaded = target.state_dict()
                 assert all(torch.equal(value, loaded[key]) for key, value in source.state_dict().items())
 
 
-# ---- which path ----
+# ---- the choice of a path ----
 
 
 @both_modes
@@ -292,12 +292,12 @@ def test_which_combinations_are_packed(input_quantization, weight_quantization, 
     )
     packed = packs(input_quantization, training) and packs(weight_quantization, training)
     x = torch.randn(3, 45)
-    x[0, :4] = 0.0  # where the rules differ
+    x[0, :4] = 0.0  # the rules differ at 0
     layer.weight.data[:, 4:8] = 0.0
     with Calls() as training_calls:
         y = layer(x)
     with torch.no_grad(), Calls() as inference_calls:
-        if input_quantization == "identity":  # sums of floats, in another order in inference
+        if input_quantization == "identity":  # inference sums floats in another order
             torch.testing.assert_close(layer(x), y)
         else:
             assert torch.equal(layer(x), y)
@@ -381,7 +381,7 @@ def test_hooks_on_the_layer():
     y.sum().backward()
     ((grad_in, grad_out),) = seen
     assert torch.equal(grad_in[0], -x.grad)
-    assert torch.equal(grad_out[0], torch.ones(3, 7))  # torch takes it behind the forward hooks
+    assert torch.equal(grad_out[0], torch.ones(3, 7))  # torch captures this after the forward hooks
 
 
 def test_replaced_modules_take_effect():
@@ -484,7 +484,7 @@ def test_strides(view, training):
 @every_dtype
 @pytest.mark.parametrize(("name", "strict"), [("sign", False), ("steheaviside", True)])
 def test_special_values(name, strict, dtype):
-    tiny = torch.finfo(dtype).smallest_normal / 4  # denormal
+    tiny = torch.finfo(dtype).smallest_normal / 4  # a denormal
     values = [0.0, -0.0, NAN, -NAN, INF, -INF, tiny, -tiny, torch.finfo(dtype).max, -torch.finfo(dtype).max]
     x = torch.tensor(values, dtype=dtype)
     x[3] = x[3].copysign(torch.tensor(-1.0, dtype=dtype))
@@ -550,7 +550,7 @@ def test_wrong_inputs(x, what, training):
 
 
 def gradient_is_kept(layer, x):
-    """Which elements of x get a gradient at all."""
+    """Return a mask of the elements of x whose gradient is not 0."""
     leaf = x.clone().requires_grad_()
     layer(leaf).backward(torch.ones(*x.shape[:-1], layer.out_features, dtype=x.dtype))
     return leaf.grad != 0
@@ -566,13 +566,13 @@ def test_threshold_is_compared_in_the_dtype_of_x(threshold, name, dtype):
         beside += [at * (1 + 2 * torch.finfo(dtype).eps), at * (1 - torch.finfo(dtype).eps)]
     values = torch.stack([*beside, at.new_tensor(0.0), at.new_tensor(1.0), at.new_tensor(INF), at.new_tensor(NAN)])
     x = torch.cat([values, -values]).unsqueeze(0)
-    # One output and an odd number of inputs below: g · s(W) is never 0, so that a zero is the mask's.
+    # With a single output, g · s(W) is never 0, so a zero gradient comes from the mask.
     layer = QLinear(x.shape[1], 1, dtype=dtype, input_quantization=name, gradient_cancellation_threshold=threshold)
-    mask = x.abs() <= threshold  # torch's comparison: the scalar is rounded to the dtype of x
+    mask = x.abs() <= threshold  # torch rounds the scalar to the dtype of x
     if name == "steheaviside":
         mask &= x.abs() <= 1
     assert torch.equal(gradient_is_kept(layer, x), mask)
-    assert bool(mask[0, 0]) == (name == "sign" or threshold <= 1)  # |x| equal to the threshold is in range
+    assert bool(mask[0, 0]) == (name == "sign" or threshold <= 1)  # a value equal to the threshold is in range
 
 
 @pytest.mark.parametrize("threshold", [None, 0, 0.0])
@@ -635,7 +635,8 @@ assert said(lambda: no_grad(QLinear(2048, 2048).eval())(torch.randn(2, 2048))) =
 """
 
 
-def test_a_call_that_mostly_packs_warns_once_a_process(tmp_path):
+@pytest.mark.slow
+def test_a_call_that_mostly_packs_warns_once_per_process(tmp_path):
     (tmp_path / "program.py").write_text(WARNED)
     done = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

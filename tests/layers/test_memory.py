@@ -1,7 +1,7 @@
-"""Nothing is read or written outside of any tensor: each input ends (or begins) at a page that must not be touched.
+"""The operators read and write only inside tensors: each input ends (or begins) at a page that must not be touched.
 
-The checks run in a process of their own, which such an access ends. glibc's checking allocator, where there is one,
-finds writes beyond results and scratch space, and fills fresh memory so that reading it shows.
+The checks run in a separate process, which ends if it touches such a page. With glibc, its checking allocator also
+detects writes beyond results and scratch space, and fills fresh memory so that using it gives wrong results.
 """
 
 import ctypes
@@ -33,14 +33,15 @@ from bitorch_qlinear import _kernels
 from bitorch_qlinear import functional as F
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["end", "begin"])
 @pytest.mark.parametrize("kernel", _kernels.available_kernels())
 def test_guard_pages(kernel, side):
     environment = {**os.environ, "BITORCH_QLINEAR_CPU_KERNEL": kernel, "MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "165"}
     environment["OMP_NUM_THREADS"] = "1"
-    tests = Path(__file__).parents[1]  # for the modules in tests/support
+    tests = Path(__file__).parents[1]  # this makes tests/support importable
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tests), os.environ.get("PYTHONPATH")]))
-    environment["LD_PRELOAD"] = "libc_malloc_debug.so.0"  # ignored with a warning where there is none
+    environment["LD_PRELOAD"] = "libc_malloc_debug.so.0"  # if it is missing, the loader warns and goes on
     command = [sys.executable, __file__, kernel, side]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tests.parent)
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
@@ -48,7 +49,7 @@ def test_guard_pages(kernel, side):
 
 
 class Guarded:
-    """Copies of tensors in pages of their own, next to pages that end the process when touched."""
+    """A function that copies tensors into separate pages, next to pages that end the process when touched."""
 
     def __init__(self, side: str) -> None:
         self.side = side

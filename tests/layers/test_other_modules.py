@@ -1,4 +1,4 @@
-"""Inside modules, functions and tools that know nothing of binary layers: the right values, or a sentence."""
+"""Inside modules and tools that do not know binary layers, the layers give the right values or a clear error."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 import torch
 from support.reference import assert_equal, linear_reference
 from torch import nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import fusion, parametrizations, parametrize, prune
 
 from bitorch_qlinear import PackedQLinear, QLinear, pack
@@ -24,7 +26,7 @@ LAYERS = {
 each_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 
 
-# ---- nn.TransformerEncoderLayer, whose fast path reads the weights itself ----
+# ---- nn.TransformerEncoderLayer, which has a fast path that reads the weights itself ----
 
 
 def encoder_layer(which, **options):
@@ -64,7 +66,7 @@ def test_an_encoder_with_nested_tensors_is_binary_in_inference():
         torch.testing.assert_close(y[~padding], expected[~padding], rtol=1e-5, atol=1e-5)
 
 
-def test_the_hook_that_does_it_costs_no_packed_call():
+def test_the_path_without_gradients_does_not_call_the_activation():
     layer = QLinear(K, N).eval()
     calls = []
     layer.activation.forward = lambda x: calls.append(x)
@@ -77,7 +79,7 @@ def test_the_hook_that_does_it_costs_no_packed_call():
 
 
 def test_a_module_that_casts_to_the_dtype_of_the_weight():
-    """T5's feed-forward: with packed words it must not go on with integers."""
+    """T5's feed-forward layer does this; with packed words as weights, x becomes int32 and must be refused."""
 
     class FeedForward(nn.Module):
         def __init__(self):
@@ -100,7 +102,7 @@ def test_a_module_that_casts_to_the_dtype_of_the_weight():
 
 
 def test_a_module_that_multiplies_by_the_weight_itself():
-    """Mamba's dt_proj: never a number from the words."""
+    """Mamba does this with dt_proj; packed words must give an error and never a result."""
     for k, n in ((K, N), (2, 2), (1, 1)):
         packed, x = pack(QLinear(k, n)), torch.randn(k, 3)
         with pytest.raises(RuntimeError):
@@ -125,8 +127,8 @@ def test_a_model_of_packed_layers_has_parameters(bias):
 
 @pytest.mark.parametrize("n", [N, N - 2])
 @pytest.mark.parametrize("k", [K - 20, K - 64, K + 5])
-def test_the_shape_of_the_weight_decides(k, n):
-    """Of pruned and of widened layers; as for nn.Linear."""
+def test_the_shape_of_the_weight_determines_the_sizes(k, n):
+    """Pruned and widened layers get weights of another shape, which determine the sizes, as in nn.Linear."""
     layer, x = QLinear(K, N), torch.randn(2, k)
     layer.weight, layer.bias = nn.Parameter(torch.randn(n, k)), nn.Parameter(torch.randn(n))
     expected = linear_reference(x, layer.weight.detach(), layer.bias.detach())
@@ -178,7 +180,7 @@ def test_quantized(make):
 )
 @pytest.mark.parametrize("input_quantization", ["sign", "steheaviside"])
 @each_layer
-def test_dtypes_that_are_no_input(make, input_quantization, dtype):
+def test_unsupported_dtypes_of_x_are_refused(make, input_quantization, dtype):
     layer, x = make(input_quantization=input_quantization), torch.ones(2, K).to(dtype)
     for context in (torch.no_grad, torch.enable_grad):
         with context(), pytest.raises((RuntimeError, TypeError), match="x: expected float") as error:
@@ -186,11 +188,19 @@ def test_dtypes_that_are_no_input(make, input_quantization, dtype):
         assert not isinstance(error.value, NotImplementedError)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool, torch.float8_e4m3fn], ids=str)
+@each_layer
+def test_the_error_about_a_dtype_names_a_remedy(make, dtype):
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(RuntimeError, match=rf"x: expected float64.*got {name}: (call x\.float|take its real part)"):
+        make()(torch.zeros(2, K).to(dtype))
+
+
 @pytest.mark.parametrize(
     "x", [np.zeros((2, K), np.float32), [[0.0] * K], None, 3.0, "x"], ids=lambda x: type(x).__name__
 )
 @each_layer
-def test_what_is_no_tensor_is_named_as_a_linear_names_it(make, x):
+def test_other_objects_than_tensors_give_the_error_of_a_linear(make, x):
     with pytest.raises(TypeError) as expected:
         nn.Linear(K, N)(x)
     with pytest.raises(TypeError) as error:
@@ -199,7 +209,7 @@ def test_what_is_no_tensor_is_named_as_a_linear_names_it(make, x):
 
 
 class Wrapped(torch.Tensor):
-    """What quantize_ puts in a weight's place: a class that knows neither our operators nor signs."""
+    """A tensor class that knows neither our operators nor signs, such as quantize_ puts in a weight's place."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -248,6 +258,21 @@ def test_symbolic_trace_of_a_layer_in_a_deeper_module():
     assert_equal(traced(x).detach(), model(x).detach())
 
 
+@each_layer
+def test_symbolic_trace_of_a_layer_alone_is_a_clear_error(make):
+    with pytest.raises(TypeError, match=r"root: .*nn\.Sequential"):
+        torch.fx.symbolic_trace(make())
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx(mode):
+    layer, x = pack(QLinear(300, 200)), torch.randn(3, 300)
+    state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    with torch.no_grad():
+        traced = make_fx(lambda state, x: functional_call(layer, state, (x,)), tracing_mode=mode)(state, x)
+        assert_equal(traced(state, x), layer(x))
+
+
 def test_skip_init():
     layer = nn.utils.skip_init(QLinear, K, N, gradient_cancellation_threshold=1.0)
     nn.init.normal_(layer.weight)
@@ -264,7 +289,7 @@ def test_a_batch_norm_cannot_be_fused(make):
     layer = make().eval()
     with pytest.raises(TypeError, match=r"fuse_linear_bn_eval cannot take a .*keep the batch norm"):
         fusion.fuse_linear_bn_eval(layer, nn.BatchNorm1d(N).eval())
-    copy.deepcopy(layer)  # which is possible elsewhere
+    copy.deepcopy(layer)  # copying, by which torch begins the fusion, must work everywhere else
 
 
 @pytest.mark.parametrize("swapping", [True, False])
@@ -313,7 +338,7 @@ def test_from_linear_says_what_to_remove(norm):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("norm", NORMED)
-def test_a_qlinear_may_be_wrapped_likewise(norm):
+def test_a_qlinear_may_be_wrapped_in_the_same_ways(norm):
     layer = QLinear(16, 8)
     NORMED[norm][0](layer)
     x = torch.randn(2, 16)
@@ -322,7 +347,7 @@ def test_a_qlinear_may_be_wrapped_likewise(norm):
     y.sum().backward()
 
 
-def test_from_linear_of_a_layer_that_is_binary_already():
+def test_from_linear_refuses_binary_layers():
     quantizations = pytest.importorskip("bitorch.layers.qlinear")
     for layer in (QLinear(K, N, input_quantization="steheaviside"), quantizations.QLinearBase(K, N)):
         with pytest.raises(TypeError, match="linear: expected a layer of real weights, got QLinear"):

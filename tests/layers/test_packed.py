@@ -1,4 +1,4 @@
-"""PackedQLinear and pack(): the QLinear's output bit for bit from 1/32 of its weights, and no damaged checkpoint."""
+"""A PackedQLinear gives the QLinear's output bit for bit from 1/32 of its weights, and refuses damaged checkpoints."""
 
 import copy
 import gc
@@ -15,26 +15,26 @@ from support.calls import Calls
 from support.devices import take_kernels_away
 from torch import nn
 from torch.autograd import forward_ad
-from torch.func import functional_call, jvp, vmap
+from torch.func import functional_call, hessian, jvp, stack_module_state, vmap
 
 from bitorch_qlinear import PackedQLinear, QLinear, _kernels, _library, pack, quantizations
 from bitorch_qlinear.checkpoint import NUMBERS
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SIGN_LIKE = ["sign", "approxsign", "swishsign", "steheaviside", "progressive_sign"]
-K, N = 70, 400  # enough words for a layer to keep their form
+K, N = 70, 400  # this is enough words for a layer to keep their prepared form
 X = torch.linspace(-1, 1, 3 * K).reshape(3, K).mul(1e3).sin()
 
 
 def layer_like(k=K, n=N, **options):
     layer = QLinear(k, n, **options).eval()
     if layer.weight.numel():
-        layer.weight.data.flatten()[::7] = 0.0  # where the sign rules differ
+        layer.weight.data.flatten()[::7] = 0.0  # the sign rules differ at 0
     return layer
 
 
 def network():
-    """Real first and last layers, binarized ones between."""
+    """Return a network with binarized layers between real first and last ones."""
     inner = nn.Sequential(layer_like(33, N, bias=False))
     return nn.Sequential(nn.Linear(5, K), layer_like(K, 33), nn.BatchNorm1d(33), inner, nn.Linear(N, 2)).eval()
 
@@ -64,7 +64,7 @@ def test_shapes(k, n):
     for bias in (True, False):
         layer = layer_like(k, n, bias=bias)
         packed = PackedQLinear.from_float(layer)
-        x = torch.randn(4, 2 * k)[:, ::2]  # strided
+        x = torch.randn(4, 2 * k)[:, ::2]  # a strided input
         assert torch.equal(packed(x), layer(x))
         assert packed.weight.shape == (n, -(-k // 32))
         other = PackedQLinear(k, n, bias=bias)
@@ -98,7 +98,7 @@ def test_only_what_packs_into_bits_is_accepted(quantization):
     )
     with pytest.raises(ValueError, match=r"weight_quantization: expected one whose values are \+1 and -1"):
         PackedQLinear.from_float(layer)
-    if not isinstance(quantization, quantizations.ProgressiveSign):  # which is a sign in a packed layer for ever
+    if not isinstance(quantization, quantizations.ProgressiveSign):  # it is a sign in every mode once it is packed
         with pytest.raises(
             RuntimeError, match=r"weight: weight_quantization: expected one whose values are \+1 and -1"
         ):
@@ -216,6 +216,23 @@ def test_functional_call_with_other_words():
     assert torch.equal(packed(X), first(X))
 
 
+def test_vmap_over_the_words_leaves_the_layer_as_it_was():
+    layers = [PackedQLinear.from_float(layer_like()) for _ in range(3)]
+    parameters, buffers = stack_module_state(layers)
+    with torch.no_grad():
+        each = vmap(lambda p, b: functional_call(layers[0], (p, b), (X,)))(parameters, buffers)
+        for y, layer in zip(each, layers, strict=True):
+            assert torch.equal(y, layer(X))
+
+
+def test_forward_mode_through_real_inputs():
+    packed = PackedQLinear.from_float(layer_like(input_quantization="identity"))
+    x, t = torch.randn(2, 3, K)
+    _, tangent = jvp(packed, (x,), (t,))
+    torch.testing.assert_close(tangent, packed(t) - packed.bias, atol=1e-4, rtol=1e-4)
+    assert hessian(lambda x: packed(x).square().sum())(x[0]).shape == (K, K)
+
+
 # ---- memory ----
 
 
@@ -230,10 +247,10 @@ def test_state_dict_is_a_thirty_second():
     assert state["weight"].nbytes == floats // 32
     file = io.BytesIO()
     torch.save(state, file)
-    assert file.tell() < floats // 32 + 4096  # torch.save's own overhead
+    assert file.tell() < floats // 32 + 4096  # torch.save adds some
 
 
-HEADER_BYTES = 192  # the header and the fingerprint before the panels
+HEADER_BYTES = 192  # the size of a form's header and fingerprint, which the panels follow
 
 
 def resident(packed):
@@ -243,14 +260,14 @@ def resident(packed):
 
 @pytest.mark.parametrize(("k", "n"), [(96, 64), (1920, 128), (768, 3072)])
 def test_memory_is_two_thirty_seconds(k, n):
-    """Of sizes that fill the kernel's tiles."""
+    """The words and their form take 2/32 of the float weights if the sizes fill the kernel's tiles."""
     assert resident(PackedQLinear.from_float(QLinear(k, n))) <= 2 * (4 * k * n) // 32 + HEADER_BYTES
 
 
 def test_memory_of_odd_sizes():
     """The prepared form rounds up to the kernel's tiles."""
     panel, unit, unit_bytes, _ = _kernels.prepared_layout()
-    assert resident(PackedQLinear.from_float(QLinear(1, 1))) == 4  # few words are prepared in each call
+    assert resident(PackedQLinear.from_float(QLinear(1, 1))) == 4  # so few words are prepared in each call
     for k, n in ((K, N), (1000, 1000), (4096, 4096)):
         packed = PackedQLinear.from_float(QLinear(k, n))
         assert packed.weight.nbytes == 4 * n * -(-k // 32)
@@ -258,6 +275,7 @@ def test_memory_of_odd_sizes():
     assert resident(packed) / (4 * 4096 * 4096) < 2.01 / 32
 
 
+@pytest.mark.slow
 def test_float_weights_are_freed():
     model = network()
     dead = [weakref.ref(model[1].weight), weakref.ref(model[3][0].weight)]
@@ -365,7 +383,7 @@ DAMAGE = {
     "weight-no-tensor": ("weight", replace("weight", lambda w: w.numpy())),
     "k-no-tensor": ("k", replace("k", int)),
 }
-# Errors of torch's own, which come when the rest is loaded.
+# torch finds these faults itself, after the layer's own checks.
 TORCH_FINDS = ["bias-of-another-size", "weight-missing", "bias-missing", "k-missing", "unknown-key"]
 TORCH_FINDS += ["weight-no-tensor", "k-no-tensor"]
 
@@ -383,7 +401,7 @@ def test_damaged_checkpoints(damage, assign):
     kept = dict(state)
     with Calls() as calls, pytest.raises(RuntimeError, match=f"hidden.{key}"):
         model.load_state_dict(state, assign=assign)
-    assert all(state[name] is value for name, value in kept.items())  # the caller's own is left alone
+    assert all(state[name] is value for name, value in kept.items())  # the caller's dictionary is not changed
     if damage in TORCH_FINDS:
         assert set(calls.names) <= {"prepare_weight"}
     else:
@@ -446,7 +464,7 @@ def test_float_state_dicts_are_packed(rule, dtype, assign):
         packed = PackedQLinear(K, N, dtype=dtype, weight_quantization=rule)
         packed.load_state_dict(state, assign=assign)
         assert torch.equal(packed(X), layer(X))
-        assert state["weight"].is_floating_point()  # the caller's own is left alone
+        assert state["weight"].is_floating_point()  # the caller's dictionary is not changed
         assert packed.weight.dtype is torch.int32
 
 
@@ -532,6 +550,34 @@ def test_conversions():
     assert torch.equal(packed(X.half()), layer.half()(X.half()))
 
 
+def test_a_change_of_dtype_leaves_the_words():
+    packed = PackedQLinear.from_float(layer_like())
+    want = packed(X)
+    assert torch.equal(packed.type(torch.float64)(X), want)
+    assert packed.weight.dtype is torch.int32
+    assert packed.bias.dtype is torch.float64
+
+
+def test_a_form_is_kept_if_the_input_is_a_parameter():
+    packed, x = PackedQLinear.from_float(layer_like()), nn.Parameter(X.clone())
+    with torch.no_grad():
+        packed.weight.zero_()
+        packed(x)
+        form = packed.weight_prepared
+        packed(x)
+    assert form is not None
+    assert packed.weight_prepared is form
+
+
+def test_words_assigned_as_a_parameter_stay_a_buffer():
+    packed, words = PackedQLinear.from_float(layer_like()), torch.zeros(N, 3, dtype=torch.int32)
+    packed.weight = nn.Parameter(words, requires_grad=False)
+    assert "weight" in dict(packed.named_buffers())
+    with pytest.raises(TypeError, match="weight: expected packed words"):
+        packed.weight = nn.Parameter(torch.randn(N, K))
+    assert torch.equal(packed.weight, words)
+
+
 @pytest.mark.parametrize("assign", [True, False])
 def test_meta_device(assign):
     layer = layer_like()
@@ -595,7 +641,7 @@ def test_fallback_without_kernels(name, dtype, monkeypatch):
 
 
 def test_a_prepared_form_of_other_words_is_not_used():
-    # What is left when one of two threads that prepare different words is overtaken by the other.
+    # Two threads that prepare different words at the same time can leave a form of the wrong ones.
     packed, other = PackedQLinear.from_float(layer_like()), PackedQLinear.from_float(layer_like())
     want = packed(X)
     packed.weight_prepared = other.weight_prepared
@@ -603,7 +649,7 @@ def test_a_prepared_form_of_other_words_is_not_used():
     assert torch.equal(packed(X), want)
     before = _library.stale_forms.value
     assert torch.equal(packed(X), want)
-    assert _library.stale_forms.value == before  # a form of the right words is there again
+    assert _library.stale_forms.value == before  # the layer has a form of the right words again
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -625,6 +671,6 @@ def test_inference_tensors_without_kernels(monkeypatch):
 
 
 @pytest.mark.parametrize("model", [3, QLinear])
-def test_pack_wants_a_module(model):
+def test_pack_requires_a_module(model):
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got "):
         pack(model)

@@ -1,4 +1,4 @@
-"""Quantizations against bitorch 0.4.1: values, gradients, dtypes, rules, names."""
+"""Quantizations equal those of bitorch 0.4.1: values, gradients, dtypes, rules, names."""
 
 import contextlib
 import copy
@@ -19,7 +19,7 @@ from bitorch_qlinear import quantizations as ours
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
-# (class name, constructor arguments, training): every quantization of bitorch's list, with its parameters
+# Each case is (class name, constructor arguments, training), and together they cover bitorch's list of quantizations.
 CASES = [
     ("Sign", {}, True),
     ("ApproxSign", {}, True),
@@ -70,7 +70,7 @@ def with_nan(values, dtype):
 
 def value_and_gradient(quantize, x, grad):
     x = x.clone().requires_grad_()
-    with contextlib.redirect_stdout(io.StringIO()) as printed:  # bitorch's steheaviside prints in backward
+    with contextlib.redirect_stdout(io.StringIO()) as printed:  # bitorch's steheaviside prints to stdout in backward
         y = quantize(x)
         (dx,) = torch.autograd.grad(y, x, grad.to(y.dtype))
     return y.detach(), dx, printed.getvalue()
@@ -85,7 +85,7 @@ def assert_like_reference(name, kwargs, training, x, grad):
     exact = {"rtol": 0, "atol": 0, "equal_nan": True}
     torch.testing.assert_close(y, want_y.to(x.dtype), **exact)
     if name == "SwishSign":
-        # bitorch holds beta as a float32 tensor: it differs from ours in float64, and by roundings in 16 bits
+        # bitorch holds beta as a float32 tensor, so float64 results differ, and 16-bit ones are rounded differently.
         tolerance = {torch.float64: 1e-6, torch.float32: 1e-6}.get(x.dtype, 2 * torch.finfo(x.dtype).eps)
         exact.update(rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(dx, want_dx, **exact)
@@ -99,7 +99,7 @@ def test_equals_bitorch(name, kwargs, training, dtype):
     grad = torch.randn(37, 5, generator=generator).bfloat16().to(dtype)  # exact in the dtype that bitorch promotes to
     assert_like_reference(name, kwargs, training, x, grad)
     assert_like_reference(name, kwargs, training, x.t()[::2], grad.t()[::2])
-    if name != "SteHeaviside":  # bitorch's takes len(x)
+    if name != "SteHeaviside":  # bitorch's calls len(x), which a scalar does not have
         assert_like_reference(name, kwargs, training, x[0, 0], grad[0, 0])
 
 
@@ -145,7 +145,7 @@ def test_empty(name, kwargs, training):
     assert y.shape == x.grad.shape == (0, 3)
 
 
-# The functional form of everything above
+# Transforms, compilation and copies of all cases
 
 
 @cases
@@ -164,6 +164,7 @@ def test_func_grad_and_vmap(name, kwargs, training):
     assert torch.equal(torch.func.vmap(quantize)(x), torch.stack([quantize(row) for row in x]))
 
 
+@pytest.mark.slow
 @cases
 def test_compiles_to_one_graph(name, kwargs, training):
     quantize = make(ours, name, kwargs, training)
@@ -172,7 +173,7 @@ def test_compiles_to_one_graph(name, kwargs, training):
         factor = 1 if ours.binary_rule(quantize) is None else 2
         return factor * quantize(ours.cancel_gradient(x, 0.7)).sin()
 
-    torch.compiler.reset()  # the cases share the code of `step`, and so its limit of recompilations
+    torch.compiler.reset()  # all cases share the code of `step`, and so its limit of recompilations
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
     for rows in (3, 4):
         x = torch.randn(rows, 5)
@@ -210,7 +211,7 @@ def test_pickle_and_deepcopy(name, kwargs, training):
         ("ProgressiveSign", {"beta": math.inf}, "beta: .* got inf"),
     ],
 )
-def test_nonsense_is_refused(name, kwargs, message):
+def test_wrong_arguments_are_refused(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
         make(ours, name, kwargs)
 
@@ -252,7 +253,7 @@ def test_repr_and_bit_width():
         assert module.bit_width == type(module).bit_width == reference.quantization_from_name(name).bit_width
 
 
-# What the packed path may compute
+# The rules that the packed path computes
 
 
 @pytest.mark.parametrize("module", [ours, reference], ids=["ours", "bitorch"])
@@ -272,7 +273,7 @@ def test_binary_rule(module):
 def test_rule_computes_what_the_module_does(module, name):
     quantize = make(module, name, {}, training=False)
     if name == "SwishSign":
-        quantize.beta = 3.0  # read at each call
+        quantize.beta = 3.0  # a rule must use the current value
     x = with_nan(SPECIAL, torch.float32)
     grad = torch.linspace(-1, 2, len(x))
     rule = ours.binary_rule(quantize)
@@ -401,7 +402,7 @@ def test_register_refuses_a_wrong_name(name, registry):
 
 
 @pytest.mark.parametrize("cls", [int, ours.Sign(), "sign"])
-def test_register_refuses_other_things(cls, registry):
+def test_register_refuses_other_classes(cls, registry):
     with pytest.raises(TypeError, match=r"expected a subclass of torch\.nn\.Module, got"):
         ours.register_quantization(cls)
 

@@ -1,4 +1,4 @@
-"""x goes through the package's files in one direction; only the call of an autograd Function returns to a file."""
+"""x passes through the package's files in one direction; only the call of an autograd Function returns to a file."""
 
 import sys
 from itertools import groupby
@@ -16,7 +16,7 @@ K, N = 64, 40
 
 
 def files_of(layer: torch.nn.Module, x: Tensor) -> list[str]:
-    """The package's files whose functions get x as an argument, in the order of the calls, each stay once."""
+    """Return the files whose functions get x as an argument, in the order of calls; repeated calls in a file once."""
     found = []
 
     def note(frame, event, _):
@@ -26,7 +26,7 @@ def files_of(layer: torch.nn.Module, x: Tensor) -> list[str]:
             if any(each is x for value in values for each in (value if isinstance(value, tuple) else (value,))):
                 found.append(path.relative_to(PACKAGE).as_posix())
 
-    layer(x)  # the first call may do more
+    layer(x)  # the first call may prepare something, so only the second is recorded
     sys.setprofile(note)
     try:
         layer(x)
@@ -40,7 +40,7 @@ def returns(files: list[str]) -> int:
 
 
 @pytest.mark.parametrize("convert", [lambda layer: layer, pack], ids=["QLinear", "PackedQLinear"])
-def test_x_goes_in_one_direction(convert):
+def test_x_passes_through_the_files_in_one_direction(convert):
     layer = convert(QLinear(K, N, gradient_cancellation_threshold=1.0).eval())
     with torch.no_grad():
         inference = files_of(layer, torch.randn(3, K))

@@ -1,4 +1,4 @@
-"""Whole models, saved and loaded by torch.load(weights_only=True)."""
+"""Whole saved models can be loaded by torch.load(weights_only=True)."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from bitorch_qlinear import QLinear, pack, quantization_names
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_torch_load_takes_them_with_weights_only(packed: bool, tmp_path: Path) -> None:
+def test_torch_load_accepts_models_with_weights_only(packed: bool, tmp_path: Path) -> None:
     model: nn.Module = nn.Sequential(
         QLinear(33, 64, gradient_cancellation_threshold=1.0),
         nn.BatchNorm1d(64),
@@ -25,7 +25,7 @@ def test_torch_load_takes_them_with_weights_only(packed: bool, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", quantization_names())
-def test_only_what_is_torch_s_own_must_be_allowed(name: str, tmp_path: Path) -> None:
+def test_only_classes_of_torch_must_be_allowed(name: str, tmp_path: Path) -> None:
     torch.save(nn.Sequential(QLinear(8, 4, input_quantization=name, weight_quantization=name)), tmp_path / "model.pt")
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / "model.pt")
     assert not [each for each in unknown if not each.startswith("torch.")]

@@ -1,4 +1,4 @@
-// What the standalone tests share: random numbers, buffers whose ends are watched, a failure with a message.
+// Helpers of the standalone tests: random numbers, buffers that detect accesses outside, failures with a message.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +27,7 @@ inline void expect(bool holds, const std::string& what) {
     if (!holds) fail(what);
 }
 
-// That the call throws, and that its message begins so.
+// Fails unless the call throws an exception whose message begins with `beginning`.
 template <class Call>
 void expect_refused(const std::string& beginning, const Call& call) {
     std::string message = "nothing";
@@ -39,8 +39,8 @@ void expect_refused(const std::string& beginning, const Call& call) {
     expect(message.rfind(beginning, 0) == 0, "expected \"" + beginning + "\", got " + message);
 }
 
-// `count` values of T, `shift` values off the alignment, with guard bytes before them; behind them guard bytes as well
-// (Output), or the allocation's end, where a sanitizer watches (Input).
+// `count` values of T, shifted by `shift` values from an aligned address. Guard bytes precede them. They are followed
+// by guard bytes (Output), or by the end of the allocation, which a sanitizer watches (Input).
 enum class Use { Input, Output };
 
 template <class T>
@@ -64,7 +64,7 @@ class Buffer {
     void check_guards(const std::string& what) const {
         const auto untouched = [](uint8_t byte) { return byte == kPattern; };
         expect(std::all_of(memory_, memory_ + begin_, untouched), what + ": written before the beginning");
-        expect(std::all_of(memory_ + end_, memory_ + size_, untouched), what + ": written behind the end");
+        expect(std::all_of(memory_ + end_, memory_ + size_, untouched), what + ": written past the end");
     }
 
   private:

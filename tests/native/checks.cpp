@@ -1,5 +1,5 @@
-// The operators' argument checks and the parsing of prepared weights' headers, on memory that a sanitizer watches: its
-// end is the end of the tensor. The operators' file is included, for all that it has is internal.
+// Tests of the operators' argument checks, and of the parsing of prepared weights, in memory that ends with the tensor,
+// so that a sanitizer notices accesses beyond it. The operators' file is included because its functions are internal.
 #include "../../csrc/torch/ops_cpu.cpp"
 
 #include <memory>
@@ -13,7 +13,7 @@ using test::expect, test::expect_refused;
 
 using Sizes = std::vector<int64_t>;
 
-// A tensor over memory of its own, as small as it can be: the sanitizers see what lies beside it.
+// A tensor and its memory, which has exactly the size that the tensor needs, so that sanitizers see accesses outside.
 struct Owned {
     std::unique_ptr<uint8_t[]> memory;
     Tensor tensor;
@@ -122,7 +122,7 @@ void check_row_strides() {
     expect(row_stride(floats({2, 3, 5}, {24, 8, 1}).tensor) == 8, "rows apart");
     expect(row_stride(floats({2, 3, 5}, {0, 0, 1}).tensor) == 0, "rows expanded");
     expect(row_stride(floats({4, 5}, {1, 1}).tensor) == 1, "rows that overlap");
-    expect(row_stride(floats({1, 3, 5}, {INT64_MAX, 5, 1}).tensor) == 5, "a stride that nobody walks");
+    expect(row_stride(floats({1, 3, 5}, {INT64_MAX, 5, 1}).tensor) == 5, "a stride along a dimension of size 1");
     expect(!row_stride(floats({2, 3, 5}, {5, 10, 1}).tensor), "leading dimensions swapped");
     expect(!row_stride(floats({2, 3, 5}, {16, 5, 1}).tensor), "leading dimensions apart");
     expect(!row_stride(floats({3, 5}, {1, 3}).tensor), "columns");
@@ -140,7 +140,7 @@ void check_results() {
     }
 }
 
-// Memory that is misaligned or has other strides: read as it is meant, and nothing beside it.
+// Misaligned rows are packed like aligned ones.
 void check_copies() {
     const Owned plain = own({3, 70}, ScalarType::Half, 2), odd = own({3, 70}, ScalarType::Half, 2, 1);
     for (size_t i = 0; i < 3 * 70 * 2; ++i) plain.memory[i] = odd.memory[i + 1] = static_cast<uint8_t>(i * 37);
@@ -150,8 +150,8 @@ void check_copies() {
 
 // ---- headers of prepared weights -------------------------------------------------------------------
 
-// Each bit of the header and the fingerprint flipped, in form of any length: refused where the magic is wrong, and
-// otherwise used or not, with the right product.
+// A form with any bit of its header or fingerprint flipped, or with a wrong length, is refused if its magic is wrong or
+// it is too short; otherwise the product is right, whether or not the form is used.
 void check_headers() {
     constexpr int64_t n = 70, k = 100;
     const Owned w = words({n, words_for(k)}), x = words({2, words_for(k)});
@@ -184,16 +184,16 @@ void check_headers() {
     for (const int64_t length : {int64_t{64}, int64_t{65}, kPanelsOffset - 1, bytes - 1, bytes + 1, 2 * bytes}) {
         expect_right(copy(length), "a form of another length");
     }
-    // Whatever the panels hold: any numbers, and nothing read beside them.
+    // A form with other panels gives wrong numbers, but nothing outside of it may be read.
     const Owned forged = copy(bytes);
     std::memset(forged.memory.get() + kPanelsOffset, 0xFF, static_cast<size_t>(bytes - kPanelsOffset));
     expect(multiply_with(forged).numel() == 2 * n, "a forged payload");
 }
 
-// The words written beneath a form, all of them and one bit of one; few words and many.
+// A product uses words that have changed since their form was made: all of them, or one bit in one of them.
 void check_stale_forms() {
     for (const int64_t n : {int64_t{3}, int64_t{300}}) {
-        const int64_t k = 1000, m = 512, count = n * words_for(k);  // rows for which all words are compared
+        const int64_t k = 1000, m = 512, count = n * words_for(k);  // with so many rows, all words are compared
         const Owned w = words({n, words_for(k)}), x = words({m, words_for(k)});
         const Tensor made = prepare_weight(w.tensor, k, std::nullopt);
         for (const int64_t changed : {int64_t{0}, int64_t{1}, count - 1, count}) {
@@ -205,7 +205,7 @@ void check_stale_forms() {
             };
             const Tensor with = multiply_with(made), without = multiply_with(std::nullopt);
             expect(!std::memcmp(with.data_ptr(), without.data_ptr(), static_cast<size_t>(m * n) * 4),
-                   "words that changed beneath their form");
+                   "words that changed after their form was made");
         }
     }
 }
@@ -229,5 +229,5 @@ int main() {
         check_headers();
         check_stale_forms();
     }
-    std::puts("checks: as they should be");
+    std::puts("checks: all passed");
 }

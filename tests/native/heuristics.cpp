@@ -1,4 +1,4 @@
-// csrc/cuda/heuristics.h as a shared library, so that tests/operators/test_heuristics.py can ask it about any device.
+// Exports csrc/cuda/heuristics.h from a shared library, so that tests/operators/test_heuristics.py can call it.
 
 #include "cuda/heuristics.h"
 #include <cstring>

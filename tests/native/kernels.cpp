@@ -1,5 +1,5 @@
-// Every CPU kernel that this processor (or the emulator of one) runs against the scalar one, bit for bit, without torch:
-// what runs where torch does not, under qemu-user and under sanitizers. tests/operators/test_kernels.py compares with a reference.
+// Compares every CPU kernel that this processor, or its emulator, can run with the scalar one, bit for bit. It needs no
+// torch, so it runs under qemu-user and under sanitizers. tests/operators/test_kernels.py compares with a reference.
 #include <cmath>
 #include <limits>
 
@@ -22,7 +22,7 @@ std::string describe(const Kernel& kernel, const char* what, Values... values) {
     return text;
 }
 
-// Each bound, one below and one above.
+// Returns each bound and its two neighbours, sorted, without duplicates and negative numbers.
 std::vector<int64_t> around(std::initializer_list<int64_t> bounds) {
     std::vector<int64_t> values;
     for (int64_t bound : bounds) {
@@ -39,7 +39,8 @@ void fill(Buffer<uint32_t>& words, int64_t count) {
 
 // ---- hashes --------------------------------------------------------------------------------------
 
-// Every kernel's copy gives the scalar one's number, of any length from any word on, and every bit counts.
+// Every kernel's copy of the hash function gives the scalar one's result, for any length and alignment, and every bit
+// and the length change the result.
 void check_hashes(const Kernel& kernel) {
     for (const int64_t count : {0, 1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 127, 1000, 2048, 4099}) {
         for (const int64_t shift : {0, 1, 5}) {
@@ -57,17 +58,15 @@ void check_hashes(const Kernel& kernel) {
             for (const int64_t at : {int64_t{0}, count / 2, count - 1, below(count)}) {
                 const uint32_t bit = uint32_t{1} << below(32);
                 words[at] ^= bit;
-                expect(hash_of(kernel, count, 1) != hash,
-                       describe(kernel, "hash: a bit that does not count", count, at));
+                expect(hash_of(kernel, count, 1) != hash, describe(kernel, "hash: ignores a bit", count, at));
                 words[at] ^= bit;
             }
-            expect(hash_of(kernel, count - 1, 1) != hash,
-                   describe(kernel, "hash: a length that does not count", count));
+            expect(hash_of(kernel, count - 1, 1) != hash, describe(kernel, "hash: ignores the length", count));
         }
     }
 }
 
-// A fingerprint's levels: of all words the last, and of few words no other.
+// A fingerprint's last level covers all words, and is the only one if the words are few.
 void check_fingerprints(const Kernel& kernel) {
     for (const int64_t count : {int64_t{1}, kFewWords, kFewWords + 1, int64_t{3} * 513 * kLineWords + 5}) {
         Buffer<uint32_t> words(Use::Input, count);
@@ -75,7 +74,7 @@ void check_fingerprints(const Kernel& kernel) {
         const Fingerprint got = take_fingerprint(kernel, words.data(), count, words.data(), 7);
         const Fingerprint expected = take_fingerprint(kScalarKernel, words.data(), count, words.data(), 7);
         expect(std::memcmp(&got, &expected, sizeof got) == 0, describe(kernel, "fingerprint", count));
-        // A word changed: seen by all levels from the first on whose share it is in.
+        // A changed word is noticed by exactly those levels whose share of the words includes it.
         for (int repetition = 0; repetition < 50; ++repetition) {
             const int64_t at = below(count), line = at / kLineWords;
             const uint32_t bit = uint32_t{1} << below(32);
@@ -93,7 +92,7 @@ void check_fingerprints(const Kernel& kernel) {
                level_for(3, kMany) == 1 && level_for(4, kMany) == 2 && level_for(511, kMany) == 8 &&
                level_for(512, kMany) == kAll && level_for(INT64_MAX, kMany) == kAll && level_for(1, kFew) == kAll &&
                level_for(1, 4 * kFew) == 7,
-           "the level of a number of rows");
+           "the level for a number of rows");
 }
 
 // ---- products ------------------------------------------------------------------------------------
@@ -108,7 +107,7 @@ constexpr Epilogue kEpilogues[] = {{DType::int32, false, false},
                                    {DType::bfloat16, false, true},
                                    {DType::float64, true, true}};
 
-// A factor for each output: n values of double or float, as the output's type has it.
+// Fills in n random values, as doubles if the output is float64 and otherwise as floats.
 void fill_factors(Buffer<uint8_t>& values, int64_t n, DType dtype) {
     for (int64_t i = 0; i < n; ++i) {
         const double value = static_cast<double>(below(4001) - 2000) / 16;
@@ -125,10 +124,10 @@ struct Case {
     Epilogue epilogue;
 };
 
-// Aligned as a kernel may expect it, and no larger than it asked for.
+// Returns a workspace with the alignment that kernels may expect, and with exactly the size that they ask for.
 Buffer<uint8_t> make_workspace(int64_t bytes) { return {Use::Output, bytes, 0, 64}; }
 
-// The product by one kernel, in tiles as csrc/cpu/product.h makes them, of at most so many rows and columns.
+// Multiplies with one kernel, in tiles like those of csrc/cpu/product.h, with at most so many rows and columns.
 void multiply(const Kernel& kernel, Product product, int64_t most_rows, int64_t most_columns) {
     Buffer<uint8_t> prepared(Use::Output, prepared_bytes(kernel.layout, product.n, product.k));
     if (kernel.prepare && product.k > 0) {
@@ -178,12 +177,12 @@ void check_product(const Kernel& kernel, const Case& at, Buffer<uint32_t>& x, Bu
 
 void check_random_product(const Kernel& kernel, const Case& at) {
     Buffer<uint32_t> x(Use::Input, at.m * words_for(at.k)), weight(Use::Input, at.n * words_for(at.k));
-    fill(x, at.m * words_for(at.k));  // stray bits past k as well
+    fill(x, at.m * words_for(at.k));  // sets bits past k, too
     fill(weight, at.n * words_for(at.k));
     check_product(kernel, at, x, weight);
 }
 
-// Rows equal or opposite: every count is 0 or the largest, beside others of both kinds.
+// Checks rows that are equal or opposite, so that every count is 0 or the largest, next to counts of both kinds.
 void check_extreme_product(const Kernel& kernel, const Case& at) {
     const int64_t words = words_for(at.k);
     Buffer<uint32_t> x(Use::Input, at.m * words), weight(Use::Input, at.n * words);
@@ -202,7 +201,7 @@ void check_extreme_product(const Kernel& kernel, const Case& at) {
 
 void check_products(const Kernel& kernel) {
     const auto epilogue = [] { return kEpilogues[below(std::size(kEpilogues))]; };
-    // Every subtile of rows and columns.
+    // These sizes reach every part of a tile of rows and columns.
     for (int64_t m = 1; m <= 9; ++m) {
         for (int64_t n = 1; n <= 9; ++n) check_random_product(kernel, {m, n, 1 + below(300), epilogue()});
     }
@@ -211,13 +210,14 @@ void check_products(const Kernel& kernel) {
             check_random_product(kernel, {m, std::max<int64_t>(n, 1), 1 + below(400), epilogue()});
         }
     }
-    // Every k up to four words and more, then every unit, block and span of csrc/cpu/gemm_*.cpp.
+    // These are all k up to a little over four words, and then k around the units, blocks and spans of
+    // csrc/cpu/gemm_*.cpp.
     for (int64_t k = 0; k <= 130; ++k) check_random_product(kernel, {1 + below(6), 1 + below(70), k, epilogue()});
     for (int64_t k : around({240, 255, 256, 480, 1024, 31 * 128, 62 * 128, 16384, 65520, 65535, 2 * 65520})) {
         check_random_product(kernel, {1 + below(4), 1 + below(6), k, epilogue()});
         check_extreme_product(kernel, {1 + below(5), 1 + below(20), k, epilogue()});
     }
-    // csrc/cpu/gemm_tables_avx2.h: rows, outputs and values that it takes, and those just below.
+    // These lie around the fewest rows, outputs and values that csrc/cpu/gemm_tables_avx2.h accepts.
     for (int64_t m : around({58, 64, 122, 128})) {
         const int64_t k = 766 + below(300);
         check_random_product(kernel, {m, 511 + below(4), k, epilogue()});
@@ -236,7 +236,7 @@ T from_bits(uint64_t bits) {
     return value;
 }
 
-// Random patterns, and often one that a comparison of floats treats in its own way.
+// Returns a random bit pattern, or often one that comparisons of floats treat specially.
 template <class T>
 T random_value(uint64_t infinity) {
     const uint64_t sign = uint64_t{1} << (8 * sizeof(T) - 1);
@@ -299,7 +299,7 @@ void multiply_by_signs(const SignGemm& kernel, const SignProduct& product) {
     workspace.check_guards("workspace of multiply_signs");
 }
 
-// The same by the function for few rows, in tiles of at most so many rows and columns.
+// Multiplies with the function for few rows, in tiles of at most so many rows and columns.
 void multiply_few_by_signs(const SignGemm& kernel, const SignProduct& product, int64_t rows, int64_t columns) {
     Buffer<uint8_t> workspace = make_workspace(kernel.few_workspace_bytes(product, rows, columns));
     for (int64_t row = 0; row < product.m; row += rows) {
@@ -316,12 +316,12 @@ void check_reals(const Kernel& kernel, DType dtype) {
     for (int i = 0; i < 60; ++i) {
         const int64_t m = 1 + below(40), n = 1 + below(150), k = 1 + below(i % 10 ? 200 : 4000);
         const bool by_columns = below(2), transposed = below(2);
-        // Lines of x, which are its rows or its columns, lie apart or close together.
+        // The lines of x, which are its rows or its columns, have gaps between them or none.
         const int64_t lines = by_columns ? k : m, length = by_columns ? m : k, stride = length + below(3);
         const int64_t values = (lines - 1) * stride + length;
         Buffer<T> x(Use::Input, values);
         for (int64_t j = 0; j < values; ++j) {
-            // Finite numbers of one size, as bits of a half type or as numbers.
+            // The values are finite and of similar magnitude; those of half types are made from bits.
             if constexpr (sizeof(T) == 2) {
                 x[j] = {
                     static_cast<uint16_t>((dtype == DType::float16 ? 0x3800 : 0x3F00) | (test::generator() & 0x83FF))};
@@ -365,15 +365,15 @@ void check(const Kernel& kernel) {
     check_reals<float>(kernel, DType::float32);
     check_reals<Half>(kernel, DType::float16);
     check_reals<BFloat16>(kernel, DType::bfloat16);
-    std::printf("%s: as the scalar kernel\n", kernel.name);
+    std::printf("%s: equals the scalar kernel\n", kernel.name);
 }
 
 }  // namespace
 
-// Arguments: kernels that must be there. All that are there are checked.
+// The arguments name kernels that must be available. All available kernels are checked.
 int main(int count, char** names) {
 #if defined(BITORCH_QLINEAR_SIMDE)
-    // Whatever the processor has: the instructions are functions here.
+    // With SIMDe, instructions are functions, so this kernel runs on every processor.
     check(kAvx512Kernel);
     return 0;
 #endif

@@ -1,4 +1,5 @@
-# The standalone tests and the operators' library under one compiler's sanitizers; `make sanitize` calls it for each:
+# Builds and runs the standalone tests, and builds the operators' library, with one compiler's sanitizers. `make
+# sanitize` calls this file for each compiler and kind of sanitizer:
 #
 #     make -f tests/native/sanitize.mk CXX=g++ SANITIZERS=address,undefined TORCH_FOLDER=.../torch VERSION=0.1.0 address
 
@@ -6,7 +7,7 @@ SANITIZERS := address,undefined
 comma := ,
 FOLDER := build/sanitize/$(notdir $(CXX))-$(subst $(comma),-,$(SANITIZERS))
 KERNELS := $(patsubst %.cpp,$(FOLDER)/%.o,$(filter-out %/exports.cpp,$(wildcard csrc/cpu/*.cpp)))
-# Without warnings: sanitizers cause false ones, and the library's own build has none.
+# Warnings are off because sanitizers cause false ones; the library's own build has none.
 FLAGS := -std=c++20 -O1 -g -fPIC -fvisibility=hidden -ffp-contract=off -w \
 	-fsanitize=$(SANITIZERS) -fno-sanitize-recover=all -fno-omit-frame-pointer \
 	-DTORCH_TARGET_VERSION=0x020a000000000000 -DBITORCH_QLINEAR_VERSION='"$(VERSION)"' -isystem $(TORCH_FOLDER)/include
@@ -22,7 +23,7 @@ threads: $(FOLDER)/threads
 	$(FOLDER)/threads
 library: $(FOLDER)/_ops_cpu.so
 
-# The build of the package has written the header.
+# csrc/sources.cpp includes a header that the build of the package has generated.
 $(FOLDER)/csrc/sources.o: FLAGS += -Ibuild/generated
 
 $(FOLDER)/%.o: %.cpp

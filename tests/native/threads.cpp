@@ -1,5 +1,6 @@
-// The sharing of work (csrc/cpu/threads.h) by threads that a race detector sees; torch's pool waits in ways that it does
-// not. Every kernel that the processor can run, compared with the plainest loops.
+// Tests how work is shared among threads (csrc/cpu/threads.h), with std::thread, because a race detector does not
+// understand the synchronization in torch's pool. Every kernel that the processor can run is compared with simple
+// loops.
 #include <atomic>
 #include <bit>
 #include <random>
@@ -49,7 +50,7 @@ std::vector<uint8_t> prepare(const Threads& threads, const Kernel& kernel, const
     return prepared;
 }
 
-// Those that the processor can run.
+// Returns the kernels that the processor can run.
 std::vector<const Kernel*> kernels() {
     std::vector<const Kernel*> found;
     std::istringstream names(available_kernels());
@@ -93,7 +94,7 @@ std::vector<int32_t> plain_product(const Problem& p) {
     return y;
 }
 
-// Small integers, so that every sum is exact.
+// Returns small integers, so that every sum is exact.
 std::vector<float> some_reals(const Problem& p) {
     std::vector<float> x(static_cast<size_t>(p.m * p.k));
     for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 7) - 3;
@@ -163,7 +164,7 @@ void check_sign_products() {
     }
 }
 
-// Every thread that gets no workspace says so.
+// If threads get no workspace, the call reports that memory is exhausted.
 void check_workspace_beyond_memory() {
     for (Kernel kernel : {*kernels().front(), kScalarKernel}) {
         kernel.workspace_bytes = [](int64_t, int64_t) { return INT64_MAX; };
@@ -172,7 +173,8 @@ void check_workspace_beyond_memory() {
     }
 }
 
-// Calls from several threads at once, each of which shares its own; the first of the process choose the kernel too.
+// Several threads call at the same time, and each shares its work. As the first calls in the process, they also choose
+// the kernel.
 void check_calls_at_once() {
     const Problem p{131, 400, 500};
     std::vector<std::vector<int32_t>> results(4);
@@ -185,21 +187,21 @@ void check_calls_at_once() {
     for (const std::vector<int32_t>& result : results) expect(result == expected, "calls at once");
 }
 
-// Two threads that count how many calls share their work among them.
+// A pool of two threads that counts the calls, in total and at the same time, that share their work through it.
 struct CountedThreads : StdThreads {
     std::atomic<int>* calls;
     std::atomic<int>* shared;
 
     template <class Function>
     void for_each(int64_t count, int64_t grain, const Function& function) const {
-        expect(++*calls == 1, "one call at a time has the threads");
+        expect(++*calls == 1, "two calls have the threads at the same time");
         ++*shared;
         StdThreads::for_each(count, grain, function);
         --*calls;
     }
 };
 
-// The first of four callers gets the threads, whoever comes while they work does not, and all compute the same.
+// Of four callers, only one at a time gets the threads, the others compute alone, and all results are the same.
 void check_one_call_at_a_time_is_shared() {
     const Problem p{131, 400, 500};
     const std::vector<int32_t> expected = plain_product(p);
@@ -213,15 +215,15 @@ void check_one_call_at_a_time_is_shared() {
             }
         }
     });
-    expect(shared > 0, "somebody had the threads");
-    // Given back by whoever had them, and held for as long as an object lives that has shared work.
+    expect(shared > 0, "no call had the threads");
+    // The threads are free after these calls, and then held as long as an object lives that has asked for them.
     const OneAtATime<CountedThreads> holder(threads);
-    expect(holder.count() == 2, "the threads are free again");
+    expect(holder.count() == 2, "the threads are not free again");
     const OneAtATime<CountedThreads> other(threads);
-    expect(other.count() == 1, "the threads are taken");
+    expect(other.count() == 1, "a second caller got the threads");
     const int before = shared;
     expect(multiply_words(other, active_kernel(), p) == expected, "alone");
-    expect(shared == before, "alone, in its own thread");
+    expect(shared == before, "a caller without threads shared its work");
 }
 
 }  // namespace
@@ -233,5 +235,5 @@ int main() {
     bitorch_qlinear::check_products();
     bitorch_qlinear::check_sign_products();
     bitorch_qlinear::check_workspace_beyond_memory();
-    std::puts("threads: as they should be");
+    std::puts("threads: all passed");
 }

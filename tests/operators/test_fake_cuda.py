@@ -1,4 +1,4 @@
-"""CUDA without a GPU: registration, shapes, and the layers on fake CUDA tensors, which hold no memory."""
+"""CUDA without a GPU: registration, shapes, and the layers on fake CUDA tensors, which have no memory."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def on_cuda(*shape, dtype=torch.float32):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_registration(name):
-    """Where CUDA operators are built and loaded, all of them are."""
+    """Either all CUDA operators are registered or none, as the library reports."""
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bitorch_qlinear::{name}", "CUDA") == _library.has_cuda
 
 
@@ -75,7 +75,7 @@ def test_results_of_operators(fake, n, k):
     values = functional.unpack_bits(words, k, torch.bfloat16)
     assert (values.shape, values.dtype, values.device.type) == ((n, k), torch.bfloat16, "cuda")
     prepared = functional.prepare_weight(words, k)
-    # Header, popcounts in whole 16 bytes, and words in whole 16 bytes where they are not so already.
+    # A form has a header, popcounts padded to 16 bytes, and, unless k % 128 == 0, a copy of the words with padded rows.
     expected = 64 + (n + 3) // 4 * 16 + (0 if k % 128 == 0 else n * ((k + 127) // 128) * 16)
     assert (prepared.shape, prepared.dtype, prepared.device.type) == ((expected,), torch.uint8, "cuda")
     y = functional.binary_linear(packed, words, k, weight_prepared=prepared)
@@ -125,7 +125,7 @@ def test_layer(fake, training):
     assert "path=packed (CUDA)" in repr(layer)
     with Calls() as calls:
         y = layer(x)
-        # Not by y.backward(): the engine wants a device.
+        # y.backward() would need a real device.
         gradients = y.grad_fn.apply(torch.ones_like(y), None, None)[:3]
     assert calls.names.count("linear_train") == 1 and calls.names.count("unpack_bits") == 3
     for tensor, shape in zip((y, *gradients), ((4, N), (4, K), (N, K), (N,)), strict=True):
@@ -148,7 +148,7 @@ def test_packed_layer(fake):
 
 @needs_cuda_build
 def test_packed_layer_keeps_no_form(fake):
-    """CUDA's kernels read the words; what else they want is made in the call."""
+    """CUDA kernels read the words themselves, and whatever else they need is computed during the call."""
     layer = PackedQLinear(K, N, device="cuda")
     assert layer.prepare() is None and layer.weight_prepared is None
     layer(on_cuda(4, K))
@@ -169,7 +169,7 @@ def test_export(packed):
 
 @pytest.mark.skipif(_library.has_cuda, reason="there are CUDA operators")
 def test_layer_without_kernels(fake):
-    layer = QLinear(K, N, device="meta")  # a CPU torch cannot even pretend to initialise on CUDA
+    layer = QLinear(K, N, device="meta")  # a CPU-only torch cannot initialise parameters on CUDA, not even fake ones
     layer.weight, layer.bias = (torch.nn.Parameter(on_cuda(*p.shape), False) for p in (layer.weight, layer.bias))
     assert f"path=float (no kernels for cuda: {_library.no_cuda_reason})" in repr(layer)
     with Calls() as calls:
@@ -182,13 +182,13 @@ def test_layer_without_kernels(fake):
         pass
 
 
-# ---- the library, asked without a device -----------------------------------------------------------
+# ---- the library's answers without a device --------------------------------------------------------
 
-DEVICES = {(8, 0): 108, (8, 6): 82, (8, 9): 128, (9, 0): 132}  # multiprocessors, by compute capability
+DEVICES = {(8, 0): 108, (8, 6): 82, (8, 9): 128, (9, 0): 132}  # the number of multiprocessors by compute capability
 
 
 def import_with(kernel):
-    """In a process of its own, where BITORCH_QLINEAR_CUDA_KERNEL is set."""
+    """Import the package in a new process with BITORCH_QLINEAR_CUDA_KERNEL set to this value."""
     code = "import bitorch_qlinear; print(bitorch_qlinear.info().cuda_kernel)"
     environment = {**os.environ, "BITORCH_QLINEAR_CUDA_KERNEL": kernel}
     root = Path(bitorch_qlinear.__file__).parents[1]
@@ -204,7 +204,7 @@ def test_kernel_by_environment(kernel):
 
 
 @needs_cuda_build
-def test_a_forced_kernel_is_the_former_one_afterwards():
+def test_forced_restores_the_previous_kernel():
     before = _kernels.forced_cuda_kernel(), kernels.active()
     with kernels.forced("skinny"):
         with kernels.forced("scalar"), pytest.raises(ZeroDivisionError), kernels.forced("mma_sm80"):
@@ -240,14 +240,14 @@ def test_unknown_kernel_is_an_error_at_import(name):
         ((12, 0), 17, "mma_int8_sm80"),
     ],
 )
-def test_choice_of_devices_that_are_not_here(capability, rows, kernel):
+def test_choice_for_devices_that_are_absent(capability, rows, kernel):
     choice = _kernels.cuda_choice(capability, 100, rows, 4096, 4096)
     assert re.match(rf"{kernel}( with tiles of \d+ x \d+)?: \w", choice)
     assert kernel in _kernels.available_cuda_kernels(capability)
 
 
 @needs_cuda_build
-def test_choice_of_a_device_that_is_too_old():
+def test_no_choice_for_a_device_that_is_too_old():
     assert _kernels.available_cuda_kernels((7, 0)) == []
     choice = _kernels.cuda_choice((7, 0), 80, 1, 4096, 4096)
     assert choice == "bitorch_qlinear: compute capability 7.0 is not supported: the CUDA kernels need 7.5 or later"
@@ -256,8 +256,8 @@ def test_choice_of_a_device_that_is_too_old():
 @needs_cuda_build
 @pytest.mark.parametrize("capability", DEVICES)
 @pytest.mark.parametrize("tile", TILES)
-def test_every_tile_has_edges_to_be_tested(capability, tile):
-    """What tests/gpu compares with the CPU on a device: the tile's edges, in products that are small enough."""
+def test_every_tile_has_small_products_at_its_edges(capability, tile):
+    """Every tile has products on all sides of its edges that are small enough for tests/gpu to compare with the CPU."""
 
     def choice(m, n, k):
         return _kernels.cuda_choice(capability, DEVICES[capability], m, n, k)
@@ -273,7 +273,7 @@ def test_every_tile_has_edges_to_be_tested(capability, tile):
 
 
 @needs_cuda_build
-def test_nothing_waits_or_allocates_beside_torch():
+def test_the_library_imports_nothing_that_waits_or_allocates():
     library = Path(_library.__file__).with_name("_ops_cuda.so")
     command = ["nm", "-D", "--undefined-only", str(library)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -287,8 +287,8 @@ def test_nothing_waits_or_allocates_beside_torch():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_what_is_out_of_range_becomes_zero(monkeypatch, dtype):
-    """CUDA's way, on CPU tensors: exactly 0, whatever stood there, and nothing else changes."""
+def test_values_out_of_range_become_zero(monkeypatch, dtype):
+    """The code path for CUDA, run on CPU tensors, zeroes masked values, even NaN, and leaves all others as they are."""
     values = torch.randn(5, K).to(dtype)
     values[:, ::7], values[:, 1::7], values[:, 2::7] = float("nan"), float("inf"), -0.0
     kept = torch.rand(5, K) < 0.5
@@ -301,5 +301,5 @@ def test_what_is_out_of_range_becomes_zero(monkeypatch, dtype):
 
 
 def bits(values):
-    """Which tell NaN and -0.0 apart from others."""
+    """Return the bits of the values, because a comparison of floats cannot tell NaN and -0.0 apart from others."""
     return values.contiguous().view(torch.uint8)

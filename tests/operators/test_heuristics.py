@@ -1,4 +1,4 @@
-"""csrc/cuda/heuristics.h, compiled for the host and asked about any device."""
+"""Tests of csrc/cuda/heuristics.h, which is compiled for the host and asked about all kinds of devices."""
 
 import ctypes
 import functools
@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from ptx import machine
 
 from bitorch_qlinear import _kernels
+from tools.ptx.machine import build_once
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -22,7 +22,7 @@ CUDA = CSRC / "cuda"
 KERNELS = ["popc", "skinny", "skinny_mma_sm80", "mma_sm75", "mma_sm80", "mma_int8_sm80"]
 WIDEST, MIDDLE, SMALLEST = range(3)
 CAPABILITIES = [75, 80, 86, 87, 88, 89, 90, 91, 99, 100, 103, 110, 120, 121, 130, 200]
-TENSOR_CORES = [80, 86, 87, 88, 89, 90]  # those of mma_sm80
+TENSOR_CORES = [80, 86, 87, 88, 89, 90]  # the capabilities with mma_sm80
 SHAPES = 100_000
 MOST_K, MOST_OUTPUTS = 2**31 - 1, 2**40
 HARNESS = ROOT / "tests" / "native" / "heuristics.cpp"
@@ -31,17 +31,17 @@ CHECKS = "signed-integer-overflow,integer-divide-by-zero,float-cast-overflow,bou
 
 @functools.cache
 def library():
-    """Overflows and conversions that C++ leaves undefined are illegal instructions here, and end the tests."""
+    """Load the harness, compiled so that undefined overflows and conversions execute an illegal instruction."""
     compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "c++")
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror"]
     flags += [f"-fsanitize={CHECKS}", "-fsanitize-undefined-trap-on-error", "-ffp-contract=off"]
-    sources = b"".join(path.read_bytes() for path in (HARNESS, CUDA / "heuristics.h", CSRC / "packed.h"))
+    sources = b"".join(path.read_bytes() for path in (HARNESS, CUDA / "heuristics.h", CUDA / "records.h", CSRC / "packed.h"))
     key = hashlib.sha256(repr((compiler, flags)).encode() + sources).hexdigest()[:16]
 
     def make(path):
         subprocess.run([*compiler.split(), *flags, f"-I{CSRC}", "-o", str(path), str(HARNESS)], check=True)
 
-    lib = ctypes.CDLL(str(machine._build(f"heuristics-{key}.so", make)))
+    lib = ctypes.CDLL(str(build_once(f"heuristics-{key}.so", make)))
     lib.decide_in_words.restype = lib.names_of.restype = ctypes.c_char_p
     lib.decide_in_words.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 3]
     lib.is_legal.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64]
@@ -59,11 +59,11 @@ def queries(capability, multiprocessors, m, n, k):
 class Choices(NamedTuple):
     kernel: np.ndarray
     tile: np.ndarray
-    reason: np.ndarray  # where the text lies
+    reason: np.ndarray  # addresses of C strings
 
 
 def choose(*arguments):
-    """Arrays of capability, multiprocessors, m, n, k."""
+    """Return the choices for capability, multiprocessors, m, n and k, which are broadcast against each other."""
     asked = queries(*arguments)
     kernels, tiles = np.full((2, len(asked)), -1, np.int32)
     reasons = np.zeros(len(asked), np.uint64)
@@ -72,7 +72,7 @@ def choose(*arguments):
 
 
 def estimate(*arguments):
-    """Clocks of each tile."""
+    """Return the estimated clocks of each tile, of shape (queries, 3); the arguments are those of ``choose``."""
     asked = queries(*arguments)
     clocks = np.full((len(asked), 3), np.nan)
     library().estimate_all(len(asked), asked.ctypes.data, clocks.ctypes.data)
@@ -84,7 +84,7 @@ def decide(name, capability, multiprocessors, m, n, k):
 
 
 def random_sizes(seed, count=SHAPES):
-    """m, n, k of all magnitudes, many of them next to a multiple of the tiles' sides; 0 too."""
+    """Return random m, n, k and multiprocessors; sizes have all magnitudes, are often near whole tiles, rarely 0."""
     rng = np.random.default_rng(seed)
     outputs = rng.uniform(0, 40, count)
     bits = rng.uniform(0, 1, count) * outputs
@@ -100,7 +100,7 @@ def random_sizes(seed, count=SHAPES):
 
 
 def expected_kernel(capability, m):
-    """The table at the top of heuristics.h."""
+    """Return the kernels' indices according to the table at the top of heuristics.h."""
     if capability > 90:
         return np.where(m <= 16, KERNELS.index("skinny"), KERNELS.index("mma_int8_sm80"))
     few, tiles = ("skinny", "mma_sm75") if capability < 80 else ("skinny_mma_sm80", "mma_sm80")
@@ -113,7 +113,7 @@ def expected_kernel(capability, m):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_random_shapes(capability):
-    """Legal, with a reason, of no memory, and what the documented table says."""
+    """Choices are legal, have a reason, do not depend on earlier ones, and follow the documented table."""
     m, n, k, multiprocessors = random_sizes(capability)
     choices = choose(capability, multiprocessors, m, n, k)
     np.testing.assert_array_equal(choices.kernel, expected_kernel(capability, m))
@@ -178,7 +178,7 @@ def test_longer_rows_never_bring_a_tile_back(capability):
     changes = (np.diff(tiles) != 0).sum(1)
     kinds = sum((tiles == tile).any(1).astype(int) for tile in (WIDEST, MIDDLE, SMALLEST))
     np.testing.assert_array_equal(changes, kinds - 1)
-    assert changes.max() > 0, "k changes some tile: else this shows nothing"
+    assert changes.max() > 0, "no tile changes with k, so this test proves nothing"
 
 
 @pytest.mark.parametrize("capability", TENSOR_CORES)
@@ -191,7 +191,7 @@ def test_larger_products_never_take_less_time(capability):
 
 
 @pytest.mark.parametrize("capability", TENSOR_CORES)
-def test_widest_tile_where_it_leaves_nothing_idle(capability):
+def test_widest_tile_if_it_leaves_nothing_idle(capability):
     rng = np.random.default_rng(3)
     few, more, rounds = (np.floor(2 ** rng.uniform(0, most, SHAPES)).astype(np.int64) for most in (7, 7, 6))
     multiprocessors, k = rng.integers(1, 201, SHAPES), rng.integers(0, MOST_K, SHAPES)
@@ -201,7 +201,7 @@ def test_widest_tile_where_it_leaves_nothing_idle(capability):
 
 
 @pytest.mark.parametrize("capability", TENSOR_CORES)
-def test_widest_tile_where_there_are_many(capability):
+def test_widest_tile_if_there_are_many(capability):
     rng = np.random.default_rng(4)
     m, n = (np.floor(2 ** rng.uniform(12, 20, SHAPES)).astype(np.int64) for _ in range(2))
     tiles = -(-m // 128) * -(-n // 256)
@@ -213,7 +213,7 @@ def test_widest_tile_where_there_are_many(capability):
 
 
 def test_sizes_at_their_bounds():
-    """That no int64 overflows is what the compiler's checks show."""
+    """The harness is compiled with overflow checks, which end the process if an int64 overflows."""
     powers = 2 ** np.arange(41)
     m, n = np.r_[powers, 0, MOST_OUTPUTS, 0], np.r_[powers[::-1], MOST_OUTPUTS, 0, 0]
     for capability in CAPABILITIES:
@@ -225,7 +225,7 @@ def test_sizes_at_their_bounds():
                 np.testing.assert_array_equal(choices.kernel, expected_kernel(capability, m))
 
 
-# ---- figures that stand in comments and in the kernels ---------------------------------------------
+# ---- figures that comments and the kernels repeat --------------------------------------------------
 
 
 def read_tile(tile, capability):
@@ -251,7 +251,7 @@ def test_documented_estimates(capability, clocks, blocks):
 
 
 def test_tiles_are_those_of_the_kernel():
-    """Which has no such numbers of its own."""
+    """The kernel's sources use the constants of heuristics.h and have a case for each tile."""
     text = (CUDA / "gemm_mma_sm80.cu").read_text() + (CUDA / "mma_tiles.cuh").read_text()
     for name in ("kTileRows", "kTileColumns", "kTileSide", "kTileBlocks", "kTileStages", "kTileStageBits"):
         assert re.search(rf"\b{name}\b", text), name
@@ -283,7 +283,7 @@ def test_table_of_kernels():
 
 
 def test_every_kernel_has_a_file_and_a_launcher():
-    """The launcher is gemm_<name>; the file's name is one of its launchers'."""
+    """A kernel's launcher is gemm_<name>, and each file is named after one of the launchers in it."""
     files = sorted(CUDA.glob("gemm_*.cu"))
     defined = {file.stem: re.findall(r"^cudaError_t (gemm_\w+)\([^;]*?\{", file.read_text(), re.M) for file in files}
     assert all(stem in launchers for stem, launchers in defined.items())
@@ -295,7 +295,7 @@ def test_every_kernel_has_a_file_and_a_launcher():
 
 
 @pytest.mark.parametrize(("macro", "kernel"), [("MMA_SM75", "mma_sm75"), ("MMA_SM80", "mma_sm80")])
-def test_tensor_core_kernels_are_not_chosen_where_they_are_empty(macro, kernel):
+def test_tensor_core_kernels_are_only_chosen_for_targets_that_have_their_code(macro, kernel):
     text = (CUDA / "mma.cuh").read_text()
     pattern = rf"__CUDA_ARCH__ >= (\d+) && __CUDA_ARCH__ < (\d+)\n#define BITORCH_QLINEAR_{macro} 1"
     first, end = (int(number) for number in re.search(pattern, text).groups())
@@ -337,7 +337,7 @@ def test_forced_by_a_name_that_does_not_exist(name):
 
 
 @pytest.mark.parametrize("capability", [30, 52, 61, 70, 72])
-def test_device_that_is_too_old(capability):
+def test_a_device_that_is_too_old_is_an_error(capability):
     assert not library().is_supported(capability)
     assert library().names_of(capability) == b""
     for name in ("", "popc", "mma_sm80"):

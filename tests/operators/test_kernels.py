@@ -1,4 +1,4 @@
-"""Every CPU kernel against the reference and against its scalar twin, bit for bit."""
+"""Every CPU kernel equals the reference and the scalar kernel bit for bit."""
 
 import functools
 import itertools
@@ -35,11 +35,11 @@ from bitorch_qlinear import _kernels, _library, kernels
 from bitorch_qlinear import functional as F
 
 KERNELS = kernels.available()
-PANELS_OFFSET = 192  # bytes of a prepared form's header and fingerprint
+PANELS_OFFSET = 192  # the size in bytes of a prepared form's header and fingerprint, which the panels follow
 
 
 def next_prime(n: int) -> int:
-    """A row stride that no right one coincides with."""
+    """Return the next prime, which as a row stride cannot coincide with a correct one."""
     while n < 2 or any(n % d == 0 for d in range(2, math.isqrt(n) + 1)):
         n += 1
     return n
@@ -74,7 +74,7 @@ def test_product(kernel, on_scalar, m, n, k):
     x.copy_(random_values((m, k), torch.float32, generator))
     w = random_words(n, k, generator, stray=True)
     x_words = pack_signs(x)
-    x_words[..., -1:] |= -(1 << k % 32) if k % 32 else 0  # stray bits
+    x_words[..., -1:] |= -(1 << k % 32) if k % 32 else 0  # sets the bits past k
     bias, scale = torch.randn(n, generator=generator), torch.randn(n, generator=generator)
 
     integers = product(signs(x), unpack_signs(w, k))
@@ -98,12 +98,12 @@ def test_product_of_several_spans(kernel, on_scalar, m, n, k):
 
 @pytest.mark.parametrize("k", shapes.around(*shapes.ACCUMULATOR_BOUNDS))
 def test_accumulators_at_their_bounds(kernel, k):
-    """Random bits reach about half of every count; equal and opposite rows reach 0 and the largest."""
+    """Random bits give about half of the largest count; equal and opposite rows give 0 and the largest."""
     patterns = random_words(1, k, torch.Generator().manual_seed(k)), torch.full((1, -(-k // 32)), -1, dtype=torch.int32)
     for pattern in patterns:
-        for m in (1, 2, 3):  # a single row; one pair; a pair and a row
+        for m in (1, 2, 3):  # the kernel takes rows in pairs, and a single one differently
             for n in (1, shapes.PANEL + 2) if k < shapes.SPAN // 2 else (shapes.PANEL + 2,):
-                # Neighbours at opposite extremes, so that a count that leaks changes theirs.
+                # Neighbouring counts are opposite extremes, so that a carry from one into the next is noticed.
                 for x_flips, w_flips in (([0], [0]), ([0], [1]), ([0, 1], [0]), ([1, 0], [0, 0, 1])):
                     x_flip = torch.tensor([x_flips[i % len(x_flips)] for i in range(m)])
                     w_flip = torch.tensor([w_flips[i % len(w_flips)] for i in range(n)])
@@ -115,7 +115,7 @@ def test_accumulators_at_their_bounds(kernel, k):
 
 @pytest.mark.parametrize("k", shapes.around(shapes.FEWEST_VALUES, 8 * shapes.TABLE_BLOCK, shapes.MOST_VALUES))
 def test_row_tables_at_their_bounds(kernel, k):
-    """Each row and output equal or opposite: every count is 0 or the largest, beside others of both kinds."""
+    """All rows and outputs are equal or opposite, so every count is 0 or the largest, next to counts of both kinds."""
     generator = torch.Generator().manual_seed(k)
     pattern = random_words(1, k, generator)
     x_flip, w_flip = (
@@ -132,7 +132,7 @@ def test_row_tables_at_their_bounds(kernel, k):
 @dtypes
 @pytest.mark.parametrize("strict", [False, True])
 def test_pack_every_length(kernel, dtype, strict):
-    """All residues modulo a word and a vector; each row starts where the one before it ends, unaligned."""
+    """Lengths have all remainders modulo a word and a vector; each row starts, unaligned, at the previous one's end."""
     generator = torch.Generator().manual_seed(1)
     for k in range(0, 2 * 64 + 2):
         x = random_values((3, k), dtype, generator)
@@ -148,8 +148,7 @@ def test_pack_every_length(kernel, dtype, strict):
     "threshold", [None, 0.0, 1.0, 0.1, 6e-8, 1e-45, 0.3333333333333333, 65519.0, 1e5, 1e300, math.inf]
 )
 def test_pack_every_value(kernel, dtype, strict, threshold):
-    """All patterns of the half types and their like of the others: special values beside random ones, each shifted
-    through every lane."""
+    """All bit patterns of the half types, or random ones of the others, and then special values in every lane."""
     generator = torch.Generator().manual_seed(2)
     bits = BITS[dtype]
     if bits is torch.int16:
@@ -157,7 +156,7 @@ def test_pack_every_value(kernel, dtype, strict, threshold):
     else:
         x = random_values((2**14,), dtype, generator)
     near = torch.tensor(threshold or 1.0, dtype=torch.float64).to(dtype).view(bits)
-    edge = (near + torch.arange(-1, 2, dtype=bits)).view(dtype)  # the threshold and both its neighbours
+    edge = (near + torch.arange(-1, 2, dtype=bits)).view(dtype)  # the threshold and its two neighbours
     x = torch.cat([x, *([special_values(dtype), edge, -edge] * 33)])
     w = random_words(1, len(x), generator)
     y, words, range_words = F.linear_train(x, w, len(x), strict=strict, threshold=threshold)
@@ -172,8 +171,8 @@ def test_pack_every_value(kernel, dtype, strict, threshold):
 
 @dtypes
 @pytest.mark.parametrize("strict", [False, True])
-def test_denormals_keep_their_sign_where_torch_flushes_them(kernel, dtype, strict):
-    # The setting is each thread's own: bits that followed it would depend on the thread that packs a row.
+def test_denormals_keep_their_sign_when_torch_flushes_them(kernel, dtype, strict):
+    # Each thread has its own setting, so if it mattered, bits would depend on the thread that packs a row.
     tiny = torch.finfo(dtype).smallest_normal / 2
     x = torch.tensor([-tiny, tiny, -0.0, 0.0] * 17, dtype=dtype)
     expected = F.pack_bits(x, strict)
@@ -199,20 +198,21 @@ def test_unpack_every_length(kernel, out):
             assert_equal(F.pack_bits(values), pack(expected > 0), f"round trip, k {k}")
 
 
-# ---- from integers to outputs --------------------------------------------------------------------
+# ---- conversion of the integers to outputs -------------------------------------------------------
 
 
 @functools.cache
 def rows_with_products(k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Products around powers of two, and words that have them with a row of ones."""
+    """Return products around powers of two, and the rows of words whose products with a row of ones they are."""
     wanted = {s * (2**e + d) for e in (8, 11, 12, 15, 16) for d in range(-49, 50, 2) for s in (1, -1)}
     wanted = torch.tensor([*sorted(wanted), 65519, 65521, -65519, -65521, k, -k])
     return wanted, pack(torch.arange(k) >= (k - wanted[:, None]) // 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
 def test_large_products_are_rounded_as_torch_does(kernel, out):
-    """Where a half type's last bit changes its meaning, ties included, up to float16's overflow."""
+    """The products lie where a half type's precision changes, and include ties and values that overflow float16."""
     k = 65601
     wanted, words = rows_with_products(k)
     y = F.binary_linear(torch.full((1, words.shape[1]), -1, dtype=torch.int32), words, k, out_dtype=out)
@@ -224,12 +224,12 @@ def test_large_products_are_rounded_as_torch_does(kernel, out):
 @pytest.mark.parametrize("vector", FLOATS, ids=lambda dtype: str(dtype)[6:])
 @dtypes
 def test_bias_and_scale_of_every_value(kernel, dtype, vector, m):
-    """Each operation rounds once and alone (no fused multiply-add); NaN, infinities, overflow, subnormal results."""
+    """Each operation rounds separately (no fused multiply-add), also if values are NaN, infinite or subnormal."""
     n, k = 4099, 27
     generator = torch.Generator().manual_seed(4)
     x, w = random_values((m, k), torch.float32, generator), random_words(n, k, generator)
     normal, wild = torch.randn(n, dtype=torch.float64, generator=generator), random_values((n,), vector, generator)
-    # Magnitudes over the whole range of the output, subnormal and beyond.
+    # These magnitudes cover the range of the output types, from subnormal results to overflow.
     spread = (normal * 10.0 ** (torch.rand(n, dtype=torch.float64, generator=generator) * 60 - 30)).to(vector)
     normal = normal.to(vector)
     integers = product(signs(x), unpack_signs(w, k))
@@ -240,7 +240,7 @@ def test_bias_and_scale_of_every_value(kernel, dtype, vector, m):
 
 @pytest.mark.parametrize("out", FLOATS, ids=lambda dtype: str(dtype)[6:])
 def test_cast_of_every_pattern(kernel, out):
-    """With k = 0 the product is 0 and y = cast(0 + bias): torch's own cast, for float32 patterns all over the range."""
+    """With k = 0, y is cast(0 + bias), which must equal torch's cast for float32 patterns from the whole range."""
     steps = torch.arange(0, 2**32, 65537 // 2, dtype=torch.int64)
     patterns = torch.cat([steps, *(p + torch.arange(-3, 4) for p in range(0, 2**32, 1 << 20))]) - 2**31
     bias = patterns.clamp(-(2**31), 2**31 - 1).to(torch.int32).view(torch.float32)
@@ -272,7 +272,7 @@ def test_any_number_of_threads(kernel, threads, m, n, k):
 
 
 def test_callers_in_several_threads(kernel, threads):
-    """One of them at a time has torch's threads, the others compute in their own: all the same."""
+    """Only one caller at a time gets torch's threads, and the others compute alone; all results are equal."""
     m, n, k, callers = 131, 400, 500, 4
     assert m * n * k > shapes.SERIAL_PRODUCTS
     generator = torch.Generator().manual_seed(6)
@@ -292,7 +292,7 @@ def test_callers_in_several_threads(kernel, threads):
 
 @dtypes
 def test_memory_of_any_alignment(kernel, dtype):
-    """Every pointer one byte past an aligned one, as torch.frombuffer and slices of bytes can give."""
+    """Every pointer lies one byte after an aligned address, as can happen with torch.frombuffer and slices of bytes."""
 
     def misaligned(tensor):
         raw = tensor.contiguous().view(torch.uint8).reshape(-1)
@@ -307,7 +307,7 @@ def test_memory_of_any_alignment(kernel, dtype):
         odd = {name: misaligned(t) for name, t in (("x", x), ("w", w), ("bias", bias), ("scale", scale))}
         assert odd["x"].data_ptr() % 2 == 1
         prepared = misaligned(F.prepare_weight(odd["w"], k))
-        panels = slice(PANELS_OFFSET, None)  # the fingerprint before them names the address of the words
+        panels = slice(PANELS_OFFSET, None)  # the fingerprint before the panels holds the address of the words
         assert_equal(prepared[panels], F.prepare_weight(w, k)[panels])
         for given in (prepared, None):
             assert_equal(
@@ -319,7 +319,7 @@ def test_memory_of_any_alignment(kernel, dtype):
 
 
 def test_real_weights(kernel):
-    """The whole way from floats, both sign rules, as a layer would go it."""
+    """Pack float weights and multiply float inputs by them with both sign rules, as a layer does."""
     x, w, bias = torch.randn(4, 6, 100), torch.randn(33, 100), torch.randn(33)
     x[0], w[:, 7] = 0.0, 0.0
     for strict_x in (False, True):
@@ -337,8 +337,8 @@ def test_kernels_are_those_of_the_library():
 
 
 @pytest.mark.parametrize("inner", [*KERNELS, None])
-def test_forced_restores_what_was_there_before(kernel, inner):
-    """The former choice, which is not the automatic one here."""
+def test_forced_restores_the_previous_kernel(kernel, inner):
+    """On exit, the previous kernel is active again, which here is a forced one."""
     with kernels.forced(inner):
         assert kernels.active() == (inner or kernel)
         with pytest.raises(ZeroDivisionError), kernels.forced("scalar"):
@@ -348,6 +348,7 @@ def test_forced_restores_what_was_there_before(kernel, inner):
     assert kernels.active() == kernel
 
 
+@pytest.mark.slow
 def test_forced_restores_the_kernel_of_the_environment():
     code = (
         "from bitorch_qlinear import kernels\n"
@@ -370,7 +371,7 @@ def test_an_unknown_kernel_is_refused_and_changes_nothing(kernel, name):
 
 
 @pytest.mark.parametrize("name", _kernels.CUDA_KERNELS)
-def test_a_cuda_kernel_is_refused_where_there_are_no_cuda_operators(monkeypatch, name):
+def test_a_cuda_kernel_is_refused_without_cuda_operators(monkeypatch, name):
     monkeypatch.setattr(_library, "has_cuda", False)
     monkeypatch.setattr(_library, "no_cuda_reason", "this torch was made of wood")
     message = rf"got '{name}', a CUDA kernel; there are no CUDA operators here: this torch was made of wood$"
@@ -379,7 +380,7 @@ def test_a_cuda_kernel_is_refused_where_there_are_no_cuda_operators(monkeypatch,
 
 
 def test_forced_passes_cuda_kernels_to_the_cuda_library(monkeypatch):
-    """Beside the CPU's choice, which it leaves alone; without a GPU or a build with CUDA."""
+    """The name of a CUDA kernel reaches the CUDA library, which is a substitute here, and not the CPU's choice."""
     state = ["mma_sm75"]
     monkeypatch.setattr(_library, "has_cuda", True)
     monkeypatch.setattr(_kernels, "forced_cuda_kernel", lambda: state[-1])

@@ -1,4 +1,4 @@
-"""Real values by signs: one order of summation for all kernels, its error, what is not finite, threads and strides."""
+"""multiply_signs: all kernels sum in the same order, with a bounded error, for any values, layout and thread count."""
 
 import itertools
 import math
@@ -13,21 +13,21 @@ from torch.func import vmap
 from bitorch_qlinear import QLinear, _kernels
 from bitorch_qlinear import functional as F
 
-# csrc/cpu/sign_gemm.h: values a group and a pass, passes a span, passes and columns whose codes are made together;
-# rows of a tile; csrc/cpu/product.h: columns of one.
+# These constants repeat csrc/cpu/sign_gemm.h: values per group and per pass, passes per span, the passes and columns
+# whose codes are made together, rows per tile; and csrc/cpu/product.h: the most columns per tile.
 GROUP, PASS, PASSES_PER_SPAN, CODE_PASSES, CODE_COLUMNS, ROW_TILE, MOST_COLUMNS = 6, 30, 64, 16, 32, 16, 4096
-# Beyond the rows that any kernel computes one after the other.
+# The last of these are more rows than any kernel computes one by one.
 FEW_ROWS = range(1, 12)
 SPAN = PASS * PASSES_PER_SPAN
 
-# Kernels that multiply reals by signs faster than a BLAS does.
+# These kernels multiply reals by signs faster than a BLAS does.
 BY_TABLES = {"avx512", "avx2"}
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 transposes = pytest.mark.parametrize("transpose", [False, True], ids=["", "transposed"])
 
 
 def factors(m, n, k, dtype, transpose, generator, make=None):
-    """Reals [m, k], words whose signs are [k, n], transposed [n, k], and the operator's k."""
+    """Return reals of shape (m, k), words whose signs are (k, n) or transposed (n, k), and the operator's k."""
     reals = (make or torch.randn)((m, k), generator=generator).to(dtype)
     words = random_words(n if transpose else k, k if transpose else n, generator, stray=True)
     return reals, words, k if transpose else n
@@ -51,7 +51,7 @@ LAYOUTS = {
 
 
 def sizes():
-    """(m, n, k) on all sides of every tile."""
+    """Return (m, n, k) around the sizes of every tile."""
     ks = [0, *around(1, 3, GROUP, 8, PASS, 32, 2 * PASS, 64)]
     shapes = {(3, 33, k) for k in ks} | {(ROW_TILE, 9, k) for k in ks}
     shapes |= {(m, n, 37) for m in around(1, 4, 8, ROW_TILE, 2 * ROW_TILE) for n in around(1, 8, 32, 64)}
@@ -63,7 +63,7 @@ def sizes():
 @transposes
 @dtypes
 def test_every_size(kernel, on_scalar, dtype, transpose):
-    """Bit for bit the scalar twin's, and exact where the sums are."""
+    """The result equals the scalar kernel's bit for bit, and the exact product if the reals are small integers."""
     generator = torch.Generator().manual_seed(0)
     for i, (m, n, k) in enumerate(sizes()):
         layout = list(LAYOUTS.values())[i % len(LAYOUTS)]
@@ -97,7 +97,7 @@ def rounding_unit(dtype):
 @transposes
 @dtypes
 def test_error_bound(kernel, dtype, transpose):
-    """d additions of rounding unit u: at most d u sum(|x|), and one rounding more for the half types."""
+    """With d additions and rounding unit u, the error is at most d u sum(|x|), and one more rounding for half types."""
     generator = torch.Generator().manual_seed(2)
     for k in (1, GROUP, PASS, 257, SPAN, 2 * SPAN + 7):
         reals, words, row = factors(2, 40, k, dtype, transpose, generator)
@@ -114,11 +114,11 @@ def test_error_bound(kernel, dtype, transpose):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @transposes
 def test_error_is_like_that_of_the_blas(dtype, k, transpose):
-    """At most twice the error of torch's product on the same data."""
+    """The error is at most twice that of torch's product of the same data."""
     generator = torch.Generator().manual_seed(3)
     reals, words, row = factors(64, 128, k, dtype, transpose, generator)
     signs = sign_matrix(words, row, transpose)
-    # Beyond float64: two halves of each value, whose sums are exact.
+    # Each value is split into two parts whose sums are exact, which gives more precision than float64.
     high = (reals.double() * 2**20).round() / 2**20
     exact_high, low = high @ signs, (reals.double() - high) @ signs
     error, blas = (
@@ -131,8 +131,8 @@ def test_error_is_like_that_of_the_blas(dtype, k, transpose):
 
 @transposes
 @dtypes
-def test_what_is_not_finite(kernel, dtype, transpose):
-    """As in a product of floats: NaN or opposite infinities give NaN, infinities of one sign themselves."""
+def test_nan_and_infinities(kernel, dtype, transpose):
+    """As in a product of floats, NaN or opposite infinities give NaN, and infinities of one sign an infinity."""
     generator = torch.Generator().manual_seed(4)
     m, n, k = 60, 70, 97
     reals, words, row = factors(m, n, k, dtype, transpose, generator, integers)
@@ -142,7 +142,7 @@ def test_what_is_not_finite(kernel, dtype, transpose):
             reals[3 * i + j, at] = torch.tensor(values, dtype=dtype)
     reals[48, 0], reals[49, k - 1] = math.inf, math.nan
     signs = sign_matrix(words, row, transpose)
-    # Without a BLAS: an infinity times a sign, summed.
+    # This sums the products one by one, because a BLAS may treat infinities differently.
     expected = torch.stack([(x[:, None] * signs).sum(0) for x in reals.double()]).to(dtype)
     assert expected.isnan().any() and expected.isinf().any() and expected[50:].isfinite().all()
     y = F.multiply_signs(reals, words, row, transpose)
@@ -154,7 +154,7 @@ def test_what_is_not_finite(kernel, dtype, transpose):
 
 @dtypes
 def test_any_bits(kernel, on_scalar, dtype):
-    """Random patterns: largest values, whose sums overflow, denormals, signalling NaN."""
+    """Random bit patterns include the largest values, whose sums overflow, denormals and signalling NaN."""
     generator = torch.Generator().manual_seed(5)
     reals, words = random_values((200, 65), dtype, generator), random_words(65, 40, generator)
     y = F.multiply_signs(reals, words, 40)
@@ -166,7 +166,7 @@ def test_any_bits(kernel, on_scalar, dtype):
 
 @dtypes
 def test_zeros_of_either_sign(kernel, on_scalar, dtype):
-    """Sums of zeros alone: the sign of each says in which order and with what they were added."""
+    """In a sum of zeros alone, the sign of the result depends on what was added, and in which order."""
     generator = torch.Generator().manual_seed(11)
     for m, k in itertools.product((1, 2, 5, ROW_TILE), (1, 2, PASS - 1, PASS, 2 * PASS + 4)):
         reals, words, _ = factors(m, 40, k, dtype, True, generator, torch.rand)
@@ -216,8 +216,8 @@ def test_vmap():
     assert_equal(vmap(lambda r: F.multiply_signs(r, words[1], 40, True))(reals), expected)
 
 
-def test_backward_takes_it_where_it_is_faster(kernel):
-    """The two products of 300 outputs; that of the weight's gradient only where the batch is long enough."""
+def test_backward_uses_multiply_signs_if_it_is_faster(kernel):
+    """Both gradients use multiply_signs if k is large enough, that of the weight only if the batch is large enough."""
     by_tables = kernel in BY_TABLES
     for k, batch, count in ((40, 100, 0), (300, 100, 2), (300, 4, 1)):
         layer = QLinear(k, 80)
@@ -242,7 +242,7 @@ def operators_of(layer, x):
 
 @pytest.mark.parametrize("bias", [False, True])
 @dtypes
-def test_identity_input_by_sign_weights(kernel, dtype, bias):
+def test_identity_input_times_sign_weights(kernel, dtype, bias):
     layer, x = identity_layer(dtype=dtype, bias=bias)
     for write in (lambda w: w, torch.Tensor.neg_):
         write(layer.weight)
@@ -254,7 +254,7 @@ def test_identity_input_by_sign_weights(kernel, dtype, bias):
         torch.testing.assert_close(y.double(), expected, rtol=precision, atol=precision * 60)
 
 
-def test_identity_input_in_float_where_it_must_be():
+def test_identity_input_is_computed_in_float_if_it_must_be():
     layer, x = identity_layer()
     assert operators_of(layer, x)[1] == ["multiply_signs"] * (_kernels.active_kernel() in BY_TABLES)
     assert operators_of(layer, x.clone().requires_grad_())[1] == []

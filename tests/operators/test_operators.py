@@ -1,4 +1,4 @@
-"""The operators as torch sees them: any input, fake tensors, opcheck, argument checks."""
+"""The operators on any valid input, and with torch's tools: vmap, opcheck, fake tensors, compile, export, flops."""
 
 import itertools
 import math
@@ -97,14 +97,14 @@ import importlib, sys, types
 import torch
 package, first = sys.argv[1:]
 if first != "bitorch_qlinear":
-    stub = types.ModuleType("bitorch_qlinear")  # in the place of __init__.py, whose order of imports must not matter
+    stub = types.ModuleType("bitorch_qlinear")  # replaces __init__.py, because its order of imports must not matter
     stub.__path__ = [package]
     sys.modules["bitorch_qlinear"] = stub
 """
 
 
 def in_a_fresh_process(code, first):
-    """Runs the code where `first`, a module of ours, can be imported before all others."""
+    """Run the code in a new process, in which it can import the module `first` before the package's other modules."""
     package = str(Path(bitorch_qlinear.__file__).parent)
     command = [sys.executable, "-c", ONE_MODULE_ALONE + code, package, first]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(package).parent)
@@ -128,12 +128,13 @@ for function, *tensors in (
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["bitorch_qlinear", "bitorch_qlinear._vmap"])
 def test_vmap_does_not_depend_on_the_order_of_imports(first):
     in_a_fresh_process(VMAP, first)
 
 
-def test_operators_are_those_of_the_design():
+def test_all_operators_of_the_contract_exist():
     products = {"binary_linear", "linear", "sign_linear", "linear_train", "multiply_signs"}
     design = {"pack_bits", "unpack_bits", "prepare_weight", *products}
     assert design <= set(OPERATORS)
@@ -144,7 +145,7 @@ def test_operators_are_those_of_the_design():
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name):
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if name != "prepare_weight":  # whose result holds the address of the words: no two results are equal
+    if name != "prepare_weight":  # its result contains the address of the words, so no two results are equal
         checks.append("test_aot_dispatch_dynamic")
     for args, kwargs in samples(name):
         torch.library.opcheck(operator(name), args, kwargs, test_utils=checks)
@@ -187,8 +188,8 @@ def test_fake_and_meta_results_have_the_real_form(kernel, name, data):
 # ---- symbolic sizes --------------------------------------------------------------------------------
 
 
-def of_words(k=70, n=9):
-    """Calls of every operator on packed rows of a batch: each begins and ends with a tensor."""
+def functions_of_words(k=70, n=9):
+    """Return a function for each operator that calls it and maps the packed rows of a batch to one tensor."""
     weight, bias = torch.randn(n, k), torch.randn(n)
     words = pack_signs(weight)
     prepared = F.prepare_weight(words, k)
@@ -216,7 +217,7 @@ class Module(torch.nn.Module):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_one_graph_serves_every_batch(name):
     torch._dynamo.reset()
-    function, counter = of_words()[name], CompileCounterWithBackend("aot_eager")
+    function, counter = functions_of_words()[name], CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
     for rows in (2, 3, 17, 129):
         x_words = pack_signs(torch.randn(rows, 70))
@@ -226,7 +227,7 @@ def test_one_graph_serves_every_batch(name):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_exported_programs_serve_every_batch(name):
-    module = Module(of_words()[name])
+    module = Module(functions_of_words()[name])
     shapes = ({0: torch.export.Dim("batch", min=0)},)
     program = torch.export.export(module, (pack_signs(torch.randn(4, 70)),), dynamic_shapes=shapes)
     for rows in (0, 1, 2, 129):
@@ -236,7 +237,7 @@ def test_exported_programs_serve_every_batch(name):
 
 def test_strided_words_of_a_dynamic_batch_are_refused_while_tracing():
     torch._dynamo.reset()
-    compiled = torch.compile(of_words()["binary_linear"], fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(functions_of_words()["binary_linear"], fullgraph=True, dynamic=True, backend="aot_eager")
     wrong = strided(pack_signs(torch.randn(5, 70)))
     with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="x_words: expected contiguous words"):
         compiled(wrong)
@@ -253,7 +254,7 @@ def flops(function, *tensors):
 
 @pytest.mark.parametrize("leading", [(3,), (2, 3), (), (0,)], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_operations_are_counted_as_of_the_float_layer(leading, with_bias):
+def test_flops_equal_those_of_the_float_layer(leading, with_bias):
     n, k = 9, 70
     x, weight, bias = torch.randn(*leading, k), torch.randn(n, k), torch.randn(n) if with_bias else None
     words, x_words = pack_signs(weight), pack_signs(x)
@@ -282,7 +283,8 @@ assert counter.get_total_flops() == 2 * 3 * 40 * 5
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counter_first", ["", "import torch.utils.flop_counter"], ids=["after", "before"])
-def test_the_counter_may_be_imported_before_or_after_us(counter_first):
-    """We do not import it ourselves: it imports triton, which takes longer than all of ours."""
+def test_the_flop_counter_may_be_imported_before_or_after_the_package(counter_first):
+    """The package does not import torch's counter itself, because that imports triton, which takes long."""
     in_a_fresh_process(COUNTED.format(counter_first=counter_first), "bitorch_qlinear._flops")

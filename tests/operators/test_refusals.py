@@ -1,4 +1,4 @@
-"""What the operators refuse: which argument, in which words, with and without memory."""
+"""The operators refuse wrong arguments, name them in the error, and say the same about tensors without memory."""
 
 import itertools
 import re
@@ -9,9 +9,9 @@ import torch
 from support.operators import (
     BROKEN,
     CPU_ONLY,
+    FOREIGN_FORMS,
     INVISIBLE,
     LINEAR,
-    OF_ANOTHER,
     OPERATORS,
     PREPARED,
     SINGLE,
@@ -44,12 +44,12 @@ def test_wrong_arguments_are_refused(kernel, name, argument, what):
 
 
 @pytest.mark.parametrize("name", PREPARED)
-@pytest.mark.parametrize("what", OF_ANOTHER)
-def test_forms_of_another_are_prepared_anew(kernel, name, what):
+@pytest.mark.parametrize("what", FOREIGN_FORMS)
+def test_foreign_forms_are_not_used(kernel, name, what):
     values = arguments()
     args, kwargs = call_arguments(name, values | {"weight_prepared": None})
     expected = operator(name)(*args, **kwargs)
-    args, kwargs = call_arguments(name, values | {"weight_prepared": OF_ANOTHER[what](values["weight_prepared"])})
+    args, kwargs = call_arguments(name, values | {"weight_prepared": FOREIGN_FORMS[what](values["weight_prepared"])})
     result = operator(name)(*args, **kwargs)
     results, wanted = ([r] if isinstance(r, torch.Tensor) else r for r in (result, expected))
     for r, w in zip(results, wanted, strict=True):
@@ -57,7 +57,7 @@ def test_forms_of_another_are_prepared_anew(kernel, name, what):
 
 
 def without_memory(way):
-    """(mode, function): a mode to be in, and what makes a tensor of the same form there."""
+    """Return a context manager and a function that, inside it, makes a tensor of a given one's form without memory."""
     mode = FakeTensorMode()
     if way == "fake cpu":
         return mode, mode.from_tensor
@@ -86,7 +86,7 @@ WITHOUT_MEMORY = ["meta", "fake cpu", "fake cuda"]
 @pytest.mark.parametrize("way", WITHOUT_MEMORY)
 @pytest.mark.parametrize(("name", "argument", "what"), [p for p in breakages() if p.values[2] not in INVISIBLE])
 def test_tensors_without_memory_are_refused_alike(name, argument, what, way):
-    """So that what is wrong is found, and named, while a model is traced."""
+    """The errors must be the same for meta and fake tensors, so that a wrong argument is found while tracing."""
     values = arguments()
     values[argument] = BROKEN[argument][what](values[argument])
     expected = refusal(name, values)
@@ -156,7 +156,7 @@ def test_int32_is_the_product_alone(name):
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_tensors_of_another_layout_are_refused():
-    """Sparse and mkldnn tensors have no kernels: an error of torch's, never a number."""
+    """Sparse and mkldnn tensors have no kernels, so torch must raise an error instead of returning a result."""
     x, words = torch.randn(3, 40), arguments()["weight_words"]
     for wrong in (x.to_sparse(), x.to_sparse_csr(), x.to_mkldnn()):
         with pytest.raises(RuntimeError):
@@ -167,13 +167,13 @@ def test_tensors_of_another_layout_are_refused():
         F.linear(x, words, 40, torch.ones(5).to_sparse())
 
 
-def test_layout_that_is_here(kernel):
+def test_the_active_layout_is_accepted(kernel):
     words, layout = arguments()["weight_words"], _kernels.prepared_layout().number
     assert_equal(F.prepare_weight(words, 40, layout=layout), F.prepare_weight(words, 40))
 
 
 @pytest.mark.parametrize(("made_for", "used_by"), [*itertools.permutations(_kernels.available_kernels(), 2)])
-def test_weights_prepared_for_another_kernel_are_prepared_anew(made_for, used_by):
+def test_weights_prepared_for_another_kernel_are_prepared_again(made_for, used_by):
     try:
         _kernels.force_kernel(made_for)
         values = arguments()
@@ -205,7 +205,7 @@ ONE = pack_signs(torch.ones(1, 1))
         (lambda: F.pack_bits(torch.zeros(1).expand(2**31)), "k"),
         (lambda: F.pack_bits(torch.zeros(1, 1).expand(2**62, 1)), "result"),
         (lambda: F.pack_bits(torch.zeros(1, 1).expand(2**45, 3)), "x"),
-        (lambda: F.linear(torch.zeros(1, 1).expand(2**62, 1), ONE, 1), "out of memory"),
+        (lambda: F.linear(torch.zeros(1, 1).expand(2**62, 1), ONE, 1), "result"),
         (lambda: F.linear_train(torch.zeros(1, 1).expand(2**62, 1), ONE, 1), "result"),
         (lambda: F.linear(torch.zeros(1, 0), HUGE_WORDS, 0), "result"),
         (lambda: F.binary_linear(HUGE_WORDS, HUGE_WORDS, 0), "result"),
@@ -214,7 +214,7 @@ ONE = pack_signs(torch.ones(1, 1))
     ],
 )
 def test_sizes_beyond_memory_are_refused(kernel, function, name):
-    """Shapes that take no memory themselves, but whose results would: no wrapped-around size, no crash."""
+    """Arguments that take no memory but whose results would: sizes must not wrap around, and nothing may crash."""
     with pytest.raises(RuntimeError, match=f"bitorch_qlinear: {name}") as caught:
         function()
     assert not re.search(r"/\w|\.cpp|\.h\b", str(caught.value))

@@ -1,12 +1,12 @@
-"""However the weights of a layer are written, the next call computes with them: eager, compiled, exported, any kernel.
+"""However a layer's weights are written, its next call uses them: eager, compiled or exported, and with any kernel.
 
-A PackedQLinear keeps its words and, beside them, the form that a kernel reads. The operator compares the two in every
-call (csrc/cpu/fingerprint.h): few words are compared whole; of many words a share that grows with the rows of x, unless
-torch has counted a write or the tensor is another one, and then all. What is not seen is therefore one kind of change
-alone: to less than 513 consecutive cache lines of very many words, past torch's version counter (through ``.data``,
-NumPy, DLPack or a collective), before a call of fewer than 512 rows.
+A PackedQLinear keeps its words and the prepared form that a kernel reads. In every call, the operator checks whether
+the form belongs to the words (csrc/cpu/fingerprint.h). It compares all words if they are few, if torch counted a write
+to them, or if they are in another tensor; otherwise a share of them that grows with the rows of x. Therefore only one
+kind of change can go unnoticed: one that torch does not count (through ``.data``, NumPy, DLPack or a collective), to
+fewer than 513 consecutive cache lines of very many words, before a call with fewer than 512 rows.
 
-A QLinear keeps nothing, so that there is nothing to be out of date.
+A QLinear keeps no packed weights, so nothing can be out of date.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch.func import functional_call
 
 from bitorch_qlinear import PackedQLinear, QLinear, kernels, pack
 
-# k and n: 27 words, for which a layer keeps no form; 1600, which a call compares whole; 6048, of which it compares a
-# share.
+# These are k and n. A layer keeps no form of the first one's 27 words, a call compares all of the second one's 1600
+# words, and a share of the third one's 6048.
 TINY, FEW, MANY = (70, 9), (1000, 50), (2000, 96)
 sizes = pytest.mark.parametrize("size", [TINY, FEW, MANY], ids=["tiny", "few", "many"])
 
@@ -47,7 +47,7 @@ def packed_layer(size, **options):
 
 
 def expected(words, bias, x):
-    """The product, from the words alone."""
+    """Return the layer's output, computed from the words without any kernel."""
     k = x.shape[-1]
     return epilogue(product(signs(x), unpack_signs(words, k)), bias, None, x.dtype)
 
@@ -166,7 +166,7 @@ each_way = pytest.mark.parametrize("write", WAYS, ids=lambda write: write.__name
 
 
 def change(layer, write, size):
-    """Write all words of another layer; returns a copy of them."""
+    """Write another layer's words into this one and return them."""
     words = packed_layer(size).weight
     with torch.no_grad():
         write(layer, words)
@@ -183,7 +183,7 @@ def test_eager(kernel, write, size):
     assert_right(layer, layer.weight, layer.bias, few)
     for x in (few, many, few):
         words = change(layer, write, size)
-        for _ in range(2):  # the form is made anew after the first
+        for _ in range(2):  # the first call makes a new form, the second may use it
             assert_right(layer, words, layer.bias, x)
 
 
@@ -282,7 +282,7 @@ FIRST = {
 @pytest.mark.parametrize("bias", [True, False])
 @sizes
 def test_built_on_meta_and_assigned(size, bias, first):
-    """What loaders do that know nothing of the layer: each tensor is set, and then the model is moved."""
+    """Loaders that do not know the layer set each tensor as an attribute and then move the model."""
     k, n = size
     source, x = packed_layer(size, bias=bias), torch.randn(3, k)
     with torch.device("meta"):
@@ -352,7 +352,7 @@ def test_one_of_many_words_that_torch_did_not_see_written(kernel):
 
 
 def test_many_consecutive_words_that_torch_did_not_see_written(kernel):
-    """A shard of a fused weight, for example, however few the rows are."""
+    """A change to enough consecutive words, such as a shard of a fused weight, is noticed even by a call of one row."""
     layer, x = packed_layer(MANY), torch.randn(1, MANY[0])
     run = 65 * 16
     for begin in (0, 16, 1000, layer.weight.numel() - run):
@@ -363,8 +363,8 @@ def test_many_consecutive_words_that_torch_did_not_see_written(kernel):
         assert_right(layer, words, layer.bias, x)
 
 
-def test_what_is_not_seen_is_the_product_before(kernel):
-    """One of many words, changed where torch does not count it, before a call of few rows."""
+def test_an_unnoticed_change_gives_the_old_or_the_new_product(kernel):
+    """If torch does not count a write to one of many words, a call of few rows may use the old or the new words."""
     layer, x = packed_layer(MANY), torch.randn(1, MANY[0])
     assert_right(layer, layer.weight, layer.bias, x)
     before, words = layer.weight.clone(), one_word_changed(layer, 4000)
@@ -374,6 +374,22 @@ def test_what_is_not_seen_is_the_product_before(kernel):
     assert any(torch.equal(y, expected(each, layer.bias, x)) for each in (before, words))
     layer.prepare()
     assert_right(layer, words, layer.bias, x)
+
+
+def test_rows_of_words_that_change_places():
+    """The differences have opposite signs and equal distances, which a hash with evenly spaced keys does not notice."""
+    layer = packed_layer((512, 512))
+    with torch.no_grad():
+        layer.weight[4], layer.weight[2] = layer.weight[2].clone(), layer.weight[2]
+        layer.weight[6], layer.weight[4] = layer.weight[0].clone(), layer.weight[2].clone()
+        x = torch.randn(512, 512)
+        layer(x)
+        order = torch.arange(512)
+        order[[0, 2, 4, 6]] = torch.tensor([2, 0, 6, 4])
+        layer.weight.copy_(layer.weight[order])
+        want = packed_layer((512, 512))
+        want.weight, want.bias.data = layer.weight.clone(), layer.bias.data
+        assert_equal(layer(x), want(x))
 
 
 # ---- a QLinear ----
@@ -405,7 +421,7 @@ FLOAT_WAYS += [weights_from_a_vector, target_network_update, optimizer_step, new
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @sizes
 @pytest.mark.parametrize("write", FLOAT_WAYS, ids=lambda write: write.__name__)
-def test_qlinear(write, size, training):
+def test_a_qlinear_sees_every_write(write, size, training):
     k, n = size
     layer, x = QLinear(k, n).train(training), torch.randn(3, k)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -433,7 +449,7 @@ def start(rank, folder):
         init_method=f"file://{folder}/processes",
         rank=rank,
         world_size=2,
-        timeout=datetime.timedelta(seconds=60),  # a test that fails rather than one that waits
+        timeout=datetime.timedelta(seconds=60),  # so that the test fails instead of waiting
     )
     torch.manual_seed(rank)
 
@@ -463,7 +479,7 @@ def broadcast_words(rank, folder):
 
 
 def train_a_head(rank, folder, names):
-    """DDP sends the buffers of rank 0 to all; each process prepares them for its own kernel."""
+    """DDP broadcasts the buffers of rank 0, and each process prepares the words for its own kernel."""
     start(rank, folder)
     with kernels.forced(names[rank]):
         layer = packed_layer(FEW)
@@ -482,12 +498,12 @@ def train_a_head(rank, folder, names):
             y, hidden = model(x)
             y.sum().backward()
             assert_equal(hidden.detach(), expected(layer.weight, layer.bias, x))
-        del model  # its reducer belongs to the processes' group, which ends now
+        del model  # its reducer belongs to the process group, which ends next
     finish()
 
 
 def in_two_processes(function, folder, *args):
-    """Their failures are the test's; a process that waits for ever is ended, and fails it too."""
+    """Run the function in two processes. The test fails if one of them does, or if they do not end in time."""
     context = mp.spawn(function, (os.fspath(folder), *args), nprocs=2, join=False)
     end = time.monotonic() + 180
     while not context.join(5):
@@ -497,11 +513,13 @@ def in_two_processes(function, folder, *args):
             pytest.fail("a process did not end")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo")
 def test_broadcast(tmp_path):
     in_two_processes(broadcast_words, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo")
 @pytest.mark.parametrize("second", [kernels.available()[0], kernels.available()[-1]])
 def test_data_parallel_over_a_packed_body(tmp_path, second):

@@ -1,1 +1,1 @@
-"""A PTX interpreter: runs what nvcc emits, on machines without a GPU, and stops at what a GPU would let pass."""
+"""The CUDA kernels of csrc/cuda, run by the PTX interpreter of tools/ptx and compared with a reference."""

@@ -4,9 +4,11 @@ What runs there is emulated, never hardware. Grids and blocks are those of the l
 """
 
 import functools
+import hashlib
 import os
 import re
 import struct
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,8 @@ import pytest
 import torch
 from support.reference import BITS, assert_equal, epilogue, pack, product, random_values, unpack
 
-from .machine import In, Module, Out, Struct, compile_cached, nvcc
-from .mutate import Mutant
+from tools.ptx.machine import In, Module, Out, Struct, build_once, compile_cached, nvcc, nvcc_release
+from tools.ptx.mutate import Mutant
 
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 # `make ptx-full`: all targets, and more shapes. (compute_80, which the build keeps as PTX, is what sm_80 is made of.)
@@ -73,6 +75,30 @@ def source(name: str) -> str:
     return re.sub(r'#include "([^"]+)"', include, text)
 
 
+@functools.cache
+def layout(name: str) -> str:
+    """The format of a struct of csrc/cuda/kernels.h for Python's module struct, as the C++ compiler lays it out.
+
+    The values are those of the fields in the order of layouts.cpp, which must be the order of the struct.
+    """
+    program = Path(__file__).with_name("layouts.cpp")
+    # A program is made again if what it includes has changed.
+    key = hashlib.sha256(repr((program.read_text(), source("kernels.h"), nvcc_release())).encode()).hexdigest()[:16]
+
+    def make(path: Path) -> None:
+        subprocess.run([nvcc(), "-std=c++20", f"-I{CUDA}", str(program), "-o", str(path)], check=True)
+
+    lines = subprocess.run([build_once(f"layouts-{key}", make)], check=True, capture_output=True, text=True).stdout
+    text, end = "=", 0
+    for struct_name, field, offset, letter in map(str.split, lines.splitlines()):
+        if struct_name == name:
+            padding = int(offset) - end
+            assert padding >= 0, f"layouts.cpp: {field} of {name} is not in the order of kernels.h"
+            text += f"{padding}x" * (padding > 0) + letter * (field != "end")
+            end = struct.calcsize(text)
+    return text
+
+
 def compiled(text: str, target: str) -> str:
     return compile_cached(text, target, ("-std=c++20", "-O3"))
 
@@ -115,7 +141,10 @@ def row_popcounts(words: np.ndarray, k: int) -> np.ndarray:
 
 
 def prepared_header(n: int, k: int) -> np.ndarray:
-    """PreparedHeader of csrc/packed.h, as CUDA's prepared form has it."""
+    """The bytes of PreparedHeader (csrc/packed.h) in CUDA's prepared form.
+
+    They are written out here, not taken from C++, because the form is stored in files and must not change by accident.
+    """
     return np.frombuffer(struct.pack("<8sIIqq32x", b"bitorchq", 64, 0, n, k), np.uint8).copy()
 
 
@@ -166,7 +195,7 @@ def product_call(
         value for v in (scale, bias) for value in ((None, 0) if v is None else (In(numpy(v)), DTYPES[v.dtype][0]))
     ]
     memory = None if header is None else In(header)
-    fields = Struct("QqQQqQqqqQi4xQi4xQi4xQ", *operands, m, n, k, output, DTYPES[out][0], *channels, memory)
+    fields = Struct(layout("Product"), *operands, m, n, k, output, DTYPES[out][0], *channels, memory)
     expected = epilogue(product(*(2.0 * u.double() - 1 for u in unpacked)), bias, scale, out)
     return Call(fields, output, y, out, expected, (m, n, k, out))
 
@@ -184,7 +213,11 @@ def channels_of(out: torch.dtype, n: int) -> list[dict[str, torch.Tensor]]:
 
 @functools.cache
 def float32_source(name: str) -> str:
-    """A product's file for float32 outputs alone: nvcc takes a second for it, and there are many mutants."""
+    """Return a product's file with float32 as the only type of outputs.
+
+    nvcc compiles it in a second, and there are many mutants. The lines of the other types are removed from the text,
+    because a switch in the kernels themselves would exist only for the tests; the count shows that all were found.
+    """
     text, types = re.subn(r".*case DType::(?!float32)\w+: return function.*\n", "", source(name))
     assert types == 4
     return text

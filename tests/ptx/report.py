@@ -10,11 +10,12 @@ from collections.abc import Callable
 import torch
 from tabulate import tabulate
 
+from tools.ptx.machine import Module, Report
+
 from . import test_ptx_mma_sm75 as mma_sm75
 from . import test_ptx_mma_sm80 as mma_sm80
 from . import test_ptx_skinny as skinny
 from . import test_ptx_skinny_mma_sm80 as skinny_mma_sm80
-from .machine import Module, Report
 from .product import module
 from .test_ptx_align import check_align
 from .test_ptx_pack import check_pack

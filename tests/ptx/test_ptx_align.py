@@ -5,8 +5,9 @@ import pytest
 import torch
 from support.reference import assert_equal, pack, unpack
 
-from .machine import In, Module, Out, Report, Struct
-from .mutate import assert_caught, remove_barriers
+from tools.ptx.machine import In, Module, Out, Report, Struct
+from tools.ptx.mutate import assert_caught, remove_barriers
+
 from .product import (
     TARGETS,
     aligned_words_for,
@@ -15,6 +16,7 @@ from .product import (
     drawn_rows,
     edited,
     kernel,
+    layout,
     module,
     prepared_header,
     row_popcounts,
@@ -42,7 +44,7 @@ def check_align(
     out = Out(np.zeros((m, aligned_words_for(k)), np.int32))
     outputs = [counts, *([out] if aligned else []), *([head] if header else [])]
     job = Struct(
-        "QqqQQQ", In(words, misalign=misalign), m, k, out if aligned else None, counts, head if header else None
+        layout("Align"), In(words, misalign=misalign), m, k, out if aligned else None, counts, head if header else None
     )
     grid, block = row_grid(max(rows, int(header)), ceil_div(words.shape[1] * 32, SEGMENT))
     # The launcher gives the header by value, for any job.

@@ -10,6 +10,8 @@ import pytest
 import torch
 from support.reference import FLOATS
 
+from tools.ptx.machine import In, Module, Out, PtxFault, Report, Struct
+
 from . import (
     test_ptx_mma_sm75 as mma_sm75,
 )
@@ -23,8 +25,18 @@ from . import (
     test_ptx_skinny_mma_sm80 as skinny_mma_sm80,
 )
 from .launcher import INVALID_CONFIGURATION, INVALID_VALUE, NAMES, SUCCESS, TARGET, Launch, Launcher
-from .machine import In, Module, Out, PtxFault, Report, Struct
-from .product import DTYPES, Call, aligned_words_for, ceil_div, kernel, module, product_call, source, total_letter
+from .product import (
+    DTYPES,
+    Call,
+    aligned_words_for,
+    ceil_div,
+    kernel,
+    layout,
+    module,
+    product_call,
+    source,
+    total_letter,
+)
 from .rows import row_grid
 from .test_ptx_align import SEGMENT as ALIGN_SEGMENT
 from .test_ptx_align import check_align
@@ -53,17 +65,17 @@ def pack_job(m: int, k: int, dtype: int = 1, **changes: object) -> Struct:
     """Any field may be changed; so below."""
     fields = {"x": ADDRESS, "dtype": dtype, "m": m, "k": k, "stride": k, "strict": False, "threshold": 0.0}
     fields |= {"words": ADDRESS, "word_stride": ceil_div(k, 32), "in_range": None, "popcounts": None}
-    return Struct("Qi4xqqq?7xdQqQQ", *(fields | changes).values())
+    return Struct(layout("Pack"), *(fields | changes).values())
 
 
 def unpack_job(m: int, k: int, dtype: int = 1, **changes: object) -> Struct:
     fields = {"words": ADDRESS, "m": m, "k": k, "values": ADDRESS, "dtype": dtype}
-    return Struct("QqqQi4x", *(fields | changes).values())
+    return Struct(layout("Unpack"), *(fields | changes).values())
 
 
 def align_job(m: int, k: int, **changes: object) -> Struct:
     fields = {"words": ADDRESS, "m": m, "k": k, "aligned": ADDRESS, "popcounts": ADDRESS, "header": None}
-    return Struct("QqqQQQ", *(fields | changes).values())
+    return Struct(layout("Align"), *(fields | changes).values())
 
 
 def product_job(m: int, n: int, k: int, dtype: int = 4, **changes: object) -> Struct:
@@ -73,7 +85,7 @@ def product_job(m: int, n: int, k: int, dtype: int = 4, **changes: object) -> St
     fields |= {"m": m, "n": n, "k": k, "y": ADDRESS, "dtype": dtype}
     fields |= {"scale": None, "scale_dtype": 0, "bias": None, "bias_dtype": 0, "prepared": None}
     assert set(changes) <= set(fields)
-    return Struct("QqQQqQqqqQi4xQi4xQi4xQ", *(fields | changes).values())
+    return Struct(layout("Product"), *(fields | changes).values())
 
 
 def job(launcher: Launcher, m: int, n: int, k: int, **changes: object) -> Struct:

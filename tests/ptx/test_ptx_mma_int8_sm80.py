@@ -7,9 +7,10 @@ import pytest
 import torch
 from support.reference import FLOATS
 
+from tools.ptx.machine import Module, PtxFault
+from tools.ptx.mutate import assert_caught, loosen_waits, remove_barriers, remove_waits, swap_fragments
+
 from . import test_ptx_mma_sm80 as mma_sm80
-from .machine import Module, PtxFault
-from .mutate import assert_caught, loosen_waits, remove_barriers, remove_waits, swap_fragments
 from .product import (
     channels_of,
     compiled,

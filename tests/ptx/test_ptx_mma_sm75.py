@@ -5,8 +5,9 @@ import pytest
 import torch
 from support.reference import FLOATS
 
-from .machine import In, Module, PtxFault, Report
-from .mutate import assert_caught, remove_barriers, swap_fragments
+from tools.ptx.machine import In, Module, PtxFault, Report
+from tools.ptx.mutate import assert_caught, remove_barriers, swap_fragments
+
 from .product import (
     DRAWN,
     DTYPES,

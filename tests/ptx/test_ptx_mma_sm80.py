@@ -8,8 +8,9 @@ import pytest
 import torch
 from support.reference import FLOATS
 
-from .machine import In, Module, PtxFault, Report
-from .mutate import assert_caught, loosen_waits, remove, remove_barriers, remove_waits, swap_fragments
+from tools.ptx.machine import In, Module, PtxFault, Report
+from tools.ptx.mutate import assert_caught, loosen_waits, remove, remove_barriers, remove_waits, swap_fragments
+
 from .product import (
     DRAWN,
     DTYPES,

@@ -7,8 +7,9 @@ import pytest
 import torch
 from support.reference import FLOATS, assert_equal, in_range, pack, random_values, signs, unpack
 
-from .machine import In, Module, Out, Report, Struct
-from .mutate import assert_caught, remove_barriers
+from tools.ptx.machine import In, Module, Out, Report, Struct
+from tools.ptx.mutate import assert_caught, remove_barriers
+
 from .product import (
     DTYPES,
     TARGETS,
@@ -18,6 +19,7 @@ from .product import (
     drawn_rows,
     edited,
     kernel,
+    layout,
     module,
     numpy,
     seeded,
@@ -65,7 +67,7 @@ def check_pack(
     outputs = [words, *([] if threshold is None else [in_range_words]), *([counts] if popcounts else [])]
 
     job = Struct(
-        "Qi4xqqq?7xdQqQQ",
+        layout("Pack"),
         *(memory, DTYPES[dtype][0], m, k, stride, strict, threshold or 0.0, words, word_stride),
         *(None if threshold is None else in_range_words, counts if popcounts else None),
     )

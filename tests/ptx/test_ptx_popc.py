@@ -5,8 +5,9 @@ import pytest
 import torch
 from support.reference import FLOATS, random_values
 
-from .machine import Module, Report
-from .mutate import assert_caught, remove_barriers
+from tools.ptx.machine import Module, Report
+from tools.ptx.mutate import assert_caught, remove_barriers
+
 from .product import (
     DRAWN,
     DTYPES,

@@ -5,9 +5,23 @@ import pytest
 import torch
 from support.reference import FLOATS, assert_equal, unpack, unpack_signs
 
-from .machine import In, Module, Out, Report, Struct
-from .mutate import assert_caught
-from .product import DTYPES, TARGETS, ceil_div, compiled, drawn_rows, edited, kernel, module, numpy, seeded, source
+from tools.ptx.machine import In, Module, Out, Report, Struct
+from tools.ptx.mutate import assert_caught
+
+from .product import (
+    DTYPES,
+    TARGETS,
+    ceil_div,
+    compiled,
+    drawn_rows,
+    edited,
+    kernel,
+    layout,
+    module,
+    numpy,
+    seeded,
+    source,
+)
 from .rows import row_grid
 
 ALL = {**{dtype: index for dtype, (index, _) in DTYPES.items()}, torch.int8: 5, torch.bool: 6}
@@ -41,7 +55,7 @@ def check_unpack(module: Module, dtype: torch.dtype, m: int, k: int, misalign: i
     output = Out(values, misalign=misalign)
     whole = k % vector(dtype) == 0 and misalign % 16 == 0
     name = kernel(module, rf"unpack_rowsI{SIZES[dtype.itemsize][0]}Lb{whole:d}E")
-    job = Struct("QqqQi4x", In(words), m, k, output, ALL[dtype])
+    job = Struct(layout("Unpack"), In(words), m, k, output, ALL[dtype])
     grid, block = row_grid(m, ceil_div(words.shape[1] * 32, segment(dtype)), parts=True)
     report = module.launch(name, grid, block, [job, patterns(dtype)], seed=seed)
     what = (dtype, m, k, misalign)

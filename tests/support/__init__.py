@@ -1,1 +1,1 @@
-"""What tests share: the reference, shapes, calls, devices."""
+"""Helpers that several folders of tests share: the reference, shapes, arguments, recorded calls, devices."""

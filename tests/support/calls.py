@@ -1,10 +1,10 @@
-"""Counts the calls of our operators."""
+"""A recorder of the calls of this package's operators."""
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Calls(TorchDispatchMode):
-    """The names of the operators called inside, in order."""
+    """Record in ``names``, in order, which of this package's operators are called inside the context."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A device without kernels, imitated on the CPU."""
+"""An imitation, on the CPU, of a device without kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bitorch_qlinear import PackedQLinear
 
 
 def take_kernels_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every module of the package find no kernels and no form for any tensor, as on a device that has none."""
+    """Let the package find neither kernels nor a prepared form for any tensor, as on a device without kernels."""
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == "bitorch_qlinear" and hasattr(module, "has_kernels"):
             monkeypatch.setattr(module, "has_kernels", lambda tensor: False)

@@ -1,4 +1,4 @@
-"""Every operator's arguments: valid ones of every form, ones to be refused, and how they are refused."""
+"""Arguments of every operator: valid ones of every form, wrong ones, and a check that the wrong ones are refused."""
 
 import math
 import re
@@ -53,7 +53,7 @@ def vectors(draw, n, generator):
 
 @st.composite
 def problems(draw):
-    """Arguments of the linear operators, valid ones."""
+    """Draw valid arguments of the linear operators."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     leading = draw(st.lists(st.sampled_from([0, 1, 1, 2, 3, 5]), max_size=3))
     if draw(st.booleans()):
@@ -82,7 +82,7 @@ def problems(draw):
 
 
 def arguments(m=(3,), n=5, k=40, dtype=torch.float32, transpose=False):
-    """A valid value of every argument that an operator of ours has."""
+    """Return a valid value for every argument name that any of our operators has."""
     x, weight_words = torch.randn(*m, k).to(dtype), pack_signs(torch.randn(n, k))
     return {
         "x": x,
@@ -107,14 +107,14 @@ def arguments(m=(3,), n=5, k=40, dtype=torch.float32, transpose=False):
 
 
 def call_arguments(name, values, required_only=False):
-    """(args, kwargs) of one operator."""
+    """Return the args and kwargs with which to call the operator of this name."""
     schema = operator(name)._schema.arguments
     args = [values[a.name] for a in schema if not a.kwarg_only and not (required_only and a.has_default_value())]
     return args, {a.name: values[a.name] for a in schema if a.kwarg_only and not required_only}
 
 
 def samples(name):
-    """Full and minimal calls; an operator with an argument that has no sample fails here."""
+    """Return full and minimal calls of the operator. An argument for which there is no sample is a KeyError."""
     wide = arguments((2, 3), 7, 33, torch.float64, transpose=True) | {
         "strict": True,
         "out_dtype": None,
@@ -131,14 +131,14 @@ def samples(name):
 
 
 def resized(tensor):
-    """Its storage given back beneath it."""
+    """Return a copy whose storage has been freed although the tensor's sizes remain."""
     tensor = tensor.clone()
     tensor.untyped_storage().resize_(0)
     return tensor
 
 
 def shortened(tensor):
-    """One byte of its storage missing."""
+    """Return a copy whose storage is one byte too short."""
     tensor = tensor.clone()
     tensor.untyped_storage().resize_(tensor.untyped_storage().nbytes() - 1)
     return tensor
@@ -194,7 +194,7 @@ NO_HEADER = {
     "first byte of the magic": with_bytes(0, b"B"),
     "last byte of the magic": with_bytes(7, b"Q"),
 }
-OF_ANOTHER = {
+FOREIGN_FORMS = {
     "a byte less": lambda p: p[:-1],
     "a byte more": lambda p: torch.cat([p, p[:1]]),
     "layout": with_bytes(8, b"\x09"),
@@ -244,16 +244,16 @@ TENSORS = ("x", "weight", "words", "x_words", "weight_words", "bias", "scale", "
 def breakages():
     for name in OPERATORS:
         for argument in operator(name)._schema.arguments:
-            if argument.name in ("strict", "strict_weight", "transpose"):  # any bool is right
+            if argument.name in ("strict", "strict_weight", "transpose"):  # no bool is wrong
                 continue
             for what in BROKEN[argument.name]:
-                if name == "pack_bits" and what in ("one more", "one less"):  # its k is that of x
+                if name == "pack_bits" and what in ("one more", "one less"):  # it takes k from x
                     continue
                 yield pytest.param(name, argument.name, what, id=f"{name}-{argument.name}-{what}")
 
 
 INVISIBLE = (*MEMORY, *NO_HEADER)
-"""What is wrong with memory, or with what stands in it: tensors without memory do not show it. All else they show."""
+"""The faults that meta and fake tensors cannot show, because they concern memory or its contents."""
 
 
 def assert_refused(name, values, *expected_names):
@@ -272,7 +272,7 @@ def assert_refused(name, values, *expected_names):
 
 
 def named_for(name, argument):
-    """The arguments of which an error may speak: a wrong k is as well a wrong size of what it is the size of."""
+    """The arguments that the error may name: if k is wrong, so is the size of each tensor that k determines."""
     if argument == "k":
         return ("k", "x", "words", "x_words", "weight_words", "sign_words")
     return ("weight", "x") if (name, argument) == ("sign_linear", "weight") else (argument,)

@@ -1,4 +1,4 @@
-"""What the operators must compute, written to be obviously right: float64, one bit at a time, no operator of ours."""
+"""The operators' results, computed in an obviously right way: in float64, one bit at a time, with torch and NumPy."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: t
 
 
 def signs(x: Tensor, strict: bool = False) -> Tensor:
-    """s(v) in float64: -1 if v < 0, else +1 (NaN and both zeros too); strict: +1 only where v > 0."""
+    """Return in float64 -1 if v < 0, else +1 (also of NaN and both zeros); if strict, +1 if v > 0, else -1."""
     v = x.to(torch.float64)
     positive = v > 0 if strict else ~(v < 0)
     return torch.where(positive, 1.0, -1.0).to(torch.float64)
 
 
 def in_range(x: Tensor, threshold: float) -> Tensor:
-    """The mask |x| <= t as torch computes it, in x's dtype; NaN is out of range."""
+    """Return the mask |x| <= threshold as torch computes it in the dtype of x; NaN is out of range."""
     return x.abs() <= threshold
 
 
 def pack(bits: Tensor) -> Tensor:
-    """Bit i of word w is element 32 w + i; 0 past the last element."""
+    """Pack bools into int32 words: bit i of word w is element 32 w + i, and bits past the last element are 0."""
     k = bits.shape[-1]
     padded = np.zeros((*bits.shape[:-1], -(-k // 32), 32), np.uint32)
     for i in range(32):
@@ -35,7 +35,7 @@ def pack(bits: Tensor) -> Tensor:
 
 
 def unpack(words: Tensor, k: int) -> Tensor:
-    """The first k bits of each row, as bool."""
+    """Return the first k bits of each row as bools."""
     source = words.numpy().view(np.uint32)
     bits = np.zeros((*source.shape[:-1], k), bool)
     for i in range(min(k, 32)):
@@ -48,18 +48,18 @@ def pack_signs(x: Tensor, strict: bool = False) -> Tensor:
 
 
 def unpack_signs(words: Tensor, k: int) -> Tensor:
-    """float64 ±1."""
+    """Return the first k signs of each row, +1 or -1, in float64."""
     return unpack(words, k).to(torch.float64) * 2 - 1
 
 
 def product(x_signs: Tensor, w_signs: Tensor) -> Tensor:
-    """The exact integers x · wᵀ (float64 holds every integer up to 2⁵³), int64."""
+    """Return the exact integers x · wᵀ as int64; float64 represents every integer up to 2⁵³."""
     rows = x_signs.reshape(x_signs.shape[:-1].numel(), x_signs.shape[-1])
     return (rows @ w_signs.T).to(torch.int64).reshape(*x_signs.shape[:-1], w_signs.shape[0])
 
 
 def epilogue(integers: Tensor, bias: Tensor | None, scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """cast(T(integer) · T(scale) + T(bias)), every operation rounded once by torch."""
+    """Return cast(T(integer) · T(scale) + T(bias)), with each operation rounded separately, by torch."""
     if out_dtype is torch.int32:
         return integers.to(torch.int32)
     t = torch.float64 if out_dtype is torch.float64 else torch.float32
@@ -80,12 +80,12 @@ def linear_reference(
     strict_x: bool = False,
     strict_w: bool = False,
 ) -> Tensor:
-    """The linear layer of real x (..., k) and w (n, k)."""
+    """Return the output of the binary linear layer, from float x of shape (..., k) and float w of shape (n, k)."""
     return epilogue(product(signs(x, strict_x), signs(w, strict_w)), bias, scale, out_dtype or x.dtype)
 
 
 def same(actual: Tensor, expected: Tensor) -> Tensor:
-    """Elementwise: the same bits, so that +0 and -0 differ; a NaN equals every NaN."""
+    """Compare elementwise, bit by bit, so that +0 and -0 differ; but every NaN equals every other."""
     if not expected.is_floating_point():
         return actual == expected
     bits = BITS[expected.dtype]
@@ -94,7 +94,7 @@ def same(actual: Tensor, expected: Tensor) -> Tensor:
 
 
 def assert_equal(actual: Tensor, expected: Tensor, what: object = "") -> None:
-    """Same dtype, shape and bits; otherwise the first mismatch with its coordinate and both values."""
+    """Assert equal dtype, shape and bits; the error reports the first mismatch with its index and both values."""
     assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype}, expected {expected.dtype}"
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     wrong = ~same(actual, expected)
@@ -107,7 +107,7 @@ def assert_equal(actual: Tensor, expected: Tensor, what: object = "") -> None:
 
 
 def special_values(dtype: torch.dtype) -> Tensor:
-    """±0, ±inf, about ±1, smallest and largest denormals and normals, quiet and signalling NaN of both signs."""
+    """Return ±0, ±inf, ±1 and its neighbours, the extreme denormals and normals, quiet and signalling NaN."""
     info = torch.finfo(dtype)
     bits = BITS[dtype]
     sign = torch.iinfo(bits).min
@@ -121,7 +121,7 @@ def special_values(dtype: torch.dtype) -> Tensor:
 
 
 def random_values(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Random bit patterns, normal values and special ones, a third each."""
+    """Return one third random bit patterns, one third normally distributed and one third special values."""
     bits = BITS[dtype]
     info = torch.iinfo(bits)
     patterns = torch.randint(info.min, info.max, shape, dtype=bits, generator=generator).view(dtype)
@@ -133,7 +133,7 @@ def random_values(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.G
 
 
 def random_words(rows: int, k: int, generator: torch.Generator, stray: bool = False) -> Tensor:
-    """Packed words of random bits; with `stray`, the bits past k are random too."""
+    """Return packed words of random bits; if `stray`, the bits past k are random too, else 0."""
     words = torch.randint(-(2**31), 2**31, (rows, -(-k // 32)), dtype=torch.int64, generator=generator)
     words = words.to(torch.int32)
     if not stray and k % 32:

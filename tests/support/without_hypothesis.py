@@ -1,4 +1,4 @@
-"""Stands in for hypothesis where it is not installed, as on a GPU machine: its tests are skipped, all others run."""
+"""A replacement for hypothesis if it is not installed: its tests are skipped, and all others in the same files run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 class Anything:
-    """Whatever is asked of strategies while a module is imported."""
+    """An object that has every attribute and can be called, as strategies are while a module is imported."""
 
     def __call__(self, *_: Any, **__: Any) -> Anything:
         return self
@@ -20,7 +20,7 @@ class Anything:
 
 
 class Settings:
-    """A decorator that changes nothing."""
+    """A replacement for the decorator hypothesis.settings, which changes nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -35,7 +35,7 @@ def given(*_: Any, **__: Any) -> pytest.MarkDecorator:
 
 
 def install() -> None:
-    """From now on `import hypothesis` finds this."""
+    """Let `import hypothesis` find this replacement from now on."""
     module: Any = ModuleType("hypothesis")
     module.given, module.settings, module.strategies, module.HealthCheck = given, Settings, Anything(), Anything()
     sys.modules |= {"hypothesis": module, "hypothesis.strategies": module.strategies}

@@ -1,5 +1,5 @@
-// In place of the compiler's header where a processor has no AVX-512: SIMDe's portable versions of its functions under
-// their names, and here those that SIMDe 0.7.4 lacks, written from Intel's Intrinsics Guide.
+// Replaces the compiler's header so that AVX-512 code runs on any processor. SIMDe implements its functions portably
+// under the same names, and this file adds those that SIMDe 0.7.4 lacks, following Intel's Intrinsics Guide.
 #pragma once
 
 #define SIMDE_NO_NATIVE
@@ -16,7 +16,7 @@ typedef uint16_t __mmask16;
 
 namespace simde_lacks {
 
-// Bit i: whether lane i of a is below that of b.
+// Sets bit i of the result if lane i of a is less than lane i of b.
 template <class Lane>
 inline uint64_t less(__m512i a, __m512i b) {
     constexpr int kLanes = 64 / sizeof(Lane);

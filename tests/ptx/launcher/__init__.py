@@ -24,7 +24,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..machine import SHARED_LIMIT, Buffer, Module, Pointer, Report, Struct, _build, _dim3, nvcc, nvcc_release
+from tools.ptx.machine import (
+    SHARED_LIMIT,
+    Buffer,
+    Module,
+    Pointer,
+    Report,
+    Struct,
+    build_once,
+    dim3,
+    nvcc,
+    nvcc_release,
+)
+
 from ..product import CUDA, module, source
 
 HERE = Path(__file__).parent
@@ -58,7 +70,7 @@ def _object(path: str, text: str, more: Sequence[str] = (), depends: str = "") -
             if done.returncode:
                 raise RuntimeError(f"nvcc: {done.stderr or done.stdout}")
 
-    return _build(f"{key}.o", make)
+    return build_once(f"{key}.o", make)
 
 
 _OnLaunch = ctypes.CFUNCTYPE(
@@ -82,7 +94,7 @@ def library(name: str = "", text: str = "") -> ctypes.CDLL:
     def make(out: Path) -> None:
         subprocess.run([*command, str(out)], check=True)
 
-    found = ctypes.CDLL(str(_build(f"launchers-{key}.so", make)))
+    found = ctypes.CDLL(str(build_once(f"launchers-{key}.so", make)))
     found.runtime_on_launch.argtypes = [_OnLaunch]
     found.runtime_errors.argtypes = [ctypes.c_int, ctypes.c_int]
     for each in NAMES:
@@ -239,7 +251,7 @@ class Launcher:
         assert (error, len(launches)) == (SUCCESS, 1), args
         launch = launches[0]
         what = (launch.kernel, launch.grid, launch.block, launch.shared_bytes, launch.stream)
-        assert what == (kernel, _dim3(grid), _dim3(block), shared_bytes, stream), args
+        assert what == (kernel, dim3(grid), dim3(block), shared_bytes, stream), args
         for actual, expected in zip(launch.arguments[1:], args[1:], strict=True):
             if isinstance(expected, int):
                 assert int.from_bytes(actual, "little", signed=not isinstance(expected, bool)) == expected, args

@@ -71,7 +71,7 @@ def cache_directory() -> Path:
     return directory
 
 
-def _build(name: str, make: Any) -> Path:
+def build_once(name: str, make: Any) -> Path:
     """The cached file `name`, made once by however many processes ask for it."""
     target = cache_directory() / name
     if not target.exists():
@@ -151,7 +151,7 @@ def library() -> ctypes.CDLL:
     def make(path: Path) -> None:
         subprocess.run([*compiler.split(), *flags, "-o", str(path), str(sources[0])], check=True)
 
-    lib = ctypes.CDLL(str(_build(f"interpreter-{key}.so", make)))
+    lib = ctypes.CDLL(str(build_once(f"interpreter-{key}.so", make)))
     lib.ptx_program.restype = ctypes.c_void_p
     lib.ptx_program.argtypes = [ctypes.c_char_p, ctypes.c_uint64]
     lib.ptx_free.restype = None
@@ -202,7 +202,7 @@ def compile_ptx(source: str | Path, arch: str, flags: Sequence[str] = ()) -> str
 def compile_cached(source: str, arch: str, flags: Sequence[str] = ()) -> str:
     """compile_ptx of a text that includes nothing but the toolkit's headers, once per checkout."""
     key = hashlib.sha256(repr((source, arch, tuple(flags), nvcc_release())).encode()).hexdigest()[:16]
-    return _build(f"{key}.ptx", lambda path: path.write_text(compile_ptx(source, arch, flags))).read_text()
+    return build_once(f"{key}.ptx", lambda path: path.write_text(compile_ptx(source, arch, flags))).read_text()
 
 
 # ---- Global memory ---------------------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def _align(value: int, to: int) -> int:
     return -(-value // to) * to
 
 
-def _dim3(value: int | Sequence[int]) -> tuple[int, int, int]:
+def dim3(value: int | Sequence[int]) -> tuple[int, int, int]:
     dims = (value,) if isinstance(value, int) else tuple(int(v) for v in value)
     return (*dims, 1, 1, 1)[:3]  # type: ignore[return-value]
 
@@ -540,7 +540,7 @@ class Module:
         `limit` is the number of warp instructions after which the run is taken for endless.
         """
         compiled = self.kernel(kernel)
-        grid, block = _dim3(grid), _dim3(block)
+        grid, block = dim3(grid), dim3(block)
         threads = block[0] * block[1] * block[2]
         if not 0 < threads <= 1024 or min(grid) < 1:
             raise ValueError(f"grid {grid} of blocks {block} cannot be launched")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from .machine import In, Module, Out, PtxFault, Report
+from ..machine import In, Module, Out, PtxFault, Report
+from ..regenerate import KERNELS
 
-KERNELS = Path(__file__).parent / "kernels"
 HEADER = ".version 8.6\n.target sm_90a\n.address_size 64\n"
 REGISTERS = """
     .reg .pred %p<8>, %q;

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from .helpers import HEADER
-from .machine import Module, Out
-from .mutate import (
+from ..machine import Module, Out
+from ..mutate import (
     Mutant,
     assert_caught,
     change_swizzles,
@@ -15,6 +14,7 @@ from .mutate import (
     remove_waits,
     swap_fragments,
 )
+from .helpers import HEADER
 
 PTX = f"""{HEADER}.visible .entry other() {{ bar.sync 0; ret; }}
 .visible .entry k(.param .u64 out)

@@ -1,9 +1,9 @@
-"""Runs every CUDA kernel under NVIDIA's compute-sanitizer: ``python -m benchmarks.sanitize``.
+"""Run every CUDA kernel under NVIDIA's compute-sanitizer: ``python -m tools.sanitize``.
 
 Four runs of one small program, side by side: memcheck (accesses outside of an allocation or misaligned), racecheck
 (shared memory), synccheck (barriers) and initcheck (reads of what nobody wrote). A tool that is missing or that the
-machine refuses is reported in a line and is no failure. One that runs out of time is reported with the kernels that it
-had been through, and makes the exit code 124: neither clean nor a finding.
+machine refuses is reported in a line and is no failure. A tool that runs out of time is reported with the kernels that
+it had finished and makes the exit code 124, which means neither clean nor a finding.
 """
 
 from __future__ import annotations
@@ -27,32 +27,38 @@ from bitorch_qlinear.kernels import forced
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
-# torch asks CUDA for what it may lack, and goes on: no finding. Our launches are checked where they are made.
+# torch probes CUDA for features that may be missing; such an error is no finding. The operators check their launches.
 OPTIONS = {"memcheck": ["--report-api-errors", "no"]}
-FOUND = 86  # compute-sanitizer's exit code where it found something: nobody else's
-REFUSED = "not supported|denied"  # what a tool says that the machine does not let work
-OUT_OF_TIME = 124  # ours, as the command timeout has it
-RIGHT, ALL_RIGHT = "right: ", "every result is right"  # what the program says after a kernel, and at its end
+FOUND = 86  # the exit code of compute-sanitizer for a finding; no other program uses it
+REFUSED = "not supported|denied"  # the messages of a tool that the machine refuses
+OUT_OF_TIME = 124  # our own exit code, equal to that of the command timeout
+RIGHT, ALL_RIGHT = "right: ", "every result is right"  # the lines of the program after each kernel and at its end
 
 
 # ---- inside ----------------------------------------------------------------------------------------
 
 
 def selection(multiprocessors: int) -> list[tuple[int, int, int]]:
-    """Edges of all tiles: one row, one past a tile, and products wide enough for the wide tiles."""
+    """Return shapes at the edges of all tiles: one row, one past a tile, and products that fill the wide tiles."""
     small = [(1, 1, 1), (1, 257, 1025), (3, 70, 129), (16, 65, 4097), (65, 67, 513), (129, 131, 512), (7, 9, 0)]
     return small + [(129, width * multiprocessors + 1, 33) for width in (128, 256)]
 
 
 def check_product(m: int, n: int, k: int, device: torch.device) -> None:
-    """All operators at one size, against the CPU's kernel; compared on the CPU, because the tools slow everything down.
+    """Compare all operators at one size with those of the CPU.
+
+    The comparison runs on the CPU, because the tools slow down everything on the GPU.
 
     Raises:
-        AssertionError: They differ.
+        AssertionError: A result differs.
     """
     wide, words = torch.randn(m, k + 1), F.pack_bits(torch.randn(n, k))
     bias, scale = torch.randn(n, dtype=torch.float16), torch.randn(n)
-    x, gpu_x, gpu_words = wide[:, 1:], wide.to(device)[:, 1:], words.to(device)  # rows apart, aligned nowhere
+    x, gpu_x, gpu_words = (
+        wide[:, 1:],
+        wide.to(device)[:, 1:],
+        words.to(device),
+    )  # a view whose rows are not adjacent or aligned
     vectors = {"bias": bias.to(device), "scale": scale.to(device)}
     prepared = F.prepare_weight(gpu_words, k)
     want = F.linear_train(x, words, k, bias=bias, scale=scale, threshold=1.0)
@@ -68,7 +74,7 @@ def check_product(m: int, n: int, k: int, device: torch.device) -> None:
 
 
 def inside() -> None:
-    """The program that runs under a tool."""
+    """Run the program that each tool watches."""
     torch.manual_seed(0)
     device = torch.device("cuda")
     kernels = _kernels.available_cuda_kernels(torch.cuda.get_device_capability(device))
@@ -76,7 +82,7 @@ def inside() -> None:
     for kernel in kernels:
         with forced(kernel):
             for shape in shapes:
-                if shape[0] <= 16 or not kernel.startswith("skinny"):  # which takes no more rows
+                if shape[0] <= 16 or not kernel.startswith("skinny"):  # a skinny kernel takes at most 16 rows
                     check_product(*shape, device)
         print(f"{RIGHT}{kernel}", flush=True)
     torch.cuda.synchronize()
@@ -87,7 +93,7 @@ def inside() -> None:
 
 
 def find_tool(name: str) -> str | None:
-    """One of CUDA's tools, on PATH or in the toolkit."""
+    """Return the path of one of CUDA's tools, on PATH or in the toolkit; None if it is missing."""
     places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     return shutil.which(name) or next(
         (found for home in places if home and (found := shutil.which(f"{home}/bin/{name}"))), None
@@ -95,12 +101,15 @@ def find_tool(name: str) -> str | None:
 
 
 def verdict(code: int | None, output: str, seconds: float) -> tuple[int, str]:
-    """The exit code that a tool's run deserves, and what to say of it.
+    """Judge the run of a tool.
 
     Args:
-        code: The tool's own, None where it was stopped for its time.
-        output: All that it wrote.
-        seconds: That it had.
+        code: The exit code of the tool; None if it ran out of time.
+        output: Everything that it wrote.
+        seconds: Its time limit.
+
+    Returns:
+        Our exit code for the run, and the line that reports it.
     """
     lines = output.strip().splitlines() or ["no output"]
     summary = next((line.strip("= ") for line in reversed(lines) if "SUMMARY" in line), "")
@@ -120,15 +129,15 @@ def verdict(code: int | None, output: str, seconds: float) -> tuple[int, str]:
 
 
 def run_tools(command: list[str], program: list[str], seconds: float) -> int:
-    """Run all tools at once, print a line and the whole output of each; the exit code of all: a finding counts most."""
-    # Without torch's own cache every tensor is an allocation, whose ends the tools know.
+    """Run all tools at once, print a line and the output of each, and return the most serious exit code."""
+    # Without torch's cache every tensor is an allocation of its own, whose bounds the tools know.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     end, codes, texts = time.monotonic() + seconds, set(), {}
     with tempfile.TemporaryDirectory() as folder:
         started = {}
         for tool in TOOLS:
             options = ["--tool", tool, "--error-exitcode", str(FOUND), *OPTIONS.get(tool, [])]
-            with Path(folder, tool).open("w") as output:  # a pipe would fill up, and hold its tool back
+            with Path(folder, tool).open("w") as output:  # a pipe would fill up and block the tool
                 started[tool] = subprocess.Popen(
                     [*command, *options, *program], stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
                 )
@@ -144,7 +153,7 @@ def run_tools(command: list[str], program: list[str], seconds: float) -> int:
 
 
 def wait(process: subprocess.Popen, seconds: float) -> int | None:
-    """A process's exit code, or None if it was killed for its time."""
+    """Return the exit code of a process; None if it ran out of time and was killed."""
     try:
         return process.wait(max(0.1, seconds))
     except subprocess.TimeoutExpired:
@@ -154,16 +163,17 @@ def wait(process: subprocess.Popen, seconds: float) -> int | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__.splitlines()[0])
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tools.sanitize", description=__doc__.splitlines()[0])
     parser.add_argument("--inside", action="store_true", help="the program that the tools run")
     parser.add_argument("--seconds", type=float, default=80.0, help="for all tools (80)")
     options = parser.parse_args()
     if options.inside:
         inside()
     elif (sanitizer := find_tool("compute-sanitizer")) is None:
-        print("compute-sanitizer is not there: nothing was sanitized.")
+        print("compute-sanitizer was not found: nothing was sanitized.")
     else:
-        sys.exit(run_tools([sanitizer], [sys.executable, "-m", "benchmarks.sanitize", "--inside"], options.seconds))
+        sys.exit(run_tools([sanitizer], [sys.executable, "-m", "tools.sanitize", "--inside"], options.seconds))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from ..machine import In, Out
 from .helpers import assert_fault, run
-from .machine import In, Out
 
 RNG = np.random.default_rng(1)
 

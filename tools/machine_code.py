@@ -1,6 +1,6 @@
-"""Reads the machine code of a library of CUDA kernels, by NVIDIA's cuobjdump: no GPU is needed, and nothing is run.
+"""Read the machine code of a library of CUDA kernels with NVIDIA's cuobjdump; no GPU is needed and nothing is run.
 
-What a kernel's loops and registers say is in here; what is made of it: benchmarks/gpu_model.py, which estimates, and
+What a kernel's loops and registers say is in here; what is made of it: tools/gpu_model.py, which estimates, and
 tests/build/test_machine_code.py, which holds each target's machine code to what the kernels' sources promise.
 """
 
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 
 def _folders() -> Iterator[Path]:
-    """Where cuobjdump may lie: with the toolkit that compiled, in triton's package, in PyPI's nvidia-cuda-cuobjdump."""
+    """Yield the folders that may hold cuobjdump: those of the toolkit, triton and the package nvidia-cuda-cuobjdump."""
     nvcc = shutil.which("nvcc")
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parents[1]):
         if home:
@@ -31,7 +31,7 @@ def _folders() -> Iterator[Path]:
 
 
 def find_cuobjdump() -> Path:
-    """The tool that lists machine code, with nvdisasm, which it calls, beside it.
+    """Return the path of cuobjdump, beside which lies nvdisasm, which it calls.
 
     Raises:
         FileNotFoundError: There is none.
@@ -46,7 +46,7 @@ def find_cuobjdump() -> Path:
 
 
 def lines(library: Path, *options: str) -> Iterator[str]:
-    """What cuobjdump prints of a library."""
+    """Yield the lines that cuobjdump prints about a library."""
     with subprocess.Popen([find_cuobjdump(), *options, library], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         yield from process.stdout
@@ -57,29 +57,30 @@ def lines(library: Path, *options: str) -> Iterator[str]:
 # ---- names ---------------------------------------------------------------------------------------------------------
 
 _SYMBOL = re.compile(r"_GLOBAL__N__[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}\d+([a-z_]+)(.*)")
-# The first template argument of a kernel: its output's type, or what it packs or unpacks.
+# The first template argument of a kernel is the type of its output, or of the values that it packs or unpacks.
 _TYPES = {"d": "float64", "f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16", "i": "int32"}
 _TYPES |= {"h": "1 byte", "t": "2 bytes", "j": "4 bytes", "m": "8 bytes"}
 
 
 class Kernel(NamedTuple):
-    """A kernel as its mangled name tells it."""
+    """A kernel as its mangled name describes it."""
 
     source: str  # the file, such as gemm_mma_sm80
-    type: str  # "" where it is no template
-    sizes: tuple[int, ...]  # of its Shape
+    type: str  # "" if the kernel is no template
+    sizes: tuple[int, ...]  # the template arguments of its Shape
     flags: tuple[bool, ...]
-    vectors: bool  # pack's, of its two ways to read
+    vectors: bool  # whether pack reads vectors, the faster of its two ways
     symbol: str
 
     def __str__(self) -> str:
+        """Return the name as C++ would write it."""
         way = ["Vectors" if self.vectors else "Values"] if self.source == "pack" else []
         arguments = [self.type, *map(str, self.sizes), *(str(flag).lower() for flag in self.flags), *way]
         return f"{self.source}<{', '.join(filter(None, arguments))}>"
 
 
 def parse_symbol(symbol: str) -> Kernel:
-    """A kernel of ours from its mangled name."""
+    """Parse the mangled name of one of our kernels."""
     found = _SYMBOL.search(symbol)
     assert found, symbol
     source, _, rest = found.groups()
@@ -93,6 +94,8 @@ def parse_symbol(symbol: str) -> Kernel:
 
 
 class Instruction(NamedTuple):
+    """A machine instruction."""
+
     address: int
     predicate: str  # such as @!P0, or ""
     name: str  # with its modifiers, such as LDG.E.128.CONSTANT
@@ -100,21 +103,22 @@ class Instruction(NamedTuple):
 
     @property
     def kind(self) -> str:
+        """The name without its modifiers."""
         return self.name.partition(".")[0]
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes to."""
+        """The address that a branch jumps to."""
         found = re.search(r"0x([0-9a-f]+)$", self.operands) if self.kind == "BRA" else None
         return int(found[1], 16) if found else None
 
 
-# The comment behind each instruction is its code, whose second half has a line of its own.
+# Each instruction is followed by its code in a comment; the second half of the code has a line of its own.
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]+)\*/ +(?:(@!?U?PT?\d?) +)?([\w.]+)(?: +(.*?))? *;")
 
 
 def parse_sass(lines: Iterable[str]) -> Iterator[tuple[Kernel, list[Instruction]]]:
-    """The kernels in what `cuobjdump -sass` prints, one after the other: they are long."""
+    """Yield the kernels in the output of `cuobjdump -sass` one by one, because each is long."""
     symbol, instructions = "", []
     for line in lines:
         if found := _INSTRUCTION.match(line):
@@ -129,12 +133,12 @@ def parse_sass(lines: Iterable[str]) -> Iterator[tuple[Kernel, list[Instruction]
 
 
 def disassemble(library: Path, target: str) -> Iterator[tuple[Kernel, list[Instruction]]]:
-    """Every kernel of one target, such as sm_80."""
+    """Yield every kernel of one target, such as sm_80, with its instructions."""
     return parse_sass(lines(library, "-sass", "-arch", target))
 
 
 def count(names: Mapping[str, int], *kinds: str) -> int:
-    """Instructions of some kinds among those that are counted by name."""
+    """Return how many of the instructions, counted by name, are of some kinds."""
     return sum(number for name, number in names.items() if name.partition(".")[0] in kinds)
 
 
@@ -142,8 +146,10 @@ def count(names: Mapping[str, int], *kinds: str) -> int:
 
 
 class Resources(NamedTuple):
-    registers: int  # of a thread
-    shared: int  # static, bytes; from 9.0 on with what the system reserves
+    """The resources of a multiprocessor that a kernel takes."""
+
+    registers: int  # registers of a thread
+    shared: int  # bytes of static shared memory; from 9.0 on they include what the system reserves
     stack: int
     local: int
 
@@ -152,7 +158,7 @@ _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 def parse_resources(lines: Iterable[str]) -> dict[str, dict[Kernel, Resources]]:
-    """Resources by target and kernel, from what `cuobjdump -res-usage` prints."""
+    """Parse the output of `cuobjdump -res-usage` into resources by target and kernel."""
     used: dict[str, dict[Kernel, Resources]] = {}
     target = symbol = ""
     for line in lines:
@@ -167,19 +173,19 @@ def parse_resources(lines: Iterable[str]) -> dict[str, dict[Kernel, Resources]]:
 
 
 def resources(library: Path) -> dict[str, dict[Kernel, Resources]]:
-    """What each kernel takes, by target: those that the library has machine code for."""
+    """Return the resources of each kernel, by target that the library has machine code for."""
     return parse_resources(lines(library, "-res-usage"))
 
 
 class Bounds(NamedTuple):
-    """What __launch_bounds__ says."""
+    """The values of __launch_bounds__."""
 
     threads: int
-    blocks: int  # that share a multiprocessor
+    blocks: int  # the least number of blocks that share a multiprocessor
 
 
 def parse_bounds(lines: Iterable[str]) -> dict[Kernel, Bounds]:
-    """The launch bounds in what `cuobjdump -ptx` prints: machine code does not tell them."""
+    """Parse launch bounds from the output of `cuobjdump -ptx`; machine code does not hold them."""
     bounds: dict[Kernel, Bounds] = {}
     kernel = None
     for line in lines:
@@ -193,25 +199,26 @@ def parse_bounds(lines: Iterable[str]) -> dict[Kernel, Bounds]:
 
 
 def launch_bounds(library: Path) -> dict[Kernel, Bounds]:
-    """The launch bounds of the kernels that the library has PTX of."""
+    """Return the launch bounds of the kernels for which the library has PTX."""
     return parse_bounds(lines(library, "-ptx"))
 
 
 def ptx_targets(library: Path) -> set[str]:
-    """The targets that the library has PTX for, as sm_80."""
+    """Return the targets for which the library has PTX, such as sm_80."""
     return {found[1] for line in lines(library, "-lptx") if (found := re.search(r"\.(sm_\w+)\.ptx", line))}
 
 
 class Chip(NamedTuple):
-    """What blocks share of a multiprocessor (programming guide, "Technical Specifications per Compute Capability").
+    """The limits of a multiprocessor that its blocks share.
 
-    65536 registers are the same everywhere; a warp gets them by 256, and from the quarter of them that is its own.
+    They are those of the programming guide, "Technical Specifications per Compute Capability". Every chip has 65536
+    registers; a warp gets them in groups of 256, and only from its own quarter of them.
     """
 
     warps: int
     blocks: int
     shared: int
-    reserved: int  # of shared memory for each block; where cuobjdump counts it, 0
+    reserved: int  # bytes of shared memory that the system reserves for a block, unless cuobjdump counts them
 
 
 _KIB = 1024
@@ -228,7 +235,7 @@ _QUARTERS, _REGISTERS, _WARP, _REGISTER_UNIT = 4, 65536, 32, 256
 
 
 def resident_blocks(chip: Chip, used: Resources, threads: int, dynamic: int = 0) -> int:
-    """How many blocks of so many threads, with so many bytes of dynamic shared memory each, find room."""
+    """Return how many blocks fit on a multiprocessor, given their threads and bytes of dynamic shared memory."""
     warps = -(-threads // _WARP)
     of_warp = -(-used.registers * _WARP // _REGISTER_UNIT) * _REGISTER_UNIT
     room = min(chip.warps, _REGISTERS // _QUARTERS // of_warp * _QUARTERS)
@@ -246,21 +253,23 @@ class Loop(NamedTuple):
     last: int
 
     def __contains__(self, address: object) -> bool:
+        """Return whether an address lies in the loop."""
         return isinstance(address, int) and self.first <= address <= self.last
 
     def of(self, instructions: list[Instruction]) -> list[Instruction]:
+        """Return the instructions of the loop."""
         return [i for i in instructions if i.address in self]
 
 
 def loops(instructions: list[Instruction]) -> list[Loop]:
-    """Innermost first; without the ways of warps whose threads have parted, which lie behind the kernel's end."""
+    """Return the loops, innermost first, without those behind the end of the kernel, where diverged warps run."""
     end = min((i.target for i in instructions if ".DIV" in i.name and i.target is not None), default=2**31)
     found = {Loop(i.target, i.address) for i in instructions if i.target is not None and i.target < i.address < end}
     return sorted(found, key=lambda loop: loop.last - loop.first)
 
 
 def main_loops(instructions: list[Instruction], kind: str) -> list[Loop]:
-    """The loops that hold most of the instructions of a kind; of nested ones the outer."""
+    """Return the loops with the most instructions of a kind; of nested loops, the outer one."""
     counts = {loop: sum(i.kind == kind for i in loop.of(instructions)) for loop in loops(instructions)}
     most = [loop for loop, count in counts.items() if count == max(counts.values()) > 0]
     return [loop for loop in most if not any(loop != other and loop.first in other for other in most)]
@@ -269,7 +278,7 @@ def main_loops(instructions: list[Instruction], kind: str) -> list[Loop]:
 def one_pass(
     instructions: list[Instruction], loop: Loop, work: Collection[str], whole: Mapping[str, int]
 ) -> Counter[str]:
-    """Instructions by name that a warp executes in one pass of a loop, far from all edges.
+    """Count by name the instructions that a warp executes in one pass of a loop, far from all edges.
 
     That is the shortest of the ways through the loop with the most instructions of certain kinds.
 
@@ -284,7 +293,7 @@ def one_pass(
     body = loop.of(instructions)
     times = _times(body, inner, whole)
     following = _best_ways(body, inner, times, work)
-    # ptxas sets loads that never happen before asynchronous copies: @!PT LDS RZ.
+    # ptxas puts loads that are never executed before asynchronous copies: @!PT LDS RZ.
     names = {i.address: "NOP" if i.predicate == "@!PT" else i.name for i in body}
     counts: Counter[str] = Counter()
     address: int | None = loop.first
@@ -295,7 +304,7 @@ def one_pass(
 
 
 def _times(body: list[Instruction], inner: list[Loop], whole: Mapping[str, int]) -> dict[int, int]:
-    """How often each instruction of a loop is executed in one pass that comes by it."""
+    """Return how often each instruction of a loop is executed in one pass that reaches it."""
     times = dict.fromkeys((i.address for i in body), 1)
     for loop in inner:
         counts = Counter(i.kind for i in loop.of(body))
@@ -311,7 +320,7 @@ def _times(body: list[Instruction], inner: list[Loop], whole: Mapping[str, int])
 def _best_ways(
     body: list[Instruction], inner: list[Loop], times: Mapping[int, int], work: Collection[str]
 ) -> dict[int, int | None]:
-    """Which instruction follows each on the way to the loop's end with the most work, of several the shortest.
+    """Find the shortest path to the end of a loop with the most work: the successor of each address on it.
 
     Branches out of the loop are no way. An inner loop whose branch back is always taken is left by another of its own.
     """
@@ -333,5 +342,5 @@ def _targets(instructions: list[Instruction]) -> list[int]:
 
 
 def conditional(branch: Instruction) -> bool:
-    """Whether a branch is not always taken: by a predicate before it or before its target, or if threads diverge."""
+    """Return whether a branch is not always taken: a predicate guards it or its target, or threads diverge."""
     return bool(branch.predicate) or "," in branch.operands or ".DIV" in branch.name

@@ -5,9 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from .helpers import KERNELS, textbook
-from .machine import In, InOut, Module, Out, compile_ptx, nvcc, nvcc_release
-from .mutate import (
+from ..machine import In, InOut, Module, Out, compile_ptx, nvcc, nvcc_release
+from ..mutate import (
     assert_caught,
     change_source,
     change_swizzles,
@@ -18,7 +17,8 @@ from .mutate import (
     remove_waits,
     swap_fragments,
 )
-from .regenerate import generate, normalised
+from ..regenerate import generate, normalised
+from .helpers import KERNELS, textbook
 
 SEEDS = range(5)
 # Enough for the shapes here; a mutant that loops for ever is stopped soon.

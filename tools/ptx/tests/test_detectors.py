@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from ..machine import In, InOut, Module, Out, PtxFault
 from .helpers import HEADER, assert_fault, run
-from .machine import In, InOut, Module, Out, PtxFault
 
 TWO = ".param .u64 out, .param .u64 x"
 LOAD_X = "ld.param.u64 %rd1, [x]; mad.wide.u32 %rd2, %tid, 4, %rd1;"

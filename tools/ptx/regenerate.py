@@ -1,4 +1,4 @@
-"""Compiles the textbook kernels again: `PYTHONPATH=tests python -m ptx.regenerate`.
+"""Compiles the textbook kernels again: `python -m tools.ptx.regenerate`.
 
 Their PTX is kept beside them, so that the tests run without nvcc.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .helpers import KERNELS
 from .machine import compile_ptx
 
+KERNELS = Path(__file__).parent / "kernels"
 ARCH = "sm_80"
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from ..machine import In, InOut, Module, Out, PtxError, Struct
+from ..parser import parse
 from .helpers import HEADER, lanes, module, run
-from .machine import In, InOut, Module, Out, PtxError, Struct
-from .parser import parse
 
 STORE = "mad.wide.u32 %at, %tid, 4, %out; st.global.u32 [%at], %r1;"
 

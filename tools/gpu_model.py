@@ -1,4 +1,4 @@
-"""Estimates from machine code how near to a chip's peak the kernels can come: ``python -m benchmarks gpu-model``.
+"""Estimate from machine code how near the kernels can come to the peak of a chip: ``python -m tools.gpu_model``.
 
 No hardware is used, and nothing is measured. A row of the table is a kernel on a target: what a thread and a block take
 of a multiprocessor, and what a warp does in one pass of the main loop far from all edges, in clocks of the
@@ -44,17 +44,17 @@ WARP = 32
 
 
 class Work(NamedTuple):
-    """What a warp does in one pass of a kernel's main loop, as the source says; tests hold the machine code to it."""
+    """The work of a warp in one pass of the main loop, by the source; tests compare machine code with it."""
 
-    kind: str  # of the instruction that does it,
-    count: int  # and how many
+    kind: str  # the instruction that does the work
+    count: int  # the number of these instructions
     peak: str  # the part that a perfect kernel would keep busy
     multiplies: int = 0  # multiply-adds of bits on tensor cores
     l2: int = 0  # bytes
     memory: int = 0  # bytes
-    dynamic: int = 0  # bytes of shared memory of a block that are no static ones
-    also: tuple[str, ...] = ("LDG", "LDGSTS")  # other kinds that the way through the loop has all of
-    whole: Mapping[str, int] = MappingProxyType({})  # of inner loops: machine_code.one_pass
+    dynamic: int = 0  # bytes of dynamic shared memory of a block
+    also: tuple[str, ...] = ("LDG", "LDGSTS")  # kinds whose instructions in the loop are all executed in a pass
+    whole: Mapping[str, int] = MappingProxyType({})  # the instructions of inner loops, see machine_code.one_pass
 
 
 def _popc(_: Kernel) -> Work:
@@ -88,7 +88,7 @@ def _mma_sm80(kernel: Kernel) -> Work:
 def _mma_int8_sm80(kernel: Kernel) -> Work:
     work = _mma_sm80(kernel)
     count = work.multiplies // (16 * 8 * 32)
-    # In two inner loops over the bits of a byte; each multiply-add takes 8 times as long as one of bits.
+    # The multiply-adds lie in two inner loops over the bits of a byte; each takes 8 times as long as one of bits.
     return work._replace(kind="IMMA", count=count, multiplies=8 * work.multiplies, whole={"IMMA": count // 2})
 
 
@@ -130,7 +130,7 @@ WORKS: dict[str, dict[str, Callable[[Kernel], Work]]] = {
 
 
 class Rates(NamedTuple):
-    """A multiprocessor's rates in a clock; None where nobody says."""
+    """The rates of a multiprocessor per clock; None if no source gives one."""
 
     memory: float  # bytes
     multiplies: int | None  # of bits
@@ -141,8 +141,8 @@ def _memory(gigabytes: float, multiprocessors: int, gigahertz: float) -> float:
     return gigabytes / multiprocessors / gigahertz
 
 
-# Multiplies and L2 of the heuristics, which have none for a 7.5: 8 times its int8 rate, in the data sheet of the T4. So
-# it is from 10.0 on, where there are no multiplies of bits: csrc/cuda/gemm_mma_int8_sm80.cu says where they are from.
+# Multiplies and L2 are those of the heuristics. They have none for 7.5: 8 times the int8 rate of the T4's data sheet is
+# used. From 10.0 on bits are multiplied as int8, too; csrc/cuda/gemm_mma_int8_sm80.cu names the source.
 RATES = {
     "sm_75": Rates(_memory(320, 40, 1.59), 8192, None),  # T4
     "sm_80": Rates(_memory(2039, 108, 1.41), 16384, 47),  # A100 with 80 GB
@@ -157,14 +157,14 @@ TENSOR = re.compile(r"[BIHDQO]MMA")
 SLOW = re.compile(r"POPC|FLO|BREV|MUFU|F2F|F2I|I2F$|I2I")
 FUSED = re.compile(r"IMAD|FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2")
 SHARED = re.compile(r"LD|ST|SHFL|ATOM|RED|LDGSTS")
-# Control, and the units of what is the same in all lanes: they take an issue slot alone.
+# Control instructions and those of the uniform datapath occupy an issue slot and none of the units of the table.
 ELSEWHERE = re.compile(
     r"U[A-Z]|BRA|BAR|BSSY|BSYNC|B2R|BMOV|CALL|CS2R|DEPBAR|EXIT|LDGDEPBAR|NOP|R2UR|S2|WARPSYNC|LDC|YIELD"
 )
 
 
 def clocks_of(name: str) -> dict[str, float]:
-    """The clocks for which an instruction of a warp occupies each unit."""
+    """Return the clocks for which an instruction of a warp occupies each unit."""
     wide = re.search(r"\.(64|128)(?=\.|$)", name)
     if ELSEWHERE.match(name) or TENSOR.match(name):
         return {}
@@ -178,7 +178,7 @@ PARTS = ["issue", "tensor", "POPC", "ALU", "FMA", "shared", "L2", "memory"]
 
 
 def estimate(passed: Counter[str], work: Work, rates: Rates) -> dict[str, float]:
-    """Clocks that one pass of a loop keeps each part of a multiprocessor busy for, for one warp."""
+    """Return the clocks for which one pass of a warp through a loop keeps each part of a multiprocessor busy."""
     clocks = dict.fromkeys(PARTS, 0.0)
     clocks["issue"] = passed.total() / 4
     for name, count in passed.items():
@@ -191,7 +191,7 @@ def estimate(passed: Counter[str], work: Work, rates: Rates) -> dict[str, float]
 
 
 def main_pass(instructions: list[Instruction], work: Work) -> Counter[str] | None:
-    """Instructions of one pass of the main loop, or None where the kernel is left empty on this target.
+    """Return the instructions of one pass of the main loop, or None if the kernel is empty on this target.
 
     Of a loop with a condition that does not change in it nvcc makes two: it is the one that does more of the work.
     """
@@ -202,14 +202,14 @@ def main_pass(instructions: list[Instruction], work: Work) -> Counter[str] | Non
 
 
 def shown(kernel: Kernel) -> bool:
-    """Whether others differ from it in no more than the results' type or the rule for signs."""
+    """Return whether other kernels differ from it only in the type of the results or the rule for signs."""
     if kernel.source == "pack":
         return kernel.type == "bfloat16" and kernel.flags == (False,)
     return kernel.type in ("bfloat16", "2 bytes", "")
 
 
 def row(target: str, name: str, work: Work, passed: Counter[str], takes: Resources, threads: int) -> list[object]:
-    """A line of the table."""
+    """Return a line of the table."""
     blocks = machine_code.resident_blocks(machine_code.CHIPS[target], takes, threads, work.dynamic)
     clocks = estimate(passed, work, RATES[target])
     slowest = max(clocks, key=clocks.__getitem__)
@@ -221,7 +221,7 @@ def row(target: str, name: str, work: Work, passed: Counter[str], takes: Resourc
 
 
 def table(library: Path, targets: list[str]) -> list[list[object]]:
-    """The rows by kernel and target, without kernels that a target leaves empty."""
+    """Return the rows by kernel and target, without kernels that are empty on a target."""
     used, bounds = machine_code.resources(library), machine_code.launch_bounds(library)
 
     def rows_of(target: str) -> list[tuple[int, str, list[object]]]:
@@ -236,19 +236,20 @@ def table(library: Path, targets: list[str]) -> list[list[object]]:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = [row for rows in pool.map(rows_of, targets) for row in rows]
-    # As sorting keeps the order of equals, targets stay in theirs.
+    # Sorting is stable, so the targets of a kernel stay in order.
     return [line for *_, line in sorted(found, key=lambda row: row[:2])]
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu-model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.gpu_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--library", type=Path, default=LIBRARY, help="the compiled CUDA operators")
     parser.add_argument("--target", choices=list(RATES), action="append", help="one target, or several (all)")
     options = parser.parse_args(arguments)
     if not options.library.exists():
-        raise SystemExit(f"{options.library} is not there: the CUDA operators are not built.")
+        raise SystemExit(f"{options.library} does not exist: the CUDA operators are not built.")
     if not machine_code.ptx_targets(options.library):
         raise SystemExit(f"{options.library} has no PTX, which tells the blocks' sizes: build for all targets.")
     built = machine_code.resources(options.library)
@@ -260,3 +261,7 @@ def main(arguments: list[str]) -> None:
         "memory of a\nblock; blocks of so many threads that share a multiprocessor; instructions of a warp's pass of "
         "the main loop, and\nthe clocks for which it keeps each part of a multiprocessor busy."
     )
+
+
+if __name__ == "__main__":
+    main()

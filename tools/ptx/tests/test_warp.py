@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from ..machine import Out, PtxFault
 from .helpers import assert_fault, run
-from .machine import Out, PtxFault
-from .test_ptx_memory import STORE, words
+from .test_memory import STORE, words
 
 SEEDS = range(4)
 

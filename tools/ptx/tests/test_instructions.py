@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ..machine import Module, PtxError
 from .helpers import HEADER, lanes
-from .machine import Module, PtxError
 
 RNG = np.random.default_rng(4)
 EDGES = [0, 1, 2, 3, 7, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xDEADBEEF]
@@ -563,9 +563,9 @@ def test_what_is_not_known_is_an_error(line, message):
 
 def test_every_instruction_has_a_test():
     """The interpreter's table of families against the tests and the textbook kernels."""
-    here = Path(__file__).parent
-    table = re.search(r"kFamilies\[\] = \{(.*?)\n\};", (here / "interpreter.cpp").read_text(), re.DOTALL)
+    tests, package = Path(__file__).parent, Path(__file__).parents[1]
+    table = re.search(r"kFamilies\[\] = \{(.*?)\n\};", (package / "interpreter.cpp").read_text(), re.DOTALL)
     families = re.findall(r'\{"(\w+)",', table[1])
-    text = "\n".join(f.read_text() for f in (*here.glob("test_ptx_*.py"), *(here / "kernels").glob("*.ptx")))
+    text = "\n".join(f.read_text() for f in (*tests.glob("test_*.py"), *(package / "kernels").glob("*.ptx")))
     assert len(families) > 70
     assert [f for f in families if not re.search(rf"(?<![\w.]){f}[.; ]", text) and f'"{f}' not in text] == []

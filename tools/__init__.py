@@ -1,0 +1,1 @@
+"""Programs for working on this package that measure nothing."""

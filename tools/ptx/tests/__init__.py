@@ -1,0 +1,1 @@
+"""The interpreter's own tests: instructions, memory, detectors, mutants and textbook kernels."""
