@@ -42,7 +42,7 @@ _EXACT = (
 )
 # The table of a layer is computed in parts of about this many values.
 _PART = 1 << 20
-# float32 holds all whole numbers up to this one, and an offset may be K + 1.
+# An offset may be K + 1, and float32 holds all whole numbers up to 2**24.
 _MOST_INPUTS = (1 << 24) - 1
 
 
