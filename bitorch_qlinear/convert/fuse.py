@@ -9,8 +9,9 @@ the same bits, so the modules are no longer needed.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,20 +45,22 @@ _EXACT = (
 _PART = 1 << 20
 # An offset may be K + 1, and float32 holds all whole numbers up to 2**24.
 _MOST_INPUTS = (1 << 24) - 1
+# Two traces at a time would restore each other's changes of nn.Module.
+_tracing = threading.RLock()
 
 
 class Folded(nn.Identity):
     """Takes the place of a module whose work is part of the fused layer before it, and returns its input.
 
     Attributes:
-        module: The repr of the module.
+        original: The repr of the module.
         rows_only: Whether the module counts channels along dimension 1, so that only rows have their channels last.
     """
 
-    def __init__(self, module: str, rows_only: bool) -> None:
+    def __init__(self, original: str, rows_only: bool) -> None:
         """Keep what the module was."""
         super().__init__()
-        self.module = module
+        self.original = original
         self.rows_only = rows_only
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,14 +71,14 @@ class Folded(nn.Identity):
         """
         if self.rows_only and x.dim() != 2:
             raise RuntimeError(
-                f"x: expected 2 dimensions, got {x.dim()}: {self.module} was fused for channels that are the last "
+                f"x: expected 2 dimensions, got {x.dim()}: {self.original} was fused for channels that are the last "
                 "dimension; use a model that is packed without fuse=True"
             )
         return x
 
     def extra_repr(self) -> str:
         """Return what the module was."""
-        return self.module
+        return self.original
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,20 @@ class _Tracer(fx.Tracer):
     def __init__(self, only_sequential: bool = False) -> None:
         super().__init__()
         self.only_sequential = only_sequential
+        self.thread = threading.get_ident()
+
+    # While torch.fx traces, it replaces nn.Module's methods in all threads, and others may compute meanwhile.
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, (QLinear, PackedQLinear)) or super().is_leaf_module(m, module_qualified_name):
@@ -278,14 +295,17 @@ def _trace(root: nn.Module, tracer: fx.Tracer, defaults: dict[str, Any] | None =
     Raises:
         Exception: The forward cannot be traced.
     """
-    before = [(module, dict(module.__dict__)) for module in root.modules()]
-    try:
-        return tracer.trace(root, concrete_args=defaults)
-    finally:
-        for module, attributes in before:
-            if any(value is not attributes.get(name) for name, value in module.__dict__.items()):
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
+    with _tracing:
+        before = [(module, dict(module.__dict__)) for module in root.modules()]
+        try:
+            return tracer.trace(root, concrete_args=defaults)
+        finally:
+            for module, attributes in before:
+                for name, value in list(module.__dict__.items()):
+                    if name not in attributes:
+                        del module.__dict__[name]
+                    elif value is not attributes[name]:
+                        module.__dict__[name] = attributes[name]
 
 
 def _parts(module: nn.Module, seen: set[int], notes: dict[int, str]) -> Iterator[list[_Part]]:

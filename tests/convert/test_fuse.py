@@ -5,6 +5,7 @@ import io
 import itertools
 import logging
 import re
+import threading
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from bitorch_qlinear import Folded, PackedQLinear, QLinear, explain, kernels, pack, unpack
 
 K, N = 70, 37
+before_any_trace = nn.Module.__call__
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
@@ -493,6 +495,61 @@ def test_what_forward_keeps_is_kept_as_it_was():
         assert not [name for name in fused.__dict__ if "constant" in name]
         assert fused_layers(fused) == [True, False]
         assert_equal(fused(x), want)
+
+
+class RunsMeanwhile(Functional):
+    """While forward is traced, `meanwhile` runs."""
+
+    def meanwhile(self):
+        pass
+
+    def forward(self, x):
+        self.meanwhile()
+        return super().forward(x)
+
+
+def test_other_threads_may_compute_while_a_model_is_traced():
+    model = pack(RunsMeanwhile().eval())
+    x, results = torch.randn(3, K), []
+    want = model(x).detach()
+
+    def compute():
+        assert nn.Module.__call__ is not before_any_trace
+        with torch.no_grad():
+            results.append(Functional.forward(model, x) * model.norm.weight.isfinite().all())
+
+    def run():
+        model.meanwhile = lambda: None
+        thread = threading.Thread(target=compute)
+        thread.start()
+        thread.join()
+
+    model.meanwhile = run
+    assert "relu" in explain(model).layers[0].fusion
+    assert_equal(results[0], want)
+
+
+def test_two_threads_trace_one_after_the_other():
+    first, second = pack(RunsMeanwhile().eval()), pack(RunsMeanwhile().eval())
+    is_traced, is_done = threading.Event(), threading.Event()
+
+    def wait():
+        is_traced.set()
+        is_done.wait(10)
+
+    second.meanwhile = wait
+    thread = threading.Thread(target=explain, args=(second,))
+
+    def start():
+        thread.start()
+        is_traced.wait(0.3)  # this is in vain, because the other trace begins after this one
+
+    first.meanwhile = start
+    explain(first)
+    is_done.set()
+    thread.join()
+    assert is_traced.is_set()
+    assert nn.Module.__call__ is before_any_trace
 
 
 def test_nested_modules_and_second_names():
