@@ -108,22 +108,21 @@ def problem_of_packed(
 
 def _problem_of_fusing(prefix: str, state_dict: Mapping[str, Any], n: int, k: int, fused: int | None) -> str | None:
     """Return the error message if only one of layer and checkpoint is fused, or if the entries of fusing are wrong."""
-    names = [name for name in ("scale", "offset", "fused") if f"{prefix}{name}" in state_dict]
+    number = state_dict.get(f"{prefix}fused")
     if fused is None:
-        if not names:
+        if number is None:
             return None
         return (
-            f"{prefix}{names[0]}: expected the checkpoint of a layer that is not fused, got a fused layer's: load it "
+            f"{prefix}fused: expected the checkpoint of a layer that is not fused, got a fused layer's: load it "
             "into bitorch_qlinear.pack(model, fuse=True) of the same model"
         )
-    if not names:
+    if number is None:
         if f"{prefix}weight" not in state_dict:
             return None
         return (
             f"{prefix}weight: expected the checkpoint of a fused layer, got one of a layer that is not fused: load it "
             "into the model before it is fused"
         )
-    number = state_dict.get(f"{prefix}fused")
     if isinstance(number, Tensor) and not number.is_meta:
         if number.dim() != 0 or number.dtype is not torch.int64:
             return f"{prefix}fused: expected a 0-dim int64 tensor, got {number.dtype} with {number.dim()} dimensions"

@@ -2,8 +2,8 @@
 
 The product of a packed layer has K + 1 possible values: ``K - 2 · popcount``. If everything between the layer and the
 next layer's sign works on each channel alone, each channel has a table of K + 1 bits. torch's own modules compute that
-table here. If the bits of a channel change at most once, a scale of ±1 and a whole-numbered offset on the product give
-the same bits, so the modules are no longer needed.
+table here. If the bits of a channel change at most once, a scale of ±1 and an integer offset on the product give the
+same bits, so the modules are no longer needed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ..packed import PackedQLinear
 
 __all__ = ["Folded", "fuse", "fusions"]
 
-# Their values do not depend on where an element lies in its tensor. torch computes tanh and the like by vectors, except
-# the last few elements of a tensor, and the two ways differ in the last bit.
+# The values of these modules do not depend on where an element lies in its tensor. torch computes tanh and similar
+# functions by vectors except in the last elements of a tensor, and the two code paths may differ in the last bit.
 _EXACT = (
     nn.Identity,
     nn.Dropout,
@@ -83,7 +83,7 @@ class Folded(nn.Identity):
 
 @dataclass(frozen=True)
 class Chain:
-    """A layer, what lies between it and the layers that read its signs, and these.
+    """The modules from a packed layer to the packed layers that read the signs of what it becomes.
 
     Attributes:
         layer: The first layer.
@@ -127,6 +127,9 @@ class _Tracer(fx.Tracer):
     A hook on a module that is traced through would see what torch.fx traces with instead of a tensor.
     """
 
+    # Without this, the graph shows no reading of a buffer, such as of running_var.
+    proxy_buffer_attributes = True
+
     def __init__(self, only_sequential: bool = False) -> None:
         super().__init__()
         self.only_sequential = only_sequential
@@ -152,11 +155,12 @@ class _Tracer(fx.Tracer):
 
 
 class _Part:
-    """A module that is traced as one: the chains in it, and what else its forward does with its modules.
+    """The result of tracing one module: the chains in it, and how else its forward uses the modules inside.
 
     Attributes:
         outcome: A chain or the reason against one, for each packed layer that forward calls.
         calls: How often forward calls each module, by id.
+        read: The ids of the modules of which forward itself reads a tensor.
         whole: The modules that are called but not looked into.
     """
 
@@ -170,7 +174,6 @@ class _Part:
         self.root = root
         self.nodes = list(graph.nodes)
         self.calls = Counter(id(self._module(node)) for node in self.nodes if node.op == "call_module")
-        # Tensors of these modules are read by forward itself.
         self.read = {
             id(root.get_submodule(str(node.target).rpartition(".")[0])) for node in self.nodes if node.op == "get_attr"
         }
@@ -237,8 +240,6 @@ class _Part:
         name = type(module).__name__
         if self.calls[id(module)] > 1:
             return f"{name} is called {self.calls[id(module)]} times"
-        if id(module) in self.read:
-            return f"the tensors of {name} are also read by the forward that calls it"
         return ""
 
     def _reason_against_between(self, module: nn.Module, n: int) -> str:
@@ -277,7 +278,7 @@ def _graphs(root: nn.Module) -> list[fx.Graph]:
     """Trace forward with the optional arguments given, and with their defaults.
 
     Raises:
-        Exception: The forward cannot be traced; errors of many kinds tell so.
+        Exception: The forward cannot be traced. torch.fx and the forward raise errors of many classes then.
     """
     if "forward" in root.__dict__:
         raise TypeError("it has a forward of its own")
@@ -344,9 +345,11 @@ def _chains(model: nn.Module) -> dict[int, Chain | str]:
     notes: dict[int, str] = {}
     found: dict[int, Chain | str] = {}
     users: Counter[int] = Counter()
+    read: set[int] = set()
     for parts in _parts(model, set(), notes):
         users.update({each for part in parts for each in part.calls})
         for part in parts:
+            read |= part.read
             for key, outcome in part.outcome.items():
                 before = found.setdefault(key, outcome)
                 if before != outcome:
@@ -357,8 +360,12 @@ def _chains(model: nn.Module) -> dict[int, Chain | str]:
             for key in first ^ set(part.outcome):
                 found[key] = "forward's arguments decide whether it is called"
     for key, outcome in found.items():
-        if isinstance(outcome, Chain) and any(users[id(each)] > 1 for each in (outcome.layer, *outcome.between)):
+        modules = (outcome.layer, *outcome.between) if isinstance(outcome, Chain) else ()
+        if any(users[id(each)] > 1 for each in modules):
             found[key] = "it, or a module that follows it, is used in several places"
+        for each in modules:
+            if id(each) in read:
+                found[key] = f"a forward reads tensors of {type(each).__name__} itself"
     for layer in model.modules():
         if isinstance(layer, PackedQLinear):
             found.setdefault(id(layer), notes.get(id(layer), "no forward that was traced calls it"))
@@ -387,7 +394,7 @@ def _evaluate(chain: Chain) -> Fusion | str:
         changes = torch.zeros(n, dtype=torch.int32, device=device)
         place = torch.full((n,), k + 1, dtype=torch.int32, device=device)  # the popcount from which the bit is another
         first = previous = torch.empty(0)
-        # All channels are computed at once, in rows, because batch_norm takes another way through a single column.
+        # All channels are computed at once, in rows, because batch_norm takes another code path for a single column.
         rows = max(1, _PART // max(n, 1))
         for start in range(0, k + 1, rows):
             counts = torch.arange(start, min(start + rows, k + 1), dtype=torch.int32, device=device)
@@ -409,9 +416,9 @@ def _evaluate(chain: Chain) -> Fusion | str:
             previous = bits[-1:]
         several = int((changes > 1).sum())
         if several:
-            return f"{several} of {n} channels are no step of the product: {', '.join(chain.names)}"
+            return f"the signs of {several} of {n} channels change more than once: {', '.join(chain.names)}"
         scale = torch.where(first[0], 1.0, -1.0).to(torch.float32)
-        # The bit is another one from the product K - 2 · place on, and products are an even number apart.
+        # The bit changes between the products K - 2 · place + 2 and K - 2 · place; the limit lies half way.
         offset = -scale * (k + 1 - 2 * place.to(torch.float32))
     return Fusion(chain, scale, offset, dtype)
 
@@ -429,7 +436,7 @@ def _outputs(layer: PackedQLinear, counts: Tensor, dtype: torch.dtype) -> Tensor
 def fusions(model: nn.Module) -> dict[int, Fusion | str]:
     """Return, by the id of each packed layer of a model, how it can be fused or the reason why it cannot.
 
-    The forwards of the model's modules are called by torch.fx. A layer that is fused already has the reason "".
+    torch.fx calls the forward of the model to trace it. A layer that is fused already has the reason "".
     """
     layers = [layer for layer in model.modules() if isinstance(layer, PackedQLinear)]
     if len(layers) < 2:
