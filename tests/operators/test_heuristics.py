@@ -35,7 +35,9 @@ def library():
     compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "c++")
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror"]
     flags += [f"-fsanitize={CHECKS}", "-fsanitize-undefined-trap-on-error", "-ffp-contract=off"]
-    sources = b"".join(path.read_bytes() for path in (HARNESS, CUDA / "heuristics.h", CUDA / "records.h", CSRC / "packed.h"))
+    sources = b"".join(
+        path.read_bytes() for path in (HARNESS, CUDA / "heuristics.h", CUDA / "records.h", CSRC / "packed.h")
+    )
     key = hashlib.sha256(repr((compiler, flags)).encode() + sources).hexdigest()[:16]
 
     def make(path):
