@@ -279,7 +279,7 @@ class QLinear(nn.Linear):
     # ---- the float path ----
 
     def _in_float(self, x: Tensor, weight: Tensor, bias: Tensor | None, rules: object) -> Tensor:
-        """Compute the same values by torch's own operators, for tensors and quantizations without kernels."""
+        """Compute the same product by torch's own operators, for tensors and quantizations without kernels."""
         if has_other_layout(x):
             return apply_to_values(self, x)
         if rules is None and self._takes_sign_gemm(x, weight, bias):

@@ -99,7 +99,7 @@ def pack_weight(weight: Tensor, quantization: nn.Module) -> Tensor:
 
 
 class PackedQLinear(nn.Module):
-    """``y = s(x) · Wᵀ + b`` with W kept as bits: what a trained :class:`QLinear` is at inference, bit for bit.
+    """``y = s(x) · Wᵀ + b`` with W kept as bits, for inference: what a trained :class:`QLinear` computes.
 
     ``state_dict`` holds ``weight`` (packed words), ``bias``, ``k`` and the meaning of the words (see
     :mod:`bitorch_qlinear.checkpoint`); it takes 1/32 of the bytes of float32 weights. In memory the layer takes as much
