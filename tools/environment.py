@@ -335,7 +335,7 @@ print(" ".join(f"{major}.{minor}" + "a" * (major == 9) for major, minor in sorte
 
 
 def read(path: Path) -> str:
-    """Return a record without the spaces round it, or "" if it does not exist."""
+    """Return a record without the spaces around it, or "" if it does not exist."""
     return path.read_text().strip() if path.exists() else ""
 
 
