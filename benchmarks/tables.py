@@ -141,7 +141,7 @@ def comparison(inference: Figures, training: Figures) -> str:
                 milliseconds(median(times, LINEAR)),
                 milliseconds(median(times, BITORCH)) if BITORCH in times else "absent",
                 milliseconds(median(times, layer)),
-                f"**{ratio(times, LINEAR, layer):.3g}**",
+                f"**{gain:.3g}**" if (gain := ratio(times, LINEAR, layer)) > 1 else f"{gain:.3g}",
             ]
         )
     where = inference["setting"]

@@ -102,7 +102,7 @@ def load_digits(seed: int, device: torch.device) -> Digits:
 def build_model(features: int, hidden: int, binary: bool = True) -> nn.Sequential:
     """Build the binary classifier or its float32 twin; both draw the same initial weights from the same seed.
 
-    The first and the last layer are real-valued. A BatchNorm stands in front of each hidden layer, so that the values
+    The first and the last layer are real-valued. A BatchNorm precedes each hidden layer, so that the values
     whose signs it takes are centred at zero. These signs are the binary network's nonlinearity. The twin has a ReLU in
     their place.
 
