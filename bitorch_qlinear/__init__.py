@@ -8,25 +8,13 @@ from . import _vmap as _vmap  # registers the batching rules, for torch.func.vma
 from . import functional, kernels, quantizations
 from ._info import Info, info
 from ._version import __version__
-from .convert import (
-    BinarizeReport,
-    Folded,
-    LayerChoice,
-    LayerReport,
-    Report,
-    binarize,
-    explain,
-    explain_binarize,
-    pack,
-    unpack,
-)
+from .convert import BinarizeReport, LayerChoice, LayerReport, Report, binarize, explain, explain_binarize, pack, unpack
 from .linear import QLinear, safe_globals
 from .packed import PackedQLinear
 from .quantizations import Quantization, quantization_names, register_quantization
 
 __all__ = [
     "BinarizeReport",
-    "Folded",
     "Info",
     "LayerChoice",
     "LayerReport",
@@ -49,4 +37,4 @@ __all__ = [
 ]
 
 # torch.load(weights_only=True) may build this package's classes of a whole saved model. The user allows all others.
-torch.serialization.add_safe_globals([*safe_globals(), PackedQLinear, Folded])
+torch.serialization.add_safe_globals([*safe_globals(), PackedQLinear])

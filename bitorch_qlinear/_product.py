@@ -29,7 +29,6 @@ from .quantizations import BinaryRule, cancel_gradient
 __all__ = [
     "autocast_dtype",
     "differentiable_linear",
-    "fused_linear",
     "has_kernels",
     "is_differentiated",
     "packed_linear",
@@ -37,7 +36,6 @@ __all__ = [
     "sign_linear",
     "train_linear",
     "wants_gradient",
-    "without_gradient",
 ]
 
 # Looked up once, because a name in a module of a module costs 20 ns in every call.
@@ -131,29 +129,6 @@ def packed_linear(
     return operator(x, words, k, bias, weight_prepared=prepared)  # type: ignore[no-any-return]
 
 
-def fused_linear(
-    x: Tensor, words: Tensor, k: int, scale: Tensor, offset: Tensor, prepared: Tensor | None, strict: bool
-) -> Tensor:
-    """Compute ``s(x) · Wᵀ · scale + offset`` from packed weights W; for inference.
-
-    Args:
-        x: Shape ``(..., k)``, any strides.
-        words: int32, shape ``(n, ceil(k / 32))``.
-        k: Number of values in a row.
-        scale: Shape ``(n,)``.
-        offset: Shape ``(n,)``.
-        prepared: The prepared form of the words, or None.
-        strict: The sign of x is +1 only if x > 0, instead of +1 unless x < 0.
-
-    Returns:
-        Shape ``(..., n)``, in the dtype of x.
-    """
-    operator = _linear if _compiling() else _linear_entry
-    if strict:
-        return operator(x, words, k, offset, weight_prepared=prepared, scale=scale, strict=True)  # type: ignore[no-any-return]
-    return operator(x, words, k, offset, weight_prepared=prepared, scale=scale)  # type: ignore[no-any-return]
-
-
 def real_linear(x: Tensor, words: Tensor, k: int, bias: Tensor | None, threshold: float | None = None) -> Tensor:
     """Compute ``x · Wᵀ + bias`` from real x and packed weights W; differentiable in x and bias.
 
@@ -207,36 +182,6 @@ class _OnceDifferentiable(torch.autograd.Function):
         raise RuntimeError(
             "bitorch_qlinear: a binary layer is differentiable only once: signs have no second derivative."
         )
-
-
-class _WithoutGradient(torch.autograd.Function):
-    """Returns a value unchanged, and raises the given error in backward."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(value: Tensor, x: Tensor, message: str) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.message = inputs[2]
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
-        raise RuntimeError(ctx.message)
-
-
-def without_gradient(value: Tensor, x: Tensor, message: str) -> Tensor:
-    """Return a value that was computed from x, tied to x so that backward raises a RuntimeError.
-
-    Args:
-        value: The value, which autograd does not track.
-        x: What it was computed from.
-        message: The error's message.
-    """
-    tied: Tensor = apply(_WithoutGradient, value, x, message)
-    return tied
 
 
 class BinaryProduct(torch.autograd.Function):

@@ -11,12 +11,6 @@ The entries of a packed layer are
 
 All of them are tensors, so that torch.save, safetensors and distributed checkpoints can hold them. Checkpoints from
 before the format had a version lack the last three entries; they load as well.
-
-A fused layer (see :func:`bitorch_qlinear.pack`) writes format 2, which a reader of format 1 refuses. It has no bias but
-
-    scale        n values ±1, float32
-    offset       n whole numbers, float32; ``product · scale + offset`` is never 0, and its sign counts
-    fused        the dtype in which the sign is right, int64: an index into `FUSED_DTYPES`
 """
 
 from __future__ import annotations
@@ -29,8 +23,6 @@ from torch import Tensor
 
 __all__ = [
     "FORMAT",
-    "FUSED_DTYPES",
-    "FUSED_FORMAT",
     "INPUT_RULES",
     "NUMBERS",
     "QUANTIZED_WEIGHT",
@@ -44,9 +36,6 @@ __all__ = [
 
 FORMAT = 1
 """The format that this version of the package writes; it reads this one and all older ones."""
-FUSED_FORMAT = 2
-"""The format of a fused layer's entries."""
-FUSED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INPUT_RULES = ("+1 unless x < 0, else -1", "+1 if x > 0, else -1", "real values as they are")
 STRICT_INPUT, REAL_INPUT = 1, 2
 WEIGHT_RULES = ("+1 unless w < 0, else -1", "+1 if w > 0, else -1", "the signs of quantized weights")
@@ -72,13 +61,7 @@ def problem_of_words_in_float(prefix: str, state_dict: Mapping[str, Any]) -> str
 
 
 def problem_of_packed(
-    prefix: str,
-    state_dict: Mapping[str, Any],
-    n: int,
-    k: int,
-    input_rule: int,
-    weight_rule: int,
-    fused: int | None = None,
+    prefix: str, state_dict: Mapping[str, Any], n: int, k: int, input_rule: int, weight_rule: int
 ) -> str | None:
     """Return the first problem of a packed layer's entries as an error message, or None.
 
@@ -89,13 +72,8 @@ def problem_of_packed(
         k: Inputs of the layer.
         input_rule: The layer's index into `INPUT_RULES`.
         weight_rule: The layer's index into `WEIGHT_RULES`.
-        fused: The layer's index into `FUSED_DTYPES`, or None if it is not fused.
     """
-    if problem := _problem_of_fusing(prefix, state_dict, n, k, fused):
-        return problem
     expected = {"k": k, "format": FORMAT, "input_rule": input_rule, "weight_rule": weight_rule}
-    if fused is not None:
-        expected["format"] = FUSED_FORMAT
     numbers = {name: state_dict[f"{prefix}{name}"] for name in NUMBERS if f"{prefix}{name}" in state_dict}
     problems = [_problem_of_number(f"{prefix}{name}", number, expected[name]) for name, number in numbers.items()]
     for name in ("weight", "bias"):
@@ -104,47 +82,6 @@ def problem_of_packed(
             of = _problem_of_words if name == "weight" else _problem_of_bias
             problems.insert(0, of(f"{prefix}{name}", tensor, n, k))
     return next(filter(None, problems), None)
-
-
-def _problem_of_fusing(prefix: str, state_dict: Mapping[str, Any], n: int, k: int, fused: int | None) -> str | None:
-    """Return the error message if only one of layer and checkpoint is fused, or if the entries of fusing are wrong."""
-    number = state_dict.get(f"{prefix}fused")
-    if fused is None:
-        if number is None:
-            return None
-        return (
-            f"{prefix}fused: expected the checkpoint of a layer that is not fused, got a fused layer's: load it "
-            "into bitorch_qlinear.pack(model, fuse=True) of the same model"
-        )
-    if number is None:
-        if f"{prefix}weight" not in state_dict:
-            return None
-        return (
-            f"{prefix}weight: expected the checkpoint of a fused layer, got one of a layer that is not fused: load it "
-            "into the model before it is fused"
-        )
-    if isinstance(number, Tensor) and not number.is_meta:
-        if number.dim() != 0 or number.dtype is not torch.int64:
-            return f"{prefix}fused: expected a 0-dim int64 tensor, got {number.dtype} with {number.dim()} dimensions"
-        got = int(number)
-        if got != fused:
-            said = [FUSED_DTYPES[i] if 0 <= i < len(FUSED_DTYPES) else i for i in (fused, got)]
-            return f"{prefix}fused: expected a layer that was fused in {said[0]}, got one in {said[1]}"
-    for name, meaning in (("scale", "values ±1"), ("offset", "whole numbers that the product cannot cancel")):
-        tensor = state_dict.get(f"{prefix}{name}")
-        if not isinstance(tensor, Tensor):
-            continue
-        key = f"{prefix}{name}"
-        if problem := _problem_of_layout(key, tensor):
-            return problem
-        if tensor.dtype is not torch.float32 or tensor.shape != (n,):
-            return f"{key}: expected float32 of shape {(n,)}, got {tensor.dtype} of shape {tuple(tensor.shape)}"
-        if tensor.is_meta:
-            continue
-        right = tensor.abs() == 1 if name == "scale" else (tensor.abs() <= k + 1) & ((tensor + k) % 2 == 1)
-        if not bool(right.all()):
-            return f"{key}: expected {meaning}, got others"
-    return None
 
 
 def _problem_of_layout(key: str, tensor: Tensor) -> str | None:
@@ -187,9 +124,9 @@ def _problem_of_number(key: str, number: Any, expected: int) -> str | None:
         return f"{key}: expected a 0-dim int64 tensor, got {number.dtype} with {number.dim()} dimensions"
     got, name = int(number), key.rpartition(".")[2]
     if name == "format":
-        if not 1 <= got <= expected:
-            why = ": a newer bitorch_qlinear wrote it" if got > expected else ""
-            return f"{key}: expected a checkpoint of format 1 to {expected}, got {got}{why}"
+        if not 1 <= got <= FORMAT:
+            why = ": a newer bitorch_qlinear wrote it" if got > FORMAT else ""
+            return f"{key}: expected a checkpoint of format 1 to {FORMAT}, got {got}{why}"
     elif name == "k":
         if got != expected:
             return f"{key}: expected k = {expected}, got {got}: the checkpoint is of a layer of another size"

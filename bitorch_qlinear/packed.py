@@ -14,19 +14,14 @@ from ._inputs import apply_to_no_tensor, apply_to_values, has_other_layout, rais
 from ._product import (
     autocast_dtype,
     differentiable_linear,
-    fused_linear,
     has_kernels,
     is_differentiated,
     packed_linear,
     real_linear,
-    wants_gradient,
-    without_gradient,
 )
 from ._torch import called_from, functorch_active, is_plain, shares_data
 from .checkpoint import (
     FORMAT,
-    FUSED_DTYPES,
-    FUSED_FORMAT,
     INPUT_RULES,
     QUANTIZED_WEIGHT,
     REAL_INPUT,
@@ -45,11 +40,6 @@ _compiling = torch.compiler.is_compiling
 _SIGN = BinaryRule()
 # An operator prepares this many words in the time that it takes to pass it their form (0.3 us) and to compare the two.
 _FEW_WORDS = 1024
-
-_NO_GRADIENT = (
-    "x: a fused PackedQLinear has no gradient, because only the sign of its output has a meaning: use a model that is "
-    "packed without fuse=True, or compute without gradients (torch.no_grad)."
-)
 
 
 def input_rule_of(quantization: nn.Module) -> int:
@@ -112,11 +102,6 @@ class PackedQLinear(nn.Module):
 
     Gradients flow to x and to the bias, as through the QLinear with frozen weights.
 
-    In a model that was packed with ``fuse=True`` a layer may be *fused*: it includes the modules that followed it, up
-    to the next layer's sign. Its output is ``s(x) · Wᵀ · scale + offset``. Only the signs of this have a meaning: they
-    are those that the modules computed in eval mode, also while the model is in training mode. A fused layer takes x in
-    the dtype in which the model was fused, and has no gradient.
-
     Attributes:
         in_features: The number of inputs, K.
         out_features: The number of outputs, N.
@@ -124,8 +109,6 @@ class PackedQLinear(nn.Module):
         bias: Shape ``(N,)`` or None; a frozen Parameter.
         k: K as a 0-dim int64 tensor, for the checkpoint, as are ``format``, ``input_rule`` and ``weight_rule``.
         weight_prepared: The prepared form of the words for the active CPU kernel, or None. It is not in the checkpoint.
-        scale: The ±1 of a fused layer, float32, shape ``(N,)``.
-        offset: The whole numbers of a fused layer, float32, shape ``(N,)``.
     """
 
     weight: Tensor
@@ -135,12 +118,6 @@ class PackedQLinear(nn.Module):
     input_rule: Tensor
     weight_rule: Tensor
     weight_prepared: Tensor | None
-    scale: Tensor
-    offset: Tensor
-    # The index in `FUSED_DTYPES` of a fused layer's dtype. The default belongs to the class, so that layers which an
-    # older version pickled have it.
-    _fused: int | None = None
-    fused_modules: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -200,13 +177,12 @@ class PackedQLinear(nn.Module):
 
     def _numbers(self) -> dict[str, int]:
         """Return the numbers that tell in a checkpoint what the words mean."""
-        numbers = {
+        return {
             "k": self.in_features,
             "format": FORMAT,
             "input_rule": self._input_rule,
             "weight_rule": self._weight_rule,
         }
-        return numbers if self._fused is None else {**numbers, "format": FUSED_FORMAT, "fused": self._fused}
 
     def _make_parameters(self, bias: Tensor | None, device: Any, dtype: torch.dtype | None) -> None:
         """Register the bias; without one an empty parameter, which tells other code the layer's device and dtype."""
@@ -249,15 +225,7 @@ class PackedQLinear(nn.Module):
         """Make a QLinear with the same output, whose float weights are ±1, in the dtype of the bias.
 
         Its weight quantization is sign if the packed weights came from one that is not sign-like, such as weightdorefa.
-
-        Raises:
-            RuntimeError: The layer is fused.
         """
-        if self._fused is not None:
-            raise RuntimeError(
-                "layer: expected one that is not fused: the modules that followed this layer are part of it and cannot "
-                "be recovered; keep the model from before pack(model, fuse=True)"
-            )
         layer = QLinear(
             self.in_features,
             self.out_features,
@@ -272,70 +240,6 @@ class PackedQLinear(nn.Module):
         layer.weight = nn.Parameter(self._signs(next(self.parameters()).dtype))
         layer.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())  # type: ignore[assignment]
         return layer.train(self.training)
-
-    # ---- fusing ----
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether what followed the layer, up to the next layer's sign, is part of it."""
-        return self._fused is not None
-
-    def absorb(self, scale: Tensor, offset: Tensor, dtype: torch.dtype, modules: tuple[str, ...]) -> None:
-        """Make this a fused layer, which computes ``s(x) · Wᵀ · scale + offset``; its bias is dropped.
-
-        Args:
-            scale: Values ±1, float32, shape ``(N,)``.
-            offset: Whole numbers of the other parity than K, float32, shape ``(N,)``.
-            dtype: The dtype of x for which the signs are right.
-            modules: The names of the classes whose work this includes, for repr.
-        """
-        device = self.weight.device
-        with torch.inference_mode(False), torch.no_grad():
-            if self.bias is not None:
-                del self.bias
-                self._make_parameters(None, device, dtype)
-            self._fused = FUSED_DTYPES.index(dtype)
-            self.fused_modules = modules
-            self.register_buffer("scale", scale)
-            self.register_buffer("offset", offset)
-            self.register_buffer("fused", torch.tensor(self._fused, device=device))
-            self.format = torch.tensor(FUSED_FORMAT, device=device)
-
-    def _compute_fused(self, x: Tensor, words: Tensor, form: Tensor | None) -> Tensor:
-        """Compute a fused layer's output.
-
-        Raises:
-            RuntimeError: The output would have another dtype than the one that the signs are right for.
-        """
-        dtype = FUSED_DTYPES[self._fused]  # type: ignore[index]
-        if x.dtype is not dtype or autocast_dtype(x) not in (None, dtype):
-            if has_other_layout(x):
-                return apply_to_values(self, x)
-            got = "autocast" if x.dtype is dtype else str(x.dtype)
-            raise RuntimeError(
-                f"x: expected {dtype}, in which this model was fused, got {got}: convert the model first and fuse it "
-                "then, as in pack(model.to(dtype), fuse=True), and fuse no model that runs under autocast"
-            )
-        if x.requires_grad and wants_gradient(x):
-            y = self._compute_fused(x.detach(), words, form)
-            # torch.export traces the backward of a Function, too, and an exported program is for inference.
-            return y if _compiling() and torch.compiler.is_exporting() else without_gradient(y, x, _NO_GRADIENT)
-        buffers: dict[str, Any] = self._buffers
-        scale, offset = buffers["scale"], buffers["offset"]
-        if form is not None or (has_kernels(x) and has_kernels(words)):
-            try:
-                strict = self._input_rule == STRICT_INPUT
-                return fused_linear(x, words, self.in_features, scale, offset, form, strict)
-            except NotImplementedError:
-                if _compiling() or (is_plain(x) and is_plain(words)):
-                    raise
-        if has_other_layout(x):
-            return apply_to_values(self, x)
-        wide = torch.float64 if dtype is torch.float64 else torch.float32
-        with torch.autocast(x.device.type, enabled=False):
-            product = F.linear(self.activation(x).to(wide), self._signs(wide))
-            result: Tensor = (product * scale + offset).to(dtype)
-        return result
 
     # ---- the product ----
 
@@ -379,8 +283,6 @@ class PackedQLinear(nn.Module):
         return self._compute(x, words, self.weight_prepared if usable else None)
 
     def _compute(self, x: Tensor, words: Tensor, form: Tensor | None) -> Tensor:
-        if self._fused is not None:
-            return self._compute_fused(x, words, form)
         bias = self._parameters["bias"]
         activation: Any = self._modules["activation"]
         if form is None and not (has_kernels(x) and has_kernels(words)):
@@ -455,14 +357,10 @@ class PackedQLinear(nn.Module):
         self._complete()  # a tensor on meta cannot be moved
         words = self.weight
 
-        # A half type cannot hold every offset.
-        exact = () if self._fused is None else (self.scale, self.offset)
-
         def convert(tensor: Tensor) -> Tensor:
             """Move words and numbers without changing their dtype, which ``model.type(torch.float64)`` would change."""
             converted: Tensor = fn(tensor)
-            is_exact = any(tensor is each for each in exact)
-            if (tensor.is_floating_point() and not is_exact) or converted.dtype is tensor.dtype:
+            if tensor.is_floating_point() or converted.dtype is tensor.dtype:
                 return converted
             return tensor.to(converted.device)
 
@@ -529,7 +427,7 @@ class PackedQLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         problem = problem_of_packed(
-            prefix, state_dict, self.out_features, self.in_features, self._input_rule, self._weight_rule, self._fused
+            prefix, state_dict, self.out_features, self.in_features, self._input_rule, self._weight_rule
         )
         if problem:
             error_msgs.append(problem)
@@ -581,13 +479,10 @@ class PackedQLinear(nn.Module):
         return path_name(self.weight)
 
     def extra_repr(self) -> str:
-        """Return sizes, sign rule, threshold, the path that computes them, and what a fused layer includes."""
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        rule = f"input={INPUT_RULES[self._input_rule]!r}"
-        if self._fused is not None:
-            return f"{sizes}, {rule}, fused with {', '.join(self.fused_modules)}, path={self.path}"
+        """Return sizes, sign rule, threshold, and the path that computes them."""
         return (
-            f"{sizes}, bias={self.bias is not None}, {rule}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"input={INPUT_RULES[self._input_rule]!r}, "
             f"gradient_cancellation_threshold={self.gradient_cancellation_threshold}, path={self.path}"
         )
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..checkpoint import QUANTIZED_WEIGHT
 from ..linear import QLinear
 from ..packed import PackedQLinear, weight_rule_of
-from .fuse import fuse as fuse_layers
 from .replacement import check_model, replace
 from .report import binary_layers, reason_against
 
@@ -21,31 +20,19 @@ _logger = logging.getLogger(__name__)
 
 
 @overload
-def pack(model: QLinear, *, inplace: bool = False, fuse: bool = False) -> nn.Module: ...
+def pack(model: QLinear, *, inplace: bool = False) -> nn.Module: ...
 @overload
-def pack(model: _Model, *, inplace: bool = False, fuse: bool = False) -> _Model: ...
-def pack(model: nn.Module, *, inplace: bool = False, fuse: bool = False) -> nn.Module:
+def pack(model: _Model, *, inplace: bool = False) -> _Model: ...
+def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Replace each packable QLinear of a model by a PackedQLinear with the same output, for inference.
 
     :func:`bitorch_qlinear.explain` reports, before or after, which layers are packed and why others are not. The layers
     that are not packed are also logged as a warning. Weights that layers share are packed once and stay shared.
 
-    With ``fuse=True`` a packed layer takes over the modules that follow it, up to the sign that the next packed layer
-    takes. These modules may be ``BatchNorm1d``, ``Hardtanh``, ``ReLU``, ``ReLU6``, ``LeakyReLU``, ``PReLU``,
-    ``Threshold``, ``Dropout``, ``AlphaDropout`` and ``Identity``, and their bits must be a step of the layer's integer
-    product. The step is found by evaluating the modules themselves for each value of the product, in the dtype of the
-    model, so on the CPU the output of the model stays the same bit for bit. The modules become identities. What cannot
-    be fused stays, and ``explain`` tells why. A fused layer has no gradient and refuses
-    another dtype than the one in which it was fused.
-
-    torch.fx finds the modules in the model's forward, or else in the parts of the model whose forward it can trace.
-    Other uses of the modules, such as by a method that forward does not call, are not seen.
-
     Args:
         model: Any module; it may be a QLinear itself.
         inplace: Replace the layers inside `model` and free their float weights. Otherwise the result is a copy, made
             without copying the float weights of the packed layers.
-        fuse: Fuse the modules between packed layers into these. The model must be in eval mode.
 
     Returns:
         The model, or its copy.
@@ -78,12 +65,6 @@ def pack(model: nn.Module, *, inplace: bool = False, fuse: bool = False) -> nn.M
     lines = [f"  {path or '(model)'} stays as it is: {reason}" for path, reason in reasons.items()]
     level = logging.INFO if packed_layers and not reasons else logging.WARNING
     _logger.log(level, "%s", "\n".join([f"packed {packed_layers} of {packed_layers + len(reasons)} QLinear", *lines]))
-    if fuse:
-        against = fuse_layers(result)
-        paths = {id(layer): path or "(model)" for path, _, layer in binary_layers(result)}
-        lines = [f"  {paths[key]} is not fused: {reason}" for key, reason in against.items() if reason]
-        fused = len(against) - len(lines)
-        _logger.info("%s", "\n".join([f"fused {fused} of {len(against)} PackedQLinear", *lines]))
     return result
 
 
@@ -103,16 +84,9 @@ def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         TypeError: `model` is no nn.Module.
-        RuntimeError: The model is wrapped for distributed training, cannot be copied, or has fused layers.
+        RuntimeError: The model is wrapped for distributed training, or cannot be copied.
     """
     check_model(model)
-    fused = [path or "(model)" for path, _, layer in binary_layers(model) if getattr(layer, "is_fused", False)]
-    if fused:
-        raise RuntimeError(
-            f"model: expected one without fused layers, got {len(fused)} of them ({', '.join(fused):.80}): the modules "
-            "that followed them are part of them and cannot be recovered; keep the model from before "
-            "pack(model, fuse=True)"
-        )
     replacements: dict[int, nn.Module] = {}
     shared: dict[int, nn.Parameter] = {}
     for _, _, layer in binary_layers(model):

@@ -12,7 +12,6 @@ from ..checkpoint import words_for
 from ..linear import Activation, QLinear, do_nothing
 from ..packed import PackedQLinear, input_rule_of, pack_weight
 from ..quantizations import binary_rule
-from .fuse import Fusion, fusions
 
 __all__ = ["LayerReport", "Report", "binary_layers", "explain", "reason_against"]
 
@@ -30,8 +29,6 @@ class LayerReport:
         float_bytes: Bytes of the float weights; for a packed layer, of the float32 weights that it replaces.
         packed_bytes: Bytes of the packed words, which a checkpoint holds; 0 if the layer cannot be packed.
         resident_bytes: Bytes that the weights take in memory now.
-        fusion: What ``pack(model, fuse=True)`` has fused with a packed layer or would fuse, or the reason why it does
-            not; "" for layers that are not packed.
     """
 
     name: str
@@ -42,7 +39,6 @@ class LayerReport:
     float_bytes: int
     packed_bytes: int
     resident_bytes: int
-    fusion: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class Report:
         """Return a table with one line for each layer, and a line with the sums."""
         if not self.layers:
             return "no QLinear or PackedQLinear in this model"
-        header = ("layer", "kind", "computed by", "float", "packed", "in memory", "pack()", "fuse=True")
+        header = ("layer", "kind", "computed by", "float", "packed", "in memory", "pack()")
         rows = [
             (
                 layer.name or "(model)",
@@ -79,7 +75,6 @@ class Report:
                 _size(layer.packed_bytes) if layer.packed_bytes else "-",
                 _size(layer.resident_bytes),
                 "packs it" if layer.packable else layer.reason or "is packed",
-                layer.fusion or "-",
             )
             for layer in self.layers
         ]
@@ -169,9 +164,6 @@ def binary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, nn.
 def explain(model: nn.Module) -> Report:
     """Report for each binary layer what computes it, whether ``pack`` would replace it or why not, and its size.
 
-    For packed layers it also tells whether ``pack(model, fuse=True)`` fuses them or why not. To find that out, torch.fx
-    traces the model's forward, and the modules between packed layers are evaluated.
-
     Args:
         model: Any module, packed or not.
 
@@ -187,22 +179,15 @@ def explain(model: nn.Module) -> Report:
         for tensor in (layer.weight, getattr(layer, "weight_prepared", None))
         if isinstance(tensor, Tensor)
     }
-    outcomes = fusions(model)
-    return Report(tuple(_explain_layer(*each, outcomes.get(id(each[2]), "")) for each in found), sum(tensors.values()))
+    return Report(tuple(_explain_layer(*each) for each in found), sum(tensors.values()))
 
 
-def _explain_layer(path: str, parent: nn.Module | None, layer: nn.Module, fusion: Fusion | str) -> LayerReport:
+def _explain_layer(path: str, parent: nn.Module | None, layer: nn.Module) -> LayerReport:
     if isinstance(layer, PackedQLinear):
         words = layer.weight
         float_bytes = 4 * layer.in_features * layer.out_features
         resident = _bytes(words, layer.weight_prepared)
-        if layer.is_fused:
-            fusion = f"is fused with {', '.join(layer.fused_modules)}"
-        elif isinstance(fusion, Fusion):
-            fusion = f"would fuse {', '.join(fusion.chain.names)}"
-        else:
-            fusion = f"not fused: {fusion}"
-        return LayerReport(path, "PackedQLinear", layer.path, False, "", float_bytes, _bytes(words), resident, fusion)
+        return LayerReport(path, "PackedQLinear", layer.path, False, "", float_bytes, _bytes(words), resident)
     assert isinstance(layer, QLinear)
     reason = reason_against(layer, parent, path.rpartition(".")[2])
     float_bytes = _bytes(layer.weight)
