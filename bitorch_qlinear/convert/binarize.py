@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .._torch import has_hooks, has_state_hooks, hook_names, is_dtensor, is_plain, own_attributes
 from ..linear import QLinear, how_to_free
@@ -23,6 +24,7 @@ _Filter = Callable[[nn.Module, str], bool]
 _Rules = Mapping[str, Mapping[str, Any] | None]
 _logger = logging.getLogger(__name__)
 
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _OPTIONS = ("input_quantization", "weight_quantization", "gradient_cancellation_threshold")
 _CONVOLUTIONS = (
     nn.Conv1d,
@@ -130,7 +132,8 @@ def binarize(
     of ``nn.Linear``, layers with hooks, parametrizations, or tensors or modules of their own, the ``out_proj`` of
     ``nn.MultiheadAttention`` (the attention reads its weight itself), and layers whose weight is also that of a module
     that stays real, such as an ``nn.Embedding``. Other code that reads a layer's weight instead of calling the layer
-    cannot be detected: leave such a layer out by a rule.
+    cannot be detected: leave such a layer out by a rule. Layers are exchanged where modules register them. A forward
+    that calls a layer through a plain list, dictionary or closure goes on calling the float layer.
 
     :func:`explain_binarize` reports which layers would be replaced, and why others would not. The layers that stay
     real are also logged; the message is a warning if one of them was chosen but cannot be replaced, or if the result
@@ -425,21 +428,28 @@ def _reason_against(layer: nn.Linear, is_projection: bool) -> str:
         return f"its weight is sharded: {_BEFORE_SHARDING}"
     if not is_plain(weight):
         return f"its weight is a {type(weight).__name__}, whose signs cannot be trained"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, not real"
+    if weight.dtype not in _DTYPES:
+        return f"its weight is {weight.dtype}: expected float64, float32, float16 or bfloat16"
     return ""
+
+
+def _memory_of(tensor: Tensor) -> tuple[str, int]:
+    """Return what two tensors have in common if they begin at the same address, or else what identifies this one."""
+    address = tensor.data_ptr() if is_plain(tensor) else 0  # 0 on meta and of no elements
+    return ("address", address) if address else ("tensor", id(tensor))
 
 
 def _leave_tied(modules: list[tuple[nn.Module, list[str]]], decisions: list[_Decision]) -> None:
     """Leave a layer real whose weight is also that of a module that stays real, which reads numbers and not signs."""
     replaced = {id(decision.layer) for decision in decisions if decision.replaced}
-    readers: dict[int, str] = {}
+    readers: dict[tuple[str, int], str] = {}
     for module, names in modules:
         if id(module) not in replaced and not _is_binary(module):
-            for parameter in module._parameters.values():
-                readers.setdefault(id(parameter), f"{names[0] or 'the model'} ({type(module).__name__})")
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    readers.setdefault(_memory_of(tensor), f"{names[0] or 'the model'} ({type(module).__name__})")
     for decision in decisions:
-        reader = readers.get(id(decision.layer.weight)) if decision.replaced else None
+        reader = readers.get(_memory_of(decision.layer.weight)) if decision.replaced else None
         if reader is not None:
             decision.reason = f"its weight is also that of {reader}, which reads it as real numbers"
 

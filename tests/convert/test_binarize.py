@@ -406,7 +406,11 @@ LEFT = {
         "it holds tensors or modules of its own (scale)",
     ),
     "class": (lambda: changed(weight_of_a_class), "its weight is a Tagged, whose signs cannot be trained"),
-    "complex": (lambda: changed(complex_weight), "its weight is torch.complex64, not real"),
+    "complex": (lambda: changed(complex_weight), "its weight is torch.complex64: expected float64"),
+    "float8": (
+        lambda: nn.Linear(12, 12).to(torch.float8_e4m3fn),
+        "its weight is torch.float8_e4m3fn: expected float64",
+    ),
 }
 
 
@@ -484,6 +488,16 @@ def test_weights_tied_to_an_embedding(inplace):
     assert result.decoder.weight is result.embedding.weight is result.other.weight
     reason = reason_for(model, "decoder", keep_last=False)
     assert reason == "its weight is also that of embedding (Embedding), which reads it as real numbers"
+
+
+def test_weights_that_share_memory_with_a_module_that_stays_real():
+    """Another Parameter, or a buffer, of the same memory is tied as well."""
+    model = nn.Sequential(nn.Embedding(12, 12), nn.Linear(12, 12), nn.Linear(12, 12), nn.Module(), nn.Linear(12, 12))
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    model[3].register_buffer("table", model[2].weight.data)
+    assert "also that of 0 (Embedding)" in reason_for(model, "1", keep_first=False)
+    assert "also that of 3 (Module)" in reason_for(model, "2", keep_first=False)
+    assert binary_names(binarize(model, keep_first=False, keep_last=False)) == ["4"]
 
 
 def test_weights_tied_to_a_real_layer():
