@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ._torch import is_proxy, trace_as_leaf
 
-__all__ = ["apply_to_no_tensor", "apply_to_values", "has_other_layout", "raise_of_dtype"]
+__all__ = ["FLOATS", "apply_to_no_tensor", "apply_to_values", "has_other_layout", "raise_of_dtype"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes that the operators take as real values."""
 
 
 def has_other_layout(x: Tensor) -> bool:
@@ -53,7 +54,7 @@ def raise_of_dtype(x: Tensor, error: RuntimeError) -> None:
     Raises:
         RuntimeError: x does not hold float values of at least 16 bits.
     """
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         remedy = "take its real part" if x.is_complex() else "call x.float()"
         got = str(x.dtype).removeprefix("torch.")
         raise RuntimeError(f"x: expected float64, float32, float16 or bfloat16, got {got}: {remedy} first.") from error

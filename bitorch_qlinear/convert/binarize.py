@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from .._inputs import FLOATS
 from .._torch import has_hooks, has_state_hooks, hook_names, is_dtensor, is_plain, own_attributes
 from ..linear import QLinear, how_to_free
 from ..packed import PackedQLinear
@@ -24,7 +24,6 @@ _Filter = Callable[[nn.Module, str], bool]
 _Rules = Mapping[str, Mapping[str, Any] | None]
 _logger = logging.getLogger(__name__)
 
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _OPTIONS = ("input_quantization", "weight_quantization", "gradient_cancellation_threshold")
 _CONVOLUTIONS = (
     nn.Conv1d,
@@ -428,7 +427,7 @@ def _reason_against(layer: nn.Linear, is_projection: bool) -> str:
         return f"its weight is sharded: {_BEFORE_SHARDING}"
     if not is_plain(weight):
         return f"its weight is a {type(weight).__name__}, whose signs cannot be trained"
-    if weight.dtype not in _DTYPES:
+    if weight.dtype not in FLOATS:
         return f"its weight is {weight.dtype}: expected float64, float32, float16 or bfloat16"
     return ""
 

@@ -14,6 +14,7 @@ import torch
 from bitorch.layers.extensions.layer_container import LayerContainer
 from support.calls import Calls
 from support.reference import assert_equal
+from support.tensors import Wrapped
 from torch import nn
 from torch.nn.utils import prune
 
@@ -280,19 +281,6 @@ def test_layers_that_are_not_packed_and_the_reasons(case, inplace, caplog):
 
 
 def test_weights_of_an_unknown_class_are_a_reason():
-    class Wrapped(torch.Tensor):
-        """A tensor class that does not know our operators, such as quantize_ puts into a layer."""
-
-        @staticmethod
-        def __new__(cls, inner):
-            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-
-        @classmethod
-        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-            if func is torch.ops.aten.detach.default:
-                return args[0]
-            raise NotImplementedError(f"{func} of Wrapped")
-
     layer = QLinear(K, N)
     layer.weight = nn.Parameter(Wrapped(layer.weight.detach()), requires_grad=False)
     model = nn.Sequential(layer, QLinear(N, 3))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.reference import assert_equal, linear_reference
+from support.tensors import Wrapped
 from torch import nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -206,20 +207,6 @@ def test_other_objects_than_tensors_give_the_error_of_a_linear(make, x):
     with pytest.raises(TypeError) as error:
         make()(x)
     assert str(error.value) == str(expected.value)
-
-
-class Wrapped(torch.Tensor):
-    """A tensor class that knows neither our operators nor signs, such as quantize_ puts in a weight's place."""
-
-    @staticmethod
-    def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.detach.default:
-            return args[0]
-        raise NotImplementedError(f"{func} of Wrapped")
 
 
 @pytest.mark.parametrize("gradients", [True, False])

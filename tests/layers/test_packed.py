@@ -1,10 +1,8 @@
 """A PackedQLinear gives the QLinear's output bit for bit from 1/32 of its weights, and refuses damaged checkpoints."""
 
 import copy
-import gc
 import io
 import pickle
-import weakref
 
 import pytest
 import torch
@@ -273,38 +271,6 @@ def test_memory_of_odd_sizes():
         assert packed.weight.nbytes == 4 * n * -(-k // 32)
         assert packed.weight_prepared.nbytes == HEADER_BYTES + -(-n // panel) * -(-k // unit) * unit_bytes
     assert resident(packed) / (4 * 4096 * 4096) < 2.01 / 32
-
-
-@pytest.mark.slow
-def test_float_weights_are_freed():
-    model = network()
-    dead = [weakref.ref(model[1].weight), weakref.ref(model[3][0].weight)]
-    pack(model, inplace=True)
-    gc.collect()
-    assert [ref() for ref in dead] == [None, None]
-    assert not any(parameter.shape in ((33, K), (N, 33)) for parameter in model.parameters())
-
-
-def test_a_copy_never_copies_the_float_weights(monkeypatch):
-    model = network()
-    copied = []
-    original = nn.Parameter.__deepcopy__
-    monkeypatch.setattr(nn.Parameter, "__deepcopy__", lambda p, memo: copied.append(p.shape) or original(p, memo))
-    packed = pack(model)
-    assert (33, K) not in copied
-    assert (N, 33) not in copied
-    assert (K, 5) in copied
-    assert packed[0].weight is not model[0].weight
-
-
-# ---- pack ----
-
-
-def test_parametrized_layers():
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(layer_like()))
-    x, want = X, model(X)
-    for inplace in (False, True):
-        assert torch.equal(pack(model, inplace=inplace)(x), want)
 
 
 # ---- checkpoints ----
