@@ -188,16 +188,25 @@ __attribute__((noinline)) void single_row(const uint8_t* panels, int64_t panel_b
     }
 }
 
+// Sets counts[0 .. 4) to the int32 counts of 32 outputs, 8 in each.
+inline void widen(const Sums& sums, Vector* counts) {
+    Vector halves[2];
+    even_and_odd(sums, halves);
+    BITORCH_QLINEAR_UNROLL
+    for (int i = 0; i < 2; ++i) {
+        counts[2 * i] = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(halves[i]));
+        counts[2 * i + 1] = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(halves[i], 1));
+    }
+}
+
 // Calls take(i, int32 counts) with the 16-bit sums of one row, for each 8 of the 32 `vectors` outputs from i on.
 template <class Take>
 inline void widen_sums(const Sums (*sums)[2], int row, int vectors, const Take& take) {
     for (int v = 0; v < vectors; ++v) {
-        Vector halves[2];
-        even_and_odd(sums[v][row], halves);
-        const __m128i quarters[4] = {_mm256_castsi256_si128(halves[0]), _mm256_extracti128_si256(halves[0], 1),
-                                     _mm256_castsi256_si128(halves[1]), _mm256_extracti128_si256(halves[1], 1)};
+        Vector counts[4];
+        widen(sums[v][row], counts);
         BITORCH_QLINEAR_UNROLL
-        for (int i = 0; i < 4; ++i) take(32 * v + 8 * i, _mm256_cvtepu16_epi32(quarters[i]));
+        for (int i = 0; i < 4; ++i) take(32 * v + 8 * i, counts[i]);
     }
 }
 
@@ -224,6 +233,14 @@ inline void write_floats(const Output& y, int64_t row, int64_t column, const Sum
         const __m256 dot = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_sub_epi32(k, counts), counts));
         const __m256 scaled = _mm256_mul_ps(dot, _mm256_loadu_ps(scale + i));
         _mm256_storeu_ps(out + i, _mm256_add_ps(scaled, _mm256_loadu_ps(bias + i)));
+    });
+}
+
+// Writes 32 `vectors` outputs, float32 or bits, directly from the sums of their only span.
+inline void write_sums(const Output& y, int64_t row, int64_t column, const Sums (*sums)[2], int sums_row, int vectors) {
+    if (!y.limits) return write_floats(y, row, column, sums, sums_row, vectors);
+    write_words(y, row, column, kWordBits * vectors, [=](int64_t i, Vector* counts) __attribute__((always_inline)) {
+        widen(sums[i / kWordBits][sums_row], counts);
     });
 }
 
@@ -338,7 +355,8 @@ void multiply_by_pair_tables(const Product& product, Range rows, Range columns, 
     for (int64_t column = columns.begin; column < columns.end; column += kColumns) {
         const int64_t width = columns.end - column < kColumns ? columns.end - column : kColumns;
         const int count = width > kPanel ? 2 : 1;
-        const bool straight = spans == 1 && product.y.dtype == DType::float32 && width == count * kPanel;
+        const bool straight =
+            spans == 1 && (product.y.dtype == DType::float32 || product.y.limits) && width == count * kPanel;
         const uint8_t* panels = product.panels + column / kPanel * panel_bytes;
         for (int64_t span = 0; span < spans; ++span) {
             const Range part{units * span / spans, units * (span + 1) / spans};
@@ -346,14 +364,14 @@ void multiply_by_pair_tables(const Product& product, Range rows, Range columns, 
             for (int64_t row = 0; row < size(rows); ++row) {
                 const Sums(*sums)[2] = work.sums[row / 2].rows;
                 if (straight) {
-                    write_floats(product.y, rows.begin + row, column, sums, row % 2, 2 * count);
+                    write_sums(product.y, rows.begin + row, column, sums, row % 2, 2 * count);
                     continue;
                 }
                 int32_t* counts = work.counts + (spans > 1 ? row * kColumns : 0);
                 widen_sums(sums, row % 2, 2 * count, [=](int i, Vector values) __attribute__((always_inline)) {
                     store(counts + i, span == 0 ? values : _mm256_add_epi32(values, load(counts + i)));
                 });
-                if (span + 1 == spans) write_outputs(product.y, rows.begin + row, column, counts, width);
+                if (span + 1 == spans) write_row(product.y, rows.begin + row, column, counts, width);
             }
         }
     }
