@@ -90,32 +90,22 @@ inline void even_and_odd(const Sums& sums, Vector counts[2]) {
     counts[1] = sums.odd;
 }
 
-// Writes the bits y[row][column .. column + width) from counts(i, c), which sets c[0 .. 4) to the counts of 32 outputs
-// from column + i on; width is a multiple of 32.
-template <class Counts>
-inline void write_words(const Output& y, int64_t row, int64_t column, int64_t width, const Counts& counts) {
-    uint32_t* out = static_cast<uint32_t*>(y.data) + row * words_for(y.n) + column / kWordBits;
-    for (int64_t i = 0; i < width; i += kWordBits, ++out) {
-        Vector c[4];
-        counts(i, c);
-        uint32_t more = 0;  // the outputs whose counts exceed their limits
-        BITORCH_QLINEAR_UNROLL
-        for (int j = 0; j < 4; ++j) {
-            const Vector exceeds = _mm256_cmpgt_epi32(c[j], load(y.limits + column + i + 8 * j));
-            more |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(exceeds))) << 8 * j;
-        }
-        *out = ~more ^ (y.flips ? y.flips[(column + i) / kWordBits] : 0);
-    }
-}
-
 // Writes y[row][column .. column + width) from counts in memory, as write_outputs does.
 inline void write_row(const Output& y, int64_t row, int64_t column, const int32_t* counts, int64_t width) {
     if (!y.limits) return write_outputs(y, row, column, counts, width);
-    const int64_t whole = width / kWordBits * kWordBits;
-    write_words(y, row, column, whole, [=](int64_t i, Vector* c) __attribute__((always_inline)) {
-        for (int j = 0; j < 4; ++j) c[j] = load(counts + i + 8 * j);
-    });
-    if (whole < width) write_bits(y, row, column + whole, counts + whole, width - whole);
+    const int32_t* limits = y.limits + column;
+    uint32_t* out = static_cast<uint32_t*>(y.data) + row * words_for(y.n) + column / kWordBits;
+    int64_t i = 0;
+    for (; i + kWordBits <= width; i += kWordBits) {
+        uint32_t more = 0;  // the outputs whose counts exceed their limits
+        BITORCH_QLINEAR_UNROLL
+        for (int j = 0; j < 32; j += 8) {
+            const Vector exceeds = _mm256_cmpgt_epi32(load(counts + i + j), load(limits + i + j));
+            more |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(exceeds))) << j;
+        }
+        *out++ = ~more ^ (y.flips ? y.flips[(column + i) / kWordBits] : 0);
+    }
+    if (i < width) write_bits(y, row, column + i, counts + i, width - i);
 }
 
 inline int64_t align64(int64_t bytes) { return ceil_div(bytes, 64) * 64; }

@@ -188,25 +188,16 @@ __attribute__((noinline)) void single_row(const uint8_t* panels, int64_t panel_b
     }
 }
 
-// Sets counts[0 .. 4) to the int32 counts of 32 outputs, 8 in each.
-inline void widen(const Sums& sums, Vector* counts) {
-    Vector halves[2];
-    even_and_odd(sums, halves);
-    BITORCH_QLINEAR_UNROLL
-    for (int i = 0; i < 2; ++i) {
-        counts[2 * i] = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(halves[i]));
-        counts[2 * i + 1] = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(halves[i], 1));
-    }
-}
-
 // Calls take(i, int32 counts) with the 16-bit sums of one row, for each 8 of the 32 `vectors` outputs from i on.
 template <class Take>
 inline void widen_sums(const Sums (*sums)[2], int row, int vectors, const Take& take) {
     for (int v = 0; v < vectors; ++v) {
-        Vector counts[4];
-        widen(sums[v][row], counts);
+        Vector halves[2];
+        even_and_odd(sums[v][row], halves);
+        const __m128i quarters[4] = {_mm256_castsi256_si128(halves[0]), _mm256_extracti128_si256(halves[0], 1),
+                                     _mm256_castsi256_si128(halves[1]), _mm256_extracti128_si256(halves[1], 1)};
         BITORCH_QLINEAR_UNROLL
-        for (int i = 0; i < 4; ++i) take(32 * v + 8 * i, counts[i]);
+        for (int i = 0; i < 4; ++i) take(32 * v + 8 * i, _mm256_cvtepu16_epi32(quarters[i]));
     }
 }
 
@@ -236,12 +227,36 @@ inline void write_floats(const Output& y, int64_t row, int64_t column, const Sum
     });
 }
 
-// Writes 32 `vectors` outputs, float32 or bits, directly from the sums of their only span.
-inline void write_sums(const Output& y, int64_t row, int64_t column, const Sums (*sums)[2], int sums_row, int vectors) {
-    if (!y.limits) return write_floats(y, row, column, sums, sums_row, vectors);
-    write_words(y, row, column, kWordBits * vectors, [=](int64_t i, Vector* counts) __attribute__((always_inline)) {
-        widen(sums[i / kWordBits][sums_row], counts);
-    });
+// Turns the limits of `columns` outputs, a multiple of 32, into 16 bits: the least counts that exceed them. A count of a
+// span is at most 65520, so a limit from 65534 on is no other than 65534.
+inline void narrow_limits(const int32_t* limits, int64_t columns, uint16_t* least) {
+    const auto narrow = [&](const int32_t* from) __attribute__((always_inline)) {
+        const Vector never = _mm256_set1_epi32(-1), always = _mm256_set1_epi32(65534);
+        return _mm256_sub_epi32(_mm256_min_epi32(_mm256_max_epi32(load(from), never), always), never);
+    };
+    for (int64_t i = 0; i < columns; i += 16) {
+        // The pack instructions keep 128-bit lanes apart, and the permutation puts them in order.
+        const Vector packed = _mm256_packus_epi32(narrow(limits + i), narrow(limits + i + 8));
+        store(least + i, _mm256_permute4x64_epi64(packed, 0xD8));
+    }
+}
+
+// Writes 32 `vectors` bits directly from the sums of their only span.
+inline void write_bits(const Output& y, int64_t row, int64_t column, const uint16_t* least, const Sums (*sums)[2],
+                       int sums_row, int vectors) {
+    const int64_t first = column / kWordBits;
+    uint32_t* out = static_cast<uint32_t*>(y.data) + row * words_for(y.n) + first;
+    for (int v = 0; v < vectors; ++v, least += kWordBits) {
+        Vector halves[2], exceeds[2];
+        even_and_odd(sums[v][sums_row], halves);
+        BITORCH_QLINEAR_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            const Vector left = _mm256_subs_epu16(load(least + 16 * i), halves[i]);  // 0 if the limit is exceeded
+            exceeds[i] = _mm256_cmpeq_epi16(left, _mm256_setzero_si256());
+        }
+        const Vector bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(exceeds[0], exceeds[1]), 0xD8);
+        out[v] = ~static_cast<uint32_t>(_mm256_movemask_epi8(bytes)) ^ (y.flips ? y.flips[first + v] : 0);
+    }
 }
 
 // Loads 32 bytes (256 values) of a packed row from byte `begin` on; bits past k become 0.
@@ -357,6 +372,8 @@ void multiply_by_pair_tables(const Product& product, Range rows, Range columns, 
         const int count = width > kPanel ? 2 : 1;
         const bool straight =
             spans == 1 && (product.y.dtype == DType::float32 || product.y.limits) && width == count * kPanel;
+        alignas(32) uint16_t least[kColumns];
+        if (straight && product.y.limits) narrow_limits(product.y.limits + column, width, least);
         const uint8_t* panels = product.panels + column / kPanel * panel_bytes;
         for (int64_t span = 0; span < spans; ++span) {
             const Range part{units * span / spans, units * (span + 1) / spans};
@@ -364,7 +381,9 @@ void multiply_by_pair_tables(const Product& product, Range rows, Range columns, 
             for (int64_t row = 0; row < size(rows); ++row) {
                 const Sums(*sums)[2] = work.sums[row / 2].rows;
                 if (straight) {
-                    write_sums(product.y, rows.begin + row, column, sums, row % 2, 2 * count);
+                    const int vectors = 2 * count;
+                    product.y.limits ? write_bits(product.y, rows.begin + row, column, least, sums, row % 2, vectors)
+                                     : write_floats(product.y, rows.begin + row, column, sums, row % 2, vectors);
                     continue;
                 }
                 int32_t* counts = work.counts + (spans > 1 ? row * kColumns : 0);
