@@ -28,8 +28,8 @@ def _name_of(cls: type) -> tuple[str, str]:
 
 
 def held(module: nn.Module) -> nn.Module:
-    """Return the module itself, or the layer inside a container of bitorch, which poses as its layer."""
-    return next(module.modules())
+    """Return the module itself, or the layer inside a container of bitorch, which poses as an object of its class."""
+    return module if module.__class__ is type(module) else next(module.modules())
 
 
 def is_bitorch_layer(module: nn.Module) -> bool:
@@ -38,7 +38,7 @@ def is_bitorch_layer(module: nn.Module) -> bool:
 
 
 def threshold_of(value: float | None) -> float | None:
-    """Return a layer's threshold for one of bitorch, whose layers cancel nothing if theirs is not positive."""
+    """Return the threshold of a QLinear for that of a layer of bitorch, which cancels nothing if it is not positive."""
     return value if value is not None and value > 0 else None
 
 

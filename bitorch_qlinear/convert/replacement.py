@@ -57,10 +57,10 @@ def replace(model: nn.Module, replacements: dict[int, nn.Module], inplace: bool,
     if inplace:
         for parent, name, child, replacement in places:
             parent.register_module(name, replacement)
-            _free(child, replacement)
+            _keep_in_container(child, replacement)
         if id(held(model)) in replacements:
             replacement = replacements[id(held(model))]
-            _free(model, replacement)
+            _keep_in_container(model, replacement)
             return replacement
         return model
     # deepcopy takes a module that its memo already holds instead of copying the layer.
@@ -70,14 +70,16 @@ def replace(model: nn.Module, replacements: dict[int, nn.Module], inplace: bool,
     return copy_model(model, memo, reasons)
 
 
-def _free(child: Any, replacement: nn.Module) -> None:
-    """Let a container of bitorch hold the replacement, because bitorch keeps all containers and so their layers."""
+def _keep_in_container(child: Any, replacement: nn.Module) -> None:
+    """Put the replacement into a container of bitorch, too. bitorch keeps all containers, and so the layers in them."""
     if hasattr(type(child), "replace_layer_implementation"):
         child.replace_layer_implementation(replacement)
 
 
 def copy_model(model: nn.Module, memo: dict[int, Any], reasons: dict[str, str]) -> nn.Module:
-    """Return a deep copy of a model, in which layers have the places of bitorch's containers, which cannot be copied.
+    """Return a deep copy of a model.
+
+    bitorch's containers cannot be copied. In the copy, the layers themselves have their places.
 
     Args:
         model: The model.
@@ -88,7 +90,7 @@ def copy_model(model: nn.Module, memo: dict[int, Any], reasons: dict[str, str]) 
         RuntimeError: The model cannot be copied.
     """
     try:
-        # A container may be inside another one. The inner one comes later among the modules, and is copied first.
+        # A container may be inside another one. The inner one comes later among the modules and must be copied first.
         for module in reversed(list(model.modules())):
             for child in module._modules.values():
                 if child is not None and held(child) is not child and id(child) not in memo:
