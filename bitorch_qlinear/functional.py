@@ -127,8 +127,8 @@ def binary_linear(
     otherwise, ``y = cast(T(product) · T(scale) + T(bias))``, each operation rounded once.
 
     With `out_limits` the result is packed words instead of numbers: bit j of a row is 1 if ``popcount(x ^ w[j]) <=
-    out_limits[j]``, or if not, where bit j of `out_flips` is set. These are the signs of every function of the product
-    that changes its sign at most once, such as a BatchNorm, and the next product takes them as its `x_words`.
+    out_limits[j]``, or the opposite if bit j of `out_flips` is 1. Every function of the product that changes its sign
+    at most once, such as a BatchNorm, has signs of this form. The next product takes the words as its `x_words`.
 
     Args:
         x_words: Shape ``(..., ceil(k / 32))``.
