@@ -106,7 +106,7 @@ class BitorchQLinearConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(f"quant_method: expected {QUANT_METHOD!r}, got {quant_method!r}")
         if "filter_fn" in options:
             raise TypeError(
-                "filter_fn: expected modules_to_not_convert or rules instead, because config.json cannot hold a function"
+                "filter_fn: expected modules_to_not_convert or rules instead: config.json cannot hold a function"
             )
         for name in options:
             if name not in _OPTIONS:
