@@ -140,7 +140,7 @@ def pack_entries(
     """
     names = _choose(state, layers)
     overlapping = _overlapping(state)
-    weights = {f"{name}.weight".lstrip(".") for name in names}
+    weights = {_entry(name, "weight") for name in names}
     problems = [problem for name in names for problem in _problems(name, state, weights, overlapping)]
     if problems:
         more = [f"and {len(problems) - _MANY} more"] if len(problems) > _MANY else []
@@ -151,17 +151,15 @@ def pack_entries(
     done: list[ConvertedLayer] = []
     shared: dict[Any, Tensor] = {}
     for name in names:
-        prefix = f"{name}." if name else ""
-        weight, bias = state[f"{prefix}weight"], state.get(f"{prefix}bias")
+        weight, bias = state[_entry(name, "weight")], state.get(_entry(name, "bias"))
         memory = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
         packed = _pack(name, weight, bias, options, shared.get(memory))
         shared[memory] = packed.weight
-        entries = packed.state_dict(prefix=prefix)
-        replaced[f"{prefix}weight"] = entries
-        before = {key: state[key] for key in (f"{prefix}weight", f"{prefix}bias") if key in state}
+        entries = replaced[_entry(name, "weight")] = packed.state_dict(prefix=_entry(name, ""))
         outputs, inputs = weight.shape
-        done.append(ConvertedLayer(name, outputs, inputs, weight.dtype, _bytes(before), _bytes(entries)))
-    gone = {f"{name}.bias".lstrip(".") for name in names}
+        before = _bytes({"weight": weight, "bias": bias})
+        done.append(ConvertedLayer(name, outputs, inputs, weight.dtype, before, _bytes(entries)))
+    gone = {_entry(name, "bias") for name in names}
     for key, value in state.items():
         if key in replaced:
             result.update(replaced[key])
@@ -169,6 +167,11 @@ def pack_entries(
             result[key] = value
     kept = sum(key not in weights and key not in gone for key in state)
     return result, ConvertReport(tuple(done), kept, _bytes(state), _bytes(result))
+
+
+def _entry(layer: str, entry: str) -> str:
+    """Return the key of a layer's entry; the name of a layer that is the whole model is empty."""
+    return f"{layer}.{entry}" if layer else entry
 
 
 def _choose(state: Mapping[str, Any], layers: Sequence[str]) -> list[str]:
@@ -206,9 +209,8 @@ def _problems(
         weights: The names of the weights of all layers that are packed.
         overlapping: The entries whose memory an entry shares.
     """
-    prefix = f"{name}." if name else ""
-    weight, bias = state[f"{prefix}weight"], state.get(f"{prefix}bias")
-    key = f"{prefix}weight"
+    prefix, key = _entry(name, ""), _entry(name, "weight")
+    weight, bias = state[key], state.get(f"{prefix}bias")
     if not isinstance(weight, Tensor) or not is_plain(weight):
         return [f"{key}: expected a dense tensor, got a {type(weight).__name__}"]
     if f"{prefix}k" in state and not weight.is_floating_point():

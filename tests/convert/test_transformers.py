@@ -19,7 +19,6 @@ import bitorch_qlinear
 from bitorch_qlinear import PackedQLinear, QLinear, Quantization, binarize, pack, quantizations, unpack
 from bitorch_qlinear.quantizations import registry
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
 from bitorch_qlinear.transformers import (  # noqa: E402
     BitorchQLinearConfig,
@@ -153,6 +152,21 @@ def test_a_model_without_linear_layers_is_warned_about(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         transformers.GPT2LMHeadModel.from_pretrained(path, quantization_config=BitorchQLinearConfig())
     assert "binarized 0 of 1 nn.Linear" in caplog.text
+
+
+def test_a_layer_that_reads_its_weights_dtype_can_be_left_out(tmp_path):
+    config = transformers.T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    cls = transformers.T5ForConditionalGeneration
+    path = saved(cls(config), tmp_path / "float")
+    model = cls.from_pretrained(path, quantization_config=BitorchQLinearConfig())
+    with pytest.raises(RuntimeError, match=r"as T5 does, needs a QLinear there"), torch.no_grad():
+        pack(model)(input_ids=IDS, decoder_input_ids=IDS)
+    options = BitorchQLinearConfig(modules_to_not_convert=["wo"])
+    model = loaded(cls, path, quantization_config=options)
+    again = loaded(cls, saved(pack(model), tmp_path / "packed"))
+    with torch.no_grad():
+        logits = [each(input_ids=IDS, decoder_input_ids=IDS).logits for each in (again, model)]
+    assert_equal(*logits)
 
 
 @pytest.mark.parametrize("in_the_folder", [True, False])
