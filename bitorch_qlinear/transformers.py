@@ -12,8 +12,7 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -182,7 +181,7 @@ class BitorchQLinearQuantizer(HfQuantizer):  # type: ignore[misc]
     quantization_config: BitorchQLinearConfig
 
     def __init__(self, quantization_config: BitorchQLinearConfig, **kwargs: Any) -> None:
-        """Keep a copy of the configuration.
+        """Keep the configuration.
 
         Args:
             quantization_config: The configuration; it is not changed.
@@ -191,7 +190,7 @@ class BitorchQLinearQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             ValueError: It describes packed layers, but the folder holds float weights.
         """
-        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        super().__init__(quantization_config, **kwargs)
         if quantization_config.packed_layers and not self.pre_quantized:
             raise ValueError(
                 "quantization_config.packed_layers: expected none, because the folder is not of a packed model: load "
@@ -234,8 +233,11 @@ class BitorchQLinearQuantizer(HfQuantizer):  # type: ignore[misc]
         options = self.quantization_config.options()
         left = _rules_against(model, self.quantization_config.modules_to_not_convert or [])
         options["rules"] = {**left, **(options["rules"] or {})} or None
-        with _tied(model):
-            binarize(model, inplace=True, **options)
+        # transformers ties these after loading; binarize() has to see it now.
+        for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+            path, _, attribute = target.rpartition(".")
+            setattr(model.get_submodule(path), attribute, model.get_parameter(source))
+        binarize(model, inplace=True, **options)
 
     def _rebuild(self, model: Any, layers: dict[str, dict[str, Any]]) -> None:
         """Make exactly those layers binary that the configuration records.
@@ -270,7 +272,7 @@ class BitorchQLinearQuantizer(HfQuantizer):  # type: ignore[misc]
                 words.add(f"{path}.weight")
             else:
                 made = QLinear.from_linear(layer, **options)
-            replacements[id(layer)] = made.train(layer.training)
+            replacements[id(layer)] = made
         if absent and not replacements:
             raise ValueError(
                 f"binary_layers: expected layers of a {type(model).__name__}, got {absent[0]!r} and other names "
@@ -402,25 +404,6 @@ def _rules_against(model: nn.Module, names: Sequence[str]) -> dict[str, None]:
                 f"the linear layers are {', '.join(layers):.300}"
             )
     return dict.fromkeys(rules.values())
-
-
-@contextmanager
-def _tied(model: Any) -> Iterator[None]:
-    """Tie the weights that transformers would tie after loading, so that ``binarize`` sees which are shared."""
-    own = {}
-    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
-        own[target] = model.get_parameter(target)
-        _set(model, target, model.get_parameter(source))
-    try:
-        yield
-    finally:
-        for target, parameter in own.items():
-            _set(model, target, parameter)
-
-
-def _set(model: nn.Module, name: str, parameter: Tensor) -> None:
-    path, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(path), attribute, parameter)
 
 
 def _options_of(name: str, layer: nn.Module) -> dict[str, Any]:

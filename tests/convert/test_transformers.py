@@ -128,7 +128,8 @@ def test_every_option_of_binarize_is_an_option():
 def test_modules_to_not_convert_are_whole_components_of_names(tmp_path):
     path = saved(CLASSIFIER(transformers.BertConfig(**{**SMALL, "num_hidden_layers": 12})), tmp_path)
     names = ["pooler", "layer.1", "self.query"]
-    model = loaded(CLASSIFIER, path, quantization_config=BitorchQLinearConfig(modules_to_not_convert=names))
+    config = BitorchQLinearConfig(modules_to_not_convert=names, rules={".*": {}})  # a rule does not choose them again
+    model = loaded(CLASSIFIER, path, quantization_config=config)
     real = set(kinds(model)) - binary_names(model)
     assert "bert.pooler.dense" in real and "bert.encoder.layer.1.output.dense" in real
     assert "bert.encoder.layer.11.output.dense" not in real
@@ -258,7 +259,8 @@ def test_rules_keep_their_order_in_the_folder(tmp_path):
     rules = {r".*query": None, r".*": {"input_quantization": "approxsign"}, r".*key": None}
     path = saved(bert(), tmp_path / "float")
     config = BitorchQLinearConfig(rules=rules)
-    saved(loaded(CLASSIFIER, path, quantization_config=config), tmp_path / "binary")
+    model = loaded(CLASSIFIER, path, quantization_config=config)
+    assert repr(loaded(CLASSIFIER, saved(model, tmp_path / "binary"))) == repr(model)
     held = json.loads((tmp_path / "binary" / "config.json").read_text())["quantization_config"]
     assert list(map(tuple, held["rules"])) == list(rules.items())
     again = BitorchQLinearConfig(**held)
@@ -419,6 +421,18 @@ def config_like(model, path):
 
 def missing(state, layer):
     del state[f"{layer}.weight"]
+
+
+def test_floats_in_a_packed_folder_are_packed_and_not_cast_to_words(tmp_path):
+    config = BitorchQLinearConfig(keep_first=False, keep_last=False)
+    shape = transformers.BertConfig(**{**SMALL, "hidden_size": 1, "num_attention_heads": 1})  # one weight is one word
+    model = loaded(TwoTied, saved(TwoTied(shape), tmp_path / "float"), quantization_config=config)
+    path = saved(pack(model), tmp_path / "packed")
+    state = load_file(path / "model.safetensors")
+    state["first.weight"], state["second.weight"] = torch.tensor([[0.5]]), torch.tensor([[-0.5]])
+    save_file(state, path / "model.safetensors", {"format": "pt"})
+    again = TwoTied.from_pretrained(path)
+    assert again.first.weight.tolist() == [[1]] and again.second.weight.tolist() == [[0]]
 
 
 def newer(state, layer):
