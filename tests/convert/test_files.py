@@ -226,6 +226,7 @@ def test_shared_entries_that_stay_are_refused_for_safetensors_only(tmp_path, cap
             "--layers 'fc1': expected a pattern that matches the whole name of a layer, and this one matches none; the",
         ),
         ([LAYERS, "stem.weight"], "--layers 'stem.weight': expected a pattern that matches the whole name of a layer"),
+        ([r"blocks\.0\.fc"], r"--layers 'blocks\\.0\\.fc': expected a pattern that matches the whole name of a layer"),
         (["("], "--layers '(': expected a regular expression"),
     ],
 )
@@ -348,7 +349,10 @@ def test_force_replaces_a_file_even_the_source(tmp_path):
     model = Model()
     for extension in (".pt", ".safetensors"):
         path = write(model.state_dict(), tmp_path / f"a{extension}")
-        assert convert(path, path, "--force") == 0
+        before = path.read_bytes()
+        with path.open("rb") as reader:  # which sees the old file or the new one and nothing between
+            assert convert(path, path, "--force") == 0
+            assert reader.read() == before
         assert_same_state(read(path), pack(binarize(model)).state_dict())
         assert sorted(tmp_path.glob(f"*{extension}*")) == [path]
 
