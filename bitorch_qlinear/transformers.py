@@ -292,12 +292,10 @@ class BitorchQLinearQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             RuntimeError: An entry of a packed layer is missing, or does not fit the layer.
         """
-        for name, layer in model.named_modules():
-            if not isinstance(layer, PackedQLinear):
+        for name, _, layer in list(binary_layers(model)):
+            read = _initialize(name, layer)
+            if isinstance(layer, QLinear):
                 continue
-            # transformers sets tensors one by one, marks those that it has read, and leaves others uninitialized.
-            tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-            read = {key: tensor for key, tensor in tensors.items() if getattr(tensor, "_is_hf_initialized", False)}
             try:
                 layer.load_state_dict(read, assign=True)
             except RuntimeError as error:
@@ -404,6 +402,36 @@ def _rules_against(model: nn.Module, names: Sequence[str]) -> dict[str, None]:
                 f"the linear layers are {', '.join(layers):.300}"
             )
     return dict.fromkeys(rules.values())
+
+
+def _initialize(name: str, layer: nn.Module) -> dict[str, Tensor]:
+    """Give the tensors of a layer that the folder does not hold their first values, and return those that it holds.
+
+    transformers marks the tensors that it has read. It initializes the others if they are the weight or the bias of an
+    ``nn.Linear``, and leaves all the rest, such as parameters of a quantization, with arbitrary values.
+
+    Args:
+        name: The layer's name, for errors.
+        layer: A QLinear, or a PackedQLinear, whose own entries are not touched.
+    """
+    tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    read = {key: tensor for key, tensor in tensors.items() if getattr(tensor, "_is_hf_initialized", False)}
+    absent = tensors.keys() - read.keys() - {"weight", "bias"}
+    if isinstance(layer, PackedQLinear):
+        absent = {key for key in absent if "." in key}
+    if absent:
+        options = _options_of(name, layer)
+        if isinstance(layer, QLinear):
+            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            linear.weight, linear.bias = layer.weight, layer.bias
+            fresh: nn.Module = QLinear.from_linear(linear, **options)
+        else:
+            fresh = PackedQLinear(1, 1, **options)  # the tensors of quantizations do not depend on the layer's sizes
+        first = {**dict(fresh.named_parameters()), **dict(fresh.named_buffers())}
+        with torch.no_grad():
+            for key in absent:
+                tensors[key].copy_(first[key])
+    return read
 
 
 def _options_of(name: str, layer: nn.Module) -> dict[str, Any]:

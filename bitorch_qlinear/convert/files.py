@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._inputs import FLOATS
 from .._torch import is_plain
@@ -141,7 +141,9 @@ def pack_entries(
     names = _choose(state, layers)
     overlapping = _overlapping(state)
     weights = {_entry(name, "weight") for name in names}
-    problems = [problem for name in names for problem in _problems(name, state, weights, overlapping)]
+    # Any size has the same entries. The bias is always one of them, because a layer may lack it.
+    known = list(QLinear(1, 1, device="meta", **options).state_dict())
+    problems = [problem for name in names for problem in _problems(name, state, known, weights, overlapping)]
     if problems:
         more = [f"and {len(problems) - _MANY} more"] if len(problems) > _MANY else []
         raise ValueError("\n".join([*problems[:_MANY], *more]))
@@ -151,21 +153,21 @@ def pack_entries(
     done: list[ConvertedLayer] = []
     shared: dict[Any, Tensor] = {}
     for name in names:
-        weight, bias = state[_entry(name, "weight")], state.get(_entry(name, "bias"))
+        weight = state[_entry(name, "weight")]
+        entries = {entry: state[key] for entry in known if (key := _entry(name, entry)) in state}
         memory = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
-        packed = _pack(name, weight, bias, options, shared.get(memory))
+        packed = _pack(name, entries, options, shared.get(memory))
         shared[memory] = packed.weight
-        entries = replaced[_entry(name, "weight")] = packed.state_dict(prefix=_entry(name, ""))
+        words = replaced[_entry(name, "weight")] = packed.state_dict(prefix=_entry(name, ""))
         outputs, inputs = weight.shape
-        before = _bytes({"weight": weight, "bias": bias})
-        done.append(ConvertedLayer(name, outputs, inputs, weight.dtype, before, _bytes(entries)))
-    gone = {_entry(name, "bias") for name in names}
+        done.append(ConvertedLayer(name, outputs, inputs, weight.dtype, _bytes(entries), _bytes(words)))
+    gone = {_entry(name, entry) for name in names for entry in known}
+    kept = sum(key not in gone for key in state)
     for key, value in state.items():
         if key in replaced:
             result.update(replaced[key])
         elif key not in gone:
             result[key] = value
-    kept = sum(key not in weights and key not in gone for key in state)
     return result, ConvertReport(tuple(done), kept, _bytes(state), _bytes(result))
 
 
@@ -199,13 +201,14 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _problems(
-    name: str, state: Mapping[str, Any], weights: set[str], overlapping: Mapping[str, list[str]]
+    name: str, state: Mapping[str, Any], known: list[str], weights: set[str], overlapping: Mapping[str, list[str]]
 ) -> list[str]:
     """Return why a layer cannot be packed, as sentences.
 
     Args:
         name: The layer's name.
         state: The state dict.
+        known: The entries that a QLinear with the same options has.
         weights: The names of the weights of all layers that are packed.
         overlapping: The entries whose memory an entry shares.
     """
@@ -223,7 +226,7 @@ def _problems(
         return [f"{prefix}bias: expected a dense tensor of floats, got {getattr(bias, 'dtype', type(bias).__name__)}"]
     if bias is not None and bias.shape != weight.shape[:1]:
         return [f"{prefix}bias: expected shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}"]
-    own = [other for other in state if other.startswith(prefix) and other not in (key, f"{prefix}bias")]
+    own = [other for other in state if other.startswith(prefix) and other.removeprefix(prefix) not in known]
     if own:
         return [
             f"{key}: expected the weight of a linear layer, which has no entry except its bias, got {_some(own)} too"
@@ -239,16 +242,24 @@ def _problems(
     return []
 
 
-def _pack(
-    name: str, weight: Tensor, bias: Tensor | None, options: Mapping[str, Any], words: Tensor | None
-) -> PackedQLinear:
-    """Return the packed layer that ``pack`` makes of a QLinear with these parameters in eval mode."""
-    outputs, inputs = weight.shape
-    linear = nn.Linear(inputs, outputs, bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
-    layer = QLinear.from_linear(linear, **options).eval()
+def _pack(name: str, entries: dict[str, Tensor], options: Mapping[str, Any], words: Tensor | None) -> PackedQLinear:
+    """Return the packed layer that ``pack`` makes of a QLinear with these entries in eval mode.
+
+    Args:
+        name: The layer's name, for errors.
+        entries: The layer's entries.
+        options: Options of QLinear.
+        words: Its packed weights if it shares them with another layer; None packs them.
+
+    Raises:
+        ValueError: The layer lacks an entry, or cannot be packed.
+    """
+    outputs, inputs = entries["weight"].shape
+    layer = QLinear(inputs, outputs, "bias" in entries, device="meta", **options).eval()
+    try:
+        layer.load_state_dict(entries, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: {error}") from error
     reason = reason_against(layer)
     if reason:
         raise ValueError(f"{name}: cannot be packed: {reason}")

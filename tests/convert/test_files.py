@@ -14,8 +14,9 @@ from support.reference import assert_equal
 from torch import nn
 
 import bitorch_qlinear
-from bitorch_qlinear import QLinear, __main__, binarize, pack
+from bitorch_qlinear import QLinear, __main__, binarize, pack, quantizations
 from bitorch_qlinear.convert import files
+from bitorch_qlinear.quantizations import registry
 
 LAYERS = r"blocks\.\d\.fc[12]"
 X = torch.linspace(-1, 1, 5 * 12).reshape(5, 12).mul(1e3).sin()
@@ -374,6 +375,38 @@ def test_entries_are_not_changed():
     before = copy.deepcopy(state)
     files.pack_entries(state, [LAYERS], {})
     assert_same_state(state, before)
+
+
+def test_a_folder_is_no_target(tmp_path, capsys):
+    source, folder = write(Model().state_dict(), tmp_path / "a.pt"), tmp_path / "folder.pt"
+    folder.mkdir()
+    assert "expected a file, got a folder" in refused(capsys, source, folder, "--force")
+
+
+class Shifted(quantizations.Quantization):
+    """A weight quantization with a parameter, which belongs to the layer's entries."""
+
+    name, bit_width = "shifted", 1
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.tensor(0.02))
+
+    def quantize(self, x):
+        return torch.where(x < self.shift, -1.0, 1.0)
+
+
+def test_entries_of_a_quantization_count(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(registry, "_classes", {**registry._classes, "shifted": Shifted})
+    layer = QLinear(40, 33, weight_quantization="shifted").eval()
+    layer.weight_quantization.shift.data.fill_(-0.05)
+    state = {f"fc.{name}": tensor for name, tensor in layer.state_dict().items()}
+    options = {"weight_quantization": "shifted"}
+    packed, _ = files.pack_entries(state, ["fc"], options)
+    assert_same_state(packed, pack(nn.ModuleDict({"fc": layer})).state_dict())
+    del state["fc.weight_quantization.shift"]
+    with pytest.raises(ValueError, match=r"fc: (?s:.*)Missing key.*weight_quantization\.shift"):
+        files.pack_entries(state, ["fc"], options)
 
 
 @pytest.mark.slow

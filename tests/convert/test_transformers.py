@@ -343,6 +343,57 @@ def test_a_registered_quantization_is_named(monkeypatch, tmp_path):
         CLASSIFIER.from_pretrained(path)
 
 
+class Scaled(Quantization):
+    """A quantization with a parameter and a buffer that no float folder holds."""
+
+    name, bit_width = "scaled", 32
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(0.75))
+        self.register_buffer("offset", torch.tensor(0.25), persistent=False)
+
+    def quantize(self, x):
+        return x * self.factor + self.offset
+
+
+def test_tensors_of_a_quantization_have_their_first_values(monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "_classes", {**registry._classes, "scaled": Scaled})
+    path = saved(bert(), tmp_path / "float")
+    config = BitorchQLinearConfig(input_quantization="scaled")
+    model = CLASSIFIER.from_pretrained(path, quantization_config=config)
+    assert_equal(outputs(model), outputs(binarize(CLASSIFIER.from_pretrained(path), input_quantization="scaled")))
+    model.bert.pooler.dense.input_quantization.factor.data.fill_(0.5)
+    again = loaded(CLASSIFIER, saved(model, tmp_path / "binary"))
+    assert again.bert.pooler.dense.input_quantization.factor == 0.5
+    assert_equal(outputs(again), outputs(model))
+
+
+class Shifted(Quantization):
+    """A weight quantization to ±1 with a parameter and a buffer that is not saved."""
+
+    name, bit_width = "shifted", 1
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.tensor(0.01))
+        self.register_buffer("one", torch.tensor(1.0), persistent=False)
+
+    def quantize(self, x):
+        return torch.where(x < self.shift, -self.one, self.one)
+
+
+def test_tensors_of_a_packed_layers_quantization(monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "_classes", {**registry._classes, "shifted": Shifted})
+    model = attach_quantizer(binarize(bert(), weight_quantization="shifted"))
+    model.bert.pooler.dense.weight_quantization.shift.data.fill_(-0.01)
+    packed = pack(model)
+    again = loaded(CLASSIFIER, saved(packed, tmp_path / "packed"))
+    assert_equal(outputs(again), outputs(model))
+    quantization = again.bert.pooler.dense.weight_quantization
+    assert quantization.one == 1 and quantization.shift == packed.bert.pooler.dense.weight_quantization.shift
+
+
 def test_a_quantization_with_settings_is_refused_when_saved(tmp_path):
     model = binarize(bert(), input_quantization=quantizations.SwishSign(beta=3.0))
     with pytest.raises(ValueError, match=r"input_quantization: expected a registered quantization .*beta=3.0"):
