@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for name in OPTIONS:
         flag = f"--{name.replace('_', '-')}"
-        command.add_argument(flag, metavar="NAME", help=f"the layers' {name}, as QLinear takes it (default: sign)")
+        command.add_argument(flag, metavar="NAME", help=f"the layers' {name} (default: that of QLinear)")
     command.add_argument("--dry-run", action="store_true", help="check everything and report, but write nothing")
     command.add_argument("--force", action="store_true", help="replace an existing file")
     parsed = parser.parse_args(arguments)

@@ -233,7 +233,7 @@ class BitorchQLinearQuantizer(HfQuantizer):  # type: ignore[misc]
         options = self.quantization_config.options()
         left = _rules_against(model, self.quantization_config.modules_to_not_convert or [])
         options["rules"] = {**left, **(options["rules"] or {})} or None
-        # transformers ties these after loading; binarize() has to see it now.
+        # transformers ties these weights only after loading, and binarize() must see which ones are shared.
         for target, source in getattr(model, "all_tied_weights_keys", {}).items():
             path, _, attribute = target.rpartition(".")
             setattr(model.get_submodule(path), attribute, model.get_parameter(source))

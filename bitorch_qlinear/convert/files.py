@@ -141,7 +141,7 @@ def pack_entries(
     names = _choose(state, layers)
     overlapping = _overlapping(state)
     weights = {_entry(name, "weight") for name in names}
-    # Any size has the same entries. The bias is always one of them, because a layer may lack it.
+    # These are all entries that a layer may have, whatever its sizes are.
     known = list(QLinear(1, 1, device="meta", **options).state_dict())
     problems = [problem for name in names for problem in _problems(name, state, known, weights, overlapping)]
     if problems:
@@ -208,7 +208,7 @@ def _problems(
     Args:
         name: The layer's name.
         state: The state dict.
-        known: The entries that a QLinear with the same options has.
+        known: The entries that a QLinear with the same options may have.
         weights: The names of the weights of all layers that are packed.
         overlapping: The entries whose memory an entry shares.
     """
