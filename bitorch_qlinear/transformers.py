@@ -292,7 +292,9 @@ class BitorchQLinearQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             RuntimeError: An entry of a packed layer is missing, or does not fit the layer.
         """
-        for name, _, layer in list(binary_layers(model)):
+        for name, layer in list(model.named_modules()):
+            if not isinstance(layer, (QLinear, PackedQLinear)):
+                continue
             read = _initialize(name, layer)
             if isinstance(layer, QLinear):
                 continue
