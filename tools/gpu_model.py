@@ -141,7 +141,7 @@ class Epilogue(NamedTuple):
     read: int  # bytes of set bits, and of scale and bias (float32) or of limits and flips
     written: int  # bytes of outputs
     sectors: int  # 32-byte sectors that its stores touch, each store of a warp counted for itself
-    between: int  # bytes that are moved before the next product has its words
+    between: float  # bytes that are moved before the next product has its words
 
 
 _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "bits": 1 / 8}
@@ -166,7 +166,7 @@ def epilogue(kernel: Kernel) -> Epilogue | None:
     counts = 4 * (rows + columns) if kernel.source in _COUNTED else 0
     # Bits are stored by words, and numbers side by side. The next product's words are packed from numbers.
     sectors = written // 4 if kernel.type == "bits" else -(-written // 32)
-    between = written if kernel.type == "bits" else 2 * written + rows * columns // 8
+    between = written if kernel.type == "bits" else 2 * written + rows * columns / 8
     return Epilogue(rows, columns, int(columns * channels) + counts, written, sectors, between)
 
 
