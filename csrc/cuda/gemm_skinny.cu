@@ -22,6 +22,7 @@
 // of 16 rows takes longer.) If outputs are bits, they are 8 of 256 KB, because a block has the 32 columns of a word: 2.3
 // us. Sums in memory and a second kernel that packs them would take no less.
 #include <algorithm>
+#include <type_traits>
 
 #include "check_prepared.cuh"
 #include "epilogue.cuh"
@@ -114,7 +115,13 @@ __device__ __forceinline__ void count_differences(const Product& product, int wi
     const int begin = index * kStep + kWords * place;
     const uint32_t* x = product.x.words + first_row * product.x.stride + begin;
     const uint32_t* weight = product.weight.words + (column + group * kEach) * product.weight.stride + begin;
-    const int64_t x_rows = product.m - first_row, weight_rows = product.n - column - group * kEach;
+    // The rows that exist. Blocks that write bits count them in 32 bits, because ptxas would spill two registers on 12.0;
+    // those that write numbers keep the machine code that was measured.
+    using Count = std::conditional_t<Block::kAcross == 1, int64_t, int>;
+    const int64_t columns = product.n - column;
+    const bool all_columns = Block::kAcross > 1 && columns > Shape::kColumns;
+    const Count x_rows = static_cast<Count>(product.m) - first_row;
+    const Count weight_rows = static_cast<Count>(all_columns ? Shape::kColumns : columns) - group * kEach;
     const int64_t x_next = kApart * product.x.stride;
     // A step's words are loaded at the end of the step before it: within one, ptxas puts each load next to its use, and
     // they are in flight one after the other.
