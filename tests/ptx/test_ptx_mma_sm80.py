@@ -185,7 +185,7 @@ def test_mutants_of_mma_are_caught(tile):
         ("group[j + i / 2]", "group[j]"),
         # These change what is computed from the sums.
         ("margins.x[row] + margins.weight[column + i]", "margins.x[row] + margins.weight[column]"),
-        ("- 2 * both", "- both"),
+        ("[column + i] - 2 * both", "[column + i] - both"),
         ("channels.bias + column", "channels.bias + column + 1"),
     ]
     cxx = small_source("m{}n{}".format(*tile))
@@ -233,6 +233,7 @@ def test_mutants_of_bits_are_caught(tile):
         ("sums[first + i / 2][index]", "sums[first + (i / 2 ^ 1)][index]"),
         ("margins.x[top + 8 * i + at.g]", "margins.x[top + at.g]"),
         ("margins.weight[left + 8 * at.q + c]", "margins.weight[left + 8 * at.q]"),
+        ("at.q + c] - 2 * both", "at.q + c] - both"),
     ]
     cxx = small_source("m{}n{}".format(*tile), "boolean")
     assert_caught(compiled(cxx, "sm_80"), edited(cxx, edits), run, seeds=range(2))

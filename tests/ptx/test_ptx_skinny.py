@@ -195,7 +195,7 @@ def test_mutants_of_skinny_are_caught():
         ("2 * twos", "twos"),
         ("lane & Bit ? odd : even", "lane & Bit ? even : odd"),
         ("add_lanes<4>(counts, lane);", ""),
-        ("row * kGroups + group", "row * kGroups + (group ^ 2)"),
+        ("kPitch + group) * kEach", "kPitch + (group ^ 2)) * kEach"),
         ("sums[i] = 0", "sums[i] = 1"),
         ("{sums[i]}", "{sums[i ^ 4]}"),
         ("channels.bias + j", "channels.bias + j + 1"),
