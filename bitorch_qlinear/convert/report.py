@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .._torch import has_hooks, hook_names, is_dtensor, is_plain
 from ..checkpoint import words_for
+from ..fused import fusions
 from ..linear import Activation, QLinear, do_nothing
 from ..packed import PackedQLinear, input_rule_of, pack_weight
 from ..quantizations import binary_rule
@@ -29,6 +30,8 @@ class LayerReport:
         float_bytes: Bytes of the float weights; for a packed layer, of the float32 weights that it replaces.
         packed_bytes: Bytes of the packed words, which a checkpoint holds; 0 if the layer cannot be packed.
         resident_bytes: Bytes that the weights take in memory now.
+        output: What becomes of the output of a packed layer: "words for the next layer" in
+            a :class:`FusedSequential`, or the reason why it writes floats; "" for layers that are not packed.
     """
 
     name: str
@@ -39,6 +42,7 @@ class LayerReport:
     float_bytes: int
     packed_bytes: int
     resident_bytes: int
+    output: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Report:
         """Return a table with one line for each layer, and a line with the sums."""
         if not self.layers:
             return "no QLinear or PackedQLinear in this model"
-        header = ("layer", "kind", "computed by", "float", "packed", "in memory", "pack()")
+        header = ("layer", "kind", "computed by", "float", "packed", "in memory", "pack()", "output")
         rows = [
             (
                 layer.name or "(model)",
@@ -75,6 +79,7 @@ class Report:
                 _size(layer.packed_bytes) if layer.packed_bytes else "-",
                 _size(layer.resident_bytes),
                 "packs it" if layer.packable else layer.reason or "is packed",
+                layer.output or "-",
             )
             for layer in self.layers
         ]
@@ -164,6 +169,9 @@ def binary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, nn.
 def explain(model: nn.Module) -> Report:
     """Report for each binary layer what computes it, whether ``pack`` would replace it or why not, and its size.
 
+    For a packed layer it also reports whether its output becomes words for the next layer. To find that out, the
+    modules between packed layers of an ``nn.Sequential`` are evaluated.
+
     Args:
         model: Any module, packed or not.
 
@@ -179,15 +187,17 @@ def explain(model: nn.Module) -> Report:
         for tensor in (layer.weight, getattr(layer, "weight_prepared", None))
         if isinstance(tensor, Tensor)
     }
-    return Report(tuple(_explain_layer(*each) for each in found), sum(tensors.values()))
+    outputs = fusions(model)
+    return Report(tuple(_explain_layer(*each, outputs) for each in found), sum(tensors.values()))
 
 
-def _explain_layer(path: str, parent: nn.Module | None, layer: nn.Module) -> LayerReport:
+def _explain_layer(path: str, parent: nn.Module | None, layer: nn.Module, outputs: dict[int, str]) -> LayerReport:
     if isinstance(layer, PackedQLinear):
         words = layer.weight
         float_bytes = 4 * layer.in_features * layer.out_features
         resident = _bytes(words, layer.weight_prepared)
-        return LayerReport(path, "PackedQLinear", layer.path, False, "", float_bytes, _bytes(words), resident)
+        output = outputs.get(id(layer), "no nn.Sequential calls it")
+        return LayerReport(path, "PackedQLinear", layer.path, False, "", float_bytes, _bytes(words), resident, output)
     assert isinstance(layer, QLinear)
     reason = reason_against(layer, parent, path.rpartition(".")[2])
     float_bytes = _bytes(layer.weight)

@@ -1,0 +1,464 @@
+"""FusedSequential: an ``nn.Sequential`` whose packed layers hand each other words instead of floats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _library
+from ._fold import Limits, counts_channels_first, fold_modules, reason_against_between
+from ._product import wants_gradient
+from ._torch import (
+    HOOK_TABLES,
+    any_autocast,
+    any_global_hook,
+    has_hooks,
+    is_plain,
+    modes_active,
+    operator_entry,
+    transforms_active,
+)
+from .checkpoint import REAL_INPUT, STRICT_INPUT
+from .packed import PackedQLinear
+
+__all__ = ["FusedSequential", "fuse_sequentials", "fusions"]
+
+# Looked up once, because a name in a module of a module costs 20 ns in every call.
+_compiling, _tracing = torch.compiler.is_compiling, torch.jit.is_tracing  # type: ignore[attr-defined]
+_linear = operator_entry(_library.operators.linear)
+_binary_linear = operator_entry(_library.operators.binary_linear)
+_same_values = operator_entry(_library.operators.same_values)
+_record_values = _library.operators.record_values
+
+# Attributes of nn.Module itself that a forward does not read. Tensors are compared by their values.
+_OF_TORCH = nn.Module().__dict__.keys() - {"training", "_modules"}
+# Attributes that may change without a change of what a call computes.
+_UNREAD = {"weight_prepared", "_plan", "_modules"}
+# A value of one of these types equals a kept one only if the module computes the same with it.
+_SIMPLE = (bool, int, float, str, type(None))
+
+
+class FusedSequential(nn.Sequential):
+    """Compute what ``nn.Sequential`` computes, with words instead of floats between packed layers.
+
+    A :class:`PackedQLinear` whose outputs only reach the signs of the next PackedQLinear, through modules that compute
+    each channel alone, writes these signs itself: ``popcount <= limit`` for each channel. The limits come from the
+    modules themselves, evaluated for each of the K + 1 values that a product can have, so the output is that of
+    ``nn.Sequential`` bit for bit.
+
+    The modules stay what they are: indexing, slicing, iteration, ``state_dict`` and gradients are those of
+    ``nn.Sequential``. Each call compares everything that the limits were computed from (the values of parameters and
+    buffers, attributes, modes, hooks) and does not use limits of other values.
+
+    A call computes the modules one after another, as ``nn.Sequential`` does, in these cases: an output may need a
+    gradient (call the model in ``torch.inference_mode()`` or ``torch.no_grad()``), under autocast, ``torch.func``,
+    ``torch.compile`` and ``torch.export``, on another device than a CPU, and for inputs of other dtypes or shapes than
+    the limits were computed for.
+
+    Modules that may lie between are ``BatchNorm1d``, ``Hardtanh``, ``ReLU``, ``ReLU6``, ``LeakyReLU``, ``PReLU``,
+    ``Threshold``, ``Dropout``, ``AlphaDropout`` and ``Identity``, all in eval mode, :class:`ChannelShift` and
+    :class:`RPReLU`, also inside nested ``nn.Sequential``, and modules of a class of your own that sets
+    ``computes_channels_alone = True``. That promises: an output depends only on the input at the same place, on its
+    channel (the last dimension), and on the module's parameters, buffers, and attributes that are numbers or strings.
+
+    :func:`bitorch_qlinear.explain` reports for each packed layer whether it hands on words, or why not.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute the output.
+
+        Args:
+            input: The input of the first module.
+        """
+        if type(input) is not Tensor or not input.is_cpu or _runs_as_usual():
+            return super().forward(input)  # type: ignore[no-any-return, no-untyped-call]
+        x = input
+        for step in self._current_plan().steps:
+            x = step(x)
+        return x
+
+    def fuse(self, dtype: torch.dtype | None = None) -> FusedSequential:
+        """Compute the limits now instead of in the second call with the same values.
+
+        Args:
+            dtype: The dtype of the inputs; None takes that of each first layer's bias, or the default.
+
+        Returns:
+            self
+        """
+        for chain in self._current_plan().chains:
+            chain.fold(dtype or _dtype_of(chain.layers[0]))
+        return self
+
+    def _current_plan(self) -> Plan:
+        plan: Plan | None = self.__dict__.get("_plan")
+        if plan is None or not plan.fits():
+            plan = self.__dict__["_plan"] = Plan(self)
+        return plan
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the limits, which a copy computes again."""
+        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
+
+
+def _runs_as_usual() -> bool:
+    """Whether torch does more in this call than to compute an output."""
+    return _compiling() or any_autocast() or transforms_active() or modes_active() or any_global_hook() or _tracing()
+
+
+def is_sequential(module: nn.Module) -> bool:
+    """Whether a call of the module calls its children one after another and does nothing else."""
+    return type(module) in (nn.Sequential, FusedSequential) and not _has_own_call(module)
+
+
+def _has_own_call(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class's forward."""
+    attributes = module.__dict__
+    return has_hooks(module) or "forward" in attributes or "_compiled_call_impl" in attributes
+
+
+def _flatten(sequential: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that a call of an ``nn.Sequential`` calls, and each nested ``nn.Sequential`` before its own."""
+    for child in sequential._modules.values():
+        assert child is not None
+        yield child
+        if is_sequential(child):
+            yield from _flatten(child)
+
+
+class Plan:
+    """The order of a FusedSequential's calls, with its chains of packed layers.
+
+    Attributes:
+        steps: What is called, one after another.
+        chains: The chains among the steps.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        """Find the chains.
+
+        Args:
+            root: The module whose calls are planned.
+        """
+        found = list(_flatten(root))
+        self._containers = [
+            (module, tuple(module._modules.values())) for module in (root, *found) if is_sequential(module)
+        ]
+        if root not in [module for module, _ in self._containers]:
+            self._containers.append((root, tuple(root._modules.values())))
+        self._root = root
+        self.steps: list[Any] = []
+        self.chains: list[Chain] = []
+        modules = [module for module in found if not is_sequential(module)]
+        while modules:
+            chain = Chain.beginning(modules)
+            if chain is None:
+                self.steps.append(modules.pop(0))
+            else:
+                self.steps.append(chain)
+                self.chains.append(chain)
+                del modules[: len(chain.modules)]
+
+    def fits(self) -> bool:
+        """Whether the modules are still those of the plan."""
+        for module, children in self._containers:
+            if tuple(module._modules.values()) != children:
+                return False
+            if module is not self._root and not is_sequential(module):
+                return False
+        return True
+
+
+@dataclass(frozen=True)
+class Link:
+    """A packed layer of a chain and what follows it.
+
+    Attributes:
+        layer: The layer.
+        between: The modules between it and the next layer; empty after the last layer.
+        limits: What replaces the modules, or None.
+        reason: Why nothing does, or "".
+    """
+
+    layer: PackedQLinear
+    between: tuple[nn.Module, ...]
+    limits: Limits | None
+    reason: str
+
+
+class Chain:
+    """Packed layers that follow each other, with the modules between them.
+
+    Attributes:
+        modules: All modules in the order of their calls.
+        layers: The packed layers among them.
+    """
+
+    def __init__(self, layers: list[PackedQLinear], between: list[tuple[nn.Module, ...]]) -> None:
+        """Keep the modules.
+
+        Args:
+            layers: The packed layers.
+            between: The modules after each layer except the last.
+        """
+        self.layers = layers
+        self._between = [*between, ()]
+        self.modules = [module for pair in zip(layers, self._between, strict=True) for module in (pair[0], *pair[1])]
+        self._rows_only = any(map(counts_channels_first, self.modules))
+        self._folded: tuple[Snapshot, list[Link]] | None = None
+        self._seen: Snapshot | None = None
+
+    @classmethod
+    def beginning(cls, modules: list[nn.Module]) -> Chain | None:
+        """Return the chain of two or more layers that begins with the first of the modules, or None."""
+        place, layers, between = 0, [], []
+        while not isinstance(reader := _reader_after(modules, place), str):
+            layers.append(modules[place])
+            between.append(tuple(modules[place + 1 : reader]))
+            place = reader
+        return cls([*layers, modules[place]], between) if layers else None  # type: ignore[list-item]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Compute the chain's output."""
+        dtype = x.dtype
+        folded = self._folded
+        if folded is None or not folded[0].holds(dtype):
+            # Values that change from call to call are not worth a table, so the second call with the same makes it.
+            if self._seen is None or not self._seen.holds(dtype):
+                self._seen = Snapshot.of(self.modules, dtype)
+                return self._one_by_one(x)
+            folded = self.fold(dtype)
+        if folded is None or not self._takes(x, folded[0]):
+            return self._one_by_one(x)
+        return _run(x, folded[1])
+
+    def fold(self, dtype: torch.dtype) -> tuple[Snapshot, list[Link]] | None:
+        """Compute the limits and return them with what they were computed from; None if that changes meanwhile."""
+        snapshot = Snapshot.of(self.modules, dtype)
+        links = self.links(dtype)
+        if snapshot is None or not snapshot.holds(dtype):
+            return None
+        self._folded = snapshot, links
+        return self._folded
+
+    def links(self, dtype: torch.dtype) -> list[Link]:
+        """Compute what replaces the modules after each layer."""
+        outcomes = []
+        readers = self.layers[1:]
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            for layer, between, reader in zip(self.layers, self._between, readers, strict=False):
+                outcomes.append(fold_modules(layer, between, reader, dtype))
+        links = [
+            Link(layer, between, *((None, outcome) if isinstance(outcome, str) else (outcome, "")))
+            for layer, between, outcome in zip(self.layers, self._between, outcomes, strict=False)
+        ]
+        return [*links, Link(self.layers[-1], (), None, "it is the last one")]
+
+    def _takes(self, x: Tensor, snapshot: Snapshot) -> bool:
+        """Whether the limits are right for x and no gradient is asked for."""
+        shape = x.shape
+        if len(shape) != 2 and (self._rows_only or not shape):
+            return False
+        return x.numel() > 0 and shape[-1] == self.layers[0].in_features and not wants_gradient(x, *snapshot.tensors())
+
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        for module in self.modules:
+            x = module(x)
+        return x
+
+
+def _reader_after(modules: list[nn.Module], place: int) -> int | str:
+    """Return the place of the packed layer that takes the signs of this one's outputs, or the reason why none does."""
+    layer = modules[place]
+    if type(layer) is not PackedQLinear:
+        return f"{type(layer).__name__} is not a PackedQLinear"
+    if layer._input_rule == REAL_INPUT:
+        return "its input is real, so its product is no whole number"
+    for reader in range(place + 1, len(modules)):
+        module = modules[reader]
+        if type(module) is PackedQLinear:
+            return "the next layer reads real values" if module._input_rule == REAL_INPUT else reader
+        if reason := reason_against_between(module, layer.out_features):
+            return reason
+    return "no packed layer follows in its nn.Sequential"
+
+
+def _dtype_of(layer: nn.Module) -> torch.dtype:
+    """Return the dtype of the inputs that a packed layer was made for."""
+    return next(layer.parameters()).dtype
+
+
+def _run(x: Tensor, links: list[Link]) -> Tensor:
+    """Compute a chain; x becomes words where a layer writes them."""
+    stale = _library.stale_forms
+    before, dtype, are_words = stale.value, x.dtype, False
+    for link in links:
+        layer, limits = link.layer, link.limits
+        words, k, form = layer._buffers["weight"], layer.in_features, layer.weight_prepared
+        bias: Tensor | None = None
+        options: dict[str, Any] = {"weight_prepared": form}
+        if limits is None:
+            bias = layer._parameters["bias"]
+            options["out_dtype"] = dtype
+        else:
+            options["out_limits"], options["out_flips"] = limits.limits, limits.flips
+        if are_words:
+            x = _binary_linear(x, words, k, bias, **options)
+        else:
+            x = _linear(x, words, k, bias, strict=layer._input_rule == STRICT_INPUT, **options)
+        are_words = limits is not None
+        if not are_words:
+            for module in link.between:
+                x = module(x)
+    if stale.value != before:
+        for link in links:
+            link.layer.prepare()  # a form was made from other words; the next call gets the form of these
+    return x
+
+
+class Snapshot:
+    """Everything that the limits of a chain are computed from, to be compared with in each call."""
+
+    def __init__(self, modules: list[nn.Module], dtype: torch.dtype, read: list[tuple[nn.Module, str, str]]) -> None:
+        """Keep the state of the modules.
+
+        Args:
+            modules: The modules of the chain.
+            dtype: The dtype of the input.
+            read: The module, table and name of each tensor.
+        """
+        self._dtype = dtype
+        self._attributes = [_attributes_of(module) for module in modules]
+        self._read = [each for each in read if getattr(each[0], each[1])[each[2]] is not None]
+        self._missing = [each for each in read if getattr(each[0], each[1])[each[2]] is None]
+        self._record = _record_values(self.tensors())
+
+    @classmethod
+    def of(cls, modules: list[nn.Module], dtype: torch.dtype) -> Snapshot | None:
+        """Return the state of the modules, or None if a part of it cannot be compared later."""
+        read = [each for module in modules for each in _tensors_of(module)]
+        values = [getattr(module, table)[name] for module, table, name in read]
+        if any(value is not None and not _is_comparable(value) for value in values):
+            return None
+        for module in modules:
+            if _has_own_call(module) or (not isinstance(module, PackedQLinear) and module._modules):
+                return None
+            if not all(isinstance(value, _SIMPLE) for value in _own_attributes(module).values()):
+                return None
+            if isinstance(module, PackedQLinear) and not _is_comparable(module.weight):
+                return None
+        with torch.inference_mode(False), torch.no_grad():
+            return cls(modules, dtype, read)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that the modules have now."""
+        return [getattr(module, table)[name] for module, table, name in self._read]
+
+    def holds(self, dtype: torch.dtype) -> bool:
+        """Whether the modules are in this state, and inputs have this dtype."""
+        if dtype is not self._dtype:
+            return False
+        for module, cls, count, get, values in self._attributes:
+            attributes = module.__dict__
+            if type(module) is not cls or len(attributes) != count or get(attributes) != values:
+                return False
+        try:
+            for module, table, name in self._missing:
+                if getattr(module, table)[name] is not None:
+                    return False
+            return bool(_same_values(self.tensors(), self._record))
+        except KeyError:
+            return False
+
+
+def _is_comparable(tensor: Tensor) -> bool:
+    return is_plain(tensor) and tensor.is_cpu and tensor.is_contiguous()
+
+
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes that a module's forward may read, except tensors and modules."""
+    return {name: value for name, value in module.__dict__.items() if name not in _OF_TORCH and name not in _UNREAD}
+
+
+def _attributes_of(module: nn.Module) -> tuple[nn.Module, type, int, itemgetter[Any], Any]:
+    """Return how to get a module's attributes and hooks, and what they are now; a copy where they may be changed."""
+    own = _own_attributes(module)
+    names = [*own, *HOOK_TABLES] if isinstance(module, PackedQLinear) else [*own, *HOOK_TABLES, "_modules"]
+    values = tuple(own.values()) + tuple({} for _ in names[len(own) :])
+    return module, type(module), len(module.__dict__), itemgetter(*names), values
+
+
+def _tensors_of(module: nn.Module) -> list[tuple[nn.Module, str, str]]:
+    """Return the tables and names of the tensors from which limits are computed."""
+    if isinstance(module, PackedQLinear):
+        return [(module, "_parameters", "bias")]
+    return [
+        (module, table, name)
+        for table in ("_parameters", "_buffers")
+        for name in getattr(module, table)
+        if name != "num_batches_tracked"
+    ]
+
+
+def fuse_sequentials(model: nn.Module) -> None:
+    """Make each ``nn.Sequential`` of a model in which packed layers follow each other a FusedSequential.
+
+    The class of the module is exchanged, so that all references to it, its hooks and its attributes stay.
+
+    Args:
+        model: The model, which is changed.
+    """
+    inside: set[int] = set()
+    for module in list(model.modules()):
+        if type(module) is not nn.Sequential or "forward" in module.__dict__:
+            continue
+        if Plan(module).chains:
+            module.__class__ = FusedSequential
+            # A call of an outer nn.Sequential computes the chains of the inner ones by limits of its own.
+            if isinstance(module, FusedSequential) and id(module) not in inside:
+                module.fuse()
+        inside.update(id(each) for each in _flatten(module) if is_sequential(each))
+
+
+def fusions(model: nn.Module) -> dict[int, str]:
+    """Return for each packed layer, by its id, what becomes of its output in the model's ``nn.Sequential``.
+
+    Args:
+        model: Any module. The modules between packed layers are evaluated, as :meth:`FusedSequential.fuse` does.
+    """
+    found: dict[int, str] = {}
+    # The order of the modules is that from the outside to the inside.
+    for root in model.modules():
+        if not isinstance(root, FusedSequential) and type(root) is not nn.Sequential:
+            continue
+        modules = [module for module in _flatten(root) if not is_sequential(module)]
+        for place, layer in enumerate(modules):
+            if isinstance(layer, PackedQLinear) and _WORDS not in found.get(id(layer), ""):
+                outcome = _outcome(modules, place)
+                if _WORDS in outcome and type(root) is nn.Sequential:
+                    outcome = f"would be {outcome} with pack(model, fuse=True)"
+                if _WORDS in outcome or id(layer) not in found:
+                    found[id(layer)] = outcome
+    return found
+
+
+_WORDS = "words for the next layer"
+
+
+def _outcome(modules: list[nn.Module], place: int) -> str:
+    """Return what becomes of the output of the packed layer at this place."""
+    reader = _reader_after(modules, place)
+    if isinstance(reader, str):
+        return reader
+    link = modules[place : reader + 1]
+    dtype = _dtype_of(link[0])
+    if Snapshot.of(link, dtype) is None:
+        return "it, or what follows, has hooks, a forward or attributes of its own, or tensors that are not on the CPU"
+    outcome = Chain(link[:1] + link[-1:], [tuple(link[1:-1])]).links(dtype)[0]  # type: ignore[arg-type]
+    names = ", ".join(type(module).__name__ for module in link[1:-1])
+    return outcome.reason or (f"{_WORDS} through {names}" if names else _WORDS)
