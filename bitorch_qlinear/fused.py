@@ -39,6 +39,8 @@ _record_values = _library.operators.record_values
 _OF_TORCH = nn.Module().__dict__.keys() - {"training", "_modules"}
 # Attributes that may change without a change of what a call computes.
 _UNREAD = {"weight_prepared", "_plan", "_modules"}
+# A layer has its quantizations as children, which its product does not call.
+_hooks, _hooks_and_children = itemgetter(*HOOK_TABLES), itemgetter(*HOOK_TABLES, "_modules")
 # A value of one of these types equals a kept one only if the module computes the same with it.
 _SIMPLE = (bool, int, float, str, type(None))
 
@@ -233,7 +235,7 @@ class Chain:
                 self._seen = Snapshot.of(self.modules, dtype)
                 return self._one_by_one(x)
             folded = self.fold(dtype)
-        if folded is None or not self._takes(x, folded[0]):
+        if folded is None or not any(link.limits for link in folded[1]) or not self._takes(x, folded[0]):
             return self._one_by_one(x)
         return _run(x, folded[1])
 
@@ -300,21 +302,23 @@ def _run(x: Tensor, links: list[Link]) -> Tensor:
     for link in links:
         layer, limits = link.layer, link.limits
         words, k, form = layer._buffers["weight"], layer.in_features, layer.weight_prepared
-        bias: Tensor | None = None
-        options: dict[str, Any] = {"weight_prepared": form}
+        # Each keyword that is passed costs 0.3 us, so defaults are omitted.
         if limits is None:
             bias = layer._parameters["bias"]
-            options["out_dtype"] = dtype
-        else:
-            options["out_limits"], options["out_flips"] = limits.limits, limits.flips
-        if are_words:
-            x = _binary_linear(x, words, k, bias, **options)
-        else:
-            x = _linear(x, words, k, bias, strict=layer._input_rule == STRICT_INPUT, **options)
-        are_words = limits is not None
-        if not are_words:
+            if are_words:
+                x = _binary_linear(x, words, k, bias, weight_prepared=form, out_dtype=dtype)
+            else:
+                x = _linear(x, words, k, bias, weight_prepared=form, strict=layer._input_rule == STRICT_INPUT)
             for module in link.between:
                 x = module(x)
+            are_words = False
+            continue
+        bits = {"weight_prepared": form, "out_limits": limits.limits, "out_flips": limits.flips}
+        if are_words:
+            x = _binary_linear(x, words, k, **bits)
+        else:
+            x = _linear(x, words, k, strict=layer._input_rule == STRICT_INPUT, **bits)
+        are_words = True
     if stale.value != before:
         for link in links:
             link.layer.prepare()  # a form was made from other words; the next call gets the form of these
@@ -336,7 +340,9 @@ class Snapshot:
         self._attributes = [_attributes_of(module) for module in modules]
         self._read = [each for each in read if getattr(each[0], each[1])[each[2]] is not None]
         self._missing = [each for each in read if getattr(each[0], each[1])[each[2]] is None]
-        self._record = _record_values(self.tensors())
+        tensors = self.tensors()
+        self._types = [type(tensor) for tensor in tensors]
+        self._record = _record_values(tensors)
 
     @classmethod
     def of(cls, modules: list[nn.Module], dtype: torch.dtype) -> Snapshot | None:
@@ -363,15 +369,18 @@ class Snapshot:
         """Whether the modules are in this state, and inputs have this dtype."""
         if dtype is not self._dtype:
             return False
-        for module, cls, count, get, values in self._attributes:
+        for module, cls, count, get, values, get_tables in self._attributes:
             attributes = module.__dict__
             if type(module) is not cls or len(attributes) != count or get(attributes) != values:
+                return False
+            if any(get_tables(attributes)):
                 return False
         try:
             for module, table, name in self._missing:
                 if getattr(module, table)[name] is not None:
                     return False
-            return bool(_same_values(self.tensors(), self._record))
+            tensors = self.tensors()
+            return [type(tensor) for tensor in tensors] == self._types and bool(_same_values(tensors, self._record))
         except KeyError:
             return False
 
@@ -385,12 +394,16 @@ def _own_attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if name not in _OF_TORCH and name not in _UNREAD}
 
 
-def _attributes_of(module: nn.Module) -> tuple[nn.Module, type, int, itemgetter[Any], Any]:
-    """Return how to get a module's attributes and hooks, and what they are now; a copy where they may be changed."""
-    own = _own_attributes(module)
-    names = [*own, *HOOK_TABLES] if isinstance(module, PackedQLinear) else [*own, *HOOK_TABLES, "_modules"]
-    values = tuple(own.values()) + tuple({} for _ in names[len(own) :])
-    return module, type(module), len(module.__dict__), itemgetter(*names), values
+def _attributes_of(module: nn.Module) -> tuple[nn.Module, type, int, itemgetter[Any], Any, itemgetter[Any]]:
+    """Return what a module's state is compared by.
+
+    Returns:
+        The module, its class, the number of its attributes, how to get those that its forward may read, their values,
+        and how to get its hooks and children, of which there must be none.
+    """
+    get = itemgetter(*_own_attributes(module))
+    get_tables = _hooks if isinstance(module, PackedQLinear) else _hooks_and_children
+    return module, type(module), len(module.__dict__), get, get(module.__dict__), get_tables
 
 
 def _tensors_of(module: nn.Module) -> list[tuple[nn.Module, str, str]]:
