@@ -13,6 +13,8 @@ message names the argument, what was expected and what was given. They have no g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from ._library import operators as _ops
 __all__ = [
     "binary_linear",
     "linear",
+    "linear_chain",
     "linear_train",
     "multiply_signs",
     "pack_bits",
@@ -170,6 +173,53 @@ def linear(
         strict=strict,
         out_limits=out_limits,
         out_flips=out_flips,
+    )
+    return y
+
+
+def linear_chain(
+    x: Tensor,
+    weight_words: Sequence[Tensor],
+    k: int,
+    out_limits: Sequence[Tensor],
+    out_flips: Sequence[Tensor],
+    bias: Tensor | None = None,
+    *,
+    weight_prepared: Sequence[Tensor] | None = None,
+    scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    strict: bool = False,
+) -> Tensor:
+    """Multiply by the weights of several layers in turn; each layer except the last writes bits for the next one.
+
+    It equals :func:`linear` for the first layer, followed by :func:`binary_linear` for the others.
+
+    Args:
+        x: Shape ``(..., k)``, any strides, a float type.
+        weight_words: For each layer its packed weights; the next layer's k is this one's n.
+        k: Number of values in a row of x.
+        out_limits: For each layer except the last, as in :func:`binary_linear`.
+        out_flips: For each layer except the last, as in :func:`binary_linear`.
+        bias: Of the last layer, shape ``(n,)`` or None.
+        weight_prepared: The prepared form of each layer's words, or an empty tensor; or None.
+        scale: Of the last layer, shape ``(n,)`` or None.
+        out_dtype: The dtype of the result; None takes that of x.
+        strict: +1 only if v > 0, instead of +1 unless v < 0; for the values of x.
+
+    Returns:
+        Shape ``(..., n)`` of the last layer.
+    """
+    y: Tensor = _ops.linear_chain(
+        x,
+        list(weight_words),
+        k,
+        list(out_limits),
+        list(out_flips),
+        bias,
+        weight_prepared=None if weight_prepared is None else list(weight_prepared),
+        scale=scale,
+        out_dtype=out_dtype,
+        strict=strict,
     )
     return y
 

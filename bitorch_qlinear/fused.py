@@ -110,7 +110,7 @@ class FusedSequential(nn.Sequential):
 
 def _runs_as_usual() -> bool:
     """Whether torch does more in this call than to compute an output."""
-    return _compiling() or any_autocast() or transforms_active() or modes_active() or any_global_hook() or _tracing()
+    return _compiling() or any_autocast() or transforms_active() or modes_active() or any_global_hook() or _tracing()  # type: ignore[no-untyped-call]
 
 
 def is_sequential(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@
 
 #include "../cpu/dispatch.h"
 #include "../cpu/product.h"
+#include "chain.h"
 #include "tensors.h"
 
 // Counts the prepared forms that were not made of the words that came with them. The layers read it before and after a
@@ -267,6 +268,14 @@ Tensor multiply_signs(const Tensor& reals, const Tensor& sign_words, int64_t k, 
     return y;
 }
 
+Tensor linear_chain(const Tensor& x, std::vector<Tensor> weight_words, int64_t k, std::vector<Tensor> out_limits,
+                    std::vector<Tensor> out_flips, const std::optional<Tensor>& bias,
+                    std::optional<std::vector<Tensor>> weight_prepared, const std::optional<Tensor>& scale,
+                    std::optional<ScalarType> out_dtype, bool strict) {
+    return multiply_in_turn(linear, binary_linear, x, weight_words, k, out_limits, out_flips, bias, weight_prepared,
+                            scale, out_dtype, strict);
+}
+
 }  // namespace
 }  // namespace bitorch_qlinear
 
@@ -277,6 +286,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitorch_qlinear, CPU, library) {
     library.impl("binary_linear", TORCH_BOX(&bitorch_qlinear::binary_linear));
     library.impl("linear", TORCH_BOX(&bitorch_qlinear::linear));
     library.impl("sign_linear", TORCH_BOX(&bitorch_qlinear::sign_linear));
+    library.impl("linear_chain", TORCH_BOX(&bitorch_qlinear::linear_chain));
     library.impl("linear_train", TORCH_BOX(&bitorch_qlinear::linear_train));
     library.impl("multiply_signs", TORCH_BOX(&bitorch_qlinear::multiply_signs));
 }

@@ -1,0 +1,47 @@
+// Products that follow each other, each of which writes the bits that the next one reads.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "tensors.h"
+
+namespace bitorch_qlinear {
+
+// Calls linear for the first weights and binary_linear for all others, which are a device's operators.
+template <class Linear, class BinaryLinear>
+Tensor multiply_in_turn(const Linear& linear, const BinaryLinear& binary_linear, const Tensor& x,
+                        const std::vector<Tensor>& weight_words, int64_t k, const std::vector<Tensor>& out_limits,
+                        const std::vector<Tensor>& out_flips, const std::optional<Tensor>& bias,
+                        const std::optional<std::vector<Tensor>>& weight_prepared, const std::optional<Tensor>& scale,
+                        std::optional<ScalarType> out_dtype, bool strict) {
+    const size_t layers = weight_words.size();
+    const auto check_count = [](const char* argument, size_t got, size_t expected) {
+        if (got != expected) fail(argument, "expected ", expected, " tensors, got ", got);
+    };
+    if (layers == 0) fail("weight_words", "expected at least 1 tensor, got 0");
+    check_count("out_limits", out_limits.size(), layers - 1);
+    check_count("out_flips", out_flips.size(), layers - 1);
+    if (weight_prepared) check_count("weight_prepared", weight_prepared->size(), layers);
+    check_given("x", x);
+    const ScalarType last_type = out_dtype.value_or(scalar_type(x));
+    Tensor y = x;
+    for (size_t i = 0; i < layers; ++i) {
+        const bool is_last = i + 1 == layers;
+        std::optional<Tensor> prepared, limits, flips;
+        if (weight_prepared && (*weight_prepared)[i].numel() > 0) prepared = (*weight_prepared)[i];
+        if (!is_last) {
+            limits = out_limits[i];
+            flips = out_flips[i];
+        }
+        const std::optional<Tensor> none;
+        const std::optional<Tensor>&bias_here = is_last ? bias : none, &scale_here = is_last ? scale : none;
+        const std::optional<ScalarType> type = is_last ? std::optional(last_type) : std::nullopt;
+        y = i == 0 ? linear(y, weight_words[i], k, bias_here, prepared, scale_here, type, strict, limits, flips)
+                   : binary_linear(y, weight_words[i], k, bias_here, prepared, scale_here, type, limits, flips);
+        k = weight_words[i].size(0);
+    }
+    return y;
+}
+
+}  // namespace bitorch_qlinear
