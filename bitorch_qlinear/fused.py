@@ -24,14 +24,14 @@ from ._torch import (
     transforms_active,
 )
 from .checkpoint import REAL_INPUT, STRICT_INPUT
-from .packed import PackedQLinear
+from .packed import FEW_WORDS, PackedQLinear
 
 __all__ = ["FusedSequential", "fuse_sequentials", "fusions"]
 
 # Looked up once, because a name in a module of a module costs 20 ns in every call.
 _compiling, _tracing = torch.compiler.is_compiling, torch.jit.is_tracing  # type: ignore[attr-defined]
-_linear = operator_entry(_library.operators.linear)
-_binary_linear = operator_entry(_library.operators.binary_linear)
+_grad_enabled = torch.is_grad_enabled
+_linear_chain = operator_entry(_library.operators.linear_chain)
 _same_values = operator_entry(_library.operators.same_values)
 _record_values = _library.operators.record_values
 
@@ -39,8 +39,9 @@ _record_values = _library.operators.record_values
 _OF_TORCH = nn.Module().__dict__.keys() - {"training", "_modules"}
 # Attributes that may change without a change of what a call computes.
 _UNREAD = {"weight_prepared", "_plan", "_modules"}
-# A layer has its quantizations as children, which its product does not call.
 _hooks, _hooks_and_children = itemgetter(*HOOK_TABLES), itemgetter(*HOOK_TABLES, "_modules")
+# What linear_chain gets in place of the form of a layer that has none.
+_NO_FORM = torch.empty(0, dtype=torch.uint8)
 # A value of one of these types equals a kept one only if the module computes the same with it.
 _SIMPLE = (bool, int, float, str, type(None))
 
@@ -99,7 +100,7 @@ class FusedSequential(nn.Sequential):
 
     def _current_plan(self) -> Plan:
         plan: Plan | None = self.__dict__.get("_plan")
-        if plan is None or not plan.fits():
+        if plan is None or not plan.fits(self):
             plan = self.__dict__["_plan"] = Plan(self)
         return plan
 
@@ -166,31 +167,16 @@ class Plan:
                 self.chains.append(chain)
                 del modules[: len(chain.modules)]
 
-    def fits(self) -> bool:
-        """Whether the modules are still those of the plan."""
+    def fits(self, root: nn.Module) -> bool:
+        """Whether the modules are still those of the plan; not so in a shallow copy of the root."""
+        if root is not self._root:
+            return False
         for module, children in self._containers:
             if tuple(module._modules.values()) != children:
                 return False
-            if module is not self._root and not is_sequential(module):
+            if module is not root and not is_sequential(module):
                 return False
         return True
-
-
-@dataclass(frozen=True)
-class Link:
-    """A packed layer of a chain and what follows it.
-
-    Attributes:
-        layer: The layer.
-        between: The modules between it and the next layer; empty after the last layer.
-        limits: What replaces the modules, or None.
-        reason: Why nothing does, or "".
-    """
-
-    layer: PackedQLinear
-    between: tuple[nn.Module, ...]
-    limits: Limits | None
-    reason: str
 
 
 class Chain:
@@ -199,6 +185,7 @@ class Chain:
     Attributes:
         modules: All modules in the order of their calls.
         layers: The packed layers among them.
+        between: The modules after each layer; none after the last.
     """
 
     def __init__(self, layers: list[PackedQLinear], between: list[tuple[nn.Module, ...]]) -> None:
@@ -208,11 +195,9 @@ class Chain:
             layers: The packed layers.
             between: The modules after each layer except the last.
         """
-        self.layers = layers
-        self._between = [*between, ()]
-        self.modules = [module for pair in zip(layers, self._between, strict=True) for module in (pair[0], *pair[1])]
-        self._rows_only = any(map(counts_channels_first, self.modules))
-        self._folded: tuple[Snapshot, list[Link]] | None = None
+        self.layers, self.between = layers, [*between, ()]
+        self.modules = [module for pair in zip(layers, self.between, strict=True) for module in (pair[0], *pair[1])]
+        self._folded: Folded | None = None
         self._seen: Snapshot | None = None
 
     @classmethod
@@ -227,50 +212,139 @@ class Chain:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the chain's output."""
-        dtype = x.dtype
-        folded = self._folded
-        if folded is None or not folded[0].holds(dtype):
+        folded, dtype = self._folded, x.dtype
+        if folded is None or not folded.snapshot.holds(dtype):
             # Values that change from call to call are not worth a table, so the second call with the same makes it.
             if self._seen is None or not self._seen.holds(dtype):
                 self._seen = Snapshot.of(self.modules, dtype)
-                return self._one_by_one(x)
-            folded = self.fold(dtype)
-        if folded is None or not any(link.limits for link in folded[1]) or not self._takes(x, folded[0]):
-            return self._one_by_one(x)
-        return _run(x, folded[1])
+                folded = None
+            else:
+                folded = self.fold(dtype)
+        if folded is not None and folded.takes(x):
+            return folded.run(x)
+        for module in self.modules:
+            x = module(x)
+        return x
 
-    def fold(self, dtype: torch.dtype) -> tuple[Snapshot, list[Link]] | None:
-        """Compute the limits and return them with what they were computed from; None if that changes meanwhile."""
+    def fold(self, dtype: torch.dtype) -> Folded | None:
+        """Compute the limits, to be used from now on; None if what they are computed from changes meanwhile."""
         snapshot = Snapshot.of(self.modules, dtype)
-        links = self.links(dtype)
-        if snapshot is None or not snapshot.holds(dtype):
+        if snapshot is None:
             return None
-        self._folded = snapshot, links
-        return self._folded
+        folded = Folded(snapshot, self.layers, self.between, self.limits(dtype))
+        if not snapshot.holds(dtype):
+            return None
+        self._folded = folded
+        return folded
 
-    def links(self, dtype: torch.dtype) -> list[Link]:
-        """Compute what replaces the modules after each layer."""
-        outcomes = []
-        readers = self.layers[1:]
+    def limits(self, dtype: torch.dtype) -> list[Limits | str]:
+        """Return what replaces the modules after each layer except the last, or the reason why nothing does."""
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            for layer, between, reader in zip(self.layers, self._between, readers, strict=False):
-                outcomes.append(fold_modules(layer, between, reader, dtype))
-        links = [
-            Link(layer, between, *((None, outcome) if isinstance(outcome, str) else (outcome, "")))
-            for layer, between, outcome in zip(self.layers, self._between, outcomes, strict=False)
-        ]
-        return [*links, Link(self.layers[-1], (), None, "it is the last one")]
+            return [
+                fold_modules(layer, between, reader, dtype)
+                for layer, between, reader in zip(self.layers, self.between, self.layers[1:], strict=False)
+            ]
 
-    def _takes(self, x: Tensor, snapshot: Snapshot) -> bool:
-        """Whether the limits are right for x and no gradient is asked for."""
+
+@dataclass(frozen=True)
+class Segment:
+    """Layers that hand on words, and the modules that are called on the last one's output.
+
+    Attributes:
+        layers: The layers.
+        limits: What each layer except the last compares its counts with.
+        flips: The bits that are negated after that.
+        after: The modules that follow.
+    """
+
+    layers: list[PackedQLinear]
+    limits: list[Tensor]
+    flips: list[Tensor]
+    after: tuple[nn.Module, ...]
+
+    def run(self, x: Tensor) -> Tensor:
+        """Compute the output of the last module."""
+        layers = self.layers
+        first, last = layers[0], layers[-1]
+        if first is last:
+            x = first(x)
+        else:
+            x = _linear_chain(
+                x,
+                [layer._buffers["weight"] for layer in layers],
+                first.in_features,
+                self.limits,
+                self.flips,
+                last._parameters["bias"],
+                weight_prepared=[_form_of(layer) for layer in layers],
+                strict=first._input_rule == STRICT_INPUT,
+            )
+        for module in self.after:
+            x = module(x)
+        return x
+
+
+def _form_of(layer: PackedQLinear) -> Tensor:
+    """Return the prepared form of the layer's words, or an empty tensor if the layer uses none."""
+    form = layer.weight_prepared
+    if form is None and layer.weight.numel() > FEW_WORDS:
+        form = layer.prepare()
+    return _NO_FORM if form is None else form
+
+
+class Folded:
+    """The limits of a chain, and what they were computed from.
+
+    Attributes:
+        snapshot: The state of the modules for which the limits are right.
+        limits: For each layer except the last, what replaces the modules after it, or the reason why nothing does.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        layers: list[PackedQLinear],
+        between: list[tuple[nn.Module, ...]],
+        limits: list[Limits | str],
+    ) -> None:
+        """Divide a chain into segments.
+
+        Args:
+            snapshot: The state of the modules.
+            layers: The layers of the chain.
+            between: The modules after each layer.
+            limits: What replaces them.
+        """
+        self.snapshot, self.limits = snapshot, limits
+        self._layers = layers
+        self._rows_only = any(counts_channels_first(module) for modules in between for module in modules)
+        self._segments: list[Segment] = []
+        begin = 0
+        for place, outcome in enumerate([*limits, ""]):
+            if isinstance(outcome, str):
+                inner = [each for each in limits[begin:place] if not isinstance(each, str)]
+                tables = [each.limits for each in inner], [each.flips for each in inner]
+                self._segments.append(Segment(layers[begin : place + 1], *tables, between[place]))
+                begin = place + 1
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the limits are of use and right for x, and no gradient is asked for."""
         shape = x.shape
         if len(shape) != 2 and (self._rows_only or not shape):
             return False
-        return x.numel() > 0 and shape[-1] == self.layers[0].in_features and not wants_gradient(x, *snapshot.tensors())
+        if shape[-1] != self._layers[0].in_features or not x.numel() or len(self._segments) == len(self._layers):
+            return False
+        return not (_grad_enabled() and wants_gradient(x, *self.snapshot.tensors()))
 
-    def _one_by_one(self, x: Tensor) -> Tensor:
-        for module in self.modules:
-            x = module(x)
+    def run(self, x: Tensor) -> Tensor:
+        """Compute the chain's output."""
+        stale = _library.stale_forms
+        before = stale.value
+        for segment in self._segments:
+            x = segment.run(x)
+        if stale.value != before:
+            for layer in self._layers:
+                layer.prepare()  # a form was made from other words; the next call gets the form of these
         return x
 
 
@@ -295,36 +369,6 @@ def _dtype_of(layer: nn.Module) -> torch.dtype:
     return next(layer.parameters()).dtype
 
 
-def _run(x: Tensor, links: list[Link]) -> Tensor:
-    """Compute a chain; x becomes words where a layer writes them."""
-    stale = _library.stale_forms
-    before, dtype, are_words = stale.value, x.dtype, False
-    for link in links:
-        layer, limits = link.layer, link.limits
-        words, k, form = layer._buffers["weight"], layer.in_features, layer.weight_prepared
-        # Each keyword that is passed costs 0.3 us, so defaults are omitted.
-        if limits is None:
-            bias = layer._parameters["bias"]
-            if are_words:
-                x = _binary_linear(x, words, k, bias, weight_prepared=form, out_dtype=dtype)
-            else:
-                x = _linear(x, words, k, bias, weight_prepared=form, strict=layer._input_rule == STRICT_INPUT)
-            for module in link.between:
-                x = module(x)
-            are_words = False
-            continue
-        bits = {"weight_prepared": form, "out_limits": limits.limits, "out_flips": limits.flips}
-        if are_words:
-            x = _binary_linear(x, words, k, **bits)
-        else:
-            x = _linear(x, words, k, strict=layer._input_rule == STRICT_INPUT, **bits)
-        are_words = True
-    if stale.value != before:
-        for link in links:
-            link.layer.prepare()  # a form was made from other words; the next call gets the form of these
-    return x
-
-
 class Snapshot:
     """Everything that the limits of a chain are computed from, to be compared with in each call."""
 
@@ -337,27 +381,30 @@ class Snapshot:
             read: The module, table and name of each tensor.
         """
         self._dtype = dtype
-        self._attributes = [_attributes_of(module) for module in modules]
+        self._types = [type(module) for module in modules]
+        self._counts = [len(module.__dict__) for module in modules]
+        # A layer has its quantizations as children, which its product does not call.
+        self._tables = [
+            (module, _hooks if isinstance(module, PackedQLinear) else _hooks_and_children) for module in modules
+        ]
+        self._attributes = [(module, itemgetter(*_own_attributes(module))) for module in modules]
+        self._values = [get(module.__dict__) for module, get in self._attributes]
+        self._modules = modules
         self._read = [each for each in read if getattr(each[0], each[1])[each[2]] is not None]
         self._missing = [each for each in read if getattr(each[0], each[1])[each[2]] is None]
         tensors = self.tensors()
-        self._types = [type(tensor) for tensor in tensors]
+        self._tensor_types = [type(tensor) for tensor in tensors]
         self._record = _record_values(tensors)
 
     @classmethod
     def of(cls, modules: list[nn.Module], dtype: torch.dtype) -> Snapshot | None:
         """Return the state of the modules, or None if a part of it cannot be compared later."""
+        if any(_has_own_call(module) or not _is_plain_module(module) for module in modules):
+            return None
         read = [each for module in modules for each in _tensors_of(module)]
         values = [getattr(module, table)[name] for module, table, name in read]
         if any(value is not None and not _is_comparable(value) for value in values):
             return None
-        for module in modules:
-            if _has_own_call(module) or (not isinstance(module, PackedQLinear) and module._modules):
-                return None
-            if not all(isinstance(value, _SIMPLE) for value in _own_attributes(module).values()):
-                return None
-            if isinstance(module, PackedQLinear) and not _is_comparable(module.weight):
-                return None
         with torch.inference_mode(False), torch.no_grad():
             return cls(modules, dtype, read)
 
@@ -367,22 +414,30 @@ class Snapshot:
 
     def holds(self, dtype: torch.dtype) -> bool:
         """Whether the modules are in this state, and inputs have this dtype."""
-        if dtype is not self._dtype:
+        if dtype is not self._dtype or [type(module) for module in self._modules] != self._types:
             return False
-        for module, cls, count, get, values, get_tables in self._attributes:
-            attributes = module.__dict__
-            if type(module) is not cls or len(attributes) != count or get(attributes) != values:
-                return False
-            if any(get_tables(attributes)):
-                return False
+        if [len(module.__dict__) for module in self._modules] != self._counts:
+            return False
+        if any([any(get(module.__dict__)) for module, get in self._tables]):
+            return False
         try:
-            for module, table, name in self._missing:
-                if getattr(module, table)[name] is not None:
-                    return False
+            if [get(module.__dict__) for module, get in self._attributes] != self._values:
+                return False
+            if any([getattr(module, table)[name] is not None for module, table, name in self._missing]):
+                return False
             tensors = self.tensors()
-            return [type(tensor) for tensor in tensors] == self._types and bool(_same_values(tensors, self._record))
-        except KeyError:
+            return [type(each) for each in tensors] == self._tensor_types and _same_values(tensors, self._record)
+        except Exception:
+            # An attribute may be missing now, or a value whose comparison raises an error, such as a tensor.
             return False
+
+
+def _is_plain_module(module: nn.Module) -> bool:
+    """Whether all that the module's forward may read can be compared."""
+    if isinstance(module, PackedQLinear):
+        return _is_comparable(module.weight)
+    simple = all(isinstance(value, _SIMPLE) for value in _own_attributes(module).values())
+    return simple and not module._modules
 
 
 def _is_comparable(tensor: Tensor) -> bool:
@@ -392,18 +447,6 @@ def _is_comparable(tensor: Tensor) -> bool:
 def _own_attributes(module: nn.Module) -> dict[str, Any]:
     """Return the attributes that a module's forward may read, except tensors and modules."""
     return {name: value for name, value in module.__dict__.items() if name not in _OF_TORCH and name not in _UNREAD}
-
-
-def _attributes_of(module: nn.Module) -> tuple[nn.Module, type, int, itemgetter[Any], Any, itemgetter[Any]]:
-    """Return what a module's state is compared by.
-
-    Returns:
-        The module, its class, the number of its attributes, how to get those that its forward may read, their values,
-        and how to get its hooks and children, of which there must be none.
-    """
-    get = itemgetter(*_own_attributes(module))
-    get_tables = _hooks if isinstance(module, PackedQLinear) else _hooks_and_children
-    return module, type(module), len(module.__dict__), get, get(module.__dict__), get_tables
 
 
 def _tensors_of(module: nn.Module) -> list[tuple[nn.Module, str, str]]:
@@ -472,6 +515,8 @@ def _outcome(modules: list[nn.Module], place: int) -> str:
     dtype = _dtype_of(link[0])
     if Snapshot.of(link, dtype) is None:
         return "it, or what follows, has hooks, a forward or attributes of its own, or tensors that are not on the CPU"
-    outcome = Chain(link[:1] + link[-1:], [tuple(link[1:-1])]).links(dtype)[0]  # type: ignore[arg-type]
+    outcome = Chain(link[:1] + link[-1:], [tuple(link[1:-1])]).limits(dtype)[0]  # type: ignore[arg-type]
+    if isinstance(outcome, str):
+        return outcome
     names = ", ".join(type(module).__name__ for module in link[1:-1])
-    return outcome.reason or (f"{_WORDS} through {names}" if names else _WORDS)
+    return f"{_WORDS} through {names}" if names else _WORDS

@@ -26,6 +26,7 @@ from bitorch_qlinear import (
     pack,
     unpack,
 )
+from bitorch_qlinear.fused import Folded
 
 K, N = 70, 37
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -101,16 +102,17 @@ def usual(dtype=torch.float32, **options):
 
 def links(fused):
     """For each layer of the module's chains, whether it writes words now."""
-    plan = fused._current_plan()
-    return [link.limits is not None for each in plan.chains for link in (each._folded or (None, []))[1]]
+    chains = fused._current_plan().chains
+    folded = [[*each._folded.limits, "the last"] if each._folded else [] for each in chains]
+    return [not isinstance(outcome, str) for outcomes in folded for outcome in outcomes]
 
 
 @pytest.fixture
 def runs(monkeypatch):
     """The number of calls that used limits."""
     counted = []
-    run = bitorch_qlinear.fused._run
-    monkeypatch.setattr(bitorch_qlinear.fused, "_run", lambda *args: counted.append(1) or run(*args))
+    run = Folded.run
+    monkeypatch.setattr(Folded, "run", lambda *args: counted.append(1) or run(*args))
     return counted
 
 
@@ -238,10 +240,10 @@ def test_an_infinite_or_missing_number_in_the_bias():
 
 def test_tables_of_several_parts(monkeypatch):
     model = chain(BETWEEN["batch-norm-prelu-per-channel"])
-    limits = [pack(model, fuse=True)._plan.chains[0]._folded[1][0].limits]
+    limits = [pack(model, fuse=True)._plan.chains[0]._folded.limits[0]]
     for size in (1, 2 * N, 5 * N, 71 * N):
         monkeypatch.setattr("bitorch_qlinear._fold._PART", size)
-        limits.append(pack(model, fuse=True)._plan.chains[0]._folded[1][0].limits)
+        limits.append(pack(model, fuse=True)._plan.chains[0]._folded.limits[0])
     for each in limits[1:]:
         assert_equal(each.limits, limits[0].limits)
         assert_equal(each.flips, limits[0].flips)
