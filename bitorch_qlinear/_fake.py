@@ -315,21 +315,21 @@ def _linear(a: Any) -> Tensor:
 
 @_result_of(functional.linear_chain)
 def _(a: Any) -> Tensor:
-    layers = len(a.weight_words)
+    layers = len(a.weights)
     if not layers:
-        _fail("weight_words", "expected at least 1 tensor, got 0")
-    for argument in ("out_limits", "out_flips"):
-        _check_count(argument, getattr(a, argument), layers - 1)
-    if a.weight_prepared is not None:
-        _check_count("weight_prepared", a.weight_prepared, layers)
+        _fail("weights", "expected at least 1 tensor, got 0")
+    _check_count("limits", a.limits, layers - 1)
+    _check_count("flips", a.flips, layers - 1)
+    if a.prepared is not None:
+        _check_count("prepared", a.prepared, layers)
     _check_given("x", a.x)
     y: Tensor = a.x
     k = a.k
-    for i, words in enumerate(a.weight_words):
-        prepared = a.weight_prepared[i] if a.weight_prepared and a.weight_prepared[i].numel() else None
-        layer: dict[str, Any] = {"weight_words": words, "k": k, "weight_prepared": prepared, "strict": a.strict}
+    for i, words in enumerate(a.weights):
+        form = a.prepared[i] if a.prepared is not None and a.prepared[i].numel() else None
+        layer: dict[str, Any] = {"weight_words": words, "k": k, "weight_prepared": form, "strict": a.strict}
         if i + 1 < layers:
-            layer.update(out_limits=a.out_limits[i], out_flips=a.out_flips[i], bias=None, scale=None, out_dtype=None)
+            layer.update(out_limits=a.limits[i], out_flips=a.flips[i], bias=None, scale=None, out_dtype=None)
         else:
             out_dtype = a.out_dtype or a.x.dtype
             layer.update(out_limits=None, out_flips=None, bias=a.bias, scale=a.scale, out_dtype=out_dtype)

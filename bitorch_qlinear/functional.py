@@ -179,13 +179,13 @@ def linear(
 
 def linear_chain(
     x: Tensor,
-    weight_words: Sequence[Tensor],
+    weights: Sequence[Tensor],
     k: int,
-    out_limits: Sequence[Tensor],
-    out_flips: Sequence[Tensor],
+    limits: Sequence[Tensor],
+    flips: Sequence[Tensor],
     bias: Tensor | None = None,
     *,
-    weight_prepared: Sequence[Tensor] | None = None,
+    prepared: Sequence[Tensor] | None = None,
     scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     strict: bool = False,
@@ -196,12 +196,12 @@ def linear_chain(
 
     Args:
         x: Shape ``(..., k)``, any strides, a float type.
-        weight_words: For each layer its packed weights; the next layer's k is this one's n.
+        weights: For each layer its packed weights; the next layer's k is this one's n.
         k: Number of values in a row of x.
-        out_limits: For each layer except the last, as in :func:`binary_linear`.
-        out_flips: For each layer except the last, as in :func:`binary_linear`.
+        limits: For each layer except the last, as in :func:`binary_linear`.
+        flips: For each layer except the last, as in :func:`binary_linear`.
         bias: Of the last layer, shape ``(n,)`` or None.
-        weight_prepared: The prepared form of each layer's words, or an empty tensor; or None.
+        prepared: The prepared form of each layer's words, or an empty tensor; or None.
         scale: Of the last layer, shape ``(n,)`` or None.
         out_dtype: The dtype of the result; None takes that of x.
         strict: +1 only if v > 0, instead of +1 unless v < 0; for the values of x.
@@ -211,12 +211,12 @@ def linear_chain(
     """
     y: Tensor = _ops.linear_chain(
         x,
-        list(weight_words),
+        list(weights),
         k,
-        list(out_limits),
-        list(out_flips),
+        list(limits),
+        list(flips),
         bias,
-        weight_prepared=None if weight_prepared is None else list(weight_prepared),
+        prepared=None if prepared is None else list(prepared),
         scale=scale,
         out_dtype=out_dtype,
         strict=strict,

@@ -276,7 +276,7 @@ class Segment:
                 self.limits,
                 self.flips,
                 last._parameters["bias"],
-                weight_prepared=[_form_of(layer) for layer in layers],
+                prepared=[_form_of(layer) for layer in layers],
                 strict=first._input_rule == STRICT_INPUT,
             )
         for module in self.after:

@@ -11,35 +11,35 @@ namespace bitorch_qlinear {
 // Calls linear for the first weights and binary_linear for all others, which are a device's operators.
 template <class Linear, class BinaryLinear>
 Tensor multiply_in_turn(const Linear& linear, const BinaryLinear& binary_linear, const Tensor& x,
-                        const std::vector<Tensor>& weight_words, int64_t k, const std::vector<Tensor>& out_limits,
-                        const std::vector<Tensor>& out_flips, const std::optional<Tensor>& bias,
-                        const std::optional<std::vector<Tensor>>& weight_prepared, const std::optional<Tensor>& scale,
+                        const std::vector<Tensor>& weights, int64_t k, const std::vector<Tensor>& limits,
+                        const std::vector<Tensor>& flips, const std::optional<Tensor>& bias,
+                        const std::optional<std::vector<Tensor>>& prepared, const std::optional<Tensor>& scale,
                         std::optional<ScalarType> out_dtype, bool strict) {
-    const size_t layers = weight_words.size();
+    const size_t layers = weights.size();
     const auto check_count = [](const char* argument, size_t got, size_t expected) {
         if (got != expected) fail(argument, "expected ", expected, " tensors, got ", got);
     };
-    if (layers == 0) fail("weight_words", "expected at least 1 tensor, got 0");
-    check_count("out_limits", out_limits.size(), layers - 1);
-    check_count("out_flips", out_flips.size(), layers - 1);
-    if (weight_prepared) check_count("weight_prepared", weight_prepared->size(), layers);
+    if (layers == 0) fail("weights", "expected at least 1 tensor, got 0");
+    check_count("limits", limits.size(), layers - 1);
+    check_count("flips", flips.size(), layers - 1);
+    if (prepared) check_count("prepared", prepared->size(), layers);
     check_given("x", x);
     const ScalarType last_type = out_dtype.value_or(scalar_type(x));
     Tensor y = x;
     for (size_t i = 0; i < layers; ++i) {
         const bool is_last = i + 1 == layers;
-        std::optional<Tensor> prepared, limits, flips;
-        if (weight_prepared && (*weight_prepared)[i].numel() > 0) prepared = (*weight_prepared)[i];
+        std::optional<Tensor> form, limit, flip;
+        if (prepared && (*prepared)[i].numel() > 0) form = (*prepared)[i];
         if (!is_last) {
-            limits = out_limits[i];
-            flips = out_flips[i];
+            limit = limits[i];
+            flip = flips[i];
         }
         const std::optional<Tensor> none;
         const std::optional<Tensor>&bias_here = is_last ? bias : none, &scale_here = is_last ? scale : none;
         const std::optional<ScalarType> type = is_last ? std::optional(last_type) : std::nullopt;
-        y = i == 0 ? linear(y, weight_words[i], k, bias_here, prepared, scale_here, type, strict, limits, flips)
-                   : binary_linear(y, weight_words[i], k, bias_here, prepared, scale_here, type, limits, flips);
-        k = weight_words[i].size(0);
+        y = i == 0 ? linear(y, weights[i], k, bias_here, form, scale_here, type, strict, limit, flip)
+                   : binary_linear(y, weights[i], k, bias_here, form, scale_here, type, limit, flip);
+        k = weights[i].size(0);
     }
     return y;
 }

@@ -22,8 +22,8 @@ STABLE_TORCH_LIBRARY(bitorch_qlinear, library) {
         "float? threshold=None) -> (Tensor, Tensor, Tensor)");
     library.def("multiply_signs(Tensor reals, Tensor sign_words, SymInt k, bool transpose=False) -> Tensor");
     library.def(
-        "linear_chain(Tensor x, Tensor[] weight_words, SymInt k, Tensor[] out_limits, Tensor[] out_flips, "
-        "Tensor? bias=None, *, Tensor[]? weight_prepared=None, Tensor? scale=None, ScalarType? out_dtype=None, "
+        "linear_chain(Tensor x, Tensor[] weights, SymInt k, Tensor[] limits, Tensor[] flips, "
+        "Tensor? bias=None, *, Tensor[]? prepared=None, Tensor? scale=None, ScalarType? out_dtype=None, "
         "bool strict=False) -> Tensor");
     library.def("record_values(Tensor[] tensors) -> Tensor");
     library.def("same_values(Tensor[] tensors, Tensor record) -> bool");

@@ -268,12 +268,12 @@ Tensor multiply_signs(const Tensor& reals, const Tensor& sign_words, int64_t k, 
     return y;
 }
 
-Tensor linear_chain(const Tensor& x, std::vector<Tensor> weight_words, int64_t k, std::vector<Tensor> out_limits,
-                    std::vector<Tensor> out_flips, const std::optional<Tensor>& bias,
-                    std::optional<std::vector<Tensor>> weight_prepared, const std::optional<Tensor>& scale,
+Tensor linear_chain(const Tensor& x, std::vector<Tensor> weights, int64_t k, std::vector<Tensor> limits,
+                    std::vector<Tensor> flips, const std::optional<Tensor>& bias,
+                    std::optional<std::vector<Tensor>> prepared, const std::optional<Tensor>& scale,
                     std::optional<ScalarType> out_dtype, bool strict) {
-    return multiply_in_turn(linear, binary_linear, x, weight_words, k, out_limits, out_flips, bias, weight_prepared,
-                            scale, out_dtype, strict);
+    return multiply_in_turn(linear, binary_linear, x, weights, k, limits, flips, bias, prepared, scale, out_dtype,
+                            strict);
 }
 
 }  // namespace

@@ -311,12 +311,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_train(const Tensor& x, const Tensor& w
     return {y, x_words, in_range};
 }
 
-Tensor linear_chain(const Tensor& x, std::vector<Tensor> weight_words, int64_t k, std::vector<Tensor> out_limits,
-                    std::vector<Tensor> out_flips, const std::optional<Tensor>& bias,
-                    std::optional<std::vector<Tensor>> weight_prepared, const std::optional<Tensor>& scale,
+Tensor linear_chain(const Tensor& x, std::vector<Tensor> weights, int64_t k, std::vector<Tensor> limits,
+                    std::vector<Tensor> flips, const std::optional<Tensor>& bias,
+                    std::optional<std::vector<Tensor>> prepared, const std::optional<Tensor>& scale,
                     std::optional<ScalarType> out_dtype, bool strict) {
-    return multiply_in_turn(linear, binary_linear, x, weight_words, k, out_limits, out_flips, bias, weight_prepared,
-                            scale, out_dtype, strict);
+    return multiply_in_turn(linear, binary_linear, x, weights, k, limits, flips, bias, prepared, scale, out_dtype,
+                            strict);
 }
 
 }  // namespace

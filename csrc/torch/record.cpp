@@ -19,10 +19,15 @@ using Header = std::vector<int64_t>;
 
 constexpr size_t kHeaderUnit = sizeof(int64_t);
 
-// Returns nothing for a tensor whose values do not lie in one piece of the CPU's memory.
+// Returns whether the values lie in one piece of the CPU's memory.
+bool is_readable(const Tensor& tensor) {
+    return tensor.defined() && tensor.is_cpu() && tensor.is_contiguous() &&
+           is_inside_storage(tensor, static_cast<int64_t>(tensor.element_size()));
+}
+
 std::optional<Header> header_of(const Tensor& tensor) {
-    const ScalarType type = scalar_type(tensor);
-    if (type == ScalarType::Undefined || !tensor.is_cpu() || !tensor.is_contiguous()) return std::nullopt;
+    const ScalarType type = is_readable(tensor) ? scalar_type(tensor) : ScalarType::Undefined;
+    if (type == ScalarType::Undefined) return std::nullopt;
     Header header{static_cast<int64_t>(type), tensor.dim()};
     for (const int64_t size : tensor.sizes()) header.push_back(size);
     return header;
@@ -63,7 +68,7 @@ Tensor record_values(std::vector<Tensor> tensors) {
 }
 
 bool same_values(std::vector<Tensor> tensors, const Tensor& record) {
-    if (!record.is_cpu() || scalar_type(record) != ScalarType::Byte || record.dim() != 1 || !record.is_contiguous()) {
+    if (!is_readable(record) || scalar_type(record) != ScalarType::Byte || record.dim() != 1) {
         fail("record", "expected a result of record_values (1-d, contiguous, uint8, on the CPU)");
     }
     const uint8_t* in = static_cast<const uint8_t*>(record.const_data_ptr());
