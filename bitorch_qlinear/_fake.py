@@ -324,16 +324,21 @@ def _(a: Any) -> Tensor:
         _check_count("prepared", a.prepared, layers)
     _check_given("x", a.x)
     y: Tensor = a.x
-    k = a.k
+    k, is_words = a.k, a.x.dtype in _WORDS
     for i, words in enumerate(a.weights):
         form = a.prepared[i] if a.prepared is not None and a.prepared[i].numel() else None
         layer: dict[str, Any] = {"weight_words": words, "k": k, "weight_prepared": form, "strict": a.strict}
         if i + 1 < layers:
             layer.update(out_limits=a.limits[i], out_flips=a.flips[i], bias=None, scale=None, out_dtype=None)
         else:
-            out_dtype = a.out_dtype or a.x.dtype
+            out_dtype = a.out_dtype or (torch.float32 if is_words else a.x.dtype)
             layer.update(out_limits=None, out_flips=None, bias=a.bias, scale=a.scale, out_dtype=out_dtype)
-        y = _binary_linear(SimpleNamespace(x_words=y, **layer)) if i else _linear(SimpleNamespace(x=y, **layer))
+        from_words = is_words or i > 0
+        y = (
+            _binary_linear(SimpleNamespace(x_words=y, **layer))
+            if from_words
+            else _linear(SimpleNamespace(x=y, **layer))
+        )
         k = words.shape[0]
     return y
 

@@ -1,13 +1,17 @@
-"""What lies between two packed layers, folded into a limit on the first one's counts.
+"""What lies between two packed layers, folded into a limit on the first one's counts, or before one, on its inputs.
 
 The product of a packed layer has K + 1 possible values, ``K - 2 · popcount``. If the modules up to the next layer's
 sign compute each channel alone, each channel has a table of K + 1 bits. The modules themselves compute that table here.
 If the bits of a channel change at most once, they are ``popcount <= limit`` or its negation.
+
+Before a packed layer, modules that keep or reverse the order of each channel's values make of all floats a step, too.
+Its place is found by bisection over the floats' bit patterns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +21,17 @@ from . import functional
 from ._inputs import FLOATS
 from .checkpoint import STRICT_INPUT
 from .packed import PackedQLinear
+from .shifts import ChannelShift, RPReLU
 
-__all__ = ["Limits", "counts_channels_first", "fold_modules", "reason_against_between"]
+__all__ = [
+    "InputLimits",
+    "Limits",
+    "counts_channels_first",
+    "fold_inputs",
+    "fold_modules",
+    "reason_against_before",
+    "reason_against_between",
+]
 
 # The values of these modules do not depend on where an element lies in its tensor. torch computes tanh and similar
 # functions by vectors except in the last elements of a tensor, and the two code paths may differ in the last bit.
@@ -33,6 +46,21 @@ _EXACT = (
     nn.PReLU,
     nn.Threshold,
     nn.BatchNorm1d,
+)
+# With factors of one sign for each channel, these modules keep the order of a channel's values or reverse it, because
+# rounding keeps the order.
+_MONOTONE = (
+    nn.Identity,
+    nn.Dropout,
+    nn.AlphaDropout,
+    nn.Hardtanh,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.BatchNorm1d,
+    ChannelShift,
+    RPReLU,
 )
 # A table is computed in parts of about this many values.
 _PART = 1 << 20
@@ -102,8 +130,6 @@ def fold_modules(
             y = _outputs(layer, counts, dtype)
             for module in between:
                 y = module(y)
-                if bool(_is_subnormal(y).any()):
-                    return f"{type(module).__name__} gives values so small that torch may flush them to 0"
         except Exception as error:
             said = (str(error).splitlines() or [""])[0]
             return f"what follows cannot be computed in {dtype} ({type(error).__name__}: {said:.80})"
@@ -150,8 +176,128 @@ def _outputs(layer: PackedQLinear, counts: Tensor, dtype: torch.dtype) -> Tensor
     return functional.binary_linear(rows, zeros, k, layer.bias, out_dtype=dtype)
 
 
-def _is_subnormal(y: Tensor) -> Tensor:
-    """Whether values are so small that ``torch.set_flush_denormal`` decides their sign."""
-    # torch computes float16 and bfloat16 in float32.
-    smallest = torch.finfo(torch.float64 if y.dtype is torch.float64 else torch.float32).smallest_normal
-    return (y != 0) & (y.abs() < smallest)
+# ---- limits on inputs ----
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class InputLimits:
+    """The bits of real inputs: ``x >= limits[k]`` in the order of bit patterns, negated if bit k of `flips` is 1.
+
+    Attributes:
+        limits: The dtype of x, shape ``(K,)``.
+        flips: Packed words, shape ``(ceil(K / 32),)``.
+    """
+
+    limits: Tensor
+    flips: Tensor
+
+
+def reason_against_before(module: nn.Module, k: int) -> str:
+    """Return the reason why a module before a packed layer cannot be folded, whatever its values are, or "".
+
+    Args:
+        module: The module.
+        k: The number of channels.
+    """
+    name = type(module).__name__
+    if type(module) not in _MONOTONE:
+        return f"{name} precedes, which is not one of the modules that can be folded"
+    if isinstance(module, nn.BatchNorm1d) and module.num_features != k:
+        return f"{name} precedes, for {module.num_features} channels instead of {k}"
+    return ""
+
+
+def fold_inputs(before: Iterable[nn.Module], layer: PackedQLinear, dtype: torch.dtype) -> InputLimits | str:
+    """Return the limits that replace modules before a packed layer, or the reason why none do.
+
+    The limits hold for contiguous inputs and the present values of the modules.
+
+    Args:
+        before: The modules, in their order.
+        layer: The packed layer, which takes the signs.
+        dtype: The dtype of the inputs.
+    """
+    before, k, strict = tuple(before), layer.in_features, layer._input_rule == STRICT_INPUT
+    if dtype not in FLOATS:
+        return f"its dtype is {dtype}"
+    if k < 2:
+        return "it has a single input, for which batch norm takes another code path"
+    if reason := _reason_now(before) or _reason_of_order(before):
+        return reason
+
+    def bits_of(x: Tensor) -> Tensor:
+        """Return the bits that the layer takes from inputs."""
+        y = x.clone()
+        for module in before:
+            y = module(y)
+        if y.shape != x.shape or y.dtype != dtype:
+            raise RuntimeError("the shape or the dtype changes")
+        return functional.unpack_bits(functional.pack_bits(y, strict), k, torch.bool)
+
+    try:
+        return _bisect(bits_of, k, dtype, strict)
+    except Exception as error:
+        said = (str(error).splitlines() or [""])[0]
+        return f"what precedes cannot be computed in {dtype} ({type(error).__name__}: {said:.80})"
+
+
+def _reason_of_order(before: tuple[nn.Module, ...]) -> str:
+    """Return the reason why modules may neither keep nor reverse the order of a channel's values, or ""."""
+    for module in before:
+        name = type(module).__name__
+        if getattr(module, "inplace", False):
+            return f"{name} precedes, which writes its input"
+        slopes: float | Tensor = 0.0
+        if isinstance(module, nn.LeakyReLU):
+            slopes = module.negative_slope
+        elif isinstance(module, (nn.PReLU, RPReLU)):
+            slopes = module.weight if isinstance(module, nn.PReLU) else module.slope
+        if not bool((torch.as_tensor(slopes) >= 0).all()):
+            return f"{name} precedes, with a negative slope"
+    return ""
+
+
+def _bisect(bits_of: Callable[[Tensor], Tensor], k: int, dtype: torch.dtype, strict: bool) -> InputLimits | str:
+    """Find the value from which on each channel's bit is another.
+
+    Args:
+        bits_of: Returns the bits for inputs of shape ``(rows, k)``.
+        k: The number of channels.
+        dtype: The dtype of the inputs.
+        strict: Whether the bit of NaN is 0.
+    """
+    integers = _INTEGERS[dtype.itemsize]
+    infinity = int(torch.tensor(math.inf, dtype=dtype).view(integers))
+    # Numbers in the order of the floats: 0 for +0, -1 for -0, and the others on both sides of them.
+    low = torch.full((k,), -infinity - 1, dtype=integers)
+    high = torch.full((k,), infinity, dtype=integers)
+    first, last = bits_of(_float_at(torch.stack([low, high]), dtype))
+    while bool((high - 1 > low).any()):
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        # Two rows are computed, because batch norm takes another code path for some tensors of one row.
+        is_same = bits_of(_float_at(torch.stack([middle, middle]), dtype))[0] == first
+        low, high = torch.where(is_same, middle, low), torch.where(is_same, high, middle)
+    limits = torch.where(first == last, _nan_at(dtype), high)
+
+    around = [limits + step for step in (-1, 0, 1)] + [torch.full_like(limits, value) for value in (-1, 0)]
+    far = [torch.full_like(limits, value) for value in (-infinity - 1, -infinity, infinity - 1, infinity)]
+    points = torch.stack([*around, *far]).clamp(-infinity - 1, infinity)
+    if not torch.equal(bits_of(_float_at(points, dtype)), (points >= limits) ^ first):
+        return "what precedes gives infinite inputs other signs than large ones"
+    nans = torch.full((2, k), math.nan, dtype=dtype)
+    if bool((bits_of(nans) == strict).any()):
+        return "what precedes does not keep NaN"
+    return InputLimits(_float_at(limits, dtype), functional.pack_bits(torch.where(first, 1.0, -1.0)))
+
+
+def _float_at(order: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the floats at these places of the order of all floats."""
+    integers = torch.iinfo(order.dtype)
+    return (order ^ ((order >> (integers.bits - 1)) & integers.max)).view(dtype)
+
+
+def _nan_at(dtype: torch.dtype) -> Tensor:
+    """Return a place in the order of all floats above infinity: that of a NaN."""
+    return torch.tensor(math.nan, dtype=dtype).abs().view(_INTEGERS[dtype.itemsize])

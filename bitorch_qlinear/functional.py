@@ -195,7 +195,8 @@ def linear_chain(
     It equals :func:`linear` for the first layer, followed by :func:`binary_linear` for the others.
 
     Args:
-        x: Shape ``(..., k)``, any strides, a float type.
+        x: Shape ``(..., k)``, any strides, a float type; or its packed words, shape ``(..., ceil(k / 32))``, for which
+            the first product, too, is that of :func:`binary_linear`.
         weights: For each layer its packed weights; the next layer's k is this one's n.
         k: Number of values in a row of x.
         limits: For each layer except the last, as in :func:`binary_linear`.
@@ -203,8 +204,8 @@ def linear_chain(
         bias: Of the last layer, shape ``(n,)`` or None.
         prepared: The prepared form of each layer's words, or an empty tensor; or None.
         scale: Of the last layer, shape ``(n,)`` or None.
-        out_dtype: The dtype of the result; None takes that of x.
-        strict: +1 only if v > 0, instead of +1 unless v < 0; for the values of x.
+        out_dtype: The dtype of the result; None takes that of x, or float32 for words.
+        strict: +1 only if v > 0, instead of +1 unless v < 0; for real values of x.
 
     Returns:
         Shape ``(..., n)`` of the last layer.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from . import _library
-from ._fold import Limits, counts_channels_first, fold_modules, reason_against_between
+from ._fold import (
+    InputLimits,
+    Limits,
+    counts_channels_first,
+    fold_inputs,
+    fold_modules,
+    reason_against_before,
+    reason_against_between,
+)
 from ._product import wants_gradient
 from ._torch import (
     HOOK_TABLES,
@@ -31,6 +39,7 @@ __all__ = ["FusedSequential", "fuse_sequentials", "fusions"]
 # Looked up once, because a name in a module of a module costs 20 ns in every call.
 _compiling, _tracing = torch.compiler.is_compiling, torch.jit.is_tracing  # type: ignore[attr-defined]
 _grad_enabled = torch.is_grad_enabled
+_pack_bits = operator_entry(_library.operators.pack_bits)
 _linear_chain = operator_entry(_library.operators.linear_chain)
 _same_values = operator_entry(_library.operators.same_values)
 _record_values = _library.operators.record_values
@@ -180,35 +189,45 @@ class Plan:
 
 
 class Chain:
-    """Packed layers that follow each other, with the modules between them.
+    """Packed layers that follow each other, with the modules between them and those before the first one.
 
     Attributes:
         modules: All modules in the order of their calls.
+        before: The modules before the first layer that may become limits on its inputs.
         layers: The packed layers among them.
         between: The modules after each layer; none after the last.
     """
 
-    def __init__(self, layers: list[PackedQLinear], between: list[tuple[nn.Module, ...]]) -> None:
+    def __init__(
+        self, before: list[nn.Module], layers: list[PackedQLinear], between: list[tuple[nn.Module, ...]]
+    ) -> None:
         """Keep the modules.
 
         Args:
+            before: The modules before the first layer.
             layers: The packed layers.
             between: The modules after each layer except the last.
         """
-        self.layers, self.between = layers, [*between, ()]
-        self.modules = [module for pair in zip(layers, self.between, strict=True) for module in (pair[0], *pair[1])]
+        self.before, self.layers, self.between = before, layers, [*between, ()]
+        self.modules = list(before)
+        for layer, after in zip(layers, self.between, strict=True):
+            self.modules += [layer, *after]
         self._folded: Folded | None = None
         self._seen: Snapshot | None = None
 
     @classmethod
     def beginning(cls, modules: list[nn.Module]) -> Chain | None:
-        """Return the chain of two or more layers that begins with the first of the modules, or None."""
-        place, layers, between = 0, [], []
+        """Return the chain that begins with the first of the modules, or None if limits would replace nothing."""
+        place = _layer_after(modules, 0)
+        if isinstance(place, str):
+            return None
+        before, layers, between = modules[:place], [], []
         while not isinstance(reader := _reader_after(modules, place), str):
             layers.append(modules[place])
             between.append(tuple(modules[place + 1 : reader]))
             place = reader
-        return cls([*layers, modules[place]], between) if layers else None  # type: ignore[list-item]
+        layers.append(modules[place])
+        return cls(before, layers, between) if before or between else None  # type: ignore[arg-type]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the chain's output."""
@@ -231,11 +250,18 @@ class Chain:
         snapshot = Snapshot.of(self.modules, dtype)
         if snapshot is None:
             return None
-        folded = Folded(snapshot, self.layers, self.between, self.limits(dtype))
+        folded = Folded(snapshot, self, self.input_limits(dtype), self.limits(dtype))
         if not snapshot.holds(dtype):
             return None
         self._folded = folded
         return folded
+
+    def input_limits(self, dtype: torch.dtype) -> InputLimits | str:
+        """Return what replaces the modules before the first layer, or the reason why nothing does."""
+        if not self.before:
+            return "no module precedes that can be folded"
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return fold_inputs(self.before, self.layers[0], dtype)
 
     def limits(self, dtype: torch.dtype) -> list[Limits | str]:
         """Return what replaces the modules after each layer except the last, or the reason why nothing does."""
@@ -262,11 +288,16 @@ class Segment:
     flips: list[Tensor]
     after: tuple[nn.Module, ...]
 
-    def run(self, x: Tensor) -> Tensor:
-        """Compute the output of the last module."""
+    def run(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Compute the output of the last module.
+
+        Args:
+            x: Real values, or words.
+            dtype: The dtype of the last layer's output.
+        """
         layers = self.layers
         first, last = layers[0], layers[-1]
-        if first is last:
+        if first is last and x.dtype is dtype:
             x = first(x)
         else:
             x = _linear_chain(
@@ -277,6 +308,7 @@ class Segment:
                 self.flips,
                 last._parameters["bias"],
                 prepared=[_form_of(layer) for layer in layers],
+                out_dtype=dtype,
                 strict=first._input_rule == STRICT_INPUT,
             )
         for module in self.after:
@@ -297,34 +329,32 @@ class Folded:
 
     Attributes:
         snapshot: The state of the modules for which the limits are right.
+        input_limits: What replaces the modules before the first layer, or the reason why nothing does.
         limits: For each layer except the last, what replaces the modules after it, or the reason why nothing does.
     """
 
     def __init__(
-        self,
-        snapshot: Snapshot,
-        layers: list[PackedQLinear],
-        between: list[tuple[nn.Module, ...]],
-        limits: list[Limits | str],
+        self, snapshot: Snapshot, chain: Chain, input_limits: InputLimits | str, limits: list[Limits | str]
     ) -> None:
         """Divide a chain into segments.
 
         Args:
             snapshot: The state of the modules.
-            layers: The layers of the chain.
-            between: The modules after each layer.
-            limits: What replaces them.
+            chain: The chain.
+            input_limits: What replaces the modules before its first layer.
+            limits: What replaces the modules after each layer.
         """
-        self.snapshot, self.limits = snapshot, limits
-        self._layers = layers
-        self._rows_only = any(counts_channels_first(module) for modules in between for module in modules)
+        self.snapshot, self.input_limits, self.limits = snapshot, input_limits, limits
+        self._before, self._layers = chain.before, chain.layers
+        self._rows_only = any(map(counts_channels_first, chain.modules))
+        self._is_of_use = any(not isinstance(each, str) for each in (input_limits, *limits))
         self._segments: list[Segment] = []
         begin = 0
         for place, outcome in enumerate([*limits, ""]):
             if isinstance(outcome, str):
                 inner = [each for each in limits[begin:place] if not isinstance(each, str)]
                 tables = [each.limits for each in inner], [each.flips for each in inner]
-                self._segments.append(Segment(layers[begin : place + 1], *tables, between[place]))
+                self._segments.append(Segment(self._layers[begin : place + 1], *tables, chain.between[place]))
                 begin = place + 1
 
     def takes(self, x: Tensor) -> bool:
@@ -332,20 +362,47 @@ class Folded:
         shape = x.shape
         if len(shape) != 2 and (self._rows_only or not shape):
             return False
-        if shape[-1] != self._layers[0].in_features or not x.numel() or len(self._segments) == len(self._layers):
+        if shape[-1] != self._layers[0].in_features or not x.numel() or not self._is_of_use:
             return False
         return not (_grad_enabled() and wants_gradient(x, *self.snapshot.tensors()))
 
     def run(self, x: Tensor) -> Tensor:
         """Compute the chain's output."""
         stale = _library.stale_forms
-        before = stale.value
+        before, dtype, limits = stale.value, x.dtype, self.input_limits
+        # Batch norm takes another code path for strided inputs.
+        if isinstance(limits, InputLimits) and x.is_contiguous():
+            strict = self._layers[0]._input_rule == STRICT_INPUT
+            x = _pack_bits(x, strict, limits=limits.limits, flips=limits.flips)
+        else:
+            for module in self._before:
+                x = module(x)
         for segment in self._segments:
-            x = segment.run(x)
+            x = segment.run(x, dtype)
         if stale.value != before:
             for layer in self._layers:
                 layer.prepare()  # a form was made from other words; the next call gets the form of these
         return x
+
+
+def _layer_after(modules: list[nn.Module], place: int) -> int | str:
+    """Return the place of the packed layer whose signs need only the order of the values from this place on.
+
+    Returns:
+        The place, which is the given one if it is that of a layer, or the reason why there is none.
+    """
+    for reader in range(place, len(modules)):
+        module = modules[reader]
+        if type(module) is PackedQLinear:
+            if module._input_rule == REAL_INPUT:
+                return "its input is real"
+            for before in modules[place:reader]:
+                if reason := reason_against_before(before, module.in_features):
+                    return reason
+            return reader
+        if reason := reason_against_before(module, getattr(module, "num_features", 0)):
+            return reason
+    return "no packed layer follows"
 
 
 def _reader_after(modules: list[nn.Module], place: int) -> int | str:
@@ -481,42 +538,60 @@ def fuse_sequentials(model: nn.Module) -> None:
         inside.update(id(each) for each in _flatten(module) if is_sequential(each))
 
 
-def fusions(model: nn.Module) -> dict[int, str]:
-    """Return for each packed layer, by its id, what becomes of its output in the model's ``nn.Sequential``.
+@dataclass(frozen=True)
+class Fusion:
+    """What becomes of a packed layer's input and output in an ``nn.Sequential``.
+
+    Attributes:
+        input: "limits through" the modules before the layer, or the reason why they are computed.
+        output: "words for the next layer", or the reason why the layer writes floats.
+    """
+
+    input: str
+    output: str
+
+
+_LIMITS, _WORDS = "limits", "words for the next layer"
+_STATE = "a module of the chain has hooks, a forward or attributes of its own, or tensors that are not on the CPU"
+
+
+def fusions(model: nn.Module) -> dict[int, Fusion]:
+    """Return what becomes of the inputs and outputs of packed layers in the model's ``nn.Sequential``, by their ids.
 
     Args:
-        model: Any module. The modules between packed layers are evaluated, as :meth:`FusedSequential.fuse` does.
+        model: Any module. The modules around packed layers are evaluated, as :meth:`FusedSequential.fuse` does.
     """
-    found: dict[int, str] = {}
-    # The order of the modules is that from the outside to the inside.
+    found: dict[int, Fusion] = {}
+    # The order of the modules is that from the outside to the inside, and the outermost fuses.
     for root in model.modules():
-        if not isinstance(root, FusedSequential) and type(root) is not nn.Sequential:
-            continue
-        modules = [module for module in _flatten(root) if not is_sequential(module)]
-        for place, layer in enumerate(modules):
-            if isinstance(layer, PackedQLinear) and _WORDS not in found.get(id(layer), ""):
-                outcome = _outcome(modules, place)
-                if _WORDS in outcome and type(root) is nn.Sequential:
-                    outcome = f"would be {outcome} with pack(model, fuse=True)"
-                if _WORDS in outcome or id(layer) not in found:
-                    found[id(layer)] = outcome
+        if type(root) in (nn.Sequential, FusedSequential):
+            for key, fusion in _fusions_of(root).items():
+                found.setdefault(key, fusion)
     return found
 
 
-_WORDS = "words for the next layer"
+def _fusions_of(root: nn.Module) -> dict[int, Fusion]:
+    modules = [module for module in _flatten(root) if not is_sequential(module)]
+    found = {
+        id(layer): Fusion("", str(_reader_after(modules, place)))
+        for place, layer in enumerate(modules)
+        if isinstance(layer, PackedQLinear)
+    }
+    would = "" if type(root) is FusedSequential else "with pack(model, fuse=True): "
 
+    def report(outcome: object, what: str, through: Iterable[nn.Module]) -> str:
+        names = ", ".join(type(module).__name__ for module in through)
+        return outcome if isinstance(outcome, str) else would + what + (f" through {names}" if names else "")
 
-def _outcome(modules: list[nn.Module], place: int) -> str:
-    """Return what becomes of the output of the packed layer at this place."""
-    reader = _reader_after(modules, place)
-    if isinstance(reader, str):
-        return reader
-    link = modules[place : reader + 1]
-    dtype = _dtype_of(link[0])
-    if Snapshot.of(link, dtype) is None:
-        return "it, or what follows, has hooks, a forward or attributes of its own, or tensors that are not on the CPU"
-    outcome = Chain(link[:1] + link[-1:], [tuple(link[1:-1])]).limits(dtype)[0]  # type: ignore[arg-type]
-    if isinstance(outcome, str):
-        return outcome
-    names = ", ".join(type(module).__name__ for module in link[1:-1])
-    return f"{_WORDS} through {names}" if names else _WORDS
+    for chain in Plan(root).chains:
+        dtype = _dtype_of(chain.layers[0])
+        is_stable = Snapshot.of(chain.modules, dtype) is not None
+        limits = chain.limits(dtype) if is_stable else [_STATE] * len(chain.layers[1:])
+        for layer, between, outcome in zip(chain.layers, chain.between, limits, strict=False):
+            found[id(layer)] = Fusion("", report(outcome, _WORDS, between))
+        if chain.before:
+            first = chain.layers[0]
+            input_limits = chain.input_limits(dtype) if is_stable else _STATE
+            text = report(input_limits, _LIMITS, chain.before)
+            found[id(first)] = Fusion(text, found[id(first)].output)
+    return found

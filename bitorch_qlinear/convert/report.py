@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._torch import has_hooks, hook_names, is_dtensor, is_plain
 from ..checkpoint import words_for
-from ..fused import fusions
+from ..fused import Fusion, fusions
 from ..linear import Activation, QLinear, do_nothing
 from ..packed import PackedQLinear, input_rule_of, pack_weight
 from ..quantizations import binary_rule
@@ -30,8 +30,10 @@ class LayerReport:
         float_bytes: Bytes of the float weights; for a packed layer, of the float32 weights that it replaces.
         packed_bytes: Bytes of the packed words, which a checkpoint holds; 0 if the layer cannot be packed.
         resident_bytes: Bytes that the weights take in memory now.
-        output: What becomes of the output of a packed layer: "words for the next layer" in
-            a :class:`FusedSequential`, or the reason why it writes floats; "" for layers that are not packed.
+        input: "limits through" the modules before a packed layer that a :class:`FusedSequential` replaces by limits on
+            their input, or the reason why it computes them; "" if there are none.
+        output: "words for the next layer" through the modules up to its sign, in a :class:`FusedSequential`, or the
+            reason why a packed layer writes floats; "" for layers that are not packed.
     """
 
     name: str
@@ -42,6 +44,7 @@ class LayerReport:
     float_bytes: int
     packed_bytes: int
     resident_bytes: int
+    input: str = ""
     output: str = ""
 
 
@@ -69,7 +72,7 @@ class Report:
         """Return a table with one line for each layer, and a line with the sums."""
         if not self.layers:
             return "no QLinear or PackedQLinear in this model"
-        header = ("layer", "kind", "computed by", "float", "packed", "in memory", "pack()", "output")
+        header = ("layer", "kind", "computed by", "float", "packed", "in memory", "pack()", "input", "output")
         rows = [
             (
                 layer.name or "(model)",
@@ -79,6 +82,7 @@ class Report:
                 _size(layer.packed_bytes) if layer.packed_bytes else "-",
                 _size(layer.resident_bytes),
                 "packs it" if layer.packable else layer.reason or "is packed",
+                layer.input or "-",
                 layer.output or "-",
             )
             for layer in self.layers
@@ -169,8 +173,8 @@ def binary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, nn.
 def explain(model: nn.Module) -> Report:
     """Report for each binary layer what computes it, whether ``pack`` would replace it or why not, and its size.
 
-    For a packed layer it also reports whether its output becomes words for the next layer. To find that out, the
-    modules between packed layers of an ``nn.Sequential`` are evaluated.
+    For a packed layer it also reports whether its output becomes words for the next layer, and modules before it become
+    limits. To find that out, the modules around packed layers of an ``nn.Sequential`` are evaluated.
 
     Args:
         model: Any module, packed or not.
@@ -187,17 +191,18 @@ def explain(model: nn.Module) -> Report:
         for tensor in (layer.weight, getattr(layer, "weight_prepared", None))
         if isinstance(tensor, Tensor)
     }
-    outputs = fusions(model)
-    return Report(tuple(_explain_layer(*each, outputs) for each in found), sum(tensors.values()))
+    fused = fusions(model)
+    return Report(tuple(_explain_layer(*each, fused) for each in found), sum(tensors.values()))
 
 
-def _explain_layer(path: str, parent: nn.Module | None, layer: nn.Module, outputs: dict[int, str]) -> LayerReport:
+def _explain_layer(path: str, parent: nn.Module | None, layer: nn.Module, found: dict[int, Fusion]) -> LayerReport:
     if isinstance(layer, PackedQLinear):
         words = layer.weight
         float_bytes = 4 * layer.in_features * layer.out_features
         resident = _bytes(words, layer.weight_prepared)
-        output = outputs.get(id(layer), "no nn.Sequential calls it")
-        return LayerReport(path, "PackedQLinear", layer.path, False, "", float_bytes, _bytes(words), resident, output)
+        fusion = found.get(id(layer), Fusion("", "no nn.Sequential calls it"))
+        sizes = float_bytes, _bytes(words), resident
+        return LayerReport(path, "PackedQLinear", layer.path, False, "", *sizes, fusion.input, fusion.output)
     assert isinstance(layer, QLinear)
     reason = reason_against(layer, parent, path.rpartition(".")[2])
     float_bytes = _bytes(layer.weight)

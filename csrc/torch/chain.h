@@ -8,7 +8,8 @@
 
 namespace bitorch_qlinear {
 
-// Calls linear for the first weights and binary_linear for all others, which are a device's operators.
+// Calls linear for the first weights, unless x holds words, and binary_linear for all others; both are a device's
+// operators.
 template <class Linear, class BinaryLinear>
 Tensor multiply_in_turn(const Linear& linear, const BinaryLinear& binary_linear, const Tensor& x,
                         const std::vector<Tensor>& weights, int64_t k, const std::vector<Tensor>& limits,
@@ -24,7 +25,8 @@ Tensor multiply_in_turn(const Linear& linear, const BinaryLinear& binary_linear,
     check_count("flips", flips.size(), layers - 1);
     if (prepared) check_count("prepared", prepared->size(), layers);
     check_given("x", x);
-    const ScalarType last_type = out_dtype.value_or(scalar_type(x));
+    const bool is_words = scalar_type(x) == ScalarType::Int || scalar_type(x) == ScalarType::UInt32;
+    const ScalarType last_type = out_dtype.value_or(is_words ? ScalarType::Float : scalar_type(x));
     Tensor y = x;
     for (size_t i = 0; i < layers; ++i) {
         const bool is_last = i + 1 == layers;
@@ -37,8 +39,8 @@ Tensor multiply_in_turn(const Linear& linear, const BinaryLinear& binary_linear,
         const std::optional<Tensor> none;
         const std::optional<Tensor>&bias_here = is_last ? bias : none, &scale_here = is_last ? scale : none;
         const std::optional<ScalarType> type = is_last ? std::optional(last_type) : std::nullopt;
-        y = i == 0 ? linear(y, weights[i], k, bias_here, form, scale_here, type, strict, limit, flip)
-                   : binary_linear(y, weights[i], k, bias_here, form, scale_here, type, limit, flip);
+        y = i == 0 && !is_words ? linear(y, weights[i], k, bias_here, form, scale_here, type, strict, limit, flip)
+                                : binary_linear(y, weights[i], k, bias_here, form, scale_here, type, limit, flip);
         k = weights[i].size(0);
     }
     return y;

@@ -44,12 +44,15 @@ def call(values):
 def in_steps(values):
     """What the operator replaces."""
     x, k, last = values["x"], values["k"], len(values["weights"]) - 1
-    dtype = values["out_dtype"] or x.dtype
+    dtype = values["out_dtype"] or (x.dtype if x.is_floating_point() else torch.float32)
     for i, words in enumerate(values["weights"]):
         options = {"bias": values["bias"], "scale": values["scale"], "out_dtype": dtype}
         if i < last:
             options = {"out_limits": values["limits"][i], "out_flips": values["flips"][i]}
-        x = F.binary_linear(x, words, k, **options) if i else F.linear(x, words, k, strict=values["strict"], **options)
+        if i or not x.is_floating_point():
+            x = F.binary_linear(x, words, k, **options)
+        else:
+            x = F.linear(x, words, k, strict=values["strict"], **options)
         k = len(words)
     return x
 
@@ -63,10 +66,13 @@ sizes = st.lists(st.sampled_from([1, 2, 31, 32, 33, 64, 65, 130]), min_size=2, m
     dtype=st.sampled_from(FLOATS),
     out_dtype=st.sampled_from([None, *FLOATS]),
     flags=st.tuples(st.booleans(), st.booleans()),
+    from_words=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_equals_its_steps(kernel, sizes, m, dtype, out_dtype, flags, seed):
+def test_equals_its_steps(kernel, sizes, m, dtype, out_dtype, flags, from_words, seed):
     values = problem(sizes, m, dtype, seed, *flags, out_dtype)
+    if from_words:
+        values["x"] = F.pack_bits(values["x"], values["strict"])
     assert_equal(call(values), in_steps(values))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = call({name: moved(value, mode.from_tensor) for name, value in values.items()})
@@ -147,7 +153,7 @@ def test_wrong_tensors_in_a_list_are_refused(kernel, argument, what, place):
 def test_wrong_tensors_are_refused(kernel, argument, what):
     values = problem([70, 40, 9])
     values[argument] = (FLOAT_ROWS if argument == "x" else VECTOR)[what](values[argument])
-    with pytest.raises(RuntimeError, match=f"{argument}: (expected|its storage)"):
+    with pytest.raises(RuntimeError, match=f"({argument}|{argument}_words): (expected|its storage)"):
         call(values)
 
 
