@@ -29,6 +29,7 @@ __all__ = [
     "counts_channels_first",
     "fold_inputs",
     "fold_modules",
+    "promises_channels_alone",
     "reason_against_before",
     "reason_against_between",
 ]
@@ -47,6 +48,7 @@ _EXACT = (
     nn.Threshold,
     nn.BatchNorm1d,
 )
+_SAME_IN_TRAINING = {*_EXACT, ChannelShift, RPReLU} - {nn.Dropout, nn.AlphaDropout, nn.BatchNorm1d}
 # With factors of one sign for each channel, these modules keep the order of a channel's values or reverse it, because
 # rounding keeps the order.
 _MONOTONE = (
@@ -79,6 +81,14 @@ class Limits:
     flips: Tensor
 
 
+def promises_channels_alone(module: nn.Module) -> bool:
+    """Whether the class that defines the module's forward promises that it computes each channel alone."""
+    for cls in type(module).__mro__:
+        if "forward" in vars(cls):
+            return bool(vars(cls).get("computes_channels_alone", False))
+    return False
+
+
 def reason_against_between(module: nn.Module, n: int) -> str:
     """Return the reason why a module cannot be folded, whatever its values are, or "" if it may be.
 
@@ -87,13 +97,20 @@ def reason_against_between(module: nn.Module, n: int) -> str:
         n: The number of channels.
     """
     name = type(module).__name__
-    if type(module) not in _EXACT and not getattr(type(module), "computes_channels_alone", False):
+    if type(module) not in _EXACT and not promises_channels_alone(module):
         return f"{name} follows, which is not one of the modules that can be folded"
-    if isinstance(module, nn.BatchNorm1d) and module.num_features != n:
-        return f"{name} follows, for {module.num_features} channels instead of {n}"
-    if isinstance(module, nn.PReLU) and module.weight.numel() not in (1, n):
-        return f"{name} follows, with {module.weight.numel()} slopes for {n} channels"
-    return ""
+    return f"{name} follows, for another number of channels than {n}" if _has_other_channels(module, n) else ""
+
+
+def _has_other_channels(module: nn.Module, n: int) -> bool:
+    """Whether torch's or this package's module has parameters for another number of channels."""
+    if isinstance(module, nn.BatchNorm1d):
+        return module.num_features != n
+    if isinstance(module, nn.PReLU):
+        return module.weight.numel() not in (1, n)
+    if isinstance(module, (ChannelShift, RPReLU)):
+        return any(parameter.shape != (n,) for parameter in module.parameters())
+    return False
 
 
 def counts_channels_first(module: nn.Module) -> bool:
@@ -119,6 +136,11 @@ def fold_modules(
     between = tuple(between)
     if reason := _reason_now(between):
         return reason
+    if reader.in_features != layer.out_features:
+        return f"the next layer has {reader.in_features} inputs instead of {layer.out_features}"
+    for module in between:
+        if reason := reason_against_between(module, layer.out_features):
+            return reason
     k, n, strict = layer.in_features, layer.out_features, reader._input_rule == STRICT_INPUT
     changes = torch.zeros(n, dtype=torch.int32)
     place = torch.full((n,), k + 1, dtype=torch.int32)  # the popcount from which on the bit is another
@@ -154,7 +176,7 @@ def _reason_now(between: tuple[nn.Module, ...]) -> str:
     """Return the reason against modules that their mode or their buffers give, or ""."""
     for module in between:
         name = type(module).__name__
-        if module.training:
+        if module.training and type(module) not in _SAME_IN_TRAINING:
             return f"{name} follows, in training mode: call eval() first"
         if isinstance(module, nn.BatchNorm1d) and module.running_mean is None:
             return f"{name} follows, without running statistics"
@@ -204,9 +226,7 @@ def reason_against_before(module: nn.Module, k: int) -> str:
     name = type(module).__name__
     if type(module) not in _MONOTONE:
         return f"{name} precedes, which is not one of the modules that can be folded"
-    if isinstance(module, nn.BatchNorm1d) and module.num_features != k:
-        return f"{name} precedes, for {module.num_features} channels instead of {k}"
-    return ""
+    return f"{name} precedes, for another number of channels than {k}" if _has_other_channels(module, k) else ""
 
 
 def fold_inputs(before: Iterable[nn.Module], layer: PackedQLinear, dtype: torch.dtype) -> InputLimits | str:
@@ -226,6 +246,9 @@ def fold_inputs(before: Iterable[nn.Module], layer: PackedQLinear, dtype: torch.
         return "it has a single input, for which batch norm takes another code path"
     if reason := _reason_now(before) or _reason_of_order(before):
         return reason
+    for module in before:
+        if reason := reason_against_before(module, k):
+            return reason
 
     def bits_of(x: Tensor) -> Tensor:
         """Return the bits that the layer takes from inputs."""

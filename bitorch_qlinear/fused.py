@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -45,14 +46,14 @@ _same_values = operator_entry(_library.operators.same_values)
 _record_values = _library.operators.record_values
 
 # Attributes of nn.Module itself that a forward does not read. Tensors are compared by their values.
-_OF_TORCH = nn.Module().__dict__.keys() - {"training", "_modules"}
-# Attributes that may change without a change of what a call computes.
-_UNREAD = {"weight_prepared", "_plan", "_modules"}
+_OF_TORCH = nn.Module().__dict__.keys() - {"training"}
 _hooks, _hooks_and_children = itemgetter(*HOOK_TABLES), itemgetter(*HOOK_TABLES, "_modules")
 # What linear_chain gets in place of the form of a layer that has none.
 _NO_FORM = torch.empty(0, dtype=torch.uint8)
-# A value of one of these types equals a kept one only if the module computes the same with it.
+# Only attributes of these types are compared.
 _SIMPLE = (bool, int, float, str, type(None))
+# So many calls in turn must find the same values before limits are computed again, however often they changed.
+_MOST_SIGHTINGS = 8
 
 
 class FusedSequential(nn.Sequential):
@@ -69,14 +70,16 @@ class FusedSequential(nn.Sequential):
 
     A call computes the modules one after another, as ``nn.Sequential`` does, in these cases: an output may need a
     gradient (call the model in ``torch.inference_mode()`` or ``torch.no_grad()``), under autocast, ``torch.func``,
-    ``torch.compile`` and ``torch.export``, on another device than a CPU, and for inputs of other dtypes or shapes than
-    the limits were computed for.
+    ``torch.compile`` and ``torch.export``, on another device than a CPU, in a thread that flushes subnormal numbers
+    (``torch.set_flush_denormal``), and for the first calls with new values or another dtype.
 
     Modules that may lie between are ``BatchNorm1d``, ``Hardtanh``, ``ReLU``, ``ReLU6``, ``LeakyReLU``, ``PReLU``,
     ``Threshold``, ``Dropout``, ``AlphaDropout`` and ``Identity``, all in eval mode, :class:`ChannelShift` and
     :class:`RPReLU`, also inside nested ``nn.Sequential``, and modules of a class of your own that sets
     ``computes_channels_alone = True``. That promises: an output depends only on the input at the same place, on its
-    channel (the last dimension), and on the module's parameters, buffers, and attributes that are numbers or strings.
+    channel (the last dimension), and on the module's own parameters, buffers, and attributes that are numbers or
+    strings (not those of its class), and a call has no other effect. A subclass with another forward must promise it
+    again.
 
     :func:`bitorch_qlinear.explain` reports for each packed layer whether it hands on words, or why not.
     """
@@ -86,12 +89,17 @@ class FusedSequential(nn.Sequential):
 
         Args:
             input: The input of the first module.
+
+        Raises:
+            RuntimeError: A module exchanges modules of this one during the call.
         """
-        if type(input) is not Tensor or not input.is_cpu or _runs_as_usual():
+        if type(input) is not Tensor or _compiling():
             return super().forward(input)  # type: ignore[no-any-return, no-untyped-call]
-        x = input
-        for step in self._current_plan().steps:
+        x, plan = input, self._current_plan()
+        for step in plan.steps:
             x = step(x)
+            if not plan.fits(self):
+                raise RuntimeError(f"{type(step).__name__}: exchanged modules of the FusedSequential that calls it")
         return x
 
     def fuse(self, dtype: torch.dtype | None = None) -> FusedSequential:
@@ -123,9 +131,9 @@ def _runs_as_usual() -> bool:
     return _compiling() or any_autocast() or transforms_active() or modes_active() or any_global_hook() or _tracing()  # type: ignore[no-untyped-call]
 
 
-def is_sequential(module: nn.Module) -> bool:
+def is_sequential(module: nn.Module | None) -> bool:
     """Whether a call of the module calls its children one after another and does nothing else."""
-    return type(module) in (nn.Sequential, FusedSequential) and not _has_own_call(module)
+    return type(module) in (nn.Sequential, FusedSequential) and not _has_own_call(module)  # type: ignore[arg-type]
 
 
 def _has_own_call(module: nn.Module) -> bool:
@@ -137,10 +145,13 @@ def _has_own_call(module: nn.Module) -> bool:
 def _flatten(sequential: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules that a call of an ``nn.Sequential`` calls, and each nested ``nn.Sequential`` before its own."""
     for child in sequential._modules.values():
-        assert child is not None
-        yield child
-        if is_sequential(child):
+        yield child  # type: ignore[misc]  # it may be None, which nn.Sequential calls, too
+        if isinstance(child, nn.Sequential) and is_sequential(child):
             yield from _flatten(child)
+
+
+def _ids_of_children(module: nn.Module) -> list[int]:
+    return [id(child) for child in module._modules.values()]
 
 
 class Plan:
@@ -158,12 +169,10 @@ class Plan:
             root: The module whose calls are planned.
         """
         found = list(_flatten(root))
-        self._containers = [
-            (module, tuple(module._modules.values())) for module in (root, *found) if is_sequential(module)
-        ]
-        if root not in [module for module, _ in self._containers]:
-            self._containers.append((root, tuple(root._modules.values())))
         self._root = root
+        containers = [root, *(module for module in found if is_sequential(module))]
+        # The chains and steps keep the children, so their ids belong to no other objects.
+        self._containers = [(module, _ids_of_children(module)) for module in containers]
         self.steps: list[Any] = []
         self.chains: list[Chain] = []
         modules = [module for module in found if not is_sequential(module)]
@@ -181,7 +190,7 @@ class Plan:
         if root is not self._root:
             return False
         for module, children in self._containers:
-            if tuple(module._modules.values()) != children:
+            if _ids_of_children(module) != children:
                 return False
             if module is not root and not is_sequential(module):
                 return False
@@ -212,8 +221,9 @@ class Chain:
         self.modules = list(before)
         for layer, after in zip(layers, self.between, strict=True):
             self.modules += [layer, *after]
-        self._folded: Folded | None = None
-        self._seen: Snapshot | None = None
+        self._folded: dict[torch.dtype, Folded] = {}
+        self._seen: dict[torch.dtype, tuple[Snapshot | None, int]] = {}
+        self._folds = 0
 
     @classmethod
     def beginning(cls, modules: list[nn.Module]) -> Chain | None:
@@ -231,45 +241,79 @@ class Chain:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the chain's output."""
-        folded, dtype = self._folded, x.dtype
-        if folded is None or not folded.snapshot.holds(dtype):
-            # Values that change from call to call are not worth a table, so the second call with the same makes it.
-            if self._seen is None or not self._seen.holds(dtype):
-                self._seen = Snapshot.of(self.modules, dtype)
-                folded = None
-            else:
-                folded = self.fold(dtype)
-        if folded is not None and folded.takes(x):
+        folded = self._limits_for(x) if _is_plain_input(x) and not _runs_as_usual() else None
+        if folded is not None:
             return folded.run(x)
         for module in self.modules:
             x = module(x)
         return x
 
+    def _limits_for(self, x: Tensor) -> Folded | None:
+        """Return the limits if they are right for an input and no gradient is asked for."""
+        dtype = x.dtype
+        folded = self._folded.get(dtype)
+        if folded is not None and folded.snapshot.holds():
+            return folded if folded.takes(x) and not self._is_differentiated(x, folded.snapshot) else None
+        # Values that change from call to call are not worth a table, so it is computed in a later call with the same.
+        snapshot, sightings = self._seen.get(dtype, (None, 0))
+        if snapshot is None or not snapshot.holds():
+            self._seen[dtype] = Snapshot.of(self.modules), 1
+            return None
+        if self._is_differentiated(x, snapshot):
+            return None
+        if sightings < min(self._folds, _MOST_SIGHTINGS):
+            self._seen[dtype] = snapshot, sightings + 1
+            return None
+        folded = self.fold(dtype)
+        return folded if folded is not None and folded.takes(x) else None
+
+    @staticmethod
+    def _is_differentiated(x: Tensor, snapshot: Snapshot) -> bool:
+        return _grad_enabled() and wants_gradient(x, *snapshot.tensors())
+
     def fold(self, dtype: torch.dtype) -> Folded | None:
-        """Compute the limits, to be used from now on; None if what they are computed from changes meanwhile."""
-        snapshot = Snapshot.of(self.modules, dtype)
+        """Compute the limits, to be used from now on; None if they cannot be computed now, or their origin changes."""
+        snapshot = None if _runs_as_usual() else Snapshot.of(self.modules)
         if snapshot is None:
             return None
         folded = Folded(snapshot, self, self.input_limits(dtype), self.limits(dtype))
-        if not snapshot.holds(dtype):
+        if not snapshot.holds():
             return None
-        self._folded = folded
+        self._folds += 1
+        self._folded[dtype] = folded
         return folded
+
+    def folded(self, dtype: torch.dtype) -> Folded | None:
+        """Return the limits for a dtype if they are those of the present values, or compute them."""
+        folded = self._folded.get(dtype)
+        return folded if folded is not None and folded.snapshot.holds() else self.fold(dtype)
 
     def input_limits(self, dtype: torch.dtype) -> InputLimits | str:
         """Return what replaces the modules before the first layer, or the reason why nothing does."""
         if not self.before:
             return "no module precedes that can be folded"
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with _plainly():
             return fold_inputs(self.before, self.layers[0], dtype)
 
     def limits(self, dtype: torch.dtype) -> list[Limits | str]:
         """Return what replaces the modules after each layer except the last, or the reason why nothing does."""
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with _plainly():
             return [
                 fold_modules(layer, between, reader, dtype)
                 for layer, between, reader in zip(self.layers, self.between, self.layers[1:], strict=False)
             ]
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Compute on the CPU, without gradients."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        yield
+
+
+def _is_plain_input(x: Any) -> bool:
+    """Whether x is a strided tensor on the CPU, as a module before may give something else."""
+    return type(x) is Tensor and x.is_cpu and x.layout is torch.strided and not x.is_nested and not x.is_quantized
 
 
 @dataclass(frozen=True)
@@ -297,7 +341,7 @@ class Segment:
         """
         layers = self.layers
         first, last = layers[0], layers[-1]
-        if first is last and x.dtype is dtype:
+        if len(layers) == 1 and x.dtype is dtype:
             x = first(x)
         else:
             x = _linear_chain(
@@ -358,13 +402,11 @@ class Folded:
                 begin = place + 1
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the limits are of use and right for x, and no gradient is asked for."""
+        """Whether the limits are of use, and right for an input of this shape."""
         shape = x.shape
         if len(shape) != 2 and (self._rows_only or not shape):
             return False
-        if shape[-1] != self._layers[0].in_features or not x.numel() or not self._is_of_use:
-            return False
-        return not (_grad_enabled() and wants_gradient(x, *self.snapshot.tensors()))
+        return self._is_of_use and shape[-1] == self._layers[0].in_features and x.numel() > 0
 
     def run(self, x: Tensor) -> Tensor:
         """Compute the chain's output."""
@@ -415,6 +457,8 @@ def _reader_after(modules: list[nn.Module], place: int) -> int | str:
     for reader in range(place + 1, len(modules)):
         module = modules[reader]
         if type(module) is PackedQLinear:
+            if module.in_features != layer.out_features:
+                return f"the next layer has {module.in_features} inputs instead of {layer.out_features}"
             return "the next layer reads real values" if module._input_rule == REAL_INPUT else reader
         if reason := reason_against_between(module, layer.out_features):
             return reason
@@ -423,22 +467,22 @@ def _reader_after(modules: list[nn.Module], place: int) -> int | str:
 
 def _dtype_of(layer: nn.Module) -> torch.dtype:
     """Return the dtype of the inputs that a packed layer was made for."""
-    return next(layer.parameters()).dtype
+    parameter = next(layer.parameters(), None)
+    return torch.get_default_dtype() if parameter is None else parameter.dtype
 
 
 class Snapshot:
     """Everything that the limits of a chain are computed from, to be compared with in each call."""
 
-    def __init__(self, modules: list[nn.Module], dtype: torch.dtype, read: list[tuple[nn.Module, str, str]]) -> None:
+    def __init__(self, modules: list[nn.Module], read: list[tuple[nn.Module, str, str]]) -> None:
         """Keep the state of the modules.
 
         Args:
             modules: The modules of the chain.
-            dtype: The dtype of the input.
             read: The module, table and name of each tensor.
         """
-        self._dtype = dtype
-        self._types = [type(module) for module in modules]
+        self._modules = modules
+        self._forwards = _forwards_of(modules)
         self._counts = [len(module.__dict__) for module in modules]
         # A layer has its quantizations as children, which its product does not call.
         self._tables = [
@@ -446,15 +490,20 @@ class Snapshot:
         ]
         self._attributes = [(module, itemgetter(*_own_attributes(module))) for module in modules]
         self._values = [get(module.__dict__) for module, get in self._attributes]
-        self._modules = modules
+        self._promising = [
+            module
+            for module in modules
+            if not type(module).__module__.startswith("torch.") or isinstance(module, PackedQLinear)
+        ]
+        self._strictly = _strictly(self._promising)
         self._read = [each for each in read if getattr(each[0], each[1])[each[2]] is not None]
         self._missing = [each for each in read if getattr(each[0], each[1])[each[2]] is None]
         tensors = self.tensors()
-        self._tensor_types = [type(tensor) for tensor in tensors]
+        self._types = [type(tensor) for tensor in tensors]
         self._record = _record_values(tensors)
 
     @classmethod
-    def of(cls, modules: list[nn.Module], dtype: torch.dtype) -> Snapshot | None:
+    def of(cls, modules: list[nn.Module]) -> Snapshot | None:
         """Return the state of the modules, or None if a part of it cannot be compared later."""
         if any(_has_own_call(module) or not _is_plain_module(module) for module in modules):
             return None
@@ -463,38 +512,58 @@ class Snapshot:
         if any(value is not None and not _is_comparable(value) for value in values):
             return None
         with torch.inference_mode(False), torch.no_grad():
-            return cls(modules, dtype, read)
+            try:
+                return cls(modules, read)
+            except RuntimeError:
+                return None  # a tensor has less memory than its shape needs
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that the modules have now."""
         return [getattr(module, table)[name] for module, table, name in self._read]
 
-    def holds(self, dtype: torch.dtype) -> bool:
-        """Whether the modules are in this state, and inputs have this dtype."""
-        if dtype is not self._dtype or [type(module) for module in self._modules] != self._types:
-            return False
-        if [len(module.__dict__) for module in self._modules] != self._counts:
+    def holds(self) -> bool:
+        """Whether the modules are in this state."""
+        modules = self._modules
+        if _forwards_of(modules) != self._forwards or [len(module.__dict__) for module in modules] != self._counts:
             return False
         if any([any(get(module.__dict__)) for module, get in self._tables]):
             return False
         try:
             if [get(module.__dict__) for module, get in self._attributes] != self._values:
                 return False
+            if self._promising and _strictly(self._promising) != self._strictly:
+                return False
             if any([getattr(module, table)[name] is not None for module, table, name in self._missing]):
                 return False
             tensors = self.tensors()
-            return [type(each) for each in tensors] == self._tensor_types and _same_values(tensors, self._record)
+            return [type(each) for each in tensors] == self._types and _same_values(tensors, self._record)
         except Exception:
             # An attribute may be missing now, or a value whose comparison raises an error, such as a tensor.
             return False
+
+
+def _forwards_of(modules: list[nn.Module]) -> list[Any]:
+    """Return the functions that a call of each module runs, because a class's forward may be replaced, too."""
+    return [nn.Module.__call__, *[(type(module), type(module).forward) for module in modules]]
+
+
+def _strictly(modules: list[nn.Module]) -> list[Any]:
+    """Return what modules of other classes may read, such that also 0.0 and -0.0, or 1 and True, are unequal."""
+    return [
+        (
+            module._parameters.keys(),
+            module._buffers.keys(),
+            [(type(v), repr(v)) for v in _own_attributes(module).values()],
+        )
+        for module in modules
+    ]
 
 
 def _is_plain_module(module: nn.Module) -> bool:
     """Whether all that the module's forward may read can be compared."""
     if isinstance(module, PackedQLinear):
         return _is_comparable(module.weight)
-    simple = all(isinstance(value, _SIMPLE) for value in _own_attributes(module).values())
-    return simple and not module._modules
+    return all(type(value) in _SIMPLE for value in _own_attributes(module).values()) and not module._modules
 
 
 def _is_comparable(tensor: Tensor) -> bool:
@@ -503,18 +572,20 @@ def _is_comparable(tensor: Tensor) -> bool:
 
 def _own_attributes(module: nn.Module) -> dict[str, Any]:
     """Return the attributes that a module's forward may read, except tensors and modules."""
-    return {name: value for name, value in module.__dict__.items() if name not in _OF_TORCH and name not in _UNREAD}
+    unread = {"weight_prepared"} if isinstance(module, PackedQLinear) else set()
+    return {name: value for name, value in module.__dict__.items() if name not in _OF_TORCH and name not in unread}
 
 
 def _tensors_of(module: nn.Module) -> list[tuple[nn.Module, str, str]]:
     """Return the tables and names of the tensors from which limits are computed."""
     if isinstance(module, PackedQLinear):
         return [(module, "_parameters", "bias")]
+    unread = {"num_batches_tracked"} if isinstance(module, nn.BatchNorm1d) else set()
     return [
         (module, table, name)
         for table in ("_parameters", "_buffers")
         for name in getattr(module, table)
-        if name != "num_batches_tracked"
+        if name not in unread
     ]
 
 
@@ -583,15 +654,14 @@ def _fusions_of(root: nn.Module) -> dict[int, Fusion]:
         names = ", ".join(type(module).__name__ for module in through)
         return outcome if isinstance(outcome, str) else would + what + (f" through {names}" if names else "")
 
-    for chain in Plan(root).chains:
-        dtype = _dtype_of(chain.layers[0])
-        is_stable = Snapshot.of(chain.modules, dtype) is not None
-        limits = chain.limits(dtype) if is_stable else [_STATE] * len(chain.layers[1:])
+    plan = root._current_plan() if isinstance(root, FusedSequential) else Plan(root)
+    for chain in plan.chains:
+        folded = chain.folded(_dtype_of(chain.layers[0]))
+        limits = [_STATE] * len(chain.layers[1:]) if folded is None else folded.limits
         for layer, between, outcome in zip(chain.layers, chain.between, limits, strict=False):
             found[id(layer)] = Fusion("", report(outcome, _WORDS, between))
         if chain.before:
             first = chain.layers[0]
-            input_limits = chain.input_limits(dtype) if is_stable else _STATE
-            text = report(input_limits, _LIMITS, chain.before)
+            text = report(_STATE if folded is None else folded.input_limits, _LIMITS, chain.before)
             found[id(first)] = Fusion(text, found[id(first)].output)
     return found

@@ -105,8 +105,12 @@ def usual(dtype=torch.float32, **options):
 def links(fused):
     """For each layer of the module's chains, whether it writes words now."""
     chains = fused._current_plan().chains
-    folded = [[*each._folded.limits, "the last"] if each._folded else [] for each in chains]
-    return [not isinstance(outcome, str) for outcomes in folded for outcome in outcomes]
+    folded = [outcome for each in chains for outcome in each._folded.values()]
+    return [not isinstance(outcome, str) for each in folded for outcome in (*each.limits, "the last")]
+
+
+def first_folded(fused):
+    return next(iter(fused._current_plan().chains[0]._folded.values()))
 
 
 @pytest.fixture
@@ -250,10 +254,10 @@ def test_an_infinite_or_missing_number_in_the_bias():
 
 def test_tables_of_several_parts(monkeypatch):
     model = chain(BETWEEN["batch-norm-prelu-per-channel"])
-    limits = [pack(model, fuse=True)._plan.chains[0]._folded.limits[0]]
+    limits = [first_folded(pack(model, fuse=True)).limits[0]]
     for size in (1, 2 * N, 5 * N, 71 * N):
         monkeypatch.setattr("bitorch_qlinear._fold._PART", size)
-        limits.append(pack(model, fuse=True)._plan.chains[0]._folded.limits[0])
+        limits.append(first_folded(pack(model, fuse=True)).limits[0])
     for each in limits[1:]:
         assert_equal(each.limits, limits[0].limits)
         assert_equal(each.flips, limits[0].flips)
@@ -326,7 +330,7 @@ def test_modules_before_a_layer_become_limits(before, rule, dtype, runs):
             if isinstance(module, nn.BatchNorm1d):
                 module.weight.data[module.weight.data == 0] = 1e-3
         packed, fused = pack(model), pack(model, fuse=True)
-        folded = fused._current_plan().chains[0]._folded
+        folded = first_folded(fused)
         assert isinstance(folded.input_limits, InputLimits), folded.input_limits
         x = inputs(K, dtype, folded)
         with torch.no_grad():
@@ -432,7 +436,7 @@ def test_all_kinds_of_inputs(k, seed, dtype, names, special):
                 tensor[0] = special
     model = nn.Sequential(*before, signs(3, k)).to(dtype).eval()
     packed, fused = pack(model), pack(model, fuse=True)
-    folded = fused._current_plan().chains[0]._folded
+    folded = first_folded(fused)
     x = inputs(k, dtype, folded if isinstance(folded.input_limits, InputLimits) else None)
     with torch.no_grad():
         assert_equal(fused(x), packed(x))
@@ -725,6 +729,223 @@ def test_many_threads_and_changes():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+class Adds(nn.Module):
+    """Reads what it finds."""
+
+    computes_channels_alone = True
+    factor = 1.0
+
+    def __init__(self, number=1.0):
+        super().__init__()
+        self.number = number
+        self.register_buffer("num_batches_tracked", torch.zeros(1))
+
+    def forward(self, x):
+        sign = math.copysign(1.0, self.number) if type(self.number) is float else 3.0
+        x = x * sign + self.number + self.num_batches_tracked
+        for name, buffer in self.named_buffers():
+            x = x - buffer if name == "shift" else x
+        return x + getattr(self, "_plan", 0)
+
+
+def patched(model):
+    model[1].__class__ = type("Patched", (Adds,), {"forward": lambda self, x: -Adds.forward(self, x)})
+
+
+ADDED = {
+    "minus-zero": (0.0, lambda model: setattr(model[1], "number", -0.0)),
+    "true": (1.0, lambda model: setattr(model[1], "number", True)),
+    "buffer": (1.0, lambda model: model[1].register_buffer("shift", torch.tensor(-30.0))),
+    "tracked": (1.0, lambda model: model[1].num_batches_tracked.fill_(40)),
+    "private": (1.0, lambda model: setattr(model[1], "_plan", 50.0)),
+    "class": (1.0, patched),
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_changes_of_a_module_of_the_users_own_are_seen(name):
+    number, change = ADDED[name]
+    packed = pack(nn.Sequential(signs(N, K), Adds(number), signs(9, N)).eval())
+    fused, x = pack(packed, fuse=True), torch.randn(20, K)
+    with torch.no_grad():
+        before = packed(x)
+        assert_equal(fused(x), before)
+        assert links(fused) == [True, False]
+        for model in (packed, fused):
+            change(model)
+        want = packed(x)
+        assert not torch.equal(want, before)
+        for _ in range(4):
+            assert_equal(fused(x), want)
+
+
+@pytest.mark.parametrize("cls", [nn.Hardtanh, PackedQLinear])
+def test_a_replaced_forward_of_a_class_is_seen(cls, monkeypatch):
+    packed = pack(usual())
+    fused, x = pack(packed, fuse=True), torch.randn(20, K)
+    forward = cls.forward
+    with torch.no_grad():
+        assert_equal(fused(x), packed(x))
+        monkeypatch.setattr(cls, "forward", lambda self, x: -forward(self, x))
+        for _ in range(3):
+            assert_equal(fused(x), packed(x))
+
+
+def test_a_subclass_does_not_inherit_the_promise():
+    class Centred(ChannelShift):
+        def forward(self, x):
+            return super().forward(x) - x.mean(-1, keepdim=True) * 3
+
+    model = nn.Sequential(signs(N, K), Centred(N), signs(9, N)).eval()
+    assert type(pack(model, fuse=True)) is nn.Sequential
+    assert "Centred follows" in explain(pack(model)).layers[0].output
+
+
+def test_a_shift_of_another_shape():
+    packed = pack(nn.Sequential(signs(8, 4), ChannelShift(8), signs(8, 8)).eval())
+    packed[1].shift = nn.Parameter(torch.randn(5, 8) * 4)
+    fused, x = pack(packed, fuse=True), torch.randn(5, 4)
+    with torch.no_grad():
+        for _ in range(3):
+            assert_equal(fused(x), packed(x))
+        with pytest.raises(RuntimeError, match="must match"):
+            fused(x[:3])
+
+
+def test_layers_of_other_widths_raise_as_unfused():
+    for change in (lambda model: None, lambda model: setattr(model[2], "in_features", 21)):
+        model = nn.Sequential(signs(20, K), norm(20), signs(8, 24 if change.__code__.co_consts == (None,) else 20))
+        fused = pack(model.eval(), fuse=True)
+        change(fused)
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="x: expected k"), torch.no_grad():
+                fused(torch.randn(3, K))
+
+
+def test_storage_that_is_gone():
+    fused, x = pack(usual(), fuse=True), torch.randn(3, K)
+    with torch.no_grad():
+        fused(x)
+        fused[0].bias.untyped_storage().resize_(0)
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="bias: its storage holds 0 bytes"):
+                fused(x)
+
+
+@pytest.mark.parametrize("order", [[0, 0], [0, 1, 0], [0, 1, 0, 1, 2], [0, 0, 2]])
+def test_one_layer_in_several_places(order):
+    modules = [signs(K, K), norm(K), signs(K, K)]
+    assert_same(nn.Sequential(*[modules[i] for i in order]).eval())
+
+
+def test_limits_are_not_computed_while_torch_does_more():
+    packed, x = pack(usual()), torch.randn(20, K)
+    packed[1].bias.data.normal_()
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: -output if isinstance(module, nn.BatchNorm1d) else None
+    )
+    fused = pack(packed, fuse=True)
+    handle.remove()
+    with torch.no_grad():
+        for _ in range(3):
+            assert_equal(fused(x), packed(x))
+    with torch.device("meta"):
+        again = pack(packed, fuse=True)
+    assert links(again) == [True, True, False]
+
+
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def with_autocast(x):
+    torch.set_autocast_enabled("cpu", True)
+    return x
+
+
+@pytest.mark.parametrize("function", [with_autocast, lambda x: x.to_sparse(), lambda x: x.as_subclass(Scaled)])
+def test_what_a_module_before_does(function):
+    packed = pack(nn.Sequential(Calls(function), *chain(BETWEEN["hardtanh"])).eval())
+    fused, x = pack(packed, fuse=True), torch.randn(20, K)
+    results = []
+    with torch.no_grad():
+        for model in (packed, fused, fused, fused):
+            with torch.autocast("cpu", enabled=False):
+                results.append(model(x))
+            torch.set_autocast_enabled("cpu", False)
+    for result in results[1:]:
+        assert type(result) is type(results[0])
+        assert_equal(result.as_subclass(torch.Tensor), results[0].as_subclass(torch.Tensor))
+
+
+def test_a_module_that_exchanges_its_neighbours():
+    fused = pack(nn.Sequential(nn.Identity(), *usual()).eval(), fuse=True)
+    fused[0] = Calls(lambda x: fused.__setitem__(3, nn.Threshold(1.0, -3.0)) or x)
+    with pytest.raises(RuntimeError, match="Calls: exchanged modules of the FusedSequential"), torch.no_grad():
+        fused(torch.randn(3, K))
+
+
+@pytest.mark.parametrize("x", [torch.randn(4, K).to_sparse(), torch.randn(4, K).to_sparse_csr()])
+def test_other_layouts(x):
+    packed = pack(usual())
+    fused = pack(packed, fuse=True)
+    with torch.no_grad():
+        assert_equal(fused(x), packed(x))
+
+
+def test_alternating_values_are_folded_ever_less(monkeypatch):
+    folds = []
+    fold = bitorch_qlinear.fused.fold_modules
+    monkeypatch.setattr(bitorch_qlinear.fused, "fold_modules", lambda *args: folds.append(1) or fold(*args))
+    fused, x = pack(usual(), fuse=True), torch.randn(4, K)
+    packed = pack(fused)
+    folds.clear()
+    with torch.no_grad():
+        for step in range(60):
+            for model in (fused, packed):
+                model[1].bias.fill_(step // 3 % 2)
+            assert_equal(fused(x), packed(x))
+    assert len(folds) <= 2 * 8
+    with torch.no_grad():
+        for _ in range(20):
+            fused(x)
+        folds.clear()
+        fused(x)
+    assert not folds
+
+
+def test_two_dtypes_have_limits_each(runs):
+    packed = pack(chain(BETWEEN["hardtanh"]))
+    fused = pack(packed, fuse=True)
+    with torch.no_grad():
+        for step in range(12):
+            x = torch.randn(4, K, dtype=FLOATS[step % 4])
+            assert_equal(fused(x), packed(x))
+        runs.clear()
+        for dtype in FLOATS:
+            fused(torch.randn(4, K, dtype=dtype))
+    assert len(runs) == 4
+
+
+def test_no_limits_are_computed_for_calls_with_gradients(monkeypatch):
+    fused, x = FusedSequential(*pack(usual())), torch.randn(4, K)
+    monkeypatch.setattr(bitorch_qlinear.fused, "fold_modules", lambda *args: pytest.fail("was computed"))
+    for _ in range(4):
+        fused(x)
+
+
+def test_a_child_that_is_none():
+    fused = pack(usual(), fuse=True)
+    fused._modules["2"] = None
+    with pytest.raises(TypeError):
+        fused(torch.randn(3, K))
 
 
 # ---- gradients and what else torch does with a call ----
