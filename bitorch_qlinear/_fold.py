@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from .packed import PackedQLinear
 from .shifts import ChannelShift, RPReLU
 
 __all__ = [
+    "FORWARDS",
     "InputLimits",
     "Limits",
     "counts_channels_first",
@@ -64,6 +66,8 @@ _MONOTONE = (
     ChannelShift,
     RPReLU,
 )
+FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {cls: cls.forward for cls in (*_EXACT, *_MONOTONE, PackedQLinear)}
+"""The forwards of the classes of which more is known than what the modules compute."""
 # A table is computed in parts of about this many values.
 _PART = 1 << 20
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import _library
 from ._fold import (
+    FORWARDS,
     InputLimits,
     Limits,
     counts_channels_first,
@@ -253,6 +254,8 @@ class Chain:
         dtype = x.dtype
         folded = self._folded.get(dtype)
         if folded is not None and folded.snapshot.holds():
+            if self._seen:
+                self._seen.clear()  # only calls in turn count
             return folded if folded.takes(x) and not self._is_differentiated(x, folded.snapshot) else None
         # Values that change from call to call are not worth a table, so it is computed in a later call with the same.
         snapshot, sightings = self._seen.get(dtype, (None, 0))
@@ -507,6 +510,8 @@ class Snapshot:
         """Return the state of the modules, or None if a part of it cannot be compared later."""
         if any(_has_own_call(module) or not _is_plain_module(module) for module in modules):
             return None
+        if any(type(module).forward is not FORWARDS.get(type(module), type(module).forward) for module in modules):
+            return None
         read = [each for module in modules for each in _tensors_of(module)]
         values = [getattr(module, table)[name] for module, table, name in read]
         if any(value is not None and not _is_comparable(value) for value in values):
@@ -551,8 +556,8 @@ def _strictly(modules: list[nn.Module]) -> list[Any]:
     """Return what modules of other classes may read, such that also 0.0 and -0.0, or 1 and True, are unequal."""
     return [
         (
-            module._parameters.keys(),
-            module._buffers.keys(),
+            tuple(module._parameters),
+            tuple(module._buffers),
             [(type(v), repr(v)) for v in _own_attributes(module).values()],
         )
         for module in modules
