@@ -144,7 +144,7 @@ void check_results() {
 void check_copies() {
     const Owned plain = own({3, 70}, ScalarType::Half, 2), odd = own({3, 70}, ScalarType::Half, 2, 1);
     for (size_t i = 0; i < 3 * 70 * 2; ++i) plain.memory[i] = odd.memory[i + 1] = static_cast<uint8_t>(i * 37);
-    const Tensor expected = pack_bits(plain.tensor, false), packed = pack_bits(odd.tensor, false);
+    const Tensor expected = pack_bits(plain.tensor, false, {}, {}), packed = pack_bits(odd.tensor, false, {}, {});
     expect(!std::memcmp(expected.data_ptr(), packed.data_ptr(), 3 * 3 * kWordBytes), "misaligned rows");
 }
 
