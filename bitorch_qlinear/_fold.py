@@ -181,9 +181,9 @@ def _reason_now(between: tuple[nn.Module, ...]) -> str:
     for module in between:
         name = type(module).__name__
         if module.training and type(module) not in _SAME_IN_TRAINING:
-            return f"{name} follows, in training mode: call eval() first"
+            return f"{name} is in training mode: call eval() first"
         if isinstance(module, nn.BatchNorm1d) and module.running_mean is None:
-            return f"{name} follows, without running statistics"
+            return f"{name} has no running statistics"
     return ""
 
 

@@ -33,9 +33,7 @@ __all__ = [
 ]
 
 
-def pack_bits(
-    x: Tensor, strict: bool = False, *, limits: Tensor | None = None, flips: Tensor | None = None
-) -> Tensor:
+def pack_bits(x: Tensor, strict: bool = False, *, limits: Tensor | None = None, flips: Tensor | None = None) -> Tensor:
     """Pack the signs of x, or of what x becomes by a function of each channel that changes its sign at most once.
 
     With `limits`, bit j of a row is 1 if ``v >= limits[j]``, or if not, where bit j of `flips` is set. So a shift, a

@@ -254,8 +254,8 @@ class Chain:
         dtype = x.dtype
         folded = self._folded.get(dtype)
         if folded is not None and folded.snapshot.holds():
-            if self._seen:
-                self._seen.clear()  # only calls in turn count
+            if dtype in self._seen:
+                del self._seen[dtype]  # only calls in turn count
             return folded if folded.takes(x) and not self._is_differentiated(x, folded.snapshot) else None
         # Values that change from call to call are not worth a table, so it is computed in a later call with the same.
         snapshot, sightings = self._seen.get(dtype, (None, 0))
@@ -437,16 +437,12 @@ def _layer_after(modules: list[nn.Module], place: int) -> int | str:
         The place, which is the given one if it is that of a layer, or the reason why there is none.
     """
     for reader in range(place, len(modules)):
-        module = modules[reader]
-        if type(module) is PackedQLinear:
-            if module._input_rule == REAL_INPUT:
+        layer = modules[reader]
+        if type(layer) is PackedQLinear:
+            if layer._input_rule == REAL_INPUT:
                 return "its input is real"
-            for before in modules[place:reader]:
-                if reason := reason_against_before(before, module.in_features):
-                    return reason
-            return reader
-        if reason := reason_against_before(module, getattr(module, "num_features", 0)):
-            return reason
+            reasons = (reason_against_before(module, layer.in_features) for module in modules[place:reader])
+            return next(filter(None, reasons), reader)
     return "no packed layer follows"
 
 

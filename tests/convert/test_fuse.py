@@ -353,7 +353,7 @@ NO_INPUT_LIMITS = {
     "negative-slope": (lambda k: [nn.LeakyReLU(-0.5)], "LeakyReLU precedes, with a negative slope"),
     "negative-slopes": (lambda k: [nn.PReLU(init=-1.0)], "PReLU precedes, with a negative slope"),
     "in-place": (lambda k: [nn.Hardtanh(inplace=True)], "Hardtanh precedes, which writes its input"),
-    "channel-of-weight-0": (lambda k: [norm(k)], "infinite inputs"),
+    "channel-of-weight-0": (lambda k: [norm(k).eval()], "infinite inputs"),
     "training": (lambda k: [norm(k).train()], "in training mode"),
 }
 
@@ -1089,8 +1089,11 @@ class Opaque(ChannelShift):
 
 
 NOT_FUSED = {
-    "training": (lambda: training(of(norm(N))), "BatchNorm1d follows, in training mode"),
-    "without-statistics": (lambda: of(nn.BatchNorm1d(N, track_running_stats=False)), "without running statistics"),
+    "training": (lambda: training(of(norm(N))), "BatchNorm1d is in training mode"),
+    "without-statistics": (
+        lambda: of(nn.BatchNorm1d(N, track_running_stats=False)),
+        "BatchNorm1d has no running statistics",
+    ),
     "a-subclass": (lambda: of(Own(N)), "Own follows, which is not one"),
     "tanh": (lambda: of(nn.Tanh()), "Tanh follows, which is not one"),
     "layer-norm": (lambda: of(nn.LayerNorm(N)), "LayerNorm follows"),
