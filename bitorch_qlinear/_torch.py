@@ -17,9 +17,9 @@ from torch.autograd.function import Function
 
 __all__ = [
     "HAS_AMX",
-    "HOOK_TABLES",
     "any_autocast",
     "any_global_hook",
+    "any_hooks",
     "apply",
     "called_from",
     "functorch_active",
@@ -109,8 +109,13 @@ def has_hooks(module: nn.Module, allowed: Callable[..., Any] | None = None) -> b
     return False
 
 
-HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-"""The attributes of a module that hold the hooks of its calls."""
+def any_hooks(modules: list[nn.Module]) -> bool:
+    """Whether one of these modules has hooks."""
+    # One expression is twice as fast as has_hooks for each module.
+    return any(
+        [m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules]
+    )
+
 
 any_global_hook: Callable[[], Any] = getattr(nn.modules.module, "_has_any_global_hook", lambda: True)
 """Whether hooks are registered for the calls of all modules."""

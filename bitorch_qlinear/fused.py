@@ -24,9 +24,9 @@ from ._fold import (
 )
 from ._product import wants_gradient
 from ._torch import (
-    HOOK_TABLES,
     any_autocast,
     any_global_hook,
+    any_hooks,
     has_hooks,
     is_plain,
     modes_active,
@@ -48,7 +48,6 @@ _record_values = _library.operators.record_values
 
 # Attributes of nn.Module itself that a forward does not read. Tensors are compared by their values.
 _OF_TORCH = nn.Module().__dict__.keys() - {"training"}
-_hooks, _hooks_and_children = itemgetter(*HOOK_TABLES), itemgetter(*HOOK_TABLES, "_modules")
 # What linear_chain gets in place of the form of a layer that has none.
 _NO_FORM = torch.empty(0, dtype=torch.uint8)
 # Only attributes of these types are compared.
@@ -99,7 +98,7 @@ class FusedSequential(nn.Sequential):
         x, plan = input, self._current_plan()
         for step in plan.steps:
             x = step(x)
-            if not plan.fits(self):
+            if not isinstance(step, Chain) and not plan.fits(self):
                 raise RuntimeError(f"{type(step).__name__}: exchanged modules of the FusedSequential that calls it")
         return x
 
@@ -481,24 +480,18 @@ class Snapshot:
             read: The module, table and name of each tensor.
         """
         self._modules = modules
-        self._forwards = _forwards_of(modules)
+        self._types = [type(module) for module in modules]
+        self._classes = list(set(self._types))
+        self._forwards = _forwards_of(self._classes)
         self._counts = [len(module.__dict__) for module in modules]
-        # A layer has its quantizations as children, which its product does not call.
-        self._tables = [
-            (module, _hooks if isinstance(module, PackedQLinear) else _hooks_and_children) for module in modules
-        ]
         self._attributes = [(module, itemgetter(*_own_attributes(module))) for module in modules]
         self._values = [get(module.__dict__) for module, get in self._attributes]
-        self._promising = [
-            module
-            for module in modules
-            if not type(module).__module__.startswith("torch.") or isinstance(module, PackedQLinear)
-        ]
+        self._promising = [module for module in modules if type(module) not in FORWARDS]
         self._strictly = _strictly(self._promising)
         self._read = [each for each in read if getattr(each[0], each[1])[each[2]] is not None]
         self._missing = [each for each in read if getattr(each[0], each[1])[each[2]] is None]
         tensors = self.tensors()
-        self._types = [type(tensor) for tensor in tensors]
+        self._tensor_types = [type(tensor) for tensor in tensors]
         self._record = _record_values(tensors)
 
     @classmethod
@@ -525,9 +518,9 @@ class Snapshot:
     def holds(self) -> bool:
         """Whether the modules are in this state."""
         modules = self._modules
-        if _forwards_of(modules) != self._forwards or [len(module.__dict__) for module in modules] != self._counts:
+        if [type(module) for module in modules] != self._types or _forwards_of(self._classes) != self._forwards:
             return False
-        if any([any(get(module.__dict__)) for module, get in self._tables]):
+        if any_hooks(modules) or [len(module.__dict__) for module in modules] != self._counts:
             return False
         try:
             if [get(module.__dict__) for module, get in self._attributes] != self._values:
@@ -537,24 +530,25 @@ class Snapshot:
             if any([getattr(module, table)[name] is not None for module, table, name in self._missing]):
                 return False
             tensors = self.tensors()
-            return [type(each) for each in tensors] == self._types and _same_values(tensors, self._record)
+            return [type(each) for each in tensors] == self._tensor_types and _same_values(tensors, self._record)
         except Exception:
             # An attribute may be missing now, or a value whose comparison raises an error, such as a tensor.
             return False
 
 
-def _forwards_of(modules: list[nn.Module]) -> list[Any]:
-    """Return the functions that a call of each module runs, because a class's forward may be replaced, too."""
-    return [nn.Module.__call__, *[(type(module), type(module).forward) for module in modules]]
+def _forwards_of(classes: list[type[nn.Module]]) -> list[Any]:
+    """Return the functions that a call of a module runs, because someone may replace a class's, too."""
+    return [nn.Module.__call__, *[cls.forward for cls in classes]]
 
 
 def _strictly(modules: list[nn.Module]) -> list[Any]:
-    """Return what modules of other classes may read, such that also 0.0 and -0.0, or 1 and True, are unequal."""
+    """Return what modules of users' classes may read, such that also 0.0 and -0.0, or 1 and True, are unequal."""
     return [
         (
             tuple(module._parameters),
             tuple(module._buffers),
-            [(type(v), repr(v)) for v in _own_attributes(module).values()],
+            tuple(module._modules),
+            [(type(value), repr(value)) for value in _own_attributes(module).values()],
         )
         for module in modules
     ]

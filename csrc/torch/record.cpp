@@ -5,8 +5,6 @@
 
 #include <cstring>
 #include <limits>
-#include <optional>
-#include <string>
 #include <vector>
 
 #include "tensors.h"
@@ -14,55 +12,48 @@
 namespace bitorch_qlinear {
 namespace {
 
-// A record holds for each tensor its dtype, its number of dimensions and its sizes as int64, and then its values,
-// filled up to a multiple of 8 bytes.
-using Header = std::vector<int64_t>;
-
-constexpr size_t kHeaderUnit = sizeof(int64_t);
-
-// Returns whether the values lie in one piece of the CPU's memory.
-bool is_readable(const Tensor& tensor) {
-    return tensor.defined() && tensor.is_cpu() && tensor.is_contiguous() &&
-           is_inside_storage(tensor, static_cast<int64_t>(tensor.element_size()));
-}
-
-std::optional<Header> header_of(const Tensor& tensor) {
-    const ScalarType type = is_readable(tensor) ? scalar_type(tensor) : ScalarType::Undefined;
-    if (type == ScalarType::Undefined) return std::nullopt;
-    Header header{static_cast<int64_t>(type), tensor.dim()};
-    for (const int64_t size : tensor.sizes()) header.push_back(size);
-    return header;
-}
+constexpr size_t kUnit = sizeof(int64_t);
 
 size_t bytes_of(const Tensor& tensor) { return static_cast<size_t>(tensor.numel()) * tensor.element_size(); }
 
-size_t padded(size_t bytes) { return (bytes + kHeaderUnit - 1) / kHeaderUnit * kHeaderUnit; }
+// Returns whether the values lie in one piece of the CPU's memory, and inside the storage, which can be resized.
+bool is_readable(const Tensor& tensor) {
+    if (!tensor.defined() || !tensor.is_cpu() || !tensor.is_contiguous()) return false;
+    const size_t begin = static_cast<size_t>(tensor.storage_offset()) * tensor.element_size();
+    return tensor.numel() == 0 || begin + bytes_of(tensor) <= static_cast<size_t>(storage_bytes(tensor));
+}
 
-// Calls visit(header, tensor, bytes) for each tensor as long as it returns true; returns whether all did.
+// Calls visit(data, bytes) for each part of a record: for each tensor its dtype, its number of dimensions and its sizes
+// as int64, and then its values, filled up to a multiple of 8 bytes. Stops at the first part for which it returns false,
+// and at a tensor that cannot be read; returns whether it came to the end.
 template <class Visit>
-bool visit_all(const std::vector<Tensor>& tensors, const Visit& visit) {
+bool visit_parts(const std::vector<Tensor>& tensors, const Visit& visit) {
+    static constexpr uint8_t kZeros[kUnit] = {};
     for (const Tensor& tensor : tensors) {
-        const std::optional<Header> header = header_of(tensor);
-        if (!header || !visit(*header, tensor, bytes_of(tensor))) return false;
+        const ScalarType type = is_readable(tensor) ? scalar_type(tensor) : ScalarType::Undefined;
+        if (type == ScalarType::Undefined) return false;
+        const int64_t form[] = {static_cast<int64_t>(type), tensor.dim()};
+        const auto sizes = tensor.sizes();
+        const size_t bytes = bytes_of(tensor);
+        if (!visit(form, sizeof form) || !visit(sizes.data(), sizes.size() * kUnit)) return false;
+        if (bytes && !visit(tensor.const_data_ptr(), bytes)) return false;
+        if (bytes % kUnit && !visit(kZeros, kUnit - bytes % kUnit)) return false;
     }
     return true;
 }
 
 Tensor record_values(std::vector<Tensor> tensors) {
     size_t total = 0;
-    const bool readable = visit_all(tensors, [&](const Header& header, const Tensor&, size_t bytes) {
-        total += header.size() * kHeaderUnit + padded(bytes);
+    const bool readable = visit_parts(tensors, [&](const void*, size_t bytes) {
+        total += bytes;
         return true;
     });
     if (!readable) fail("tensors", "expected contiguous tensors on the CPU, got another one");
     Tensor record = empty({static_cast<int64_t>(total)}, ScalarType::Byte, {aoti_torch_device_type_cpu(), -1});
     uint8_t* out = static_cast<uint8_t*>(record.data_ptr());
-    visit_all(tensors, [&](const Header& header, const Tensor& tensor, size_t bytes) {
-        std::memcpy(out, header.data(), header.size() * kHeaderUnit);
-        out += header.size() * kHeaderUnit;
-        std::memset(out + bytes, 0, padded(bytes) - bytes);
-        if (bytes) std::memcpy(out, tensor.const_data_ptr(), bytes);
-        out += padded(bytes);
+    visit_parts(tensors, [&](const void* data, size_t bytes) {
+        if (bytes) std::memcpy(out, data, bytes);
+        out += bytes;
         return true;
     });
     return record;
@@ -82,17 +73,11 @@ bool same_values(std::vector<Tensor> tensors, const Tensor& record) {
     if (flushes_subnormals()) return false;
     const uint8_t* in = static_cast<const uint8_t*>(record.const_data_ptr());
     size_t left = bytes_of(record);
-    const auto continues_with = [&](const void* data, size_t bytes) {
+    const bool same = visit_parts(tensors, [&](const void* data, size_t bytes) {
         if (left < bytes || (bytes && std::memcmp(in, data, bytes) != 0)) return false;
         in += bytes;
         left -= bytes;
         return true;
-    };
-    const bool same = visit_all(tensors, [&](const Header& header, const Tensor& tensor, size_t bytes) {
-        static constexpr uint8_t kZeros[kHeaderUnit] = {};
-        return continues_with(header.data(), header.size() * kHeaderUnit) &&
-               continues_with(bytes ? tensor.const_data_ptr() : nullptr, bytes) &&
-               continues_with(kZeros, padded(bytes) - bytes);
     });
     return same && left == 0;
 }
