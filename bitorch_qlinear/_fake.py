@@ -111,10 +111,14 @@ def _check_dimensions(argument: str, tensor: Tensor, shape: str) -> None:
         _fail(argument, f"expected shape {shape}, got {tensor.dim()} dimensions")
 
 
-def _check_words(argument: str, words: Tensor, k: int, first: Tensor) -> None:
-    _check_given(argument, words)
+def _check_word_dtype(argument: str, words: Tensor) -> None:
     if words.dtype not in _WORDS:
         _fail(argument, f"expected packed words of dtype int32 or uint32, got {_dtype_name(words.dtype)}")
+
+
+def _check_words(argument: str, words: Tensor, k: int, first: Tensor) -> None:
+    _check_given(argument, words)
+    _check_word_dtype(argument, words)
     _check_dimensions(argument, words, "(..., ceil(k / 32))")
     got, expected = words.shape[-1], _words_for(k)
     _check_equal(
@@ -165,6 +169,33 @@ def _check_epilogue(n: int, bias: Tensor | None, scale: Tensor | None, out_dtype
         _fail("out_dtype", "int32 is the product itself, and takes neither bias nor scale")
 
 
+def _check_contiguous_vector(argument: str, vector: Tensor, length: int, first: Tensor) -> None:
+    def message() -> str:
+        return f"expected shape ({length}), got {vector.dim()} dimensions and {vector.numel()} elements"
+
+    if vector.dim() != 1:
+        _fail(argument, message())
+    _check_equal(argument, vector.shape[0], length, message)
+    if _is_strided(vector):
+        _fail(argument, "expected a contiguous vector, got a strided one")
+    _check_device(argument, vector, first)
+
+
+def _check_bits(n: int, a: Any, first: Tensor) -> None:
+    """Check the arguments of a product that writes bits."""
+    for argument in ("bias", "scale"):
+        if getattr(a, argument) is not None:
+            _fail(argument, "expected None with out_limits, got a tensor")
+    if a.out_dtype is not None:
+        _fail("out_dtype", f"expected None with out_limits, got {_dtype_name(a.out_dtype)}")
+    if a.out_limits.dtype is not torch.int32:
+        _fail("out_limits", f"expected int32, got {_dtype_name(a.out_limits.dtype)}")
+    _check_contiguous_vector("out_limits", a.out_limits, n, first)
+    if a.out_flips is not None:
+        _check_word_dtype("out_flips", a.out_flips)
+        _check_contiguous_vector("out_flips", a.out_flips, _words_for(n), first)
+
+
 def _check_prepared(prepared: Tensor | None, first: Tensor) -> None:
     """Check all of a prepared form but its size: the operator replaces a form that was made for another kernel."""
     if prepared is None:
@@ -180,11 +211,19 @@ def _check_prepared(prepared: Tensor | None, first: Tensor) -> None:
         _fail("weight_prepared", f"expected at least {_HEADER_BYTES} bytes, got {prepared.shape[0]}")
 
 
-def _check_packed_weight(a: Any, out_dtype: torch.dtype, first: Tensor) -> None:
-    """Check the arguments that all products with packed weights have in common."""
-    _check_word_rows("weight_words", a.weight_words, a.k, first)
-    _check_epilogue(a.weight_words.shape[0], a.bias, a.scale, out_dtype, first)
-    _check_prepared(a.weight_prepared, first)
+def _product_with_packed_weight(a: Any, x: Tensor, usual_dtype: torch.dtype) -> Tensor:
+    """Check the arguments that all products with packed weights have beside x, and return their result's form."""
+    _check_word_rows("weight_words", a.weight_words, a.k, x)
+    n, out_dtype = a.weight_words.shape[0], a.out_dtype or usual_dtype
+    if a.out_limits is not None:
+        _check_bits(n, a, x)
+        n, out_dtype = _words_for(n), torch.int32
+    elif a.out_flips is not None:
+        _fail("out_flips", "expected None without out_limits, got a tensor")
+    else:
+        _check_epilogue(n, a.bias, a.scale, out_dtype, x)
+    _check_prepared(a.weight_prepared, x)
+    return x.new_empty(_with_last(x.shape, n), dtype=out_dtype)
 
 
 # ---- the operators -------------------------------------------------------------------------------------------------
@@ -256,21 +295,17 @@ def _(a: Any) -> Tensor:
 
 @_result_of(functional.binary_linear)
 def _(a: Any) -> Tensor:
-    out_dtype = a.out_dtype or torch.float32
-    _check_first("x_words", a.x_words, a.weight_words, a.bias, a.weight_prepared, a.scale)
+    _check_first("x_words", a.x_words, a.weight_words, a.bias, a.weight_prepared, a.scale, a.out_limits, a.out_flips)
     _check_values(a.k)
     _check_words("x_words", a.x_words, a.k, a.x_words)
-    _check_packed_weight(a, out_dtype, a.x_words)
-    return a.x_words.new_empty(_with_last(a.x_words.shape, a.weight_words.shape[0]), dtype=out_dtype)  # type: ignore[no-any-return]
+    return _product_with_packed_weight(a, a.x_words, torch.float32)
 
 
 @_result_of(functional.linear)
 def _linear(a: Any) -> Tensor:
-    _check_first("x", a.x, a.weight_words, a.bias, a.weight_prepared, a.scale)
+    _check_first("x", a.x, a.weight_words, a.bias, a.weight_prepared, a.scale, a.out_limits, a.out_flips)
     _check_rows("x", a.x, a.k, a.x)
-    out_dtype = a.out_dtype or a.x.dtype
-    _check_packed_weight(a, out_dtype, a.x)
-    return a.x.new_empty(_with_last(a.x.shape, a.weight_words.shape[0]), dtype=out_dtype)  # type: ignore[no-any-return]
+    return _product_with_packed_weight(a, a.x, a.x.dtype)
 
 
 @_result_of(functional.sign_linear)
@@ -289,7 +324,7 @@ def _(a: Any) -> Tensor:
 
 @_result_of(functional.linear_train)
 def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
-    y = _linear(a)
+    y = _linear(SimpleNamespace(**vars(a), out_limits=None, out_flips=None))
     if a.threshold is not None and not a.threshold >= 0:
         _fail("threshold", f"expected a number >= 0 or None, got {a.threshold:g}")
     shape = _with_last(a.x.shape, _words_for(a.k))

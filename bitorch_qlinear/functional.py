@@ -88,12 +88,18 @@ def binary_linear(
     *,
     weight_prepared: Tensor | None = None,
     scale: Tensor | None = None,
-    out_dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype | None = None,
+    out_limits: Tensor | None = None,
+    out_flips: Tensor | None = None,
 ) -> Tensor:
-    """Compute ``y = s(x) · s(W)ᵀ · scale + bias`` from two packed factors.
+    """Compute ``y = s(x) · s(W)ᵀ · scale + bias`` from two packed factors, or the bits that a sign makes of it.
 
     The product is the exact integer ``k - 2 · popcount(x ^ w)``. With T = float64 for a float64 output and float32
     otherwise, ``y = cast(T(product) · T(scale) + T(bias))``, each operation rounded once.
+
+    With `out_limits` the result is packed words instead of numbers: bit j of a row is 1 if ``popcount(x ^ w[j]) <=
+    out_limits[j]``, or if not, where bit j of `out_flips` is set. These are the signs of every function of the product
+    that changes its sign at most once, such as a BatchNorm, and the next product takes them as its `x_words`.
 
     Args:
         x_words: Shape ``(..., ceil(k / 32))``.
@@ -104,13 +110,26 @@ def binary_linear(
             another kernel or from other words, a CPU operator prepares the weights in this call.
         scale: A factor for each output, shape ``(n,)``, any float type (XNOR-Net's α,
             https://arxiv.org/abs/1603.05279).
-        out_dtype: A float type; or int32, without bias and scale, for the integer product itself.
+        out_dtype: A float type; or int32, without bias and scale, for the integer product itself. None means float32.
+        out_limits: The largest number of differing bits for which an output bit is 1, shape ``(n,)``, int32,
+            contiguous. Every int32 is a legal limit: a negative one is never reached, one of k or more always. It
+            excludes bias, scale and out_dtype.
+        out_flips: Packed words, shape ``(ceil(n / 32),)``, contiguous, in which 1 inverts an output bit; bits past n
+            are ignored. It needs out_limits.
 
     Returns:
-        Shape ``(..., n)`` in ``out_dtype``.
+        Shape ``(..., n)`` in ``out_dtype``; with `out_limits`, packed words, int32, shape ``(..., ceil(n / 32))``.
     """
     y: Tensor = _ops.binary_linear(
-        x_words, weight_words, k, bias, weight_prepared=weight_prepared, scale=scale, out_dtype=out_dtype
+        x_words,
+        weight_words,
+        k,
+        bias,
+        weight_prepared=weight_prepared,
+        scale=scale,
+        out_dtype=out_dtype,
+        out_limits=out_limits,
+        out_flips=out_flips,
     )
     return y
 
@@ -125,6 +144,8 @@ def linear(
     scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     strict: bool = False,
+    out_limits: Tensor | None = None,
+    out_flips: Tensor | None = None,
 ) -> Tensor:
     """Compute :func:`binary_linear` of a float x, which is packed in this call.
 
@@ -136,10 +157,19 @@ def linear(
         strict: The sign of x is +1 only if x > 0, instead of +1 unless x < 0.
 
     Returns:
-        Shape ``(..., n)`` in ``out_dtype``.
+        Shape ``(..., n)`` in ``out_dtype``; with `out_limits`, packed words, int32, shape ``(..., ceil(n / 32))``.
     """
     y: Tensor = _ops.linear(
-        x, weight_words, k, bias, weight_prepared=weight_prepared, scale=scale, out_dtype=out_dtype, strict=strict
+        x,
+        weight_words,
+        k,
+        bias,
+        weight_prepared=weight_prepared,
+        scale=scale,
+        out_dtype=out_dtype,
+        strict=strict,
+        out_limits=out_limits,
+        out_flips=out_flips,
     )
     return y
 

@@ -6,15 +6,22 @@
 //     y = narrow(T(dot) * T(scale) + T(bias))
 // where the product and the sum each round once (this library is compiled without contraction into
 // fused multiply-adds) and narrow() rounds once more for the half types. An int32 output is dot itself.
+//
+// An output may instead be one bit, popcount(a ^ b) <= limit, or its opposite: what a sign makes of any function of dot
+// that changes at most once. Such outputs are packed words along N, in the form in which the next product reads them.
 #pragma once
 
 #include <cstdint>
 
 #include "dtype.h"
+#include "packed.h"
 
 namespace bitorch_qlinear {
 
 // The results y[m][n], contiguous. bias and scale hold n values of T, or are null.
+//
+// If limits is not null, it holds n values and y is words [m][words_for(n)]: bit n of a row is (popcount <= limits[n])
+// XOR bit n of flips (null means that no bit is flipped), and bits past n are 0. dtype is then int32.
 struct Output {
     void* data;
     DType dtype;
@@ -22,6 +29,8 @@ struct Output {
     int32_t k;
     const void* bias;
     const void* scale;
+    const int32_t* limits = nullptr;
+    const uint32_t* flips = nullptr;
 };
 
 namespace {
@@ -53,7 +62,20 @@ inline void write_floats(const Output& y, int64_t row, int64_t column, const int
     }
 }
 
-// Writes y[row][column .. column + count) from `count` popcounts of a ^ b.
+// Writes one word of bits for each 32 popcounts. The column is a multiple of 32, and so is `count`, unless it reaches to
+// the end of the row: then every word is written as a whole.
+inline void write_bits(const Output& y, int64_t row, int64_t column, const int32_t* popcounts, int64_t count) {
+    uint32_t* out = static_cast<uint32_t*>(y.data) + row * words_for(y.n) + column / kWordBits;
+    const int32_t* limits = y.limits + column;
+    for (int64_t word = 0; word < words_for(count); ++word, popcounts += kWordBits, limits += kWordBits) {
+        const int64_t bits = count - word * kWordBits < kWordBits ? count - word * kWordBits : kWordBits;
+        uint32_t value = y.flips ? y.flips[column / kWordBits + word] & word_mask(word, count) : 0;
+        for (int64_t j = 0; j < bits; ++j) value ^= static_cast<uint32_t>(popcounts[j] <= limits[j]) << j;
+        out[word] = value;
+    }
+}
+
+// Writes y[row][column .. column + count) from `count` popcounts of a ^ b. If y is bits, write_bits says which columns.
 inline void write_outputs(const Output& y, int64_t row, int64_t column, const int32_t* popcounts, int64_t count) {
     switch (y.dtype) {
         case DType::float64: return write_floats<double, double>(y, row, column, popcounts, count);
@@ -61,6 +83,7 @@ inline void write_outputs(const Output& y, int64_t row, int64_t column, const in
         case DType::float16: return write_floats<float, Half>(y, row, column, popcounts, count);
         case DType::bfloat16: return write_floats<float, BFloat16>(y, row, column, popcounts, count);
         default: {
+            if (y.limits) return write_bits(y, row, column, popcounts, count);
             int32_t* out = static_cast<int32_t*>(y.data) + row * y.n + column;
             for (int64_t j = 0; j < count; ++j) out[j] = y.k - popcounts[j] - popcounts[j];
         }

@@ -16,9 +16,14 @@ int32_t differing_bits(const uint32_t* a, const uint32_t* b, int64_t k) {
 void gemm(const Product& product, Range rows, Range columns, uint8_t*) {
     const int64_t words = words_for(product.k);
     for (int64_t i = rows.begin; i < rows.end; ++i) {
-        for (int64_t j = columns.begin; j < columns.end; ++j) {
-            const int32_t count = differing_bits(product.x + i * words, product.weight + j * words, product.k);
-            write_outputs(product.y, i, j, &count, 1);
+        // 32 outputs at a time, because they may become the bits of one word.
+        for (int64_t j = columns.begin; j < columns.end; j += kWordBits) {
+            const int64_t width = columns.end - j < kWordBits ? columns.end - j : kWordBits;
+            int32_t counts[kWordBits];
+            for (int64_t c = 0; c < width; ++c) {
+                counts[c] = differing_bits(product.x + i * words, product.weight + (j + c) * words, product.k);
+            }
+            write_outputs(product.y, i, j, counts, width);
         }
     }
 }

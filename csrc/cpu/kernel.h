@@ -57,7 +57,8 @@ struct Kernel {
     Layout layout;
     // Writes the panels [begin, end) of the prepared form from row-major words; null if unit_bytes is 0.
     void (*prepare)(const uint32_t* words, int64_t n, int64_t k, Range panels, uint8_t* out);
-    // gemm takes tiles of at most row_tile rows whose columns begin at a multiple of column_tile.
+    // gemm takes tiles of at most row_tile rows whose columns begin at a multiple of column_tile; and of 32, if the
+    // outputs are bits.
     int64_t row_tile, column_tile;
     int64_t (*workspace_bytes)(int64_t rows, int64_t k);
     // Computes y[rows][columns]; workspace is aligned to 64 bytes and private to the call.

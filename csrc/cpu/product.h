@@ -95,13 +95,15 @@ class PackedRows {
 // so the result does not depend on the split.
 template <class Threads>
 void multiply(const Threads& threads, const Kernel& kernel, const Product& product) {
+    // Tiles of bits begin at whole words, because no two threads may write one word.
+    const int64_t column_tile = product.y.limits ? std::lcm(kernel.column_tile, kWordBits) : kernel.column_tile;
     const bool serial = static_cast<double>(product.m) * product.n * product.k < kSerialProducts;
     const int64_t workers = serial ? 1 : threads.count();
     int64_t row_tiles = ceil_div(product.m, kernel.row_tile);
     const int64_t rows = std::min(ceil_div(ceil_div(product.m, row_tiles), 2) * 2, product.m);
     row_tiles = ceil_div(product.m, rows);
     const int64_t wanted = workers / std::gcd(row_tiles, workers);
-    const int64_t columns = ceil_div(ceil_div(product.n, wanted), kernel.column_tile) * kernel.column_tile;
+    const int64_t columns = ceil_div(ceil_div(product.n, wanted), column_tile) * column_tile;
     for_each_tile(threads, workers == 1, {product.m, product.n, rows, columns}, kernel.workspace_bytes(rows, product.k),
                   [&](Range tile_rows, Range tile_columns, uint8_t* workspace) {
                       kernel.gemm(product, tile_rows, tile_columns, workspace);
@@ -165,11 +167,18 @@ struct Weights {
     int64_t n, k;
 };
 
-// y[m][n], contiguous, with its bias and scale.
+// The limits and flips of outputs that are bits (epilogue.h), or null.
+struct Bits {
+    const int32_t* limits = nullptr;
+    const uint32_t* flips = nullptr;
+};
+
+// y[m][n], contiguous, with its bias and scale; or words [m][words_for(n)], if there are limits.
 struct Outputs {
     void* data;
     DType dtype;
     Channels bias, scale;
+    Bits bits = {};
 };
 
 // Computes the product of words [m][words_for(k)] by packed weights, whose panels it writes if they are missing.
@@ -189,7 +198,7 @@ void multiply_words(const Threads& threads, const Kernel& kernel, const uint32_t
               m,
               n,
               k,
-              {y.data, y.dtype, n, static_cast<int32_t>(k), bias.get(), scale.get()}});
+              {y.data, y.dtype, n, static_cast<int32_t>(k), bias.get(), scale.get(), y.bits.limits, y.bits.flips}});
 }
 
 // Computes the product of real values' signs by packed weights.

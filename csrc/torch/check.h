@@ -130,13 +130,17 @@ inline void check_dimensions(const char* argument, const Tensor& tensor, int64_t
     if (tensor.dim() < least) fail(argument, "expected shape ", shape, ", got ", tensor.dim(), " dimensions");
 }
 
-// Checks packed words [..., words_for(k)].
-inline void check_words(const char* argument, const Tensor& words, int64_t k, const Device& device) {
-    check_given(argument, words);
+inline void check_word_type(const char* argument, const Tensor& words) {
     const ScalarType type = scalar_type(words);
     if (type != ScalarType::Int && type != ScalarType::UInt32) {
         fail(argument, "expected packed words of dtype int32 or uint32, got ", dtype_name(type));
     }
+}
+
+// Checks packed words [..., words_for(k)].
+inline void check_words(const char* argument, const Tensor& words, int64_t k, const Device& device) {
+    check_given(argument, words);
+    check_word_type(argument, words);
     check_dimensions(argument, words, 1, "(..., ceil(k / 32))");
     const int64_t got = words.size(words.dim() - 1);
     if (got != words_for(k)) {
@@ -166,6 +170,26 @@ inline void check_vector(const char* argument, const std::optional<Tensor>& vect
              " elements");
     }
     check_memory(argument, *vector, device, element_size(dtype));
+}
+
+// Checks `length` contiguous elements of 32 bits, whose dtype is already checked.
+inline void check_contiguous_vector(const char* argument, const Tensor& vector, int64_t length, const Device& device) {
+    if (vector.dim() != 1 || vector.size(0) != length) {
+        fail(argument, "expected shape (", length, "), got ", vector.dim(), " dimensions and ", vector.numel(),
+             " elements");
+    }
+    if (!vector.is_contiguous()) fail(argument, "expected a contiguous vector, got a strided one");
+    check_memory(argument, vector, device, kWordBytes);
+}
+
+// Checks the limits of n outputs that are bits, and which of those bits are flipped, if given.
+inline void check_limits(const Tensor& limits, const std::optional<Tensor>& flips, int64_t n, const Device& device) {
+    const ScalarType type = scalar_type(limits);
+    if (type != ScalarType::Int) fail("out_limits", "expected int32, got ", dtype_name(type));
+    check_contiguous_vector("out_limits", limits, n, device);
+    if (!flips) return;
+    check_word_type("out_flips", *flips);
+    check_contiguous_vector("out_flips", *flips, words_for(n), device);
 }
 
 }  // namespace bitorch_qlinear

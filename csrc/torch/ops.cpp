@@ -7,10 +7,12 @@ STABLE_TORCH_LIBRARY(bitorch_qlinear, library) {
     library.def("prepare_weight(Tensor weight_words, SymInt k, *, int? layout=None) -> Tensor");
     library.def(
         "binary_linear(Tensor x_words, Tensor weight_words, SymInt k, Tensor? bias=None, *, "
-        "Tensor? weight_prepared=None, Tensor? scale=None, ScalarType? out_dtype=None) -> Tensor");
+        "Tensor? weight_prepared=None, Tensor? scale=None, ScalarType? out_dtype=None, Tensor? out_limits=None, "
+        "Tensor? out_flips=None) -> Tensor");
     library.def(
         "linear(Tensor x, Tensor weight_words, SymInt k, Tensor? bias=None, *, Tensor? weight_prepared=None, "
-        "Tensor? scale=None, ScalarType? out_dtype=None, bool strict=False) -> Tensor");
+        "Tensor? scale=None, ScalarType? out_dtype=None, bool strict=False, Tensor? out_limits=None, "
+        "Tensor? out_flips=None) -> Tensor");
     library.def(
         "sign_linear(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor? scale=None, ScalarType? out_dtype=None, "
         "bool strict=False, bool strict_weight=False) -> Tensor");

@@ -69,6 +69,25 @@ Outputs outputs_of(const Tensor& y, const std::optional<Tensor>& bias, const std
     return {y.data_ptr(), *dtype_of(y.scalar_type()), channels_of(bias), channels_of(scale)};
 }
 
+// The limits and flips of outputs that are bits, aligned; null without them.
+struct TensorBits {
+    std::optional<Tensor> limits, flips;  // keep the memory alive
+
+    explicit TensorBits(const BitArguments& given) {
+        if (given.limits) limits = aligned("out_limits", *given.limits);
+        if (given.flips) flips = aligned("out_flips", *given.flips);
+    }
+    Bits bits() const {
+        return {limits ? static_cast<const int32_t*>(limits->data_ptr()) : nullptr, flips ? words_of(*flips) : nullptr};
+    }
+};
+
+Outputs outputs_of(const Tensor& y, const WeightArguments& weight, const TensorBits& bits) {
+    Outputs outputs = outputs_of(y, weight.bias, weight.scale);
+    outputs.bits = bits.bits();
+    return outputs;
+}
+
 // ---- prepared weights ----------------------------------------------------------------------------
 
 // Returns how often torch has seen the tensor written, or kUnknownVersion for inference tensors, which do not count.
@@ -171,28 +190,33 @@ Tensor prepare_weight(const Tensor& words, int64_t k, std::optional<int64_t> lay
 
 Tensor binary_linear(const Tensor& x_words, const Tensor& weight_words, int64_t k, const std::optional<Tensor>& bias,
                      const std::optional<Tensor>& weight_prepared, const std::optional<Tensor>& scale,
-                     std::optional<ScalarType> out_dtype) {
+                     std::optional<ScalarType> out_dtype, const std::optional<Tensor>& out_limits,
+                     const std::optional<Tensor>& out_flips) {
     check_values(k);
     check_words("x_words", x_words, k, kCpu);
-    const ScalarType out_type = out_dtype.value_or(ScalarType::Float);
-    const WeightArguments given = check_weight(weight_words, k, bias, weight_prepared, scale, out_type, kCpu);
+    const WeightArguments given = check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype,
+                                               ScalarType::Float, {out_limits, out_flips}, kCpu);
     const Kernel& kernel = active_kernel();
     const int64_t m = count_rows(x_words);
     const TensorWeights weights = read_weights(given, kernel, m);
     const Tensor rows = aligned("x_words", x_words);
-    Tensor y = empty_on_cpu(sizes_with_last(x_words, weights.n), out_type);
-    multiply_words(Threads(), kernel, words_of(rows), m, weights, outputs_of(y, bias, scale));
+    const TensorBits bits(given.bits);
+    Tensor y = empty_on_cpu(sizes_with_last(x_words, given.out_size()), given.out_type);
+    multiply_words(Threads(), kernel, words_of(rows), m, weights, outputs_of(y, given, bits));
     return y;
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std::optional<Tensor>& bias,
               const std::optional<Tensor>& weight_prepared, const std::optional<Tensor>& scale,
-              std::optional<ScalarType> out_dtype, bool strict) {
-    const LinearArguments given = check_linear(x, weight_words, k, bias, weight_prepared, scale, out_dtype, kCpu);
+              std::optional<ScalarType> out_dtype, bool strict, const std::optional<Tensor>& out_limits,
+              const std::optional<Tensor>& out_flips) {
+    const LinearArguments given =
+        check_linear(x, weight_words, k, bias, weight_prepared, scale, out_dtype, {out_limits, out_flips}, kCpu);
     const Kernel& kernel = active_kernel();
     const TensorWeights weights = read_weights(given.weight, kernel, given.x.m);
-    Tensor y = empty_on_cpu(sizes_with_last(x, weights.n), given.weight.out_type);
-    multiply_rows(Threads(), kernel, given.x, strict, weights, outputs_of(y, bias, scale));
+    const TensorBits bits(given.weight.bits);
+    Tensor y = empty_on_cpu(sizes_with_last(x, given.weight.out_size()), given.weight.out_type);
+    multiply_rows(Threads(), kernel, given.x, strict, weights, outputs_of(y, given.weight, bits));
     return y;
 }
 
@@ -211,7 +235,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_train(const Tensor& x, const Tensor& w
                                                 const std::optional<Tensor>& weight_prepared,
                                                 const std::optional<Tensor>& scale, std::optional<ScalarType> out_dtype,
                                                 bool strict, std::optional<double> threshold) {
-    const LinearArguments given = check_linear(x, weight_words, k, bias, weight_prepared, scale, out_dtype, kCpu);
+    const LinearArguments given =
+        check_linear(x, weight_words, k, bias, weight_prepared, scale, out_dtype, kNoBits, kCpu);
     const TensorRows& rows = given.x;
     const Kernel& kernel = active_kernel();
     const TensorWeights weights = read_weights(given.weight, kernel, rows.m);

@@ -181,6 +181,12 @@ Tensor multiply(int64_t m, const Weights& weights, const Outputs& outputs, const
                     [&](const KernelRecord& kernel) { return factor_of_weights(weights, kernel, launch); });
 }
 
+// Refuses outputs that are bits, which no kernel here writes yet.
+void refuse_bits(const std::optional<Tensor>& limits, const std::optional<Tensor>& flips) {
+    if (limits) fail("out_limits", "expected None for tensors on CUDA, where products do not write bits, got a tensor");
+    if (flips) fail("out_flips", "expected None without out_limits, got a tensor");
+}
+
 // ---- operators -------------------------------------------------------------------------------------------------------
 
 Tensor pack_bits(const Tensor& x, bool strict) {
@@ -225,24 +231,30 @@ Tensor prepare_weight(const Tensor& words, int64_t k, std::optional<int64_t> lay
 
 Tensor binary_linear(const Tensor& x_words, const Tensor& weight_words, int64_t k, const std::optional<Tensor>& bias,
                      const std::optional<Tensor>& weight_prepared, const std::optional<Tensor>& scale,
-                     std::optional<ScalarType> out_dtype) {
+                     std::optional<ScalarType> out_dtype, const std::optional<Tensor>& out_limits,
+                     const std::optional<Tensor>& out_flips) {
     const Device device = device_of("x_words", x_words);
+    refuse_bits(out_limits, out_flips);
     check_values(k);
     check_words("x_words", x_words, k, device);
-    const ScalarType out_type = out_dtype.value_or(ScalarType::Float);
-    const Weights weights = read_weights(check_weight(weight_words, k, bias, weight_prepared, scale, out_type, device));
+    const WeightArguments given = check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype,
+                                               ScalarType::Float, {out_limits, out_flips}, device);
+    const Weights weights = read_weights(given);
     const int64_t m = count_rows(x_words);
     const Launch launch(device);
     return multiply(
-        m, weights, {sizes_with_last(x_words, weights.n), out_type, bias, scale}, launch,
+        m, weights, {sizes_with_last(x_words, weights.n), given.out_type, bias, scale}, launch,
         [&](const KernelRecord& kernel) { return factor_of_words(words_of(x_words), m, k, kernel, launch); });
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std::optional<Tensor>& bias,
               const std::optional<Tensor>& weight_prepared, const std::optional<Tensor>& scale,
-              std::optional<ScalarType> out_dtype, bool strict) {
+              std::optional<ScalarType> out_dtype, bool strict, const std::optional<Tensor>& out_limits,
+              const std::optional<Tensor>& out_flips) {
     const Device device = device_of("x", x);
-    const LinearArguments given = check_linear(x, weight_words, k, bias, weight_prepared, scale, out_dtype, device);
+    refuse_bits(out_limits, out_flips);
+    const LinearArguments given =
+        check_linear(x, weight_words, k, bias, weight_prepared, scale, out_dtype, {out_limits, out_flips}, device);
     const Weights weights = read_weights(given.weight);
     const Launch launch(device);
     return multiply(given.x.m, weights, {sizes_with_last(x, weights.n), given.weight.out_type, bias, scale}, launch,
@@ -269,7 +281,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_train(const Tensor& x, const Tensor& w
                                                 const std::optional<Tensor>& scale, std::optional<ScalarType> out_dtype,
                                                 bool strict, std::optional<double> threshold) {
     const Device device = device_of("x", x);
-    const LinearArguments given = check_linear(x, weight_words, k, bias, weight_prepared, scale, out_dtype, device);
+    const LinearArguments given =
+        check_linear(x, weight_words, k, bias, weight_prepared, scale, out_dtype, kNoBits, device);
     const TensorRows& rows = given.x;
     const Weights weights = read_weights(given.weight);
     check_threshold(threshold);

@@ -117,6 +117,16 @@ inline std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) 
 
 inline uint32_t* words_of(const Tensor& words) { return static_cast<uint32_t*>(words.data_ptr()); }
 
+// The limits and flips of outputs that are bits (epilogue.h), as they were given.
+struct BitArguments {
+    const std::optional<Tensor>& limits;
+    const std::optional<Tensor>& flips;
+};
+
+// What an operator passes that only writes numbers.
+inline const std::optional<Tensor> kNoTensor;
+inline const BitArguments kNoBits{kNoTensor, kNoTensor};
+
 // Checks what every product takes beside its factors: n values of bias and scale, and the type of the outputs.
 inline void check_epilogue(int64_t n, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
                            ScalarType out_type, const Device& device) {
@@ -127,6 +137,22 @@ inline void check_epilogue(int64_t n, const std::optional<Tensor>& bias, const s
     } else if (bias || scale) {
         fail("out_dtype", "int32 is the product itself, and takes neither bias nor scale");
     }
+}
+
+// Checks what a product takes whose n outputs may be bits, and returns the type of its result.
+inline ScalarType check_epilogue(int64_t n, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
+                                 std::optional<ScalarType> out_type, ScalarType usual_type, const BitArguments& bits,
+                                 const Device& device) {
+    if (!bits.limits) {
+        if (bits.flips) fail("out_flips", "expected None without out_limits, got a tensor");
+        check_epilogue(n, bias, scale, out_type.value_or(usual_type), device);
+        return out_type.value_or(usual_type);
+    }
+    if (bias) fail("bias", "expected None with out_limits, got a tensor");
+    if (scale) fail("scale", "expected None with out_limits, got a tensor");
+    if (out_type) fail("out_dtype", "expected None with out_limits, got ", dtype_name(*out_type));
+    check_limits(*bits.limits, bits.flips, n, device);
+    return ScalarType::Int;
 }
 
 // Checks a prepared form as far as every device can without reading its memory.
@@ -149,17 +175,23 @@ struct WeightArguments {
     const std::optional<Tensor>& bias;
     const std::optional<Tensor>& prepared;
     const std::optional<Tensor>& scale;
+    BitArguments bits;
     ScalarType out_type;
+
+    // Returns the last size of the result.
+    int64_t out_size() const { return bits.limits ? words_for(n) : n; }
 };
 
 inline WeightArguments check_weight(const Tensor& words, int64_t k, const std::optional<Tensor>& bias,
                                     const std::optional<Tensor>& prepared, const std::optional<Tensor>& scale,
-                                    ScalarType out_type, const Device& device) {
+                                    std::optional<ScalarType> out_dtype, ScalarType usual_type,
+                                    const BitArguments& bits, const Device& device) {
     check_values(k);
     check_weight_words(words, k, device);
-    check_epilogue(words.size(0), bias, scale, out_type, device);
+    const int64_t n = words.size(0);
+    const ScalarType out_type = check_epilogue(n, bias, scale, out_dtype, usual_type, bits, device);
     if (prepared) check_prepared_vector("weight_prepared", *prepared, device);
-    return {words, words.size(0), k, bias, prepared, scale, out_type};
+    return {words, n, k, bias, prepared, scale, bits, out_type};
 }
 
 // The arguments of a product of real rows by packed weights, checked.
@@ -171,10 +203,10 @@ struct LinearArguments {
 inline LinearArguments check_linear(const Tensor& x, const Tensor& weight_words, int64_t k,
                                     const std::optional<Tensor>& bias, const std::optional<Tensor>& weight_prepared,
                                     const std::optional<Tensor>& scale, std::optional<ScalarType> out_dtype,
-                                    const Device& device) {
+                                    const BitArguments& bits, const Device& device) {
     TensorRows rows = check_rows("x", x, k, device);
     return {std::move(rows),
-            check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype.value_or(x.scalar_type()), device)};
+            check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype, x.scalar_type(), bits, device)};
 }
 
 // The arguments of a product of real rows by real weights, checked.

@@ -105,6 +105,13 @@ class Maker:
         dtype = self.random.choice([None, *FLOATS])
         return None if dtype is None else self.strided((self.n,), dtype)
 
+    def limits(self) -> Tensor:
+        """Return limits near the counts that random words have, and some far from any count."""
+        near = torch.randint(self.k // 2 - 2, self.k // 2 + 3, (self.n,), dtype=torch.int32, generator=self.generator)
+        anywhere = self.elements(self.n, torch.int32).view(torch.int32)
+        content = torch.where(torch.rand(self.n, generator=self.generator) < 0.8, near, anywhere)
+        return guarded(content.view(torch.uint8), misaligned=self.chance(0.1)).view(torch.int32)
+
     # ---- arguments, by name -------------------------------------------------------------------
 
     def valid(self, argument: str, so_far: dict[str, Any]) -> Any:
@@ -118,6 +125,11 @@ class Maker:
             return self.floats((self.n, self.k))
         if argument in ("bias", "scale"):
             return self.vector()
+        if argument == "out_limits":
+            return self.limits() if self.chance(0.3) else None
+        if argument == "out_flips":
+            given = so_far["out_limits"] is not None and self.chance(0.7)
+            return self.contiguous((-(-self.n // 32),), self.random.choice(WORDS)) if given else None
         if argument == "weight_prepared":
             return self.prepared(so_far["weight_words"]) if self.chance(0.6) else None
         pick = self.random.choice
@@ -249,6 +261,8 @@ def make_case(seed: int) -> Case:
         maker.share_memory(values)
     if values.get("out_dtype") is torch.int32 and maker.chance(0.8):
         values |= {"bias": None, "scale": None}
+    if values.get("out_limits") is not None and maker.chance(0.9):
+        values |= {"bias": None, "scale": None, "out_dtype": None}
     arguments = schema(operator)
     for argument in maker.random.sample(arguments, min(len(arguments), maker.random.choice([0, 1, 1, 2, 3]))):
         values[argument.name] = maker.spoil(argument, values[argument.name])

@@ -9,6 +9,7 @@ import torch
 from support.reference import (
     FLOATS,
     assert_equal,
+    bits,
     epilogue,
     in_range,
     pack,
@@ -67,6 +68,17 @@ def is_rows(x: Tensor, k: int) -> bool:
 
 def is_vector(vector: Tensor | None, n: int) -> bool:
     return vector is None or (vector.dtype in FLOATS and vector.shape == (n,) and is_inside(vector))
+
+
+def find_bit_faults(v: dict[str, Any], n: int) -> set[str]:
+    """Return the arguments at fault in a product that writes bits."""
+    limits, flips = v["out_limits"], v["out_flips"]
+    wrong = {name for name in ("bias", "scale", "out_dtype") if v[name] is not None}
+    if not (limits.dtype is torch.int32 and limits.shape == (n,) and limits.is_contiguous() and is_inside(limits)):
+        wrong.add("out_limits")
+    if flips is not None and not (is_words(flips, n) and flips.dim() == 1):
+        wrong.add("out_flips")
+    return wrong
 
 
 def is_prepared(prepared: Tensor | None) -> bool:
@@ -133,7 +145,11 @@ def find_faults(case: Case) -> set[str]:
                 wrong |= {"x", "weight"}
     elif "weight_words" not in wrong and "bias" in v:
         n = v["weight_words"].shape[0]
-        wrong |= {name for name in ("bias", "scale") if not is_vector(v[name], n)}
+        if v.get("out_limits") is not None:
+            wrong |= find_bit_faults(v, n)
+        else:
+            wrong |= {name for name in ("bias", "scale") if not is_vector(v[name], n)}
+            wrong |= set() if v.get("out_flips") is None else {"out_flips"}
         wrong |= set() if is_prepared(v["weight_prepared"]) else {"weight_prepared"}
     if "sign_words" not in wrong and "reals" in v:
         wrong |= set() if is_rows(v["reals"], k if v["transpose"] else v["sign_words"].shape[0]) else {"reals"}
@@ -169,7 +185,11 @@ def check_product(case: Case, y: Tensor, x_signs: Tensor, default: torch.dtype) 
     else:
         words = plain(v["weight_words"])
         w_signs = unpack_signs(words, v["k"])
-    expected = epilogue(product(x_signs, w_signs), plain(v["bias"]), plain(v["scale"]), out)
+    integers = product(x_signs, w_signs)
+    if v.get("out_limits") is not None:
+        expected = bits(integers, v["k"], plain(v["out_limits"]), plain(v["out_flips"]))
+    else:
+        expected = epilogue(integers, plain(v["bias"]), plain(v["scale"]), out)
     if v.get("weight_prepared") is not None:
         genuine = torch.ops.bitorch_qlinear.prepare_weight(words, v["k"])
         if is_forged(v["weight_prepared"], genuine):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.operators import OPERATORS, arguments, call_arguments, operator, problems, samples, strided
+from support.operators import OPERATORS, arguments, call_arguments, operator, problems, samples, strided, with_bits
 from support.reference import (
     FLOATS,
     assert_equal,
@@ -174,6 +174,8 @@ def test_fake_and_meta_results_have_the_real_form(kernel, name, data):
     values["out_dtype"] = data.draw(st.sampled_from([None, *FLOATS]))
     values["threshold"] = data.draw(st.sampled_from([None, 1.0]))
     values["dtype"] = data.draw(st.sampled_from([*FLOATS, torch.bool, torch.int8]))
+    if data.draw(st.booleans()):
+        values = with_bits(values, len(values["weight_words"]), values["k"])
     args, kwargs = call_arguments(name, values)
     real = operator(name)(*args, **kwargs)
     with FakeTensorMode() as mode:

@@ -16,12 +16,16 @@ from support.operators import (
     PREPARED,
     SINGLE,
     TENSORS,
+    WITHOUT_MEMORY,
     arguments,
+    arguments_with,
     assert_refused,
     breakages,
     call_arguments,
     named_for,
     operator,
+    refusal,
+    without_memory,
 )
 from support.reference import (
     assert_equal,
@@ -30,7 +34,6 @@ from support.reference import (
     signs,
     unpack_signs,
 )
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitorch_qlinear import _kernels
 from bitorch_qlinear import functional as F
@@ -38,7 +41,7 @@ from bitorch_qlinear import functional as F
 
 @pytest.mark.parametrize(("name", "argument", "what"), list(breakages()))
 def test_wrong_arguments_are_refused(kernel, name, argument, what):
-    values = arguments()
+    values = arguments_with(argument)
     values[argument] = BROKEN[argument][what](values[argument])
     assert_refused(name, values, *named_for(name, argument))
 
@@ -56,38 +59,15 @@ def test_foreign_forms_are_not_used(kernel, name, what):
         assert_equal(r, w)
 
 
-def without_memory(way):
-    """Return a context manager and a function that, inside it, makes a tensor of a given one's form without memory."""
-    mode = FakeTensorMode()
-    if way == "fake cpu":
-        return mode, mode.from_tensor
-    device = way.removeprefix("fake ")
-
-    def made(tensor):
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-
-    return nullcontext() if way == "meta" else mode, made
-
-
-def refusal(name, values):
-    args, kwargs = call_arguments(name, values)
-    with pytest.raises(RuntimeError) as caught:
-        operator(name)(*args, **kwargs)
-    return str(caught.value)
-
-
 def needs_cpu(name, way):
     return way == "fake cuda" and name in CPU_ONLY
-
-
-WITHOUT_MEMORY = ["meta", "fake cpu", "fake cuda"]
 
 
 @pytest.mark.parametrize("way", WITHOUT_MEMORY)
 @pytest.mark.parametrize(("name", "argument", "what"), [p for p in breakages() if p.values[2] not in INVISIBLE])
 def test_tensors_without_memory_are_refused_alike(name, argument, what, way):
     """The errors must be the same for meta and fake tensors, so that a wrong argument is found while tracing."""
-    values = arguments()
+    values = arguments_with(argument)
     values[argument] = BROKEN[argument][what](values[argument])
     expected = refusal(name, values)
     if needs_cpu(name, way):
@@ -120,7 +100,7 @@ def test_layout_of_another_device_is_refused(way):
 @pytest.mark.parametrize("name", sorted(set(OPERATORS) - set(SINGLE)))
 @pytest.mark.parametrize("argument", TENSORS)
 def test_tensors_on_different_devices_are_refused(name, argument):
-    values = arguments()
+    values = arguments_with(argument)
     names = [a.name for a in operator(name)._schema.arguments]
     if argument in names:
         values[argument] = values[argument].to("meta")

@@ -2,10 +2,12 @@
 
 import math
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitorch_qlinear import _kernels
 from bitorch_qlinear import functional as F
@@ -98,12 +100,20 @@ def arguments(m=(3,), n=5, k=40, dtype=torch.float32, transpose=False):
         "scale": torch.randn(n),
         "weight_prepared": F.prepare_weight(weight_words, k),
         "out_dtype": torch.float64,
+        "out_limits": None,
+        "out_flips": None,
         "threshold": 0.5,
         "layout": _kernels.prepared_layout().number,
         "reals": torch.randn(*m, k if transpose else n).to(dtype),
         "sign_words": weight_words,
         "transpose": transpose,
     }
+
+
+def with_bits(values, n=5, k=40):
+    """Return the arguments of a product that writes bits, which excludes some of the others."""
+    bits = {"out_limits": torch.randint(-2, k + 2, (n,), dtype=torch.int32), "out_flips": pack_signs(torch.randn(n))}
+    return values | {"bias": None, "scale": None, "out_dtype": None} | bits
 
 
 def call_arguments(name, values, required_only=False):
@@ -124,6 +134,8 @@ def samples(name):
         call_arguments(name, arguments()),
         call_arguments(name, arguments(), required_only=True),
         call_arguments(name, wide | {"bias": None, "out_dtype": torch.bfloat16}),
+        call_arguments(name, with_bits(wide, 7, 33)),
+        call_arguments(name, with_bits(wide, 7, 33) | {"out_flips": None, "weight_prepared": None}),
     ]
 
 
@@ -204,6 +216,15 @@ FOREIGN_FORMS = {
     "k one more": with_bytes(24, b"\x29"),
     "k negative": with_bytes(31, b"\xff"),
 }
+BITS = MEMORY | {
+    "no dimensions": lambda v: v[0],
+    "two dimensions": lambda v: v[None],
+    "one more": lambda v: torch.cat([v, v[:1]]),
+    "none": lambda v: v[:0],
+    "int64": lambda v: v.long(),
+    "float32": lambda v: v.float(),
+    "bool": lambda v: v.bool(),
+}
 MATRIX_WORDS = WORDS | {"one dimension": lambda w: w[0], "three dimensions": lambda w: w[None]}
 BROKEN = {
     "x": FLOAT_ROWS,
@@ -215,6 +236,8 @@ BROKEN = {
     "sign_words": MATRIX_WORDS,
     "bias": VECTOR,
     "scale": VECTOR,
+    "out_limits": BITS | {"one less": lambda v: v[:-1], "uint32": lambda v: v.view(torch.uint32), "strided": strided},
+    "out_flips": BITS,
     "k": {str(k): lambda _, k=k: k for k in (-1, -(2**63), 0, 8, 32, 65, 2**31, 2**32 + 40, 2**63 - 1)},
     "dtype": {str(d)[6:]: lambda _, d=d: d for d in (torch.int64, torch.uint8, torch.complex64, torch.uint32)},
     "out_dtype": {str(d)[6:]: lambda _, d=d: d for d in (torch.int64, torch.bool, torch.complex64, torch.int8)}
@@ -238,7 +261,16 @@ SINGLE = ("pack_bits", "unpack_bits", "prepare_weight")
 CPU_ONLY = ("multiply_signs",)
 LINEAR = sorted(set(OPERATORS) - {*SINGLE, *CPU_ONLY})
 PREPARED = sorted(set(LINEAR) - {"sign_linear"})
-TENSORS = ("x", "weight", "words", "x_words", "weight_words", "bias", "scale", "weight_prepared", "reals", "sign_words")
+WRITES_BITS = ("binary_linear", "linear")
+BIT_TENSORS = ("out_limits", "out_flips")
+NUMBER_TENSORS = ("bias", "scale")
+OTHER_TENSORS = ("x", "weight", "words", "x_words", "weight_words", "weight_prepared", "reals", "sign_words")
+TENSORS = (*OTHER_TENSORS, *NUMBER_TENSORS, *BIT_TENSORS)
+
+
+def arguments_with(argument):
+    """Return valid arguments with a value for this one, which some of the others may exclude."""
+    return with_bits(arguments()) if argument in BIT_TENSORS else arguments()
 
 
 def breakages():
@@ -256,11 +288,32 @@ INVISIBLE = (*MEMORY, *NO_HEADER)
 """The faults that meta and fake tensors cannot show, because they concern memory or its contents."""
 
 
-def assert_refused(name, values, *expected_names):
+def without_memory(way):
+    """Return a context manager and a function that, inside it, makes a tensor of a given one's form without memory."""
+    mode = FakeTensorMode()
+    if way == "fake cpu":
+        return mode, mode.from_tensor
+    device = way.removeprefix("fake ")
+
+    def made(tensor):
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+    return nullcontext() if way == "meta" else mode, made
+
+
+WITHOUT_MEMORY = ["meta", "fake cpu", "fake cuda"]
+
+
+def refusal(name, values):
+    """Return what the operator says when it refuses these arguments."""
     args, kwargs = call_arguments(name, values)
     with pytest.raises(RuntimeError) as caught:
         operator(name)(*args, **kwargs)
-    message = str(caught.value)
+    return str(caught.value)
+
+
+def assert_refused(name, values, *expected_names):
+    message = refusal(name, values)
     assert re.match(
         f"bitorch_qlinear: ({'|'.join(expected_names)}): expected |bitorch_qlinear: .*storage|"
         "bitorch_qlinear: out_dtype: int32",

@@ -71,6 +71,12 @@ def epilogue(integers: Tensor, bias: Tensor | None, scale: Tensor | None, out_dt
     return y.to(out_dtype)
 
 
+def bits(integers: Tensor, k: int, limits: Tensor, flips: Tensor | None = None) -> Tensor:
+    """Return the words of (popcount <= limit) XOR flip, where an integer of the product is k - 2 popcount."""
+    ones = (k - integers) // 2 <= limits
+    return pack(ones if flips is None else ones ^ unpack(flips.view(torch.int32), len(limits)))
+
+
 def linear_reference(
     x: Tensor,
     w: Tensor,
