@@ -422,7 +422,7 @@ def _gradients(
 
 
 # Unpacked signs of so many weights stay in cache until they are added.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 17
 
 
 def _add_signs(values: Tensor, words: Tensor, k: int, factors: Tensor) -> Tensor:
