@@ -93,13 +93,9 @@ def binary_rule(quantization: nn.Module) -> BinaryRule | None:
 
     Returns:
         The rule if this is exactly one of sign, approxsign, swishsign, steheaviside, or progressive_sign in eval mode,
-<<<<<<< HEAD
-        of this package or of bitorch, or a `BinaryQuantization` of the user's own that has no scale; and if it has no
-        hooks (which the packed path would skip). None for all others, such as subclasses that override `quantize`.
-=======
-        of this package or of bitorch, or a finished schedule of bitorch whose last quantization is one of them; without
-        hooks (which the packed path would skip). None for all others, subclasses included.
->>>>>>> main
+        of this package or of bitorch, a finished schedule of bitorch whose last quantization is one of them, or a
+        `BinaryQuantization` of the user's own that has no scale; and if it has no hooks (which the packed path would
+        skip). None for all others, such as subclasses that override `quantize`.
     """
     cls = type(quantization)
     rule = _RULE_BY_CLASS.get(cls) or _RULE_BY_NAME.get((cls.__module__, cls.__qualname__))

@@ -132,11 +132,7 @@ TABLES: dict[str, tuple[str, dict[str, Recipe]]] = {
         "where, weight scale",
         {
             f"{where}, {scale}": change(**changes, scale=scale)
-            for where, changes in (
-                ("hidden layers", {}),
-                ("hidden and last layer", {"binary": "hidden and last"}),
-                ("hidden layers without BatchNorm", {"between": "none"}),
-            )
+            for where, changes in (("hidden layers without BatchNorm", {"between": "none"}),)
             for scale in (None, "mean", "learned")
         },
     ),
