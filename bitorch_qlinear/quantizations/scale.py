@@ -88,7 +88,7 @@ def mean_magnitude(weight: Tensor, strict: bool = False) -> Tensor:
 
     Args:
         weight: Shape ``(n, k)``.
-        strict: The derivative of |w| is +1 only if w > 0, instead of +1 unless w < 0; otherwise it is -1.
+        strict: The derivative of ``|w|`` is +1 only if w > 0, instead of +1 unless w < 0; otherwise it is -1.
 
     Returns:
         Shape ``(n,)``; float64 for float64 weights and float32 for all others, the dtype of the sum. It is 0 if k is 0.
