@@ -138,6 +138,8 @@ def find_faults(case: Case) -> set[str]:
     if "weight" in v:  # sign_linear, which has no words
         if v["weight"].dim() != 2 or not is_rows(v["weight"], v["weight"].shape[-1]):
             wrong.add("weight")
+            if v["weight"].dim() == 2 and v["x"].dim() and v["x"].shape[-1] != v["weight"].shape[1]:
+                wrong.add("x")  # its size is compared before the weight's memory
         else:
             n = v["weight"].shape[0]
             wrong |= {name for name in ("bias", "scale") if not is_vector(v[name], n)}
