@@ -7,6 +7,13 @@ Forward is exact, by XNOR and popcount. Backward is the straight-through estimat
     dL/dW = weight rule's gradient of gᵀ · s(x)
     dL/db = g summed over the leading dimensions
 
+With a scale α for each output channel, ``y = (s(x) · s(W)ᵀ) · α + b``, and ``g · α`` takes the place of g in dL/dx and
+dL/dW; ``dL/dα = g · (s(x) · s(W)ᵀ)``, summed over the leading dimensions. The integer product is not saved, but
+computed again from the bits. If α is the mean magnitude of the K weights of its channel, dL/dW also gets
+``s(W) / K · dL/dα``: the chain rule through α. That is the gradient of the reference implementation
+(https://github.com/jiecaoyu/XNOR-Net-PyTorch, ``BinOp.updateBinaryGradWeight``, derived in its ``notes``), which
+corrects the paper's, without its constant factor K - 1. Its mask ``|W| <= 1`` is the limit of the weight's rule.
+
 Backward needs the signs of x, and with a threshold also which elements are in range. Each takes one bit an element, and
 they are saved beside the words of W instead of x. Only the rules whose derivative is a function of x (approxsign,
 swishsign) save x as well.
@@ -33,6 +40,8 @@ __all__ = [
     "is_differentiated",
     "packed_linear",
     "real_linear",
+    "scaled",
+    "scaled_in_float",
     "sign_linear",
     "train_linear",
     "wants_gradient",
@@ -83,8 +92,10 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
     return not _compiling() or (_grad_enabled() and functorch_active())
 
 
-def sign_linear(x: Tensor, weight: Tensor, bias: Tensor | None, strict: bool, strict_weight: bool) -> Tensor:
-    """Compute ``s(x) · s(weight)ᵀ + bias`` from real weights, which are packed in this call; for inference.
+def sign_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, strict: bool, strict_weight: bool, scale: Tensor | None = None
+) -> Tensor:
+    """Compute ``(s(x) · s(weight)ᵀ) · scale + bias`` from real weights, which are packed in this call; for inference.
 
     Args:
         x: Shape ``(..., k)``, any strides.
@@ -92,6 +103,7 @@ def sign_linear(x: Tensor, weight: Tensor, bias: Tensor | None, strict: bool, st
         bias: Shape ``(n,)`` or None.
         strict: The sign of x is +1 only if x > 0, instead of +1 unless x < 0.
         strict_weight: The same for the weight.
+        scale: Shape ``(n,)`` or None.
 
     Returns:
         Shape ``(..., n)``, in autocast's dtype or that of x.
@@ -99,15 +111,23 @@ def sign_linear(x: Tensor, weight: Tensor, bias: Tensor | None, strict: bool, st
     operator = _sign_linear if _compiling() else _sign_linear_entry
     out_dtype = autocast_dtype(x)
     # Each keyword that is passed costs 0.3 us, so defaults are omitted.
-    if strict or strict_weight or out_dtype is not None:
-        return operator(x, weight, bias, out_dtype=out_dtype, strict=strict, strict_weight=strict_weight)  # type: ignore[no-any-return]
+    if strict or strict_weight or out_dtype is not None or scale is not None:
+        return operator(  # type: ignore[no-any-return]
+            x, weight, bias, scale=scale, out_dtype=out_dtype, strict=strict, strict_weight=strict_weight
+        )
     return operator(x, weight, bias)  # type: ignore[no-any-return]
 
 
 def packed_linear(
-    x: Tensor, words: Tensor, k: int, bias: Tensor | None, prepared: Tensor | None, strict: bool
+    x: Tensor,
+    words: Tensor,
+    k: int,
+    bias: Tensor | None,
+    prepared: Tensor | None,
+    strict: bool,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """Compute ``s(x) · Wᵀ + bias`` from packed weights W; for inference.
+    """Compute ``(s(x) · Wᵀ) · scale + bias`` from packed weights W; for inference.
 
     Args:
         x: Shape ``(..., k)``, any strides.
@@ -116,21 +136,31 @@ def packed_linear(
         bias: Shape ``(n,)`` or None.
         prepared: The prepared form of the words, or None.
         strict: The sign of x is +1 only if x > 0, instead of +1 unless x < 0.
+        scale: Shape ``(n,)`` or None.
 
     Returns:
         Shape ``(..., n)``, in autocast's dtype or that of x.
     """
     operator = _linear if _compiling() else _linear_entry
     out_dtype = autocast_dtype(x)
-    if strict or out_dtype is not None:
-        return operator(x, words, k, bias, weight_prepared=prepared, out_dtype=out_dtype, strict=strict)  # type: ignore[no-any-return]
+    if strict or out_dtype is not None or scale is not None:
+        return operator(  # type: ignore[no-any-return]
+            x, words, k, bias, weight_prepared=prepared, scale=scale, out_dtype=out_dtype, strict=strict
+        )
     if prepared is None:
         return operator(x, words, k, bias)  # type: ignore[no-any-return]
     return operator(x, words, k, bias, weight_prepared=prepared)  # type: ignore[no-any-return]
 
 
-def real_linear(x: Tensor, words: Tensor, k: int, bias: Tensor | None, threshold: float | None = None) -> Tensor:
-    """Compute ``x · Wᵀ + bias`` from real x and packed weights W; differentiable in x and bias.
+def real_linear(
+    x: Tensor,
+    words: Tensor,
+    k: int,
+    bias: Tensor | None,
+    threshold: float | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Compute ``(x · Wᵀ) · scale + bias`` from real x and packed weights W; differentiable in x, bias and scale.
 
     Args:
         x: Shape ``(..., k)``, any strides.
@@ -138,6 +168,7 @@ def real_linear(x: Tensor, words: Tensor, k: int, bias: Tensor | None, threshold
         k: Number of values in a row.
         bias: Shape ``(n,)`` or None.
         threshold: The gradient of x is 0 unless ``|x| <= threshold``; None and 0 cancel nothing.
+        scale: Shape ``(n,)`` or None.
 
     Returns:
         Shape ``(..., n)``, in autocast's dtype or that of x.
@@ -147,6 +178,8 @@ def real_linear(x: Tensor, words: Tensor, k: int, bias: Tensor | None, threshold
     dtype = autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)
+    if scale is not None:
+        return scaled(real_linear(x, words, k, None), scale, bias)
     if bias is not None and bias.dtype is not x.dtype:
         bias = bias.to(x.dtype)
     if not (x.is_cpu and beats_blas(x, words.shape[0])):
@@ -156,6 +189,41 @@ def real_linear(x: Tensor, words: Tensor, k: int, bias: Tensor | None, threshold
         return y if bias is None else y + bias
     y = multiply_signs(x, words, k, True)
     return y if bias is None else y.add_(bias)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype T in which the operators multiply by the scale and add the bias, for an output of this dtype."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def scaled(product: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``product · scale + bias`` in the product's dtype, computed as the operators do it."""
+    dtype = _sum_dtype(product.dtype)
+    y = product.to(dtype) * scale.to(dtype)
+    return (y if bias is None else y + bias.to(dtype)).to(product.dtype)
+
+
+def scaled_in_float(
+    x_signs: Tensor, weight_signs: Tensor, scale: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """Compute ``(x_signs · weight_signsᵀ) · scale + bias`` by torch's own operators, with the values of the kernels.
+
+    Args:
+        x_signs: ±1, shape ``(..., k)``.
+        weight_signs: ±1, shape ``(n, k)``.
+        scale: Shape ``(n,)`` or None.
+        bias: Shape ``(n,)`` or None.
+        out_dtype: The dtype of the output.
+
+    Returns:
+        Shape ``(..., n)``.
+    """
+    dtype = _sum_dtype(out_dtype)
+    with torch.autocast(x_signs.device.type, enabled=False):
+        y = torch.nn.functional.linear(x_signs.to(dtype), weight_signs.to(dtype))
+        y = y if scale is None else y * scale.to(dtype)
+        y = y if bias is None else y + bias.to(dtype)
+    return y.to(out_dtype)
 
 
 def _in_range_limit(rule: BinaryRule, threshold: float | None) -> float | None:
@@ -185,10 +253,11 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 class BinaryProduct(torch.autograd.Function):
-    """Computes ``s(x) · s(W)ᵀ + b``, with the gradients that the module's docstring lists.
+    """Computes ``(s(x) · s(W)ᵀ) · scale + b``, with the gradients that the module's docstring lists.
 
-    The weight is None if only its words exist, and then has no gradient. The outputs after y are the packed signs of x
-    and its packed in-range bits, which backward reads.
+    The weight is None if only its words exist, and then has no gradient. If `scale_is_mean`, the scale was computed
+    from the weight, whose gradient then includes the part through the scale. The outputs after y are the packed signs
+    of x and its packed in-range bits, which backward reads.
     """
 
     @staticmethod
@@ -196,12 +265,14 @@ class BinaryProduct(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        scale: Tensor | None,
         words: Tensor,
         prepared: Tensor | None,
         k: int,
         rules: tuple[BinaryRule, BinaryRule],
         limit: float | None,
         out_dtype: torch.dtype | None,
+        scale_is_mean: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, x_words, in_range_words = _library.operators.linear_train(
             x,
@@ -209,6 +280,7 @@ class BinaryProduct(torch.autograd.Function):
             k,
             bias,
             weight_prepared=prepared,
+            scale=scale,
             out_dtype=out_dtype,
             strict=rules[0].strict,
             threshold=limit,
@@ -217,11 +289,11 @@ class BinaryProduct(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, weight, bias, words, _, ctx.k, (ctx.input_rule, ctx.weight_rule), limit, _ = inputs
+        x, weight, bias, scale, words, _, ctx.k, (ctx.input_rule, ctx.weight_rule), limit, _, ctx.scale_is_mean = inputs
         _, x_words, in_range_words = output
         ctx.mark_non_differentiable(x_words, in_range_words)
         ctx.set_materialize_grads(False)
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, weight, bias)]
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, weight, bias, scale)]
         # The weight is referenced only so that a second derivative can find it. Its values are not needed, so it is not
         # saved.
         ctx.weight = None if _compiling() else weight
@@ -231,20 +303,21 @@ class BinaryProduct(torch.autograd.Function):
             words,
             None if ctx.input_rule.derivative is None else x,
             weight if ctx.weight_rule.changes_gradient else None,
+            scale,
         )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 9
+            return (None,) * 11
         saved = ctx.saved_tensors  # read once, because activation checkpointing unpacks only once
         with torch.no_grad():
             gradients = _gradients(ctx, grad, *saved)
         if _grad_enabled() and not _compiling():  # create_graph=True
-            *_, x, _ = saved
-            inputs = [tensor for tensor in (grad, ctx.weight, x) if tensor is not None]
+            *_, x, _, scale = saved
+            inputs = [tensor for tensor in (grad, ctx.weight, x, scale) if tensor is not None]
             gradients = [None if g is None else _once_differentiable(g, inputs) for g in gradients]
-        return *gradients, None, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -253,7 +326,7 @@ class BinaryProduct(torch.autograd.Function):
         if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
             # A batch of only x is the same as more rows.
             outputs = apply(BinaryProductEager, args[0].movedim(in_dims[0], 0), *args[1:])
-            return outputs, (0, 0, None if args[7] is None else 0)
+            return outputs, (0, 0, None if args[8] is None else 0)
         each = [
             apply(
                 BinaryProductEager,
@@ -311,11 +384,26 @@ def _gradients(
     words: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
+    scale: Tensor | None,
 ) -> list[Tensor | None]:
-    """Return the gradients of x, weight and bias in their dtypes, or None for those that autograd does not need."""
-    x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-    rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])  # torch cannot infer -1 if n is 0
-    grad_x = grad_weight = grad_bias = None
+    """Return the gradients of x, weight, bias and scale in their dtypes, or None for those autograd does not need."""
+    x_dtype, weight_dtype, bias_dtype, scale_dtype = ctx.dtypes
+    count = math.prod(grad.shape[:-1])  # torch cannot infer -1 if n is 0
+    rows = grad.reshape(count, grad.shape[-1])
+    row_words = x_words.reshape(count, x_words.shape[-1])
+    grad_x = grad_weight = grad_bias = grad_scale = None
+    if ctx.needs_input_grad[2]:
+        grad_bias = rows.sum(0).to(bias_dtype)
+    if scale is not None:
+        dtype = _sum_dtype(grad.dtype)
+        if ctx.needs_input_grad[3] or (ctx.scale_is_mean and ctx.needs_input_grad[1]):
+            if transforms_active():  # this operator cannot have a batching rule, because it takes tensors by keyword
+                product = sign_gemm(functional.unpack_bits(row_words, ctx.k, dtype), words, ctx.k, True)
+            else:
+                product = functional.binary_linear(row_words, words, ctx.k, out_dtype=dtype)
+            grad_scale = (product * rows).sum(0)
+        grad = (grad.to(dtype) * scale.to(dtype)).to(grad.dtype)
+        rows = grad.reshape(rows.shape)
     if ctx.needs_input_grad[0]:
         grad_x = sign_gemm(grad, words, ctx.k).to(x_dtype)
         if x is not None:
@@ -323,13 +411,36 @@ def _gradients(
         if in_range_words is not None:
             grad_x = _apply_mask(grad_x, in_range_words, ctx.k)
     if ctx.needs_input_grad[1]:
-        row_words = x_words.reshape(rows.shape[0], x_words.shape[-1])
         grad_weight = sign_gemm(rows.t(), row_words, ctx.k).to(weight_dtype)
         if weight is not None:
             grad_weight = ctx.weight_rule.gradient(grad_weight, weight)
-    if ctx.needs_input_grad[2]:
-        grad_bias = rows.sum(0).to(bias_dtype)
-    return [grad_x, grad_weight, grad_bias]
+        if grad_scale is not None and ctx.scale_is_mean:
+            grad_weight = _add_signs(grad_weight, words, ctx.k, grad_scale / max(ctx.k, 1))
+    if grad_scale is not None:
+        grad_scale = grad_scale.to(scale_dtype) if ctx.needs_input_grad[3] else None
+    return [grad_x, grad_weight, grad_bias, grad_scale]
+
+
+# Unpacked signs of so many weights stay in cache until they are added.
+_BLOCK = 1 << 17
+
+
+def _add_signs(values: Tensor, words: Tensor, k: int, factors: Tensor) -> Tensor:
+    """Return ``values + signs · factors``, with a factor for each row; eagerly on the CPU in place.
+
+    Args:
+        values: Shape ``(n, k)``.
+        words: The packed signs, shape ``(n, ceil(k / 32))``.
+        k: Number of values in a row.
+        factors: Shape ``(n,)``.
+    """
+    factors = factors.to(values.dtype).unsqueeze(-1)
+    if _compiling() or transforms_active() or not values.is_cpu:
+        return values + functional.unpack_bits(words, k, values.dtype) * factors
+    rows = max(1, _BLOCK // max(k, 1))
+    for block, part, each in zip(values.split(rows), words.split(rows), factors.split(rows), strict=True):
+        block.addcmul_(functional.unpack_bits(part, k, values.dtype), each)
+    return values
 
 
 def train_linear(
@@ -338,14 +449,17 @@ def train_linear(
     bias: Tensor | None,
     rules: tuple[BinaryRule, BinaryRule],
     threshold: float | None,
+    scale: Tensor | None = None,
+    scale_is_mean: bool = False,
 ) -> Tensor:
-    """Compute ``s(x) · s(weight)ᵀ + bias``, differentiable once in x, weight and bias.
+    """Compute ``(s(x) · s(weight)ᵀ) · scale + bias``, differentiable once in x, weight, bias and scale.
 
     The weight has shape ``(n, k)``, and its signs are packed in this call. The other arguments, the result and the
     errors are those of :func:`differentiable_linear`.
     """
     words = _library.operators.pack_bits(weight.detach(), rules[1].strict)
-    return differentiable_linear(x, weight, bias, words, None, weight.shape[1], rules, threshold)
+    k = weight.shape[1]
+    return differentiable_linear(x, weight, bias, words, None, k, rules, threshold, scale, scale_is_mean)
 
 
 def differentiable_linear(
@@ -357,8 +471,10 @@ def differentiable_linear(
     k: int,
     rules: tuple[BinaryRule, BinaryRule],
     threshold: float | None,
+    scale: Tensor | None = None,
+    scale_is_mean: bool = False,
 ) -> Tensor:
-    """Compute ``s(x) · s(weight)ᵀ + bias`` from the words of the weight, differentiable once in x, weight and bias.
+    """Compute ``(s(x) · s(weight)ᵀ) · scale + bias`` from the words of the weight; differentiable once.
 
     Args:
         x: Shape ``(..., k)``, any strides.
@@ -369,6 +485,8 @@ def differentiable_linear(
         k: Number of values in a row.
         rules: The signs and gradients of x and of the weight.
         threshold: The gradient of x is 0 unless ``|x| <= threshold``; None and 0 cancel nothing.
+        scale: Shape ``(n,)`` or None; receives a gradient.
+        scale_is_mean: The scale is ``row_means(weight)``, so the weight's gradient includes the part through it.
 
     Returns:
         Shape ``(..., n)``, in autocast's dtype or that of x.
@@ -385,5 +503,7 @@ def differentiable_linear(
         )
     limit = _in_range_limit(rules[0], threshold)
     function = BinaryProduct if _compiling() else BinaryProductEager
-    y: Tensor = apply(function, x, weight, bias, words, prepared, k, rules, limit, autocast_dtype(x))[0]
+    y: Tensor = apply(
+        function, x, weight, bias, scale, words, prepared, k, rules, limit, autocast_dtype(x), scale_is_mean
+    )[0]
     return y

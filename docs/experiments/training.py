@@ -1,8 +1,9 @@
 """Trains small binary networks in many ways: the figures of the page "Training a binary network".
 
 ``python docs/experiments/training.py`` runs everything (15 minutes on one core), writes ``training.json`` beside this
-file and the tables of ``docs/training.md``; ``--tables`` only writes the tables from the JSON that is there. It needs
-scikit-learn and no network: one data set comes with scikit-learn, the other is generated.
+file and the tables of ``docs/training.md``; ``--missing`` trains only what the JSON that is there lacks, and
+``--tables`` only writes the tables from it. It needs scikit-learn and no network: one data set comes with scikit-learn,
+the other is generated.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import statistics
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sklearn.datasets import load_digits, make_classification
@@ -46,6 +47,7 @@ class Recipe:
         norm_at_end: Whether a BatchNorm follows the last layer.
         hidden: Width of the hidden layers.
         quantization: Of the input and the weights.
+        scale: The weight scale of the binary layers.
     """
 
     threshold: float | None = 1.0
@@ -57,6 +59,7 @@ class Recipe:
     norm_at_end: bool = False
     hidden: int = 256
     quantization: str = "sign"
+    scale: Literal["mean", "learned"] | None = None
 
 
 BASE = Recipe()
@@ -124,6 +127,18 @@ TABLES: dict[str, tuple[str, dict[str, Recipe]]] = {
             f"{name}, threshold None": change(quantization=name, threshold=None) for name in ("approxsign", "swishsign")
         },
     ),
+    "scale": (
+        "where, weight scale",
+        {
+            f"{where}, {scale}": change(**changes, scale=scale)
+            for where, changes in (
+                ("hidden layers", {}),
+                ("hidden and last layer", {"binary": "hidden and last"}),
+                ("hidden layers without BatchNorm", {"between": "none"}),
+            )
+            for scale in (None, "mean", "learned")
+        },
+    ),
 }
 
 
@@ -164,7 +179,8 @@ def build(recipe: Recipe, features: int, classes: int) -> nn.Sequential:
     for name, k, n in zip(names, sizes[:-1], sizes[1:], strict=True):
         if recipe.binary == "all" or name in recipe.binary:
             quantization = {"input_quantization": recipe.quantization, "weight_quantization": recipe.quantization}
-            modules.append(QLinear(k, n, gradient_cancellation_threshold=recipe.threshold, **quantization))
+            options = {"gradient_cancellation_threshold": recipe.threshold, "weight_scale": recipe.scale}
+            modules.append(QLinear(k, n, **quantization, **options))
         else:
             modules.append(nn.Linear(k, n))
         if name != "last":
@@ -229,11 +245,17 @@ def train(recipe: Recipe, data: str, seed: int) -> dict[str, Any]:
     return {"accuracy": round(correct, 6), "loss": losses, "flips": flips, "seconds": round(seconds, 2)}
 
 
-def measure() -> dict[str, Any]:
-    """Train every recipe of every table with every seed on both data sets, each of them once."""
+def measure(known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Train every recipe of every table with every seed on both data sets, each of them once.
+
+    Args:
+        known: Figures of an earlier run; what they have is not trained again.
+    """
     torch.set_num_threads(1)
     recipes = {recipe for _, rows in TABLES.values() for recipe in rows.values()}
-    runs = []
+    runs: list[dict[str, Any]] = []
+    if known:
+        recipes -= {recipe_of(result) for result in known["results"]}
     for number, recipe in enumerate(sorted(recipes, key=repr)):
         for data in EPOCHS:
             results = [train(recipe, data, seed) for seed in range(SEEDS)]
@@ -241,6 +263,9 @@ def measure() -> dict[str, Any]:
         print(f"{number + 1} of {len(recipes)}: {[summary(runs[-2]), summary(runs[-1])]} {recipe}", flush=True)
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     setting = {"processor": processor(), "torch": torch.__version__, "threads": 1, "commit": git.stdout.strip()}
+    if known:
+        later = [*known.get("later", []), setting] if runs else known.get("later", [])
+        return {**known, "results": known["results"] + runs, "later": later}
     return {"setting": setting, "seeds": SEEDS, "epochs": EPOCHS, "results": runs}
 
 
@@ -260,10 +285,15 @@ def summary(result: dict[str, Any]) -> str:
     return f"{statistics.median(values):.1f} % ({values[0]:.1f} to {values[-1]:.1f})"
 
 
+def recipe_of(result: dict[str, Any]) -> Recipe:
+    """The recipe of a result; what is younger than the result has its default."""
+    return Recipe(**result["recipe"])
+
+
 def found(figures: dict[str, Any], recipe: Recipe, data: str) -> dict[str, Any]:
     """The result of a recipe on a data set."""
     for result in figures["results"]:
-        if result["recipe"] == dataclasses.asdict(recipe) and result["data"] == data:
+        if recipe_of(result) == recipe and result["data"] == data:
             return result  # type: ignore[no-any-return]
     raise LookupError(f"training.json has no result of {recipe} on {data}: run this program without --tables")
 
@@ -304,6 +334,10 @@ def blocks(figures: dict[str, Any]) -> dict[str, str]:
         f"{figures['seeds']} seeds, batches of {BATCH}, "
         f"{figures['epochs']['digits']} epochs of the digits and {figures['epochs']['table']} of the table."
     )
+    for later in figures.get("later", []):
+        texts["setting"] += (
+            f" Rows that were added later: {later['processor']}, torch {later['torch']}, commit {later['commit']}."
+        )
     return texts
 
 
@@ -323,8 +357,11 @@ def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", action="store_true", help="write the tables from training.json, train nothing")
-    if not parser.parse_args().tables:
-        RESULTS.write_text(json.dumps(measure()) + "\n")
+    parser.add_argument("--missing", action="store_true", help="train only what training.json lacks")
+    asked = parser.parse_args()
+    if not asked.tables:
+        known = json.loads(RESULTS.read_text()) if asked.missing else None
+        RESULTS.write_text(json.dumps(measure(known)) + "\n")
     if PAGE.exists():
         PAGE.write_text(fill(PAGE.read_text(), json.loads(RESULTS.read_text())))
 
