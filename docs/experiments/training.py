@@ -15,6 +15,7 @@ import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -245,28 +246,30 @@ def train(recipe: Recipe, data: str, seed: int) -> dict[str, Any]:
     return {"accuracy": round(correct, 6), "loss": losses, "flips": flips, "seconds": round(seconds, 2)}
 
 
-def measure(known: dict[str, Any] | None = None) -> dict[str, Any]:
+def measure(known: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
     """Train every recipe of every table with every seed on both data sets, each of them once.
 
     Args:
         known: Figures of an earlier run; what they have is not trained again.
+
+    Yields:
+        The figures so far, after each recipe.
     """
     torch.set_num_threads(1)
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    setting = {"processor": processor(), "torch": torch.__version__, "threads": 1, "commit": git.stdout.strip()}
+    figures: dict[str, Any] = known or {"setting": setting, "seeds": SEEDS, "epochs": EPOCHS, "results": []}
     recipes = {recipe for _, rows in TABLES.values() for recipe in rows.values()}
-    runs: list[dict[str, Any]] = []
-    if known:
-        recipes -= {recipe_of(result) for result in known["results"]}
+    recipes -= {recipe_of(result) for result in figures["results"]}
+    if known and recipes and setting not in known.setdefault("later", []):
+        known["later"].append(setting)
     for number, recipe in enumerate(sorted(recipes, key=repr)):
         for data in EPOCHS:
             results = [train(recipe, data, seed) for seed in range(SEEDS)]
-            runs.append({"recipe": dataclasses.asdict(recipe), "data": data, "runs": results})
-        print(f"{number + 1} of {len(recipes)}: {[summary(runs[-2]), summary(runs[-1])]} {recipe}", flush=True)
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    setting = {"processor": processor(), "torch": torch.__version__, "threads": 1, "commit": git.stdout.strip()}
-    if known:
-        later = [*known.get("later", []), setting] if runs else known.get("later", [])
-        return {**known, "results": known["results"] + runs, "later": later}
-    return {"setting": setting, "seeds": SEEDS, "epochs": EPOCHS, "results": runs}
+            figures["results"].append({"recipe": dataclasses.asdict(recipe), "data": data, "runs": results})
+        last = figures["results"][-2:]
+        print(f"{number + 1} of {len(recipes)}: {[summary(result) for result in last]} {recipe}", flush=True)
+        yield figures
 
 
 def processor() -> str:
@@ -361,7 +364,8 @@ def main() -> None:
     asked = parser.parse_args()
     if not asked.tables:
         known = json.loads(RESULTS.read_text()) if asked.missing else None
-        RESULTS.write_text(json.dumps(measure(known)) + "\n")
+        for figures in measure(known):
+            RESULTS.write_text(json.dumps(figures) + "\n")
     if PAGE.exists():
         PAGE.write_text(fill(PAGE.read_text(), json.loads(RESULTS.read_text())))
 

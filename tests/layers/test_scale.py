@@ -315,17 +315,18 @@ def test_the_gradient_of_xnor_net(kernels, monkeypatch):
 @pytest.mark.parametrize("name", ["sign", "steheaviside"])
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "float"])
 def test_the_sign_of_a_weight_of_zero(name, kernels, monkeypatch):
-    layer = QLinear(2, 1, bias=False, weight_scale="mean", weight_quantization=name)
-    layer.weight.data = torch.tensor([[0.0, 3.0]])
+    layer = QLinear(3, 1, bias=False, weight_scale="mean", weight_quantization=name)
+    layer.weight.data = torch.tensor([[0.0, 3.0, 3.0]])
     if not kernels:
         take_kernels_away(monkeypatch)
-    y = layer(torch.tensor([[1.0, 1.0]]))
+    y = layer(torch.ones(1, 3))
     y.backward()
     zero = 1.0 if name == "sign" else -1.0
-    assert y.item() == 1.5 * (zero + 1)
-    through_alpha = (zero + 1) / 2  # dL/dα = s(x) · s(W), divided by K
-    straight = [1.5, 1.5 if name == "sign" else 0.0]  # 3.0 is beyond the limit of steheaviside
-    assert layer.weight.grad.tolist() == [[straight[0] + zero * through_alpha, straight[1] + through_alpha]]
+    assert y.item() == 2 * (zero + 2)
+    through_alpha = torch.tensor(zero + 2) / 3  # dL/dα = s(x) · s(W), divided by K
+    beyond = 2.0 if name == "sign" else 0.0  # 3.0 is beyond the limit of steheaviside
+    want = torch.stack([2 + zero * through_alpha, beyond + through_alpha, beyond + through_alpha])
+    torch.testing.assert_close(layer.weight.grad, want[None])
 
 
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "float"])
@@ -390,6 +391,11 @@ def test_second_derivatives_and_forward_mode_are_errors(kind, training):
         (first,) = torch.autograd.grad(layer(x).square().sum(), target, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiable only once"):
             first.sum().backward()
+    if kind == "learned":  # the gradients of a linear loss depend on the scale
+        for target in (x, layer.weight):
+            (first,) = torch.autograd.grad(layer(x).sum(), target, create_graph=True)
+            with pytest.raises(RuntimeError, match="differentiable only once"):
+                torch.autograd.grad(first.sum(), layer.scale)
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
         layer(forward_ad.make_dual(x.detach(), x.detach()))
 
