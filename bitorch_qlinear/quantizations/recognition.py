@@ -36,11 +36,40 @@ _RULE_BY_CLASS: dict[type[nn.Module], Callable[[Any], BinaryRule | None]] = {
 }
 _RULE_BY_NAME = {_BITORCH_NAMES[cls]: rule for cls, rule in _RULE_BY_CLASS.items()}
 
+_SCHEDULES = "bitorch.quantizations.quantization_scheduler"
+
+
+def _last_of_schedule(schedule: Any) -> nn.Module | None:
+    """Return the last quantization of one of bitorch's schedules if the schedule is finished, else None.
+
+    A finished schedule computes exactly its last quantization; at a factor of 1 both kinds do.
+    """
+    if schedule.factor != 1 or not schedule.quantizations:
+        return None
+    last: nn.Module = schedule.quantizations[-1]
+    return last
+
+
+def _rule_of_schedule(schedule: Any) -> BinaryRule | None:
+    last = _last_of_schedule(schedule)
+    return None if last is None else binary_rule(last)
+
+
+for _name in ("MixLinearScheduling", "StepScheduling"):
+    _RULE_BY_NAME[_SCHEDULES, _name] = _rule_of_schedule
+
 
 def _is_exactly(quantization: nn.Module, ours: type[nn.Module]) -> bool:
-    """Whether the quantization is of this class or of bitorch's of the same name, and of no subclass."""
+    """Whether the quantization is of this class or of bitorch's of the same name, and of no subclass.
+
+    A finished schedule of bitorch counts as its last quantization.
+    """
     cls = type(quantization)
-    return cls is ours or (cls.__module__, cls.__qualname__) == _BITORCH_NAMES[ours]
+    name = cls.__module__, cls.__qualname__
+    if _RULE_BY_NAME.get(name) is _rule_of_schedule:
+        last = _last_of_schedule(quantization)
+        return last is not None and _is_exactly(last, ours)
+    return cls is ours or name == _BITORCH_NAMES[ours]
 
 
 def _follows_its_rule(quantization: nn.Module) -> TypeGuard[BinaryQuantization]:
@@ -66,8 +95,9 @@ def binary_rule(quantization: nn.Module) -> BinaryRule | None:
 
     Returns:
         The rule if this is exactly one of sign, approxsign, swishsign, steheaviside, or progressive_sign in eval mode,
-        of this package or of bitorch, or a `BinaryQuantization` of the user's own that has no scale; and if it has no
-        hooks (which the packed path would skip). None for all others, such as subclasses that override `quantize`.
+        of this package or of bitorch, a finished schedule of bitorch whose last quantization is one of them, or a
+        `BinaryQuantization` of the user's own that has no scale; and if it has no hooks (which the packed path would
+        skip). None for all others, such as subclasses that override `quantize`.
     """
     cls = type(quantization)
     rule = _RULE_BY_CLASS.get(cls) or _RULE_BY_NAME.get((cls.__module__, cls.__qualname__))
@@ -112,10 +142,14 @@ def level_bits(quantization: nn.Module) -> int | None:
     """Return the bits of a level if this rounds x to levels that the packed path can compute, or None.
 
     Returns:
-        1 or 2 for exactly inputdorefa with so many bits, of this package or of bitorch, without hooks.
+        1 or 2 for exactly inputdorefa with so many bits, of this package or of bitorch, or for a finished schedule of
+        bitorch that ends with it; without hooks.
     """
     if not _is_exactly(quantization, InputDoReFa) or has_hooks(quantization):
         return None
+    name = type(quantization).__module__, type(quantization).__qualname__
+    if _RULE_BY_NAME.get(name) is _rule_of_schedule:
+        return level_bits(_last_of_schedule(quantization))  # type: ignore[arg-type]
     bits = quantization.bit_width
     return bits if bits == 1 or bits == 2 else None  # type: ignore[return-value]
 

@@ -187,6 +187,26 @@ def test_the_rules_are_told_apart_in_words():
     assert "1/3" in INPUT_RULES[LEVEL_INPUTS[2]]
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_bitorchs_quantization_is_recognized(bits):
+    reference = pytest.importorskip("bitorch.quantizations")
+    expected = bits if bits < 3 else None
+    assert quantizations.level_bits(quantizations.InputDoReFa(bits)) == expected
+    assert quantizations.level_bits(reference.InputDoReFa(bits)) == expected
+    schedules = pytest.importorskip("bitorch.quantizations.quantization_scheduler")
+    schedule = schedules.StepScheduling([reference.Sign(), reference.InputDoReFa(bits)], 2)
+    schedule.factor = 1
+    assert quantizations.level_bits(schedule) == expected
+    schedule.factor = 0.5
+    assert quantizations.level_bits(schedule) is None
+
+    class Own(quantizations.InputDoReFa):
+        pass
+
+    for other in (Own(bits), quantizations.Sign(), quantizations.WeightDoReFa(bits), nn.Identity()):
+        assert quantizations.level_bits(other) is None
+
+
 def test_explain_says_which_path():
     model = nn.Sequential(level_layer(1), level_layer(2), level_layer(3))
     paths, reasons = zip(*((layer.path, layer.reason) for layer in explain(model).layers), strict=True)
