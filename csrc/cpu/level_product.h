@@ -17,19 +17,19 @@
 
 namespace bitorch_qlinear {
 
-// The columns of a tile, at most: its int32 products of 128 rows of signs then take 256 KiB and stay in L2.
+// A tile has at most so many columns. Its int32 products of 128 rows of signs then take 256 KiB, which stay in L2.
 constexpr int64_t kMostLevelColumns = 512;
 // Up to this K the sums above fit into an int32.
 constexpr int64_t kMostNarrowValues = INT32_MAX / 16;
 
-// One row of a tile of products: y[column .. column + count) from the products of each plane, the first of which are
-// `low` and the second `high`, and from the weights' sums.
+// This holds the inputs of one row of a tile's outputs: `count` products of each plane of signs, and as many sums of
+// weights. If levels have one bit, `high` is null.
 struct LevelRow {
     const int32_t *low, *high, *sums;
     int64_t count;
 };
 
-// Writes y = narrow(T(sum) * T(1 / steps) * T(scale) + T(bias)), each operation rounded once; a factor of 1 is left out.
+// Writes y = narrow(T(sum) * T(1 / steps) * T(scale) + T(bias)), with each operation rounded once.
 template <class T, class Integer, int Bits, bool Scale, bool Bias, class Out>
 void write_level_row(const LevelRow& row, const T* __restrict scale, const T* __restrict bias, Out* __restrict out) {
     const int32_t* __restrict low = row.low;
@@ -86,7 +86,8 @@ inline void write_level_row(const LevelRow& row, const Output& y, int64_t i, int
     }
 }
 
-// The planes of all rows of x: first those of the first `height` rows, plane by plane, then those of the next ones.
+// The planes of all rows of x, in blocks of `height` rows; a block holds the rows of the first plane and then those of
+// the second. Each row also has a flag, which says whether it holds a NaN.
 struct LevelPlanes {
     Scratch memory, flags;
     int64_t height, width;
@@ -114,7 +115,7 @@ LevelPlanes pack_levels(const Threads& threads, const Kernel& kernel, const Rows
     return planes;
 }
 
-// A product of levels after its weights, its sums of weights and its planes have been made.
+// All tiles of a product of levels read these.
 struct LevelProduct {
     const Kernel& kernel;
     const LevelPlanes& planes;

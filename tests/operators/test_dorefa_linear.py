@@ -77,7 +77,7 @@ def level_of_each(x, bits):
 @pytest.mark.parametrize("bits", [1, 2])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_levels_are_those_of_torch(kernel, dtype, bits):
-    """All values of the half types; of the others those around each limit, and special ones."""
+    """Compare all values of the half types, and of the others those around each limit and special ones."""
     integers = BITS[dtype]
     if dtype.itemsize == 2:
         x = torch.arange(-(2**15), 2**15).to(integers).view(dtype)
