@@ -77,8 +77,9 @@ inline uint32_t in_range(const double* x, double threshold) {
 template <class T>
 inline uint32_t above(const T* x, double limit) {
     const __m512 bound = _mm512_set1_ps(static_cast<float>(limit));
-    const auto beyond = [&](const T* from) -> uint32_t { return _mm512_cmp_ps_mask(load16(from), bound, _CMP_GT_OQ); };
-    return beyond(x) | beyond(x + 16) << 16;
+    const auto beyond = [&](const T* from) { return _mm512_cmp_ps_mask(load16(from), bound, _CMP_GT_OQ); };
+    // The masks are joined before they become an integer, because gcc 12 can spill a mask as two bytes and read four.
+    return _mm512_kunpackw(beyond(x + 16), beyond(x));
 }
 
 inline uint32_t above(const double* x, double limit) {
