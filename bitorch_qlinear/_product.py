@@ -22,6 +22,7 @@ swishsign) save x as well.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,13 +32,15 @@ from torch.nn import Parameter
 from . import _library, functional
 from ._sign_gemm import beats_blas, differentiable_sign_gemm, multiply_signs, sign_gemm
 from ._torch import any_autocast, apply, functorch_active, is_dtensor, operator_entry, transforms_active
-from .quantizations import BinaryRule, cancel_gradient
+from .quantizations import BinaryRule, cancel_gradient, quantize
 
 __all__ = [
     "autocast_dtype",
     "differentiable_linear",
     "has_kernels",
     "is_differentiated",
+    "level_linear",
+    "levels_in_float",
     "packed_linear",
     "real_linear",
     "scaled",
@@ -52,6 +55,8 @@ _compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled
 
 _sign_linear, _sign_linear_entry = _library.operators.sign_linear, operator_entry(_library.operators.sign_linear)
+_dorefa_linear = _library.operators.dorefa_linear
+_dorefa_linear_entry = operator_entry(_dorefa_linear)
 _linear, _linear_entry = _library.operators.linear, operator_entry(_library.operators.linear)
 
 
@@ -198,9 +203,13 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def scaled(product: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``product · scale + bias`` in the product's dtype, computed as the operators do it."""
-    dtype = _sum_dtype(product.dtype)
-    y = product.to(dtype) * scale.to(dtype)
-    return (y if bias is None else y + bias.to(dtype)).to(product.dtype)
+    return _scaled_sum(product.to(_sum_dtype(product.dtype)), scale, bias).to(product.dtype)
+
+
+def _scaled_sum(product: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return ``product · scale + bias`` in the product's dtype, in which each operation is rounded."""
+    y = product if scale is None else product * scale.to(product.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def scaled_in_float(
@@ -221,9 +230,84 @@ def scaled_in_float(
     dtype = _sum_dtype(out_dtype)
     with torch.autocast(x_signs.device.type, enabled=False):
         y = torch.nn.functional.linear(x_signs.to(dtype), weight_signs.to(dtype))
-        y = y if scale is None else y * scale.to(dtype)
-        y = y if bias is None else y + bias.to(dtype)
-    return y.to(out_dtype)
+        return _scaled_sum(y, scale, bias).to(out_dtype)
+
+
+def level_linear(
+    x: Tensor,
+    words: Tensor,
+    k: int,
+    bias: Tensor | None,
+    prepared: Tensor | None,
+    bits: int,
+    scale: Tensor | None = None,
+    threshold: float | None = None,
+) -> Tensor:
+    """Compute ``(q(x) · Wᵀ) · scale + bias``, where q rounds x to levels; differentiable in x, bias and scale.
+
+    The gradient passes the rounding unchanged, as through the quantization.
+
+    Args:
+        x: Shape ``(..., k)``, any strides, on the CPU.
+        words: The packed signs W, shape ``(n, ceil(k / 32))``.
+        k: Number of values in a row.
+        bias: Shape ``(n,)`` or None.
+        prepared: The prepared form of the words, or None.
+        bits: The bits of a level, 1 or 2.
+        scale: Shape ``(n,)`` or None.
+        threshold: The gradient of x is 0 unless ``|x| <= threshold``; None and 0 cancel nothing.
+
+    Returns:
+        Shape ``(..., n)``, in autocast's dtype or that of x.
+
+    Raises:
+        NotImplementedError: torch.compile traces it inside of a transform of torch.func.
+    """
+    out_dtype = autocast_dtype(x)
+    if not is_differentiated(x, bias, scale):
+        operator = _dorefa_linear if _compiling() else _dorefa_linear_entry
+        return operator(  # type: ignore[no-any-return]
+            x, words, k, bias, bits=bits, weight_prepared=prepared, scale=scale, out_dtype=out_dtype
+        )
+    _check_not_transformed_while_compiling()
+    out_dtype = out_dtype or x.dtype
+    function = LevelProduct if _compiling() else LevelProductEager
+    y = apply(function, cancel_gradient(x, threshold), words, prepared, k, bits, _sum_dtype(out_dtype))
+    return _scaled_sum(y, scale, bias).to(out_dtype)
+
+
+def levels_in_float(
+    x: Tensor,
+    weight_signs: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    threshold: float | None,
+) -> Tensor:
+    """Compute what :func:`level_linear` does by torch's own operators, with the values of the kernel.
+
+    Args:
+        x: Shape ``(..., k)``.
+        weight_signs: ±1, shape ``(n, k)``.
+        scale: Shape ``(n,)`` or None.
+        bias: Shape ``(n,)`` or None.
+        bits: The bits of a level.
+        threshold: The gradient of x is 0 unless ``|x| <= threshold``; None and 0 cancel nothing.
+
+    Returns:
+        Shape ``(..., n)``, in autocast's dtype or that of x.
+    """
+    steps, out_dtype = (1 << bits) - 1, autocast_dtype(x) or x.dtype
+    dtype = _sum_dtype(out_dtype)
+    levels = quantize(cancel_gradient(x, threshold) * steps, partial(_round_within, steps=steps))
+    with torch.autocast(x.device.type, enabled=False):
+        y = torch.nn.functional.linear(levels.to(dtype), weight_signs.to(dtype))
+        y = y if bits == 1 else y * torch.tensor(1 / steps, dtype=dtype, device=y.device)
+        return _scaled_sum(y, scale, bias).to(out_dtype)
+
+
+def _round_within(x: Tensor, steps: int) -> Tensor:
+    return torch.round(x.clamp(0, steps))
 
 
 def _in_range_limit(rule: BinaryRule, threshold: float | None) -> float | None:
@@ -347,6 +431,51 @@ class BinaryProductEager(BinaryProduct):
         )
 
 
+class LevelProduct(torch.autograd.Function):
+    """Computes ``q(x) · Wᵀ`` from x, which q rounds to levels, and packed W; the gradient passes the rounding."""
+
+    @staticmethod
+    def forward(x: Tensor, words: Tensor, prepared: Tensor | None, k: int, bits: int, out_dtype: torch.dtype) -> Tensor:
+        y: Tensor = _library.operators.dorefa_linear(
+            x, words, k, bits=bits, weight_prepared=prepared, out_dtype=out_dtype
+        )
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, words, _, ctx.k, _, _ = inputs
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(words)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (words,) = ctx.saved_tensors
+        return differentiable_sign_gemm(grad, words, ctx.k, False).to(ctx.dtype), None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        if all(dim is None for dim in in_dims[1:]):  # a batch of only x is the same as more rows
+            return apply(LevelProductEager, args[0].movedim(in_dims[0], 0), *args[1:]), 0
+        each = [
+            apply(
+                LevelProductEager,
+                *(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)),
+            )
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(each), 0
+
+
+class LevelProductEager(LevelProduct):
+    """Adds a clear error for forward mode, in a class of its own, because torch.compile refuses a jvp."""
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise NotImplementedError(
+            "bitorch_qlinear: a binary layer has no forward-mode derivative (jvp): rounding has none; use backward."
+        )
+
+
 def _once_differentiable(gradient: Tensor, inputs: list[Tensor]) -> Tensor:
     """Return the gradient tied to the tensors that it was computed from, so that a second backward raises.
 
@@ -462,6 +591,15 @@ def train_linear(
     return differentiable_linear(x, weight, bias, words, None, k, rules, threshold, scale, scale_is_mean)
 
 
+def _check_not_transformed_while_compiling() -> None:
+    if _compiling() and functorch_active():
+        # Dynamo would differentiate the Function's forward here and ignore its backward: zeros (torch 2.13).
+        raise NotImplementedError(
+            "bitorch_qlinear: torch.compile cannot differentiate a binary layer inside of torch.func's transforms: "
+            "compile the layer and transform it outside, or compute without gradients (torch.no_grad)."
+        )
+
+
 def differentiable_linear(
     x: Tensor,
     weight: Tensor | None,
@@ -495,12 +633,7 @@ def differentiable_linear(
         RuntimeError: An argument is wrong (see :mod:`bitorch_qlinear.functional`), or, later, a second backward.
         NotImplementedError: torch.compile traces it inside of a transform of torch.func.
     """
-    if _compiling() and functorch_active():
-        # Dynamo would differentiate the Function's forward here and ignore its backward: zeros (torch 2.13).
-        raise NotImplementedError(
-            "bitorch_qlinear: torch.compile cannot differentiate a binary layer inside of torch.func's transforms: "
-            "compile the layer and transform it outside, or compute without gradients (torch.no_grad)."
-        )
+    _check_not_transformed_while_compiling()
     limit = _in_range_limit(rules[0], threshold)
     function = BinaryProduct if _compiling() else BinaryProductEager
     y: Tensor = apply(

@@ -11,8 +11,9 @@ The entries of a packed layer are
     weight_rule  how float weights became bits, int64: an index into `WEIGHT_RULES`
 
 All of them are tensors, so that torch.save, safetensors and distributed checkpoints can hold them. Checkpoints from
-before the format had a version lack the last three entries; they load as well. A checkpoint with a scale has format 2,
-because a reader of format 1 would ignore the scale; all others have format 1.
+before the format had a version lack the last three entries; they load as well. A checkpoint with a scale, or of
+a layer that rounds its input to levels, has format 2, because a reader of format 1 knows neither; all others have
+format 1.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 __all__ = [
     "FORMAT",
     "INPUT_RULES",
+    "LEVEL_INPUTS",
     "NUMBERS",
     "QUANTIZED_WEIGHT",
     "REAL_INPUT",
@@ -40,17 +42,25 @@ __all__ = [
 
 FORMAT = 2
 """The newest format that this version of the package reads; it also reads all older ones."""
-INPUT_RULES = ("+1 unless x < 0, else -1", "+1 if x > 0, else -1", "real values as they are")
+INPUT_RULES = (
+    "+1 unless x < 0, else -1",
+    "+1 if x > 0, else -1",
+    "real values as they are",
+    "0 or 1, whichever is nearer",
+    "0, 1/3, 2/3 or 1, whichever is nearest",
+)
 STRICT_INPUT, REAL_INPUT = 1, 2
+LEVEL_INPUTS = {1: 3, 2: 4}
+"""The indices of the rules that round x to levels, by the bits of a level."""
 WEIGHT_RULES = ("+1 unless w < 0, else -1", "+1 if w > 0, else -1", "the signs of quantized weights")
 QUANTIZED_WEIGHT = 2
 NUMBERS = ("k", "format", "input_rule", "weight_rule")
 """The entries that hold a single number."""
 
 
-def format_of(scaled: bool) -> int:
-    """Return the format in which a layer with or without a scale is saved."""
-    return 2 if scaled else 1
+def format_of(scaled: bool, input_rule: int) -> int:
+    """Return the format in which a layer with or without a scale, and with this rule of its input, is saved."""
+    return 2 if scaled or input_rule in LEVEL_INPUTS.values() else 1
 
 
 def words_for(k: int) -> int:
@@ -118,7 +128,7 @@ def problem_of_packed(
         scaled: Whether the layer has a scale.
         computes_scale: Whether the layer computes its scale from float weights instead of loading it.
     """
-    expected = {"k": k, "format": format_of(scaled), "input_rule": input_rule, "weight_rule": weight_rule}
+    expected = {"k": k, "format": format_of(scaled, input_rule), "input_rule": input_rule, "weight_rule": weight_rule}
     numbers = {name: state_dict[f"{prefix}{name}"] for name in NUMBERS if f"{prefix}{name}" in state_dict}
     problems = [_problem_of_number(f"{prefix}{name}", number, expected[name]) for name, number in numbers.items()]
     for name in ("weight", "bias", "scale"):
@@ -191,8 +201,10 @@ def _problem_of_number(key: str, number: Any, expected: int) -> str | None:
             why = ": a newer bitorch_qlinear wrote it" if got > FORMAT else ""
             return f"{key}: expected a checkpoint of format 1 to {FORMAT}, got {got}{why}"
         if got != expected:
-            having = "with" if got == format_of(True) else "without"
-            return f"{key}: expected {expected}, got {got}, the format of a layer {having} a scale"
+            return (
+                f"{key}: expected {expected}, got {got}: layers with a scale, or with an input that is rounded to "
+                "levels, have format 2, and all others have format 1"
+            )
     elif name == "k":
         if got != expected:
             return f"{key}: expected k = {expected}, got {got}: the checkpoint is of a layer of another size"

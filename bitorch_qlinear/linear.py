@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _kernels, _library, functional, quantizations
-from ._inputs import apply_to_no_tensor, apply_to_values, has_other_layout, raise_of_dtype
+from ._inputs import FLOATS, apply_to_no_tensor, apply_to_values, has_other_layout, raise_of_dtype
 from ._product import (
     autocast_dtype,
     has_kernels,
     is_differentiated,
+    level_linear,
     real_linear,
     scaled_in_float,
     sign_linear,
@@ -31,6 +32,7 @@ from .quantizations import (
     cancel_gradient,
     get_quantization,
     is_identity,
+    level_bits,
     mean_magnitude,
     own_scale,
     quantize,
@@ -387,6 +389,8 @@ class QLinear(nn.Linear):
             return apply_to_values(self, x)
         if rules is None and self._takes_sign_gemm(x, weight, bias):
             return self._sign_gemm(x, weight, bias)
+        if rules is None and (bits := self._level_bits()) is not None and self._takes_levels(x, weight, bias):
+            return self._levels(x, weight, bias, bits)
         try:
             if rules is not None and (self.weight_scale or scaled_rule(self.weight_quantization)):
                 return self._signs_in_float(x, weight, bias, rules[1])
@@ -435,6 +439,37 @@ class QLinear(nn.Linear):
         assert rule is not None
         words = functional.pack_bits(weight.detach(), rule.strict)
         return real_linear(x, words, weight.shape[1], bias, scale=self._scale(weight))
+
+    def _level_bits(self) -> int | None:
+        """Return the bits of the levels to which the packed path can round x in inference, or None."""
+        activation = self.activation
+        if self.training or type(activation) is not Activation or has_hooks(activation, do_nothing):
+            return None
+        return None if self._weight_rule() is None else level_bits(activation.activation_function)
+
+    def _takes_levels(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether the operator for levels takes these tensors, and no gradient is needed."""
+        return (
+            not x.is_cuda
+            and not weight.is_cuda
+            and all(
+                t.dtype in FLOATS and has_kernels(t) and (_compiling() or is_plain(t))
+                for t in (x, weight, bias)
+                if t is not None
+            )
+            and x.dim() > 0
+            and x.shape[-1] == weight.shape[1]
+            and not is_differentiated(x, weight, bias, self._scale(weight))
+        )
+
+    def _levels(self, x: Tensor, weight: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+        """Compute the output from x that is rounded to levels and packed weights."""
+        if not (_compiling() or _warned_of_packing) and weight.numel() >= _MANY_WEIGHTS:
+            self._consider_warning(x, weight, bias)
+        rule = self._weight_rule()
+        assert rule is not None
+        words = functional.pack_bits(weight, rule.strict)
+        return level_linear(x, words, weight.shape[1], bias, None, bits, self._scale(weight))
 
     # ---- state ----
 
@@ -496,6 +531,9 @@ class QLinear(nn.Linear):
         real = type(self.activation) is Activation and is_identity(self.activation.activation_function)
         if real and not self.training and self._weight_rule() and self.weight.is_cpu:
             return "packed weights, real input (in inference, if that is faster; else float)"
+        bits = self._level_bits()
+        if bits is not None and self.weight.is_cpu:
+            return f"packed weights, {bits}-bit input (in inference; else float)"
         return "float"
 
 

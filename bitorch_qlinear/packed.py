@@ -16,6 +16,8 @@ from ._product import (
     differentiable_linear,
     has_kernels,
     is_differentiated,
+    level_linear,
+    levels_in_float,
     packed_linear,
     real_linear,
     scaled,
@@ -24,6 +26,7 @@ from ._product import (
 from ._torch import called_from, functorch_active, is_plain, shares_data
 from .checkpoint import (
     INPUT_RULES,
+    LEVEL_INPUTS,
     QUANTIZED_WEIGHT,
     REAL_INPUT,
     STRICT_INPUT,
@@ -39,6 +42,7 @@ from .quantizations import (
     depends_on_mode,
     get_quantization,
     is_identity,
+    level_bits,
     own_scale,
     row_means,
     scaled_rule,
@@ -58,15 +62,19 @@ def input_rule_of(quantization: nn.Module) -> int:
     """Return the index in `checkpoint.INPUT_RULES` of the rule by which a packed layer treats its input.
 
     Raises:
-        ValueError: The quantization is neither sign-like nor the identity.
+        ValueError: The quantization is neither sign-like nor the identity nor inputdorefa of 1 or 2 bits.
     """
     if is_identity(quantization):
         return REAL_INPUT
+    bits = level_bits(quantization)
+    if bits is not None:
+        return LEVEL_INPUTS[bits]
     rule = binary_rule(quantization)
     if rule is None:
         mode = " in training mode" if quantization.training else ""
         raise ValueError(
-            f"input_quantization: expected a sign-like quantization or identity, got {quantization!r}{mode}"
+            "input_quantization: expected a sign-like quantization, identity, or inputdorefa of 1 or 2 bits, got "
+            f"{quantization!r}{mode}"
         )
     return int(rule.strict)
 
@@ -114,7 +122,8 @@ class PackedQLinear(nn.Module):
 
     The words may be written in any way, at any time, because the operator compares them with their form in every call.
 
-    With an ``identity`` input quantization x stays real: ``y = x · Wᵀ + b``.
+    With an ``identity`` input quantization x stays real: ``y = x · Wᵀ + b``. With ``inputdorefa`` of 1 or 2 bits x is
+    rounded to levels from 0 to 1 (:func:`bitorch_qlinear.functional.dorefa_linear`).
 
     Gradients flow to x and to the bias, as through the QLinear with frozen weights.
 
@@ -138,6 +147,7 @@ class PackedQLinear(nn.Module):
     weight_prepared: Tensor | None
     scale: Tensor | None
     weight_scale: WeightScale | None = None
+    _level_bits: int | None
 
     def __init__(
         self,
@@ -160,14 +170,15 @@ class PackedQLinear(nn.Module):
             bias: Whether the layer has a bias.
             device: Device of the tensors.
             dtype: Dtype of the bias.
-            input_quantization: A sign-like quantization, whose rule decides how x becomes bits, or identity.
+            input_quantization: A sign-like quantization, whose rule decides how x becomes bits, identity, or
+                inputdorefa of 1 or 2 bits.
             gradient_cancellation_threshold: Inputs with a larger magnitude get no gradient; None and 0 cancel nothing.
             weight_quantization: Decides how a float ``state_dict`` becomes bits.
             weight_scale: None, or a scale of each output channel: of a float ``state_dict``, "mean" computes it from
                 the weights, and "learned" expects it as ``scale``. A weight quantization may have a scale of its own.
 
         Raises:
-            ValueError: The input quantization is neither sign-like nor identity, a name or a kind of scale is unknown,
+            ValueError: The input quantization is none of these, a name or a kind of scale is unknown,
                 the threshold is negative or NaN, or a scale is given although the weight quantization has one of its
                 own.
             TypeError: A quantization is neither a name nor a module, or the threshold is no number.
@@ -182,6 +193,7 @@ class PackedQLinear(nn.Module):
         if isinstance(weight_quantization, str):
             self.weight_quantization.eval()
         self._input_rule = input_rule_of(quantization)
+        self._level_bits = level_bits(quantization)
         # A packed layer is always in inference, so its progressive_sign is Sign in both modes.
         if depends_on_mode(quantization):
             quantization = Sign()
@@ -208,7 +220,7 @@ class PackedQLinear(nn.Module):
         """Return the numbers that tell in a checkpoint what the words mean."""
         return {
             "k": self.in_features,
-            "format": format_of(self._buffers.get("scale") is not None),
+            "format": format_of(self._buffers.get("scale") is not None, self._input_rule),
             "input_rule": self._input_rule,
             "weight_rule": self._weight_rule,
         }
@@ -320,11 +332,17 @@ class PackedQLinear(nn.Module):
     def _compute(self, x: Tensor, words: Tensor, form: Tensor | None) -> Tensor:
         bias, scale = self._parameters["bias"], self._buffers.get("scale")
         activation: Any = self._modules["activation"]
+        bits = self._level_bits
         if form is None and not (has_kernels(x) and has_kernels(words)):
+            return self._in_float(x, words, bias, scale)
+        if bits is not None and (x.is_cuda or words.is_cuda):
             return self._in_float(x, words, bias, scale)
         try:
             if self._input_rule == REAL_INPUT:
                 return real_linear(x, words, self.in_features, bias, activation.gradient_cancellation_threshold, scale)
+            if bits is not None:
+                threshold = activation.gradient_cancellation_threshold
+                return level_linear(x, words, self.in_features, bias, form, bits, scale, threshold)
             if not is_differentiated(x, bias, scale):
                 return packed_linear(x, words, self.in_features, bias, form, self._input_rule == STRICT_INPUT, scale)
             rules = binary_rule(activation.activation_function) or _SIGN, _SIGN
@@ -348,6 +366,9 @@ class PackedQLinear(nn.Module):
         if has_other_layout(x):
             return apply_to_values(self, x)
         dtype = autocast_dtype(x) or x.dtype
+        if self._level_bits is not None:
+            threshold = self.activation.gradient_cancellation_threshold
+            return levels_in_float(x, self._signs(torch.float32), scale, bias, self._level_bits, threshold)
         if self._input_rule != REAL_INPUT:
             signs = self._signs(torch.float64 if x.dtype is torch.float64 else torch.float32)
             return scaled_in_float(self.activation(x), signs, scale, bias, dtype)
@@ -529,7 +550,11 @@ class PackedQLinear(nn.Module):
         """What computes the layer's output, in words; for float computation with the reason."""
         if self._input_rule == REAL_INPUT:
             return "packed weights, real input"
-        return path_name(self.weight)
+        if self._level_bits is None:
+            return path_name(self.weight)
+        if not self.weight.is_cpu:
+            return f"float (no kernels for a {self._level_bits}-bit input on {self.weight.device.type})"
+        return f"packed weights, {self._level_bits}-bit input"
 
     def extra_repr(self) -> str:
         """Return sizes, sign rule, threshold, and the path that computes them."""

@@ -8,7 +8,7 @@ derivative is written once.
 from .base import BinaryQuantization, Identity, Quantization
 from .dorefa import InputDoReFa, WeightDoReFa
 from .progressive_sign import ProgressiveSign, progressive_sign_scale, set_progressive_sign_scale
-from .recognition import binary_rule, depends_on_mode, is_identity, own_scale, scaled_rule
+from .recognition import binary_rule, depends_on_mode, is_identity, level_bits, own_scale, scaled_rule
 from .registry import get_quantization, quantization_names, register_quantization
 from .rule import BinaryRule, cancel_gradient, quantize
 from .scale import mean_magnitude, row_means
@@ -31,6 +31,7 @@ __all__ = [
     "depends_on_mode",
     "get_quantization",
     "is_identity",
+    "level_bits",
     "mean_magnitude",
     "own_scale",
     "progressive_sign_scale",

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from .._torch import has_hooks
 from .base import BinaryQuantization, Identity, Quantization, checked_scale, has_scale
+from .dorefa import InputDoReFa
 from .progressive_sign import ProgressiveSign
 from .rule import BinaryRule
 from .sign_family import ApproxSign, Sign, SteHeaviside, SwishSign
 
-__all__ = ["binary_rule", "depends_on_mode", "is_identity", "own_scale", "scaled_rule"]
+__all__ = ["binary_rule", "depends_on_mode", "is_identity", "level_bits", "own_scale", "scaled_rule"]
 
 _BITORCH_NAMES: dict[type[nn.Module], tuple[str, str]] = {
     cls: (f"bitorch.quantizations.{module}", cls.__qualname__)
@@ -27,6 +28,7 @@ _BITORCH_NAMES: dict[type[nn.Module], tuple[str, str]] = {
         (SteHeaviside, "ste_heaviside"),
         (ProgressiveSign, "progressive_sign"),
         (Identity, "identity"),
+        (InputDoReFa, "dorefa"),
     )
 }
 _RULE_BY_CLASS: dict[type[nn.Module], Callable[[Any], BinaryRule | None]] = {
@@ -134,6 +136,22 @@ def own_scale(quantization: nn.Module, weight: Tensor) -> Tensor | None:
 def is_identity(quantization: nn.Module) -> bool:
     """Whether this is exactly the quantization that changes nothing, of this package or of bitorch, without hooks."""
     return _is_exactly(quantization, Identity) and not has_hooks(quantization)
+
+
+def level_bits(quantization: nn.Module) -> int | None:
+    """Return the bits of a level if this rounds x to levels that the packed path can compute, or None.
+
+    Returns:
+        1 or 2 for exactly inputdorefa with so many bits, of this package or of bitorch, or for a finished schedule of
+        bitorch that ends with it; without hooks.
+    """
+    if not _is_exactly(quantization, InputDoReFa) or has_hooks(quantization):
+        return None
+    name = type(quantization).__module__, type(quantization).__qualname__
+    if _RULE_BY_NAME.get(name) is _rule_of_schedule:
+        return level_bits(_last_of_schedule(quantization))  # type: ignore[arg-type]
+    bits = quantization.bit_width
+    return bits if bits == 1 or bits == 2 else None  # type: ignore[return-value]
 
 
 def depends_on_mode(quantization: nn.Module) -> bool:

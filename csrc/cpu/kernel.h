@@ -18,6 +18,11 @@ namespace bitorch_qlinear {
 // representable in the row's type.
 using PackRow = void (*)(const void* x, int64_t k, bool strict, double threshold, uint32_t* words, uint32_t* in_range);
 
+// Packs the levels of one row of k values, contiguous, into as many rows of words_for(k) words as levels have bits:
+// planes[p * stride ..] holds bit p of each level (levels.h), and bits past k are 0. Returns whether the row holds a NaN,
+// whose level is 0.
+using PackLevels = bool (*)(const void* x, int64_t k, int bits, uint32_t* planes, int64_t stride);
+
 // Unpacks k values from words_for(k) words: +-1 for numbers, and the bit itself for bool.
 using UnpackRow = void (*)(const uint32_t* words, int64_t k, void* out, DType dtype);
 
@@ -51,6 +56,7 @@ struct Kernel {
     const char* requires_features;
     bool (*runs_on)(const CpuFeatures&);
     PackRow pack_row[kFloatTypes];
+    PackLevels pack_levels[kFloatTypes];
     UnpackRow unpack_row;
     // hash.h's function, compiled for this instruction set.
     uint64_t (*hash_words)(const uint32_t* words, int64_t count, int64_t period);

@@ -84,11 +84,15 @@ def test_constructor():
 
 
 @pytest.mark.parametrize(
-    "quantization", ["inputdorefa", nn.Tanh(), quantizations.ProgressiveSign().train()], ids=["dorefa", "tanh", "slope"]
+    "quantization",
+    [quantizations.InputDoReFa(3), nn.Tanh(), quantizations.ProgressiveSign().train()],
+    ids=["dorefa", "tanh", "slope"],
 )
 def test_only_what_packs_into_bits_is_accepted(quantization):
     for make in (PackedQLinear, lambda *args, **options: PackedQLinear.from_float(QLinear(*args, **options))):
-        with pytest.raises(ValueError, match="input_quantization: expected a sign-like quantization or identity"):
+        with pytest.raises(
+            ValueError, match="input_quantization: expected a sign-like quantization, identity, or inputdorefa"
+        ):
             make(K, N, input_quantization=quantization)
     layer, packed = (
         QLinear(K, N, weight_quantization=quantization),
