@@ -1,5 +1,7 @@
 """Prints what is installed and checks every kernel that can run here: ``python -m bitorch_qlinear``.
 
+``python -m bitorch_qlinear convert --help`` describes the other command, which packs layers of a checkpoint file.
+
 Each CPU kernel, and each CUDA kernel of each device, computes some odd shapes in all dtypes: packing, products, and on
 the CPU also real values × signs. The results must equal those of the scalar kernel bit for bit, and those of the scalar
 kernel must equal plain torch's. The exit code is 0 if they do, and 1 otherwise.
@@ -12,6 +14,7 @@ import functools
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from . import _kernels, _library, functional, kernels
 from ._info import info
+from .convert.files import OPTIONS, convert_file
 
 SCALAR = "scalar"
 
@@ -189,19 +193,70 @@ def _cuda_devices() -> list[torch.device]:
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print :func:`bitorch_qlinear.info` and check the kernels.
+CONVERT = """Packs named linear layers of a state dict, without the model.
+
+The weights of the layers become bits, and all other entries stay. The result loads into pack(model), where the model
+has QLinear layers of the same names and quantizations. Nothing is written unless every layer can be packed.
+"""
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Pack layers of a checkpoint file and print a report.
 
     Args:
-        arguments: The command line's arguments, by default those of the process. ``--help`` is the only one.
+        arguments: The command line's arguments.
 
     Returns:
-        The exit code, which is 1 if a kernel is wrong and 0 otherwise.
+        The exit code: 0, or 2 if nothing was written because of an error, which is printed.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m bitorch_qlinear", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = {name: getattr(arguments, name) for name in OPTIONS}
+    try:
+        report = convert_file(
+            arguments.source,
+            arguments.target,
+            arguments.layers,
+            options,
+            force=arguments.force,
+            dry_run=arguments.dry_run,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    print("nothing was written (--dry-run)" if arguments.dry_run else f"wrote {arguments.target}")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print :func:`bitorch_qlinear.info` and check the kernels, or run the command ``convert``.
+
+    Args:
+        arguments: The command line's arguments, by default those of the process.
+
+    Returns:
+        The exit code, which is 0 if all went well.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m bitorch_qlinear", description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", metavar="")
+    command = commands.add_parser("convert", help="pack layers of a file", description=CONVERT, formatter_class=raw)
+    command.add_argument("source", type=Path, help="a state dict: .pt, .pth or .bin of torch.save, or .safetensors")
+    command.add_argument("target", type=Path, help="the file to write, with one of the same extensions")
+    command.add_argument(
+        "--layers",
+        action="append",
+        required=True,
+        metavar="REGEX",
+        help="matches the whole names of layers to pack, such as 'blocks\\.[0-9]+\\.fc[12]'; may be given repeatedly",
     )
-    parser.parse_args(arguments)
+    for name in OPTIONS:
+        flag = f"--{name.replace('_', '-')}"
+        command.add_argument(flag, metavar="NAME", help=f"the layers' {name} (default: that of QLinear)")
+    command.add_argument("--dry-run", action="store_true", help="check everything and report, but write nothing")
+    command.add_argument("--force", action="store_true", help="replace an existing file")
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "convert":
+        return convert(parsed)
     print(info())
     print(f"\nself-test of each kernel against {SCALAR}, and of {SCALAR} against torch:")
     return 0 if self_test() else 1

@@ -19,6 +19,7 @@ myst_heading_anchors = 3
 
 default_role = "code"  # for single backticks in docstrings
 
+autodoc_mock_imports = ["transformers"]  # one module of the package imports it, and these pages need none of it
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_google_docstring = True

@@ -15,6 +15,8 @@ from support import without_hypothesis
 
 from bitorch_qlinear import kernels
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # transformers reads it when it is first imported; no test uses the network
+
 if importlib.util.find_spec("hypothesis") is None:
     without_hypothesis.install()
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..checkpoint import QUANTIZED_WEIGHT
 from ..linear import QLinear
 from ..packed import PackedQLinear, weight_rule_of
+from .bitorch_layers import is_bitorch_layer, qlinear_of
 from .replacement import check_model, replace
 from .report import binary_layers, reason_against
 
@@ -25,6 +26,9 @@ def pack(model: QLinear, *, inplace: bool = False) -> nn.Module: ...
 def pack(model: _Model, *, inplace: bool = False) -> _Model: ...
 def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Replace each packable QLinear of a model by a PackedQLinear with the same output, for inference.
+
+    bitorch's own QLinear layers are packed, too, also inside bitorch's containers. A packed layer takes the place of
+    its container, and so does every other layer in a copy, because a container cannot be copied.
 
     :func:`bitorch_qlinear.explain` reports, before or after, which layers are packed and why others are not. The layers
     that are not packed are also logged as a warning. Weights that layers share are packed once and stay shared.
@@ -46,20 +50,22 @@ def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     shared: dict[Any, Tensor] = {}
     reasons: dict[str, str] = {}
     for path, parent, layer in binary_layers(model):
-        if not isinstance(layer, QLinear):
+        if isinstance(layer, PackedQLinear):
             continue
         reason = reason_against(layer, parent, path.rpartition(".")[2])
         if reason:
             reasons[path] = reason
             continue
-        rule = weight_rule_of(layer.weight_quantization)
-        key = id(layer.weight), id(layer.weight_quantization) if rule == QUANTIZED_WEIGHT else rule
-        packed = PackedQLinear.from_float(layer, shared.get(key))
+        source = qlinear_of(layer) if is_bitorch_layer(layer) else layer
+        assert isinstance(source, QLinear)
+        rule = weight_rule_of(source.weight_quantization)
+        key = id(source.weight), id(source.weight_quantization) if rule == QUANTIZED_WEIGHT else rule
+        packed = PackedQLinear.from_float(source, shared.get(key))
         shared[key] = packed.weight
         replacements[id(layer)] = packed
     result = replace(model, replacements, inplace, reasons)
     for path, _, layer in binary_layers(result):
-        if isinstance(layer, QLinear):
+        if not isinstance(layer, PackedQLinear):
             reasons.setdefault(path, "the module that holds it does not let it be replaced")
     packed_layers = sum(isinstance(layer, PackedQLinear) for layer in result.modules())
     lines = [f"  {path or '(model)'} stays as it is: {reason}" for path, reason in reasons.items()]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .bitorch_layers import held
 from .report import GATHER, is_fsdp
 
 __all__ = ["check_model", "copy_model", "replace"]
@@ -35,11 +36,6 @@ def check_model(model: nn.Module, instead: str = GATHER) -> None:
         raise RuntimeError(f"model: expected whole weights, got a model that FSDP shards: {instead}")
 
 
-def _held(module: nn.Module) -> nn.Module:
-    """Return the module itself, or the layer inside a container of bitorch, which poses as its container."""
-    return next(module.modules())
-
-
 def replace(model: nn.Module, replacements: dict[int, nn.Module], inplace: bool, reasons: dict[str, str]) -> nn.Module:
     """Return the model, or a copy of it, in which the modules with these ids are replaced.
 
@@ -53,24 +49,37 @@ def replace(model: nn.Module, replacements: dict[int, nn.Module], inplace: bool,
         RuntimeError: The model cannot be copied.
     """
     places = [
-        (parent, name, child, replacements[id(_held(child))])
+        (parent, name, child, replacements[id(held(child))])
         for parent in list(model.modules())
         for name, child in parent._modules.items()
-        if child is not None and id(_held(child)) in replacements
+        if child is not None and id(held(child)) in replacements
     ]
     if inplace:
-        for parent, name, _, replacement in places:
+        for parent, name, child, replacement in places:
             parent.register_module(name, replacement)
-        return replacements.get(id(_held(model)), model)
+            _keep_in_container(child, replacement)
+        if id(held(model)) in replacements:
+            replacement = replacements[id(held(model))]
+            _keep_in_container(model, replacement)
+            return replacement
+        return model
     # deepcopy takes a module that its memo already holds instead of copying the layer.
     memo: dict[int, Any] = {**replacements, **{id(child): replacement for _, _, child, replacement in places}}
-    if id(_held(model)) in replacements:
-        return replacements[id(_held(model))]
+    if id(held(model)) in replacements:
+        return replacements[id(held(model))]
     return copy_model(model, memo, reasons)
+
+
+def _keep_in_container(child: Any, replacement: nn.Module) -> None:
+    """Put the replacement into a container of bitorch, too. bitorch keeps all containers, and so the layers in them."""
+    if hasattr(type(child), "replace_layer_implementation"):
+        child.replace_layer_implementation(replacement)
 
 
 def copy_model(model: nn.Module, memo: dict[int, Any], reasons: dict[str, str]) -> nn.Module:
     """Return a deep copy of a model.
+
+    bitorch's containers cannot be copied. In the copy, the layers themselves have their places.
 
     Args:
         model: The model.
@@ -81,7 +90,12 @@ def copy_model(model: nn.Module, memo: dict[int, Any], reasons: dict[str, str]) 
         RuntimeError: The model cannot be copied.
     """
     try:
-        copied: nn.Module = copy.deepcopy(model, memo)
+        # A container may be inside another one. The inner one comes later among the modules and must be copied first.
+        for module in reversed(list(model.modules())):
+            for child in module._modules.values():
+                if child is not None and held(child) is not child and id(child) not in memo:
+                    memo[id(child)] = copy.deepcopy(held(child), memo)
+        copied: nn.Module = copy.deepcopy(held(model), memo)
     except Exception as error:
         left = "".join(f"; {path or 'the model'} would stay as it is: {reason}" for path, reason in reasons.items())
         said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

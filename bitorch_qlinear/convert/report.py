@@ -12,6 +12,7 @@ from ..checkpoint import words_for
 from ..linear import Activation, QLinear, do_nothing
 from ..packed import PackedQLinear, input_rule_of, pack_weight
 from ..quantizations import binary_rule
+from .bitorch_layers import is_bitorch_layer, qlinear_of, reason_against_sharing
 
 __all__ = ["LayerReport", "Report", "binary_layers", "explain", "reason_against"]
 
@@ -22,7 +23,7 @@ class LayerReport:
 
     Attributes:
         name: The layer's path in the model ("" for the model itself).
-        kind: "PackedQLinear", or the name of the layer's class: "QLinear" or that of a subclass.
+        kind: "PackedQLinear", "bitorch QLinear", or the name of the layer's class: "QLinear" or that of a subclass.
         path: What computes the layer's product, in words.
         packable: Whether :func:`bitorch_qlinear.pack` replaces the layer.
         reason: Why it is not replaced; "" if it is, or if it is already packed.
@@ -111,16 +112,22 @@ GATHER = (
 )
 
 
-def reason_against(layer: QLinear, parent: nn.Module | None = None, name: str = "") -> str:
+def reason_against(layer: nn.Module, parent: nn.Module | None = None, name: str = "") -> str:
     """Return the reason why a QLinear cannot be packed, or "" if it can.
 
     Args:
-        layer: The layer.
+        layer: The layer, of this package or of bitorch.
         parent: A module that holds the layer, or None.
         name: The layer's name in the parent.
     """
     if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
         return "nn.MultiheadAttention reads out_proj.weight itself and never calls the layer"
+    if is_bitorch_layer(layer):
+        reason = reason_against_sharing(layer)
+        if reason:
+            return reason
+        layer = qlinear_of(layer)
+    assert isinstance(layer, QLinear)
     if is_dtensor(layer.weight):
         return f"its weight is sharded: {GATHER}"
     if not is_plain(layer.weight):
@@ -154,10 +161,10 @@ def is_fsdp(module: nn.Module) -> bool:
 
 
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, nn.Module]]:
-    """Yield the path, a parent and the layer for each QLinear and PackedQLinear of a model."""
+    """Yield the path, a parent and the layer for each QLinear, of this package or bitorch's, and each PackedQLinear."""
     modules = dict(model.named_modules())
     for path, module in modules.items():
-        if isinstance(module, (QLinear, PackedQLinear)):
+        if isinstance(module, (QLinear, PackedQLinear)) or is_bitorch_layer(module):
             yield path, modules.get(path.rpartition(".")[0]) if path else None, module
 
 
@@ -188,11 +195,12 @@ def _explain_layer(path: str, parent: nn.Module | None, layer: nn.Module) -> Lay
         float_bytes = 4 * layer.in_features * layer.out_features
         resident = _bytes(words, layer.weight_prepared)
         return LayerReport(path, "PackedQLinear", layer.path, False, "", float_bytes, _bytes(words), resident)
-    assert isinstance(layer, QLinear)
     reason = reason_against(layer, parent, path.rpartition(".")[2])
+    assert isinstance(layer, nn.Linear)
     float_bytes = _bytes(layer.weight)
     packed = 0 if reason else 4 * layer.weight.shape[0] * words_for(layer.weight.shape[1])
-    computed = layer.path
+    kind = type(layer).__name__ if isinstance(layer, QLinear) else "bitorch QLinear"
+    computed = layer.path if isinstance(layer, QLinear) else "float (by bitorch)"
     if "never calls" in reason:
         computed = "float (its parent reads the weight)"
-    return LayerReport(path, type(layer).__name__, computed, not reason, reason, float_bytes, packed, float_bytes)
+    return LayerReport(path, kind, computed, not reason, reason, float_bytes, packed, float_bytes)

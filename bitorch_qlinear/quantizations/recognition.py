@@ -33,11 +33,40 @@ _RULE_BY_CLASS: dict[type[nn.Module], Callable[[Any], BinaryRule | None]] = {
 }
 _RULE_BY_NAME = {_BITORCH_NAMES[cls]: rule for cls, rule in _RULE_BY_CLASS.items()}
 
+_SCHEDULES = "bitorch.quantizations.quantization_scheduler"
+
+
+def _last_of_schedule(schedule: Any) -> nn.Module | None:
+    """Return the last quantization of one of bitorch's schedules if the schedule is finished, else None.
+
+    A finished schedule computes exactly its last quantization; at a factor of 1 both kinds do.
+    """
+    if schedule.factor != 1 or not schedule.quantizations:
+        return None
+    last: nn.Module = schedule.quantizations[-1]
+    return last
+
+
+def _rule_of_schedule(schedule: Any) -> BinaryRule | None:
+    last = _last_of_schedule(schedule)
+    return None if last is None else binary_rule(last)
+
+
+for _name in ("MixLinearScheduling", "StepScheduling"):
+    _RULE_BY_NAME[_SCHEDULES, _name] = _rule_of_schedule
+
 
 def _is_exactly(quantization: nn.Module, ours: type[nn.Module]) -> bool:
-    """Whether the quantization is of this class or of bitorch's of the same name, and of no subclass."""
+    """Whether the quantization is of this class or of bitorch's of the same name, and of no subclass.
+
+    A finished schedule of bitorch counts as its last quantization.
+    """
     cls = type(quantization)
-    return cls is ours or (cls.__module__, cls.__qualname__) == _BITORCH_NAMES[ours]
+    name = cls.__module__, cls.__qualname__
+    if _RULE_BY_NAME.get(name) is _rule_of_schedule:
+        last = _last_of_schedule(quantization)
+        return last is not None and _is_exactly(last, ours)
+    return cls is ours or name == _BITORCH_NAMES[ours]
 
 
 def binary_rule(quantization: nn.Module) -> BinaryRule | None:
@@ -50,8 +79,8 @@ def binary_rule(quantization: nn.Module) -> BinaryRule | None:
 
     Returns:
         The rule if this is exactly one of sign, approxsign, swishsign, steheaviside, or progressive_sign in eval mode,
-        of this package or of bitorch, without hooks (which the packed path would skip). None for all others,
-        subclasses included.
+        of this package or of bitorch, or a finished schedule of bitorch whose last quantization is one of them; without
+        hooks (which the packed path would skip). None for all others, subclasses included.
     """
     cls = type(quantization)
     rule = _RULE_BY_CLASS.get(cls) or _RULE_BY_NAME.get((cls.__module__, cls.__qualname__))

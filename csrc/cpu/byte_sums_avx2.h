@@ -1,8 +1,9 @@
-// Sums of bytes that hold two 4-bit counts, and the transposition of bytes: shared by gemm_avx2.cpp and
-// gemm_tables_avx2.h.
+// Sums of bytes that hold two 4-bit counts, the transposition of bytes, and outputs that are bits: shared by
+// gemm_avx2.cpp and gemm_tables_avx2.h.
 #pragma once
 
 // Included inside the AVX2 region, behind the intrinsics.
+#include "kernel.h"
 #include "pack_portable.h"
 
 namespace bitorch_qlinear {
@@ -87,6 +88,24 @@ inline void load_byte_columns(const uint32_t* words, int64_t row, int64_t n, int
 inline void even_and_odd(const Sums& sums, Vector counts[2]) {
     counts[0] = _mm256_sub_epi16(sums.whole, _mm256_slli_epi16(sums.odd, 8));
     counts[1] = sums.odd;
+}
+
+// Writes y[row][column .. column + width) from counts in memory, as write_outputs does.
+inline void write_row(const Output& y, int64_t row, int64_t column, const int32_t* counts, int64_t width) {
+    if (!y.limits) return write_outputs(y, row, column, counts, width);
+    const int32_t* limits = y.limits + column;
+    uint32_t* out = static_cast<uint32_t*>(y.data) + row * words_for(y.n) + column / kWordBits;
+    int64_t i = 0;
+    for (; i + kWordBits <= width; i += kWordBits) {
+        uint32_t more = 0;  // the outputs whose counts exceed their limits
+        BITORCH_QLINEAR_UNROLL
+        for (int j = 0; j < 32; j += 8) {
+            const Vector exceeds = _mm256_cmpgt_epi32(load(counts + i + j), load(limits + i + j));
+            more |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(exceeds))) << j;
+        }
+        *out++ = ~more ^ (y.flips ? y.flips[(column + i) / kWordBits] : 0);
+    }
+    if (i < width) write_bits(y, row, column + i, counts + i, width - i);
 }
 
 inline int64_t align64(int64_t bytes) { return ceil_div(bytes, 64) * 64; }

@@ -227,6 +227,38 @@ inline void write_floats(const Output& y, int64_t row, int64_t column, const Sum
     });
 }
 
+// Turns the limits of `columns` outputs, a multiple of 32, into 16 bits: the least counts that exceed them. A count of a
+// span is at most 65520, so a limit from 65534 on is no other than 65534.
+inline void narrow_limits(const int32_t* limits, int64_t columns, uint16_t* least) {
+    const auto narrow = [&](const int32_t* from) __attribute__((always_inline)) {
+        const Vector never = _mm256_set1_epi32(-1), always = _mm256_set1_epi32(65534);
+        return _mm256_sub_epi32(_mm256_min_epi32(_mm256_max_epi32(load(from), never), always), never);
+    };
+    for (int64_t i = 0; i < columns; i += 16) {
+        // The pack instructions keep 128-bit lanes apart, and the permutation puts them in order.
+        const Vector packed = _mm256_packus_epi32(narrow(limits + i), narrow(limits + i + 8));
+        store(least + i, _mm256_permute4x64_epi64(packed, 0xD8));
+    }
+}
+
+// Writes 32 `vectors` bits directly from the sums of their only span.
+inline void write_bits(const Output& y, int64_t row, int64_t column, const uint16_t* least, const Sums (*sums)[2],
+                       int sums_row, int vectors) {
+    const int64_t first = column / kWordBits;
+    uint32_t* out = static_cast<uint32_t*>(y.data) + row * words_for(y.n) + first;
+    for (int v = 0; v < vectors; ++v, least += kWordBits) {
+        Vector halves[2], exceeds[2];
+        even_and_odd(sums[v][sums_row], halves);
+        BITORCH_QLINEAR_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            const Vector left = _mm256_subs_epu16(load(least + 16 * i), halves[i]);  // 0 if the limit is exceeded
+            exceeds[i] = _mm256_cmpeq_epi16(left, _mm256_setzero_si256());
+        }
+        const Vector bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(exceeds[0], exceeds[1]), 0xD8);
+        out[v] = ~static_cast<uint32_t>(_mm256_movemask_epi8(bytes)) ^ (y.flips ? y.flips[first + v] : 0);
+    }
+}
+
 // Loads 32 bytes (256 values) of a packed row from byte `begin` on; bits past k become 0.
 inline Vector load_bits(const uint32_t* row, int64_t begin, int64_t k) {
     const int64_t left = k - 8 * begin;
@@ -338,7 +370,10 @@ void multiply_by_pair_tables(const Product& product, Range rows, Range columns, 
     for (int64_t column = columns.begin; column < columns.end; column += kColumns) {
         const int64_t width = columns.end - column < kColumns ? columns.end - column : kColumns;
         const int count = width > kPanel ? 2 : 1;
-        const bool straight = spans == 1 && product.y.dtype == DType::float32 && width == count * kPanel;
+        const bool straight =
+            spans == 1 && (product.y.dtype == DType::float32 || product.y.limits) && width == count * kPanel;
+        alignas(32) uint16_t least[kColumns];
+        if (straight && product.y.limits) narrow_limits(product.y.limits + column, width, least);
         const uint8_t* panels = product.panels + column / kPanel * panel_bytes;
         for (int64_t span = 0; span < spans; ++span) {
             const Range part{units * span / spans, units * (span + 1) / spans};
@@ -346,14 +381,16 @@ void multiply_by_pair_tables(const Product& product, Range rows, Range columns, 
             for (int64_t row = 0; row < size(rows); ++row) {
                 const Sums(*sums)[2] = work.sums[row / 2].rows;
                 if (straight) {
-                    write_floats(product.y, rows.begin + row, column, sums, row % 2, 2 * count);
+                    const int vectors = 2 * count;
+                    product.y.limits ? write_bits(product.y, rows.begin + row, column, least, sums, row % 2, vectors)
+                                     : write_floats(product.y, rows.begin + row, column, sums, row % 2, vectors);
                     continue;
                 }
                 int32_t* counts = work.counts + (spans > 1 ? row * kColumns : 0);
                 widen_sums(sums, row % 2, 2 * count, [=](int i, Vector values) __attribute__((always_inline)) {
                     store(counts + i, span == 0 ? values : _mm256_add_epi32(values, load(counts + i)));
                 });
-                if (span + 1 == spans) write_outputs(product.y, rows.begin + row, column, counts, width);
+                if (span + 1 == spans) write_row(product.y, rows.begin + row, column, counts, width);
             }
         }
     }

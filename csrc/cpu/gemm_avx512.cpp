@@ -104,6 +104,32 @@ inline void write_floats(const Corner& corner, const Vector (&counts)[Rows][Vect
     }
 }
 
+// Writes bits directly from registers: a comparison gives those of 16 outputs. Two masks of 16 bits are joined as masks,
+// because gcc 12 may spill one that becomes a 32-bit integer as two bytes and read back four.
+template <int Rows, int Vectors>
+inline void write_bits(const Corner& corner, const Vector (&counts)[Rows][Vectors]) {
+    const Output y = corner.y;  // a copy, which writes cannot change
+    const int64_t width = words_for(y.n);
+    BITORCH_QLINEAR_UNROLL
+    for (int v = 0; v < Vectors; v += 2) {
+        const int64_t column = corner.column + v * kLanes, word = column / kWordBits;
+        const bool two = v + 1 < Vectors;
+        const auto read = [&](int at) __attribute__((always_inline)) {
+            const __mmask16 lanes = at + 1 < Vectors ? 0xFFFF : corner.inside;
+            return _mm512_maskz_loadu_epi32(lanes, y.limits + corner.column + at * kLanes);
+        };
+        const Vector low = read(v), high = two ? read(v + 1) : low;
+        const uint32_t flips = y.flips ? y.flips[word] : 0, valid = word_mask(word, y.n);
+        uint32_t* out = static_cast<uint32_t*>(y.data) + corner.row * width + word;
+        BITORCH_QLINEAR_UNROLL
+        for (int r = 0; r < Rows; ++r) {
+            const __mmask16 lower = _mm512_cmple_epi32_mask(counts[r][v], low);
+            const __mmask16 upper = two ? _mm512_cmple_epi32_mask(counts[r][v + two], high) : 0;
+            out[r * width] = (_mm512_kunpackw(upper, lower) ^ flips) & valid;
+        }
+    }
+}
+
 // Multiplies Rows rows by 16 Vectors outputs, into tile.counts, or into y if there is a corner.
 template <int Rows, int Vectors>
 __attribute__((noinline)) void multiply_tile(const Tile& tile, const Corner* corner) {
@@ -134,7 +160,7 @@ __attribute__((noinline)) void multiply_tile(const Tile& tile, const Corner* cor
     };
     for (int64_t i = 0; i < words - 1; ++i) add_word([&](int r) { return x[r * stride + i]; });
     if (words > 0) add_word([&](int r) { return x[r * stride + words - 1] & tile.last; });
-    if (corner) return write_floats(*corner, sums);
+    if (corner) return corner->y.limits ? write_bits(*corner, sums) : write_floats(*corner, sums);
     BITORCH_QLINEAR_UNROLL
     for (int r = 0; r < Rows; ++r) {
         BITORCH_QLINEAR_UNROLL
@@ -159,7 +185,7 @@ MultiplyTile tile_of(int64_t rows, int64_t vectors) {
 // Multiplies up to 4 rows by up to a panel of columns over the words `part` of K, and writes y after the last of them.
 inline void multiply_part(const Product& product, Range rows, Range columns, Range part, int32_t* counts) {
     const int64_t words = words_for(product.k), vectors = ceil_div(size(columns), kLanes);
-    const bool last = part.end == words, floats = product.y.dtype == DType::float32;
+    const bool last = part.end == words, direct = product.y.dtype == DType::float32 || product.y.limits;
     const Tile tile{
         .x = product.x + rows.begin * words + part.begin,
         .stride = words,
@@ -170,8 +196,8 @@ inline void multiply_part(const Product& product, Range rows, Range columns, Ran
         .counts = counts};
     const int64_t inside = size(columns) - (vectors - 1) * kLanes;
     const Corner corner{product.y, rows.begin, columns.begin, static_cast<__mmask16>((1u << inside) - 1)};
-    tile_of(size(rows), vectors)(tile, last && floats ? &corner : nullptr);
-    if (!last || floats) return;
+    tile_of(size(rows), vectors)(tile, last && direct ? &corner : nullptr);
+    if (!last || direct) return;
     for (int64_t row = rows.begin; row < rows.end; ++row, counts += kPanel) {
         write_outputs(product.y, row, columns.begin, counts, size(columns));
     }

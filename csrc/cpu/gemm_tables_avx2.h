@@ -173,7 +173,7 @@ void finish(const Output& y, Range rows, Range columns, const RowSums* sums, int
             const int sixteenth = static_cast<int>((row - rows.begin) / 16);
             for (int64_t i = 0; i < width; i += 8) count_rows(sums + i, sixteenth / 2, sixteenth % 2, counts + i);
             for (int64_t i = row; i < std::min(row + 16, rows.end); ++i) {
-                write_outputs(y, i, column, counts + (i - row) * kFinished, width);
+                write_row(y, i, column, counts + (i - row) * kFinished, width);
             }
         }
     }

@@ -24,6 +24,8 @@ inline uint64_t hash_words(const uint32_t* words, int64_t count, int64_t period)
     const auto add_lines = [&](int64_t distance) __attribute__((always_inline)) {
         for (; i + kLineWords <= count; i += distance) {
             const uint32_t key = next_key();
+            // gcc 12 would first unroll the loop, and then not vectorize it: 6.7 ns a line instead of 2.0 (AVX-512).
+#pragma GCC unroll 1
             for (int64_t lane = 0; lane < kLineWords; ++lane) sums[lane] += uint64_t{words[i + lane]} * key;
         }
     };

@@ -16,6 +16,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MODULE_NAMES = {"_parameters", "_buffers", "_modules", "_apply", "_load_from_state_dict", "_save_to_state_dict"}
 # These are documented despite their names.
 PUBLIC = {"torch._check", "_asdict", "_replace", "_getframe"}
+# transformers marks the tensors that it has read by this name, which the models' own _init_weights read, too. Without
+# the mark, bitorch_qlinear.transformers refuses every packed folder.
+OF_TRANSFORMERS = {"_is_hf_initialized"}
 
 
 def is_private(name: str) -> bool:
@@ -43,6 +46,7 @@ OWN = own_names(TREES.values()) | {path.stem for path in FILES} | {"_C"}
 def private_names(tree: ast.AST) -> list[str]:
     """Return the names with a leading underscore that the file reads or imports from others, also through getattr."""
     found = []
+    known = OWN | MODULE_NAMES | OF_TRANSFORMERS
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             of_torch = ast.unparse(node.value).split(".")[0] in ("torch", "nn", "F", "forward_ad")
@@ -57,7 +61,7 @@ def private_names(tree: ast.AST) -> list[str]:
             found += [f"line {node.lineno}: {a.name}" for a in node.names if any(map(is_private, a.name.split(".")))]
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr") and len(node.args) > 1:
             name = node.args[1]
-            if isinstance(name, ast.Constant) and is_private(str(name.value)) and name.value not in OWN | MODULE_NAMES:
+            if isinstance(name, ast.Constant) and is_private(str(name.value)) and name.value not in known:
                 found.append(f"line {node.lineno}: {ast.unparse(node)}")
     return found
 

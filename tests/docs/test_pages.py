@@ -24,7 +24,6 @@ FOLDERS = ("bitorch_qlinear", "csrc", "examples", "benchmarks", "tools", "tests"
 PATH = re.compile(rf"({'|'.join(map(re.escape, FOLDERS))})/[\w./-]*")
 TO_COME = {
     "bitorch_qlinear/convert/fuse.py",
-    "bitorch_qlinear/bitorch.py",
     "bitorch_qlinear/distributed.py",
     "bitorch_qlinear/export/",
     "examples/cpp/",

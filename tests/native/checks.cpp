@@ -164,7 +164,8 @@ void check_headers() {
     const Tensor made = prepare_weight(w.tensor, k, std::nullopt);
     const int64_t bytes = made.numel();
     const auto multiply_with = [&](const Owned& prepared) {
-        return binary_linear(x.tensor, w.tensor, k, std::nullopt, prepared.tensor, std::nullopt, ScalarType::Int);
+        return binary_linear(x.tensor, w.tensor, k, std::nullopt, prepared.tensor, std::nullopt, ScalarType::Int,
+                             std::nullopt, std::nullopt);
     };
     const auto expect_right = [&](const Owned& prepared, const char* what) {
         const Tensor y = multiply_with(prepared);
@@ -207,7 +208,8 @@ void check_stale_forms() {
             std::memset(data, 0, static_cast<size_t>(count) * 4);
             for (int64_t i = 0; i < count; ++i) data[i] ^= changed == count || i == changed ? 1u : 0u;
             const auto multiply_with = [&](const std::optional<Tensor>& prepared) {
-                return binary_linear(x.tensor, w.tensor, k, std::nullopt, prepared, std::nullopt, ScalarType::Int);
+                return binary_linear(x.tensor, w.tensor, k, std::nullopt, prepared, std::nullopt, ScalarType::Int,
+                                     std::nullopt, std::nullopt);
             };
             const Tensor with = multiply_with(made), without = multiply_with(std::nullopt);
             expect(!std::memcmp(with.data_ptr(), without.data_ptr(), static_cast<size_t>(m * n) * 4),

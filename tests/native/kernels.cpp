@@ -2,6 +2,7 @@
 // torch, so it runs under qemu-user and under sanitizers. tests/operators/test_kernels.py compares with a reference.
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/cpu/fingerprint.h"
@@ -100,12 +101,15 @@ void check_fingerprints(const Kernel& kernel) {
 struct Epilogue {
     DType dtype;
     bool bias, scale;
+    bool limits = false, flips = false;  // if there are limits, the outputs are bits
 };
 constexpr Epilogue kEpilogues[] = {{DType::int32, false, false},
                                    {DType::float32, true, false},
                                    {DType::float16, true, true},
                                    {DType::bfloat16, false, true},
-                                   {DType::float64, true, true}};
+                                   {DType::float64, true, true},
+                                   {DType::int32, false, false, true, true},
+                                   {DType::int32, false, false, true, false}};
 
 // Fills in n random values, as doubles if the output is float64 and otherwise as floats.
 void fill_factors(Buffer<uint8_t>& values, int64_t n, DType dtype) {
@@ -116,6 +120,14 @@ void fill_factors(Buffer<uint8_t>& values, int64_t n, DType dtype) {
         } else {
             reinterpret_cast<float*>(values.data())[i] = static_cast<float>(value);
         }
+    }
+}
+
+// Fills in limits near the counts of random rows, and some that no count reaches or every count does.
+void fill_limits(Buffer<int32_t>& limits, int64_t n, int64_t k) {
+    constexpr int32_t kExtremes[] = {INT32_MIN, -1, 0, INT32_MAX};
+    for (int64_t i = 0; i < n; ++i) {
+        limits[i] = below(4) ? static_cast<int32_t>(k / 2 + below(7) - 3) : kExtremes[below(std::size(kExtremes))];
     }
 }
 
@@ -137,7 +149,8 @@ void multiply(const Kernel& kernel, Product product, int64_t most_rows, int64_t 
     }
     product.panels = prepared.data() + kPanelsOffset;
     const int64_t rows = std::min(most_rows, kernel.row_tile);
-    const int64_t columns = ceil_div(most_columns, kernel.column_tile) * kernel.column_tile;
+    const int64_t column_tile = product.y.limits ? std::lcm(kernel.column_tile, kWordBits) : kernel.column_tile;
+    const int64_t columns = ceil_div(most_columns, column_tile) * column_tile;
     Buffer<uint8_t> workspace = make_workspace(kernel.workspace_bytes(std::min(rows, product.m), product.k));
     for (int64_t row = 0; row < product.m; row += rows) {
         for (int64_t column = 0; column < product.n; column += columns) {
@@ -155,8 +168,12 @@ void check_product(const Kernel& kernel, const Case& at, Buffer<uint32_t>& x, Bu
     Buffer<uint8_t> bias(Use::Input, n * factor_bytes), scale(Use::Input, n * factor_bytes);
     fill_factors(bias, n, epilogue.dtype);
     fill_factors(scale, n, epilogue.dtype);
-    Buffer<uint8_t> expected(Use::Output, m * n * element_size(epilogue.dtype));
-    Buffer<uint8_t> got(Use::Output, m * n * element_size(epilogue.dtype));
+    Buffer<int32_t> limits(Use::Input, n);
+    Buffer<uint32_t> flips(Use::Input, words_for(n));
+    fill_limits(limits, n, k);
+    fill(flips, words_for(n));  // sets bits past n, too
+    const int64_t bytes = m * (epilogue.limits ? words_for(n) * kWordBytes : n * element_size(epilogue.dtype));
+    Buffer<uint8_t> expected(Use::Output, bytes), got(Use::Output, bytes);
     const auto product = [&](Buffer<uint8_t>& y) {
         return Product{x.data(),
                        weight.data(),
@@ -165,12 +182,14 @@ void check_product(const Kernel& kernel, const Case& at, Buffer<uint32_t>& x, Bu
                        n,
                        k,
                        {y.data(), epilogue.dtype, n, static_cast<int32_t>(k), epilogue.bias ? bias.data() : nullptr,
-                        epilogue.scale ? scale.data() : nullptr}};
+                        epilogue.scale ? scale.data() : nullptr, epilogue.limits ? limits.data() : nullptr,
+                        epilogue.flips ? flips.data() : nullptr}};
     };
     multiply(kScalarKernel, product(expected), m, n);
     const bool whole = below(2) == 0;
     multiply(kernel, product(got), whole ? m : 1 + below(m), whole ? n : 1 + below(n));
-    const std::string what = describe(kernel, "product", m, n, k, static_cast<int>(epilogue.dtype));
+    const std::string what =
+        describe(kernel, "product", m, n, k, static_cast<int>(epilogue.dtype), epilogue.limits, epilogue.flips);
     got.check_guards(what);
     expect(std::memcmp(expected.data(), got.data(), got.bytes()) == 0, what);
 }

@@ -65,11 +65,13 @@ struct Problem {
     int64_t m, n, k;
 };
 
+// Computes y, which is bits if there are limits.
 template <class Threads>
-std::vector<int32_t> multiply_words(const Threads& threads, const Kernel& kernel, const Problem& p) {
+std::vector<int32_t> multiply_words(const Threads& threads, const Kernel& kernel, const Problem& p,
+                                    const int32_t* limits = nullptr) {
     const std::vector<uint32_t> x = random_words(p.m, p.k), w = random_words(p.n, p.k);
     const std::vector<uint8_t> prepared = prepare(threads, kernel, w, p.n, p.k);
-    std::vector<int32_t> y(static_cast<size_t>(p.m * p.n), INT32_MIN);
+    std::vector<int32_t> y(static_cast<size_t>(p.m * (limits ? words_for(p.n) : p.n)), INT32_MIN);
     multiply(threads, kernel,
              {x.data(),
               w.data(),
@@ -77,7 +79,7 @@ std::vector<int32_t> multiply_words(const Threads& threads, const Kernel& kernel
               p.m,
               p.n,
               p.k,
-              {y.data(), DType::int32, p.n, static_cast<int32_t>(p.k), nullptr, nullptr}});
+              {y.data(), DType::int32, p.n, static_cast<int32_t>(p.k), nullptr, nullptr, limits}});
     return y;
 }
 
@@ -92,6 +94,18 @@ std::vector<int32_t> plain_product(const Problem& p) {
         y.push_back(static_cast<int32_t>(p.k) - 2 * count);
     }
     return y;
+}
+
+// Packs the bits popcount <= limit of a plain product k - 2 popcount.
+std::vector<int32_t> pack_bits(const Problem& p, const std::vector<int32_t>& product, const int32_t* limits) {
+    const int64_t width = words_for(p.n);
+    std::vector<int32_t> words(static_cast<size_t>(p.m * width));
+    for (int64_t i = 0; i < p.m * p.n; ++i) {
+        const int64_t row = i / p.n, column = i % p.n;
+        const uint32_t bit = (p.k - product[static_cast<size_t>(i)]) / 2 <= limits[column];
+        words[static_cast<size_t>(row * width + column / kWordBits)] |= static_cast<int32_t>(bit << column % kWordBits);
+    }
+    return words;
 }
 
 // Returns small integers, so that every sum is exact.
@@ -138,12 +152,18 @@ void check_products() {
     for (const Problem& p : {Problem{131, 400, 500}, {1, 9001, 2049}, {300, 65, 1111}, {515, 7, 11003}}) {
         expect(p.m * p.n * p.k > kSerialProducts && p.n * p.k > kSerialValues, "shared among threads");
         const std::vector<int32_t> expected = plain_product(p);
+        std::vector<int32_t> limits(static_cast<size_t>(p.n));
+        for (size_t i = 0; i < limits.size(); ++i)
+            limits[i] = static_cast<int32_t>(p.k / 2 + static_cast<int64_t>(i % 7) - 3);
+        const std::vector<int32_t> expected_bits = pack_bits(p, expected, limits.data());
         const std::vector<uint32_t> w = random_words(p.n, p.k);
         for (const Kernel* kernel : kernels()) {
             const std::vector<uint8_t> prepared = prepare(StdThreads{1}, *kernel, w, p.n, p.k);
             for (const int64_t workers : kWorkers) {
                 expect(prepare(StdThreads{workers}, *kernel, w, p.n, p.k) == prepared, name(*kernel, p, workers));
                 expect(multiply_words(StdThreads{workers}, *kernel, p) == expected, name(*kernel, p, workers));
+                expect(multiply_words(StdThreads{workers}, *kernel, p, limits.data()) == expected_bits,
+                       name(*kernel, p, workers) + ", bits");
             }
         }
     }

@@ -32,7 +32,7 @@ from support.reference import (
     unpack,
     unpack_signs,
 )
-from support.shapes import PANEL, around, row_table_products, small_products, spanning_products
+from support.shapes import PANEL, SPAN, around, row_table_products, small_products, spanning_products
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -124,15 +124,21 @@ def test_sizes_of_zero(kernel, leading, n, k):
     assert_equal(F.binary_linear(pack_signs(x), weight, k, out_limits=limits, out_flips=flips), expected)
 
 
-def test_every_limit_is_legal(kernel):
-    """A limit is compared with every count that a product of 5 values can have."""
-    k, limits = 5, torch.tensor([LIMITS.min, -(2**16), -1, *range(7), 2**16 - 1, 2**16, LIMITS.max], dtype=torch.int32)
-    x, n = pack(torch.arange(k) >= torch.arange(k + 1)[:, None]), len(limits)  # row i differs from ones in i bits
+@pytest.mark.parametrize("k", [5, SPAN])
+@pytest.mark.parametrize("n", [30, PANEL, 2 * PANEL])
+def test_every_limit_is_legal(kernel, n, k):
+    """The limits are those around the least and largest counts, and around the ends of 16 and 32 bits."""
+    ends = [LIMITS.min, LIMITS.min + 1, -(2**16), *range(-2, 7), *range(k - 2, k + 2)]
+    ends += [*range(2**15 - 2, 2**15 + 2), *range(2**16 - 4, 2**16 + 2), LIMITS.max - 1, LIMITS.max]
+    limits = torch.tensor(ends, dtype=torch.int32)[torch.arange(n) % len(ends)]
+    counts = torch.tensor([0, 1, 2, k - 1, k])  # the bits in which each row differs from the weights
+    x = pack(torch.arange(k) >= counts[:, None])
     weight = pack(torch.ones(n, k, dtype=torch.bool))
-    ones = torch.arange(k + 1)[:, None] <= limits
+    ones = counts[:, None] <= limits
     assert_equal(F.binary_linear(x, weight, k, out_limits=limits), pack(ones))
     all_flipped = torch.full((-(-n // 32),), -1, dtype=torch.int32)
     assert_equal(F.binary_linear(x, weight, k, out_limits=limits, out_flips=all_flipped), pack(~ones))
+    assert_equal(F.binary_linear(x[-1:], weight, k, out_limits=limits), pack(ones[-1:]), "one row")
 
 
 def test_two_layers_in_words_equal_two_layers_in_numbers(kernel):

@@ -49,6 +49,7 @@ inline __m512i shift_right(__m512i a, unsigned count) {
 #define _mm512_cmplt_epu16_mask(a, b) static_cast<uint32_t>(simde_lacks::less<uint16_t>(a, b))
 #define _mm512_cmplt_epu32_mask(a, b) static_cast<__mmask16>(simde_lacks::less<uint32_t>(a, b))
 #define _mm512_cmplt_epu64_mask(a, b) static_cast<uint8_t>(simde_lacks::less<uint64_t>(a, b))
+#define _mm512_kunpackw(high, low) (static_cast<uint32_t>(high) << 16 | static_cast<uint16_t>(low))
 
 inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
     uint16_t from[16];
