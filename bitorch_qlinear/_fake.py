@@ -200,6 +200,22 @@ def _check_bits(n: int, a: Any, first: Tensor) -> None:
         _check_contiguous_vector("out_flips", a.out_flips, _words_for(n), first)
 
 
+def _check_value_limits(a: Any) -> None:
+    """Check the limits and flips by which x is packed."""
+    if a.limits is None:
+        if a.flips is not None:
+            _fail("flips", "expected None without limits, got a tensor")
+        return
+    k = a.x.shape[-1]
+    if a.limits.dtype is not a.x.dtype:
+        expected, got = _dtype_name(a.x.dtype), _dtype_name(a.limits.dtype)
+        _fail("limits", f"expected {expected}, the dtype of x, got {got}")
+    _check_contiguous_vector("limits", a.limits, k, a.x)
+    if a.flips is not None:
+        _check_word_dtype("flips", a.flips)
+        _check_contiguous_vector("flips", a.flips, _words_for(k), a.x)
+
+
 def _check_prepared(prepared: Tensor | None, first: Tensor) -> None:
     """Check all of a prepared form but its size: the operator replaces a form that was made for another kernel."""
     if prepared is None:
@@ -249,7 +265,8 @@ def _result_of(operator: Callable[..., Any]) -> Callable[[Callable[[Any], Any]],
     def register(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
         @torch.library.register_fake(f"bitorch_qlinear::{operator.__name__}")
         def fake(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
+            # A keyword of the function may be positional in the operator's schema.
+            bound = signature.bind(**dict(zip(signature.parameters, args, strict=False)), **kwargs)
             bound.apply_defaults()
             return make(SimpleNamespace(**bound.arguments))
 
@@ -260,8 +277,11 @@ def _result_of(operator: Callable[..., Any]) -> Callable[[Callable[[Any], Any]],
 
 @_result_of(functional.pack_bits)
 def _(a: Any) -> Tensor:
+    _check_first("x", a.x, a.limits, a.flips)
+    _check_given("x", a.x)
     _check_dimensions("x", a.x, "(..., k)")
     _check_rows("x", a.x, a.x.shape[-1], a.x)
+    _check_value_limits(a)
     return a.x.new_empty(_with_last(a.x.shape, _words_for(a.x.shape[-1])), dtype=torch.int32)  # type: ignore[no-any-return]
 
 

@@ -60,17 +60,28 @@ def _product_options(
     return options
 
 
-def pack_bits(x: Tensor, strict: bool = False) -> Tensor:
-    """Pack the signs of x.
+def pack_bits(x: Tensor, strict: bool = False, *, limits: Tensor | None = None, flips: Tensor | None = None) -> Tensor:
+    """Pack the signs of x, or of what x becomes by a function of each channel that changes its sign at most once.
+
+    With `limits`, bit j of a row is 1 if ``v >= limits[j]``, or if not, where bit j of `flips` is set. So a shift, a
+    BatchNorm or a Hardtanh before the sign needs no pass over x. Values are compared by their IEEE 754 bit patterns,
+    in the order -∞, negative numbers, -0, +0, positive numbers, +∞: denormals keep their place even if torch flushes
+    them, and a limit of +0 is above -0. A NaN of either sign in x gives the bit 1, or 0 with `strict`, whatever its
+    limit and flip are.
 
     Args:
         x: Shape ``(..., k)``, any strides, float64, float32, float16 or bfloat16.
-        strict: +1 only if v > 0, instead of +1 unless v < 0.
+        strict: +1 only if v > 0, instead of +1 unless v < 0. With `limits` it only decides the bit of a NaN.
+        limits: The smallest value of each channel for which the bit is 1, shape ``(k,)``, the dtype of x, contiguous.
+            Every bit pattern is a legal limit: one of +NaN is above all numbers and never reached, one of -NaN is
+            below them and always reached. On the CPU only.
+        flips: Packed words, shape ``(ceil(k / 32),)``, contiguous, in which 1 inverts the bit of a channel; bits past k
+            are ignored. It needs limits.
 
     Returns:
         Packed words, int32, shape ``(..., ceil(k / 32))``.
     """
-    words: Tensor = _ops.pack_bits(x, strict)
+    words: Tensor = _ops.pack_bits(x, strict) if limits is flips is None else _ops.pack_bits(x, strict, limits, flips)
     return words
 
 

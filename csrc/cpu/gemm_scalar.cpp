@@ -38,6 +38,8 @@ const Kernel kScalarKernel = {
                  pack_row_portable<BFloat16>},
     .pack_levels = {pack_levels_portable<double>, pack_levels_portable<float>, pack_levels_portable<Half>,
                     pack_levels_portable<BFloat16>},
+    .pack_limited_rows = {pack_limited_rows_portable<double>, pack_limited_rows_portable<float>,
+                          pack_limited_rows_portable<Half>, pack_limited_rows_portable<BFloat16>},
     .unpack_row = unpack_row_portable,
     .hash_words = hash_words,
     .layout = {.id = 0, .panel = 1, .unit = kWordBits, .unit_bytes = 0},

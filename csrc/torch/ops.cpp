@@ -2,7 +2,9 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(bitorch_qlinear, library) {
-    library.def("pack_bits(Tensor x, bool strict=False) -> Tensor");
+    // limits and flips are no keywords, as they are in Python: torch hands keywords to a batching rule without saying
+    // how they are batched.
+    library.def("pack_bits(Tensor x, bool strict=False, Tensor? limits=None, Tensor? flips=None) -> Tensor");
     library.def("unpack_bits(Tensor words, SymInt k, ScalarType dtype) -> Tensor");
     library.def("prepare_weight(Tensor weight_words, SymInt k, *, int? layout=None) -> Tensor");
     library.def(

@@ -153,11 +153,21 @@ Reals read_reals(const Tensor& reals) {
 
 // ---- operators -----------------------------------------------------------------------------------
 
-Tensor pack_bits(const Tensor& x, bool strict) {
+Tensor pack_bits(const Tensor& x, bool strict, const std::optional<Tensor>& limits,
+                 const std::optional<Tensor>& flips) {
+    check_given("x", x);
     check_dimensions("x", x, 1, "(..., k)");
     const TensorRows rows = check_rows("x", x, x.size(x.dim() - 1), kCpu);
+    check_value_limits(limits, flips, x.scalar_type(), rows.k, kCpu);
     Tensor words = empty_on_cpu(sizes_with_last(x, words_for(rows.k)), ScalarType::Int);
-    pack_rows(Threads(), active_kernel(), rows, strict, 0, words_of(words), nullptr);
+    if (!limits) {
+        pack_rows(Threads(), active_kernel(), rows, strict, 0, words_of(words), nullptr);
+        return words;
+    }
+    const Tensor values = aligned("limits", *limits);
+    const std::optional<Tensor> flipped = flips ? std::optional(aligned("flips", *flips)) : std::nullopt;
+    pack_rows(Threads(), active_kernel(), rows, strict, values.data_ptr(), flipped ? words_of(*flipped) : nullptr,
+              words_of(words));
     return words;
 }
 

@@ -189,8 +189,12 @@ void refuse_bits(const std::optional<Tensor>& limits, const std::optional<Tensor
 
 // ---- operators -------------------------------------------------------------------------------------------------------
 
-Tensor pack_bits(const Tensor& x, bool strict) {
+Tensor pack_bits(const Tensor& x, bool strict, const std::optional<Tensor>& limits,
+                 const std::optional<Tensor>& flips) {
     const Device device = device_of("x", x);
+    if (limits)
+        fail("limits", "expected None for tensors on CUDA, where packing compares with no limits, got a tensor");
+    if (flips) fail("flips", "expected None without limits, got a tensor");
     check_dimensions("x", x, 1, "(..., k)");
     const TensorRows rows = check_rows("x", x, x.size(x.dim() - 1), device);
     Tensor words = empty(sizes_with_last(x, words_for(rows.k)), ScalarType::Int, device);

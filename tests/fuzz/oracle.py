@@ -14,6 +14,7 @@ from support.reference import (
     in_range,
     levels_linear,
     pack,
+    pack_by_limits,
     pack_signs,
     product,
     signs,
@@ -82,6 +83,18 @@ def find_bit_faults(v: dict[str, Any], n: int) -> set[str]:
     return wrong
 
 
+def find_limit_faults(x: Tensor, limits: Tensor | None, flips: Tensor | None) -> set[str]:
+    """Return which of the limits and flips, by which x is packed, are at fault."""
+    if limits is None:
+        return set() if flips is None else {"flips"}
+    k = x.shape[-1]
+    # torch makes a tensor of stride 0 of a tensor of zeros without memory.
+    contiguous = limits.is_contiguous() and not (limits._is_zerotensor() and k > 1)
+    form = limits.dtype is x.dtype and limits.shape == (k,) and contiguous and is_inside(limits)
+    wrong = set() if form else {"limits"}
+    return wrong if flips is None or (is_words(flips, k) and flips.dim() == 1) else wrong | {"flips"}
+
+
 def is_prepared(prepared: Tensor | None) -> bool:
     """Return whether the operators accept the form; whether they use it depends on the words."""
     if prepared is None:
@@ -126,6 +139,8 @@ def find_faults(case: Case) -> set[str]:
     wrong |= {name for name in ("weight_words", "sign_words") if name in v and v[name].dim() != 2}
     if "x" in v and not is_rows(v["x"], k if "k" in v else v["x"].shape[-1] if v["x"].dim() else 0):
         wrong.add("x")
+    elif "limits" in v:
+        wrong |= find_limit_faults(v["x"], v["limits"], v["flips"])
     if "dtype" in v and v["dtype"] not in UNPACKED:
         wrong.add("dtype")
     if v.get("layout") not in (None, _kernels.prepared_layout().number):
@@ -251,7 +266,9 @@ def check_result(case: Case, results: tuple[Tensor, ...]) -> None:
         check_sign_product(case, results[0])
     else:
         x, strict = plain(v["x"]), bool(v["strict"])
-        if case.operator == "pack_bits":
+        if case.operator == "pack_bits" and v["limits"] is not None:
+            assert_equal(results[0], pack_by_limits(x, plain(v["limits"]), plain(v["flips"]), strict), "words")
+        elif case.operator == "pack_bits":
             assert_equal(results[0], pack_signs(x, strict), "words")
         else:
             check_product(case, results[0], signs(x, strict), x.dtype)

@@ -256,6 +256,13 @@ T from_bits(uint64_t bits) {
     return value;
 }
 
+template <class T>
+uint64_t bits_of(T value) {
+    uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof value);
+    return bits;
+}
+
 // Returns a random bit pattern, or often one that comparisons of floats treat specially.
 template <class T>
 T random_value(uint64_t infinity) {
@@ -321,6 +328,39 @@ void check_levels(const Kernel& kernel, DType dtype, uint64_t infinity) {
             expect(std::memcmp(planes[0].data(), planes[1].data(), planes[0].bytes()) == 0, what);
             expect(nan[0] == nan[1], what + " NaN");
         }
+    }
+}
+
+template <class T>
+void check_packing_by_limits(const Kernel& kernel, DType dtype, uint64_t infinity) {
+    for (int64_t k = 0; k <= 300; ++k) {
+        const int64_t rows = below(10), stride = k + below(4), values = rows > 0 ? (rows - 1) * stride + k : 0;
+        Buffer<T> x(Use::Input, values, below(4)), limits(Use::Input, k, below(4));
+        for (int64_t i = 0; i < values; ++i) x[i] = random_value<T>(infinity);
+        for (int64_t i = 0; i < k; ++i) limits[i] = random_value<T>(infinity);
+        // Some limits lie at a value or next to it, and some rows have no NaN, which the kernels pack in another way.
+        for (int64_t i = 0; i < k && rows > 0; i += 1 + below(3)) {
+            limits[i] = from_bits<T>(bits_of(x[i]) + static_cast<uint64_t>(below(3) - 1));
+        }
+        if (below(2)) {
+            for (int64_t i = 0; i < values; ++i) {
+                const uint64_t behind_sign = bits_of(x[i]) & ((uint64_t{1} << (8 * sizeof(T) - 1)) - 1);
+                if (behind_sign > infinity) x[i] = from_bits<T>(infinity);
+            }
+        }
+        Buffer<uint32_t> flips(Use::Input, words_for(k));
+        fill(flips, words_for(k));
+        const bool strict = below(2), flipped = below(4) > 0;
+        Buffer<uint32_t> expected(Use::Output, rows * words_for(k)), got(Use::Output, rows * words_for(k));
+        const auto job = [&](Buffer<uint32_t>& words) {
+            return LimitedRows{x.data(),    rows, k, stride, strict, limits.data(), flipped ? flips.data() : nullptr,
+                               words.data()};
+        };
+        kScalarKernel.pack_limited_rows[static_cast<int>(dtype)](job(expected));
+        kernel.pack_limited_rows[static_cast<int>(dtype)](job(got));
+        const std::string what = describe(kernel, "pack by limits", static_cast<int>(dtype), rows, k, strict, flipped);
+        got.check_guards(what);
+        expect(std::memcmp(expected.data(), got.data(), got.bytes()) == 0, what);
     }
 }
 
@@ -418,6 +458,10 @@ void check(const Kernel& kernel) {
     check_levels<float>(kernel, DType::float32, 0x7F800000);
     check_levels<Half>(kernel, DType::float16, 0x7C00);
     check_levels<BFloat16>(kernel, DType::bfloat16, 0x7F80);
+    check_packing_by_limits<double>(kernel, DType::float64, 0x7FF0000000000000);
+    check_packing_by_limits<float>(kernel, DType::float32, 0x7F800000);
+    check_packing_by_limits<Half>(kernel, DType::float16, 0x7C00);
+    check_packing_by_limits<BFloat16>(kernel, DType::bfloat16, 0x7F80);
     check_hashes(kernel);
     check_fingerprints(kernel);
     check_unpacking(kernel);

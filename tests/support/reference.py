@@ -98,6 +98,19 @@ def levels_linear(
     return y.to(out_dtype)
 
 
+def order(x: Tensor) -> Tensor:
+    """Return integers that are ordered as IEEE 754 orders bit patterns: -NaN, -inf, ..., -0, +0, ..., +inf, +NaN."""
+    patterns = x.contiguous().view(BITS[x.dtype])
+    return torch.where(patterns < 0, patterns ^ torch.iinfo(patterns.dtype).max, patterns)
+
+
+def pack_by_limits(x: Tensor, limits: Tensor, flips: Tensor | None = None, strict: bool = False) -> Tensor:
+    """Return the words of (v >= limit) XOR flip by the order of bit patterns; the bit of a NaN v is `not strict`."""
+    ones = order(x) >= order(limits)
+    ones = ones if flips is None else ones ^ unpack(flips.view(torch.int32), len(limits))
+    return pack(torch.where(x.isnan(), not strict, ones))
+
+
 def linear_reference(
     x: Tensor,
     w: Tensor,
