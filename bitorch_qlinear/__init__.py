@@ -12,11 +12,12 @@ from .convert import BinarizeReport, LayerChoice, LayerReport, Report, binarize,
 from .fused import FusedSequential
 from .linear import QLinear, safe_globals
 from .packed import PackedQLinear
-from .quantizations import Quantization, quantization_names, register_quantization
+from .quantizations import BinaryQuantization, Quantization, quantization_names, register_quantization
 from .shifts import ChannelShift, RPReLU
 
 __all__ = [
     "BinarizeReport",
+    "BinaryQuantization",
     "ChannelShift",
     "FusedSequential",
     "Info",

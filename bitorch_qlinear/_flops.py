@@ -31,7 +31,7 @@ def _sign_linear(rows: Sequence[int], weight: Sequence[int], *_: Any, out_shape:
 
 
 def _register(counter: ModuleType) -> None:
-    names = ("binary_linear", "linear", "linear_train", "multiply_signs")
+    names = ("binary_linear", "linear", "linear_train", "dorefa_linear", "multiply_signs")
     counter.register_flop_formula([getattr(_library.operators, name) for name in names])(_product)
     counter.register_flop_formula(_library.operators.sign_linear)(_sign_linear)
     counter.register_flop_formula(_library.operators.linear_chain)(_chain)

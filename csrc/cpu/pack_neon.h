@@ -81,7 +81,7 @@ inline uint32_t signs(const T* x) {
     return word_of(x, [](const T* from) { return sign_masks<Negative>(from); });
 }
 
-// in_range() tests |v| <= threshold of 32 values; NaN is out of range.
+// in_range() tests |v| <= threshold of 32 values, and above() v > limit; NaN is neither in range nor above.
 
 inline float32x4_t load4(const float* x) { return vld1q_f32(x); }
 inline float32x4_t load4(const Half* x) {
@@ -101,10 +101,20 @@ inline uint32_t in_range(const double* x, double threshold) {
     return word_of(x, [&](const double* from) { return vcleq_f64(vabsq_f64(vld1q_f64(from)), limit); });
 }
 
+template <class T>
+inline uint32_t above(const T* x, double limit) {
+    const float32x4_t bound = vdupq_n_f32(static_cast<float>(limit));
+    return word_of(x, [&](const T* from) { return vcgtq_f32(load4(from), bound); });
+}
+inline uint32_t above(const double* x, double limit) {
+    const float64x2_t bound = vdupq_n_f64(limit);
+    return word_of(x, [&](const double* from) { return vcgtq_f64(vld1q_f64(from), bound); });
+}
+
 // Limits tests order(x[i]) >= order(limits[i]) (pack_portable.h) of 32 values. Signed patterns are in order if they are
-// not negative, and in the opposite order if they are. So a pattern and a limit are both inverted behind the sign if the
-// limit is negative, and then compared: if only one of the two is negative, the sign decides alone. The bit of a NaN has
-// no meaning. any_nan() returns whether nans(), which are the bits of the NaNs, are not 0.
+// not negative, and in the opposite order if they are. So the bits behind the sign of a pattern and of its limit are both
+// inverted if the limit is negative, and then the two are compared: if only one of them is negative, its sign decides.
+// NaNs have no place in that order. NanTest finds out whether any of the values that it is given is one, and nans() which.
 
 inline int64x2_t load_patterns(const double* x) { return vld1q_s64(reinterpret_cast<const int64_t*>(x)); }
 inline int32x4_t load_patterns(const float* x) { return vld1q_s32(reinterpret_cast<const int32_t*>(x)); }
@@ -166,12 +176,13 @@ inline uint32_t nans(const T* x) {
     return word_of(x, [](const T* from) { return nan_masks(from); });
 }
 template <class T>
-inline bool any_nan(const T* x) {
-    constexpr int kCount = 16 / sizeof(T);
-    auto any = nan_masks(x);
-    for (int i = kCount; i < kWordBits; i += kCount) any |= nan_masks(x + i);
-    return vmaxvq_u32(reinterpret_cast<uint32x4_t>(any)) != 0;
-}
+struct NanTest {
+    void add(const T* x) {
+        for (int i = 0; i < kWordBits; i += static_cast<int>(16 / sizeof(T))) masks |= nan_masks(x + i);
+    }
+    bool found() const { return vmaxvq_u32(reinterpret_cast<uint32x4_t>(masks)) != 0; }
+    decltype(nan_masks(static_cast<const T*>(nullptr))) masks{};
+};
 
 }  // namespace
 }  // namespace bitorch_qlinear

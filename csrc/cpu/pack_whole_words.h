@@ -1,9 +1,10 @@
-// The loops over rows in every instruction set's packing, which call its functions for 32 values: signs() and
-// in_range(), or Limits, any_nan() and nans().
+// The loops over rows in every instruction set's packing, which call its functions for 32 values: signs(), in_range()
+// and above(), or Limits, NanTest and nans().
 #pragma once
 
 // It is included after them, inside the region of the instruction set.
 #include "pack_portable.h"
+#include "target.h"
 
 namespace bitorch_qlinear {
 namespace {
@@ -43,28 +44,68 @@ void pack_row_by_words(const void* row, int64_t k, bool strict, double threshold
     }
 }
 
-// How many rows are compared with limits that are in registers.
+// Packs levels like level_words_portable. Only NaN is not in the range up to infinity.
+template <class T, int Bits>
+inline bool pack_level_words(const T* x, int64_t k, uint32_t* planes, int64_t stride) {
+    const int64_t whole = k / kWordBits;
+    uint32_t numbers = ~uint32_t{0};
+    for (int64_t w = 0; w < whole; ++w) {
+        const T* from = x + w * kWordBits;
+        const uint32_t first = above(from, level_limit<T>(Bits, 0));
+        numbers &= in_range(from, kInfinity);
+        if constexpr (Bits == 1) {
+            planes[w] = first;
+        } else {
+            const uint32_t second = above(from, level_limit<T>(Bits, 1));
+            planes[w] = (first & ~second) | above(from, level_limit<T>(Bits, 2));
+            planes[stride + w] = second;
+        }
+    }
+    bool nan = numbers != ~uint32_t{0};
+    if (k % kWordBits) {
+        const LevelWords words = level_words_portable(x + whole * kWordBits, k % kWordBits, Bits);
+        planes[whole] = words.low;
+        if constexpr (Bits == 2) planes[stride + whole] = words.high;
+        nan |= words.nan;
+    }
+    return nan;
+}
+
+template <class T>
+bool pack_levels_by_words(const void* row, int64_t k, int bits, uint32_t* planes, int64_t stride) {
+    const T* x = static_cast<const T*>(row);
+    return bits == 1 ? pack_level_words<T, 1>(x, k, planes, stride) : pack_level_words<T, 2>(x, k, planes, stride);
+}
+
+// How many rows are compared with limits that are in registers. For 64 rows of 1024 float32 in L2 the time is 2.6 times
+// that of plain packing with one row, 1.9 with two and 1.6 with four or eight (AVX-512); eight are slower from memory.
 constexpr int kRowsTogether = 4;
 
-// Packs whole words of so many rows by their limits. A NaN is rare, so a word is computed as if it had none, which saves
-// a quarter of the time, and mended if it has.
+// Packs the whole words of so many rows by their limits. NaNs are rare, so the words are made as if there were none, and
+// are mended if there are.
 template <class T, int Rows>
 inline void pack_limited_words(const LimitedRows& job, int64_t row) {
     const int64_t width = words_for(job.k), whole = job.k / kWordBits;
     const T* x = static_cast<const T*>(job.x) + row * job.stride;
     uint32_t* words = job.words + row * width;
-    for (int64_t w = 0; w < whole; ++w) {
+    for (int64_t w = 0; w < whole; ++w, x += kWordBits, ++words) {
         const Limits<T> limits(static_cast<const T*>(job.limits) + w * kWordBits);
         const uint32_t flips = job.flips ? job.flips[w] : 0;
+        NanTest<T> nan_test;
         BITORCH_QLINEAR_UNROLL
         for (int r = 0; r < Rows; ++r) {
-            const T* from = x + r * job.stride + w * kWordBits;
+            const T* from = x + r * job.stride;
             for (int64_t at = 0; at < kWordBits * static_cast<int64_t>(sizeof(T)); at += kLineBytes) {
                 __builtin_prefetch(reinterpret_cast<const uint8_t*>(from) + kPrefetchBytes + at);
             }
-            uint32_t word = limits.reached_by(from) ^ flips;
-            if (__builtin_expect(any_nan(from), false)) word = job.strict ? word & ~nans(from) : word | nans(from);
-            words[r * width + w] = word;
+            nan_test.add(from);
+            words[r * width] = limits.reached_by(from) ^ flips;
+        }
+        if (__builtin_expect(nan_test.found(), false)) {
+            for (int r = 0; r < Rows; ++r) {
+                const uint32_t found = nans(x + r * job.stride);
+                words[r * width] = job.strict ? words[r * width] & ~found : words[r * width] | found;
+            }
         }
     }
 }

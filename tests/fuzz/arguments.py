@@ -134,6 +134,11 @@ class Maker:
         if argument == "out_flips":
             given = so_far["out_limits"] is not None and self.chance(0.7)
             return self.contiguous((-(-self.n // 32),), self.random.choice(WORDS)) if given else None
+        if argument == "limits":
+            return self.contiguous((self.k,), self.dtype) if self.chance(0.7) else None
+        if argument == "flips":
+            given = so_far["limits"] is not None and self.chance(0.7)
+            return self.contiguous((-(-self.k // 32),), self.random.choice(WORDS)) if given else None
         if argument == "weight_prepared":
             return self.prepared(so_far["weight_words"]) if self.chance(0.6) else None
         pick = self.random.choice
@@ -144,6 +149,7 @@ class Maker:
             "strict": self.chance(0.5),
             "strict_weight": self.chance(0.5),
             "transpose": self.transpose,
+            "bits": pick([1, 2]),
             "threshold": pick([None, 0.0, -0.0, 0.3, 1, 1e300, math.inf]),
             "layout": pick([None, _kernels.prepared_layout().number]),
         }
