@@ -199,7 +199,7 @@ def _outputs(layer: PackedQLinear, counts: Tensor, dtype: torch.dtype) -> Tensor
     # Against words of 0, the popcount of a row is its number of ones.
     rows = functional.pack_bits(torch.where(torch.arange(k) < counts[:, None], 1.0, -1.0))
     zeros = torch.zeros(n, rows.shape[-1], dtype=torch.int32)
-    return functional.binary_linear(rows, zeros, k, layer.bias, out_dtype=dtype)
+    return functional.binary_linear(rows, zeros, k, layer.bias, scale=layer._buffers["scale"], out_dtype=dtype)
 
 
 # ---- limits on inputs ----

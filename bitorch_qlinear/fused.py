@@ -33,7 +33,7 @@ from ._torch import (
     operator_entry,
     transforms_active,
 )
-from .checkpoint import REAL_INPUT, STRICT_INPUT
+from .checkpoint import SIGN_INPUTS, STRICT_INPUT
 from .packed import FEW_WORDS, PackedQLinear
 
 __all__ = ["FusedSequential", "fuse_sequentials", "fusions"]
@@ -356,6 +356,7 @@ class Segment:
                 prepared=[_form_of(layer) for layer in layers],
                 out_dtype=dtype,
                 strict=first._input_rule == STRICT_INPUT,
+                scale=last._buffers["scale"],
             )
         for module in self.after:
             x = module(x)
@@ -438,8 +439,8 @@ def _layer_after(modules: list[nn.Module], place: int) -> int | str:
     for reader in range(place, len(modules)):
         layer = modules[reader]
         if type(layer) is PackedQLinear:
-            if layer._input_rule == REAL_INPUT:
-                return "its input is real"
+            if layer._input_rule not in SIGN_INPUTS:
+                return "its input is not signs"
             reasons = (reason_against_before(module, layer.in_features) for module in modules[place:reader])
             return next(filter(None, reasons), reader)
     return "no packed layer follows"
@@ -450,14 +451,14 @@ def _reader_after(modules: list[nn.Module], place: int) -> int | str:
     layer = modules[place]
     if type(layer) is not PackedQLinear:
         return f"{type(layer).__name__} is not a PackedQLinear"
-    if layer._input_rule == REAL_INPUT:
-        return "its input is real, so its product is no whole number"
+    if layer._input_rule not in SIGN_INPUTS:
+        return "its input is not signs, so its product has other values"
     for reader in range(place + 1, len(modules)):
         module = modules[reader]
         if type(module) is PackedQLinear:
             if module.in_features != layer.out_features:
                 return f"the next layer has {module.in_features} inputs instead of {layer.out_features}"
-            return "the next layer reads real values" if module._input_rule == REAL_INPUT else reader
+            return reader if module._input_rule in SIGN_INPUTS else "the next layer does not read signs"
         if reason := reason_against_between(module, layer.out_features):
             return reason
     return "no packed layer follows in its nn.Sequential"
@@ -574,7 +575,7 @@ def _own_attributes(module: nn.Module) -> dict[str, Any]:
 def _tensors_of(module: nn.Module) -> list[tuple[nn.Module, str, str]]:
     """Return the tables and names of the tensors from which limits are computed."""
     if isinstance(module, PackedQLinear):
-        return [(module, "_parameters", "bias")]
+        return [(module, "_parameters", "bias"), (module, "_buffers", "scale")]
     unread = {"num_batches_tracked"} if isinstance(module, nn.BatchNorm1d) else set()
     return [
         (module, table, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -50,10 +50,10 @@ def train(
 def accuracy(model: nn.Module, digits: Digits) -> float:
     """Return the share of test images that a model in eval mode recognizes."""
     with torch.inference_mode():
-        return (model(digits.x_test).argmax(1) == digits.y_test).float().mean().item()
+        return float((model(digits.x_test).argmax(1) == digits.y_test).float().mean())
 
 
-def median_seconds(calls: dict[str, Callable[[Tensor], Tensor]], x: Tensor, rounds: int = 15) -> dict[str, float]:
+def median_seconds(calls: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor, rounds: int = 15) -> dict[str, float]:
     """Return the median time of each call, in seconds; the calls take turns, so that all meet the same conditions.
 
     Args:

@@ -252,6 +252,22 @@ def test_an_infinite_or_missing_number_in_the_bias():
     assert_same(model, want=[True, True, False])
 
 
+@dtypes
+@pytest.mark.parametrize("weight_scale", ["mean", "learned"])
+def test_layers_with_a_scale(weight_scale, dtype):
+    model = chain(BETWEEN[USUAL], dtype, weight_scale=weight_scale)
+    model[4] = signs(N, N, weight_scale=weight_scale).to(dtype)
+    model[8] = signs(5, N, weight_scale=weight_scale).to(dtype)
+    fused = assert_same(model.eval(), dtype, want=[True, True, False])
+    packed, x = pack(fused), torch.randn(20, K, dtype=dtype)
+    with torch.no_grad():
+        for each in (packed, fused):
+            each[0].scale.neg_()
+            each[8].scale.mul_(2)
+        for _ in range(3):
+            assert_equal(fused(x), packed(x))
+
+
 def test_tables_of_several_parts(monkeypatch):
     model = chain(BETWEEN["batch-norm-prelu-per-channel"])
     limits = [first_folded(pack(model, fuse=True)).limits[0]]
@@ -1102,11 +1118,15 @@ NOT_FUSED = {
     "hook-of-the-reader": (lambda: hooked(of(norm(N)), 2), "no packed layer follows|QLinear follows"),
     "real-input-follows": (
         lambda: nn.Sequential(signs(N, K), norm(N), QLinear(N, 9, input_quantization="identity")).eval(),
-        "the next layer reads real values",
+        "the next layer does not read signs",
     ),
     "real-input": (
         lambda: nn.Sequential(QLinear(K, N, input_quantization="identity"), norm(N), signs(9, N)).eval(),
-        "its input is real",
+        "its input is not signs",
+    ),
+    "levels-follow": (
+        lambda: nn.Sequential(signs(N, K), norm(N), QLinear(N, 9, input_quantization="inputdorefa")).eval(),
+        "the next layer does not read signs|QLinear follows",
     ),
     "no-step": (
         lambda: of(nn.Threshold(0.0, 50.0), norm(N)),
