@@ -157,7 +157,7 @@ def test_equals_the_packed_model(between, rule, dtype, runs):
 
 @dtypes
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("n", [1, 7, 8, 9, 31, 32, 33, 64, 65])
+@pytest.mark.parametrize("n", [1, 7, 32, 33, 65])
 def test_every_value_of_the_product(n, bias, dtype):
     """One column takes another way through batch_norm if it is not evaluated in the layout of a real call."""
     for seed in range(3):
