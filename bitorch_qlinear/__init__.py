@@ -11,10 +11,11 @@ from ._version import __version__
 from .convert import BinarizeReport, LayerChoice, LayerReport, Report, binarize, explain, explain_binarize, pack, unpack
 from .linear import QLinear, safe_globals
 from .packed import PackedQLinear
-from .quantizations import Quantization, quantization_names, register_quantization
+from .quantizations import BinaryQuantization, Quantization, quantization_names, register_quantization
 
 __all__ = [
     "BinarizeReport",
+    "BinaryQuantization",
     "Info",
     "LayerChoice",
     "LayerReport",

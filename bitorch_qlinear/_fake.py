@@ -83,11 +83,15 @@ def _check_given(argument: str, tensor: Tensor | None) -> None:
         _fail(argument, "expected a tensor, got None")
 
 
+def _is_cuda(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.device.type == "cuda"
+
+
 def _check_first(argument: str, first: Tensor, *others: Tensor | None) -> None:
     """Fail if only a later tensor is on CUDA: the first one decides where to compute, torch's dispatch looks at all."""
-    if first is None or first.device.type == "cuda":
+    if first is None or _is_cuda(first):
         return
-    if any(tensor is not None and tensor.device.type == "cuda" for tensor in others):
+    if any(_is_cuda(tensor) for tensor in others):
         _fail(argument, "expected a tensor on the CUDA device that other arguments are on")
 
 
@@ -353,9 +357,21 @@ def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     return y, x_words, in_range_words
 
 
+@_result_of(functional.dorefa_linear)
+def _(a: Any) -> Tensor:
+    if any(_is_cuda(tensor) for tensor in (a.x, a.weight_words, a.bias, a.weight_prepared, a.scale)):
+        _fail("x", "expected a tensor on the CPU, the only device of dorefa_linear", NotImplementedError)
+    _check_rows("x", a.x, a.k, a.x)
+    y = _product_with_packed_weight(SimpleNamespace(**vars(a), out_limits=None, out_flips=None), a.x, a.x.dtype)
+    _check_float("out_dtype", y.dtype)
+    if a.bits not in (1, 2):
+        _fail("bits", f"expected 1 or 2, got {a.bits}")
+    return y
+
+
 @_result_of(functional.multiply_signs)
 def _(a: Any) -> Tensor:
-    if any(tensor is not None and tensor.device.type == "cuda" for tensor in (a.reals, a.sign_words)):
+    if any(_is_cuda(tensor) for tensor in (a.reals, a.sign_words)):
         _fail("reals", "expected a tensor on the CPU, the only device of multiply_signs", NotImplementedError)
     _check_values(a.k)
     _check_word_rows("sign_words", a.sign_words, a.k, a.sign_words if a.reals is None else a.reals)

@@ -25,7 +25,7 @@ def _sign_linear(rows: Sequence[int], weight: Sequence[int], *_: Any, out_shape:
 
 
 def _register(counter: ModuleType) -> None:
-    names = ("binary_linear", "linear", "linear_train", "multiply_signs")
+    names = ("binary_linear", "linear", "linear_train", "dorefa_linear", "multiply_signs")
     counter.register_flop_formula([getattr(_library.operators, name) for name in names])(_product)
     counter.register_flop_formula(_library.operators.sign_linear)(_sign_linear)
 

@@ -17,13 +17,15 @@ from ._library import operators
 
 @torch.library.register_vmap("bitorch_qlinear::pack_bits")
 def _(
-    info: Any, in_dims: tuple[Any, ...], x: Tensor, strict: bool = False, *limits_and_flips: Tensor | None
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, strict: bool = False, *limits_and_flips: Tensor | None
 ) -> tuple[Tensor, int]:
     if all(dim is None for dim in in_dims[2:]):  # a batch of only x is the same as more rows
-        return operators.pack_bits(x.movedim(in_dims[0], 0), strict, *limits_and_flips), 0
+        return operators.pack_bits(x.movedim(in_dims[0] or 0, 0), strict, *limits_and_flips), 0
 
     def examples(vector: Tensor | None, dim: int | None) -> Sequence[Tensor | None]:
-        return [vector] * info.batch_size if vector is None or dim is None else [*vector.movedim(dim, 0).contiguous()]
+        if vector is None or dim is None:
+            return [vector] * info.batch_size
+        return list(vector.movedim(dim, 0).contiguous())
 
     rows = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
     if not len(rows):

@@ -23,6 +23,7 @@ from ._torch import operator_entry
 
 __all__ = [
     "binary_linear",
+    "dorefa_linear",
     "linear",
     "linear_train",
     "multiply_signs",
@@ -262,6 +263,42 @@ def linear_train(
         threshold=threshold,
     )
     return y, x_words, in_range_words
+
+
+def dorefa_linear(
+    x: Tensor,
+    weight_words: Tensor,
+    k: int,
+    bias: Tensor | None = None,
+    *,
+    bits: int = 1,
+    weight_prepared: Tensor | None = None,
+    scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Compute ``y = q(x) · s(W)ᵀ · scale + bias``, where q rounds to 2 or 4 levels from 0 to 1; on the CPU only.
+
+    q is the input quantization of DoReFa-Net (https://arxiv.org/abs/1606.06160): with ``steps = 2 ** bits - 1`` it is
+    ``L / steps`` and the level L is ``round(clamp(x, 0, 1) * steps)``, computed as torch does in x's dtype: the product
+    is rounded to the dtype, and then a half to the even number.
+
+    The sum of ``L · s(W)`` is an exact integer. With T = float64 for a float64 output and float32 otherwise,
+    ``y = cast(T(integer) · T(1 / steps) · T(scale) + T(bias))``, each operation rounded once. A row of x that holds NaN
+    gives a row of NaN.
+
+    The arguments that are not listed here are those of :func:`linear`.
+
+    Args:
+        bits: The bits of a level, 1 or 2.
+        out_dtype: A float type; None means the dtype of x.
+
+    Returns:
+        Shape ``(..., n)`` in ``out_dtype``.
+    """
+    y: Tensor = _ops.dorefa_linear(
+        x, weight_words, k, bias, bits=bits, weight_prepared=weight_prepared, scale=scale, out_dtype=out_dtype
+    )
+    return y
 
 
 def multiply_signs(reals: Tensor, sign_words: Tensor, k: int, transpose: bool = False) -> Tensor:

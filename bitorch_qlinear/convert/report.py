@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._torch import has_hooks, hook_names, is_dtensor, is_plain
 from ..checkpoint import words_for
-from ..linear import Activation, QLinear, do_nothing
+from ..linear import Activation, QLinear, check_weight_scale, do_nothing
 from ..packed import PackedQLinear, input_rule_of, pack_weight
 from ..quantizations import binary_rule
 from .bitorch_layers import is_bitorch_layer, qlinear_of, reason_against_sharing
@@ -28,7 +28,8 @@ class LayerReport:
         packable: Whether :func:`bitorch_qlinear.pack` replaces the layer.
         reason: Why it is not replaced; "" if it is, or if it is already packed.
         float_bytes: Bytes of the float weights; for a packed layer, of the float32 weights that it replaces.
-        packed_bytes: Bytes of the packed words, which a checkpoint holds; 0 if the layer cannot be packed.
+        packed_bytes: Bytes of the packed words, which a checkpoint holds; 0 if the layer cannot be packed. The scale is
+            not counted, as the bias is not.
         resident_bytes: Bytes that the weights take in memory now.
     """
 
@@ -150,6 +151,8 @@ def reason_against(layer: nn.Module, parent: nn.Module | None = None, name: str 
         input_rule_of(layer.input_quantization)
         if binary_rule(layer.weight_quantization) is None:
             pack_weight(layer.weight, layer.weight_quantization)
+        check_weight_scale(layer.weight_scale, layer.weight_quantization)
+        layer.channel_scale()
     except ValueError as error:
         return str(error)
     return ""

@@ -438,6 +438,8 @@ const Kernel kAvx2Kernel = {
     .runs_on = runs_on,
     .pack_row = {pack_row_by_words<double>, pack_row_by_words<float>, pack_row_by_words<Half>,
                  pack_row_by_words<BFloat16>},
+    .pack_levels = {pack_levels_by_words<double>, pack_levels_by_words<float>, pack_levels_by_words<Half>,
+                    pack_levels_by_words<BFloat16>},
     .pack_limited_rows = {pack_limited_rows_by_words<double>, pack_limited_rows_by_words<float>,
                           pack_limited_rows_by_words<Half>, pack_limited_rows_by_words<BFloat16>},
     .unpack_row = unpack_row_portable,

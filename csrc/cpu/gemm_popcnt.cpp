@@ -69,6 +69,8 @@ const Kernel kPopcntKernel = {
     .runs_on = runs_on,
     .pack_row = {pack_row_portable<double>, pack_row_portable<float>, pack_row_portable<Half>,
                  pack_row_portable<BFloat16>},
+    .pack_levels = {pack_levels_portable<double>, pack_levels_portable<float>, pack_levels_portable<Half>,
+                    pack_levels_portable<BFloat16>},
     .pack_limited_rows = {pack_limited_rows_portable<double>, pack_limited_rows_portable<float>,
                           pack_limited_rows_portable<Half>, pack_limited_rows_portable<BFloat16>},
     .unpack_row = unpack_row_portable,

@@ -19,6 +19,10 @@ namespace bitorch_qlinear {
 // representable in the row's type.
 using PackRow = void (*)(const void* x, int64_t k, bool strict, double threshold, uint32_t* words, uint32_t* in_range);
 
+// Packs the levels of one row of k values, contiguous, into as many rows of words_for(k) words as levels have bits:
+// planes[p * stride ..] holds bit p of each level (levels.h), and bits past k are 0. Returns whether the row holds a NaN,
+// whose level is 0.
+using PackLevels = bool (*)(const void* x, int64_t k, int bits, uint32_t* planes, int64_t stride);
 // Packs rows by a limit for each value (limits.h).
 using PackLimitedRows = void (*)(const LimitedRows&);
 
@@ -55,6 +59,7 @@ struct Kernel {
     const char* requires_features;
     bool (*runs_on)(const CpuFeatures&);
     PackRow pack_row[kFloatTypes];
+    PackLevels pack_levels[kFloatTypes];
     PackLimitedRows pack_limited_rows[kFloatTypes];
     UnpackRow unpack_row;
     // hash.h's function, compiled for this instruction set.

@@ -70,7 +70,7 @@ inline uint32_t signs(const BFloat16* x) {
     return signs_16<Negative, 0x7F80>(x);
 }
 
-// in_range() tests |v| <= threshold of 32 values; NaN is out of range.
+// in_range() tests |v| <= threshold of 32 values, and above() v > limit; NaN is neither in range nor above.
 
 inline __m256 load8(const float* x) { return _mm256_loadu_ps(x); }
 inline __m256 load8(const Half* x) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))); }
@@ -98,6 +98,26 @@ inline uint32_t in_range(const double* x, double threshold) {
     for (int i = 0; i < 8; ++i) {
         const __m256d magnitude = _mm256_andnot_pd(_mm256_set1_pd(-0.0), _mm256_loadu_pd(x + 4 * i));
         word |= static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(magnitude, limit, _CMP_LE_OQ))) << (4 * i);
+    }
+    return word;
+}
+
+template <class T>
+inline uint32_t above(const T* x, double limit) {
+    const __m256 bound = _mm256_set1_ps(static_cast<float>(limit));
+    __m256i beyond[4];
+    BITORCH_QLINEAR_UNROLL
+    for (int i = 0; i < 4; ++i) beyond[i] = _mm256_castps_si256(_mm256_cmp_ps(load8(x + 8 * i), bound, _CMP_GT_OQ));
+    return join(beyond);
+}
+
+inline uint32_t above(const double* x, double limit) {
+    const __m256d bound = _mm256_set1_pd(limit);
+    uint32_t word = 0;
+    BITORCH_QLINEAR_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        const __m256d beyond = _mm256_cmp_pd(_mm256_loadu_pd(x + 4 * i), bound, _CMP_GT_OQ);
+        word |= static_cast<uint32_t>(_mm256_movemask_pd(beyond)) << (4 * i);
     }
     return word;
 }

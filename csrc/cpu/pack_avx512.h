@@ -48,7 +48,7 @@ inline uint32_t signs(const BFloat16* x) {
     return signs_16<Negative, 0x7F80>(x);
 }
 
-// in_range() tests |v| <= threshold of 32 values; NaN is out of range.
+// in_range() tests |v| <= threshold of 32 values, and above() v > limit; NaN is neither in range nor above.
 
 inline __m512 load16(const float* x) { return _mm512_loadu_ps(x); }
 inline __m512 load16(const Half* x) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
@@ -72,6 +72,22 @@ inline uint32_t in_range(const double* x, double threshold) {
         return _mm512_cmp_pd_mask(_mm512_abs_pd(_mm512_loadu_pd(from)), limit, _CMP_LE_OQ);
     };
     return inside(x) | inside(x + 8) << 8 | inside(x + 16) << 16 | inside(x + 24) << 24;
+}
+
+template <class T>
+inline uint32_t above(const T* x, double limit) {
+    const __m512 bound = _mm512_set1_ps(static_cast<float>(limit));
+    const auto beyond = [&](const T* from) { return _mm512_cmp_ps_mask(load16(from), bound, _CMP_GT_OQ); };
+    // The masks are joined before they become an integer, because gcc 12 can spill a mask as two bytes and read four.
+    return _mm512_kunpackw(beyond(x + 16), beyond(x));
+}
+
+inline uint32_t above(const double* x, double limit) {
+    const __m512d bound = _mm512_set1_pd(limit);
+    const auto beyond = [&](const double* from) -> uint32_t {
+        return _mm512_cmp_pd_mask(_mm512_loadu_pd(from), bound, _CMP_GT_OQ);
+    };
+    return beyond(x) | beyond(x + 8) << 8 | beyond(x + 16) << 16 | beyond(x + 24) << 24;
 }
 
 // Limits tests order(x[i]) >= order(limits[i]) (pack_portable.h) of 32 values. Signed patterns are in order if they are

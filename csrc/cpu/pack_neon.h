@@ -81,7 +81,7 @@ inline uint32_t signs(const T* x) {
     return word_of(x, [](const T* from) { return sign_masks<Negative>(from); });
 }
 
-// in_range() tests |v| <= threshold of 32 values; NaN is out of range.
+// in_range() tests |v| <= threshold of 32 values, and above() v > limit; NaN is neither in range nor above.
 
 inline float32x4_t load4(const float* x) { return vld1q_f32(x); }
 inline float32x4_t load4(const Half* x) {
@@ -99,6 +99,16 @@ inline uint32_t in_range(const T* x, double threshold) {
 inline uint32_t in_range(const double* x, double threshold) {
     const float64x2_t limit = vdupq_n_f64(threshold);
     return word_of(x, [&](const double* from) { return vcleq_f64(vabsq_f64(vld1q_f64(from)), limit); });
+}
+
+template <class T>
+inline uint32_t above(const T* x, double limit) {
+    const float32x4_t bound = vdupq_n_f32(static_cast<float>(limit));
+    return word_of(x, [&](const T* from) { return vcgtq_f32(load4(from), bound); });
+}
+inline uint32_t above(const double* x, double limit) {
+    const float64x2_t bound = vdupq_n_f64(limit);
+    return word_of(x, [&](const double* from) { return vcgtq_f64(vld1q_f64(from), bound); });
 }
 
 // Limits tests order(x[i]) >= order(limits[i]) (pack_portable.h) of 32 values. Signed patterns are in order if they are

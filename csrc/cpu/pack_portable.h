@@ -6,6 +6,7 @@
 
 #include "../dtype.h"
 #include "../packed.h"
+#include "levels.h"
 #include "limits.h"
 
 namespace bitorch_qlinear {
@@ -51,6 +52,35 @@ void pack_row_portable(const void* row, int64_t k, bool strict, double threshold
         words[w] = sign_bits(x, begin, end, strict);
         if (in_range) in_range[w] = in_range_bits(x, begin, end, static_cast<Wide>(threshold));
     }
+}
+
+// Returns the words of up to 32 values' levels, and whether one of the values is NaN.
+template <class T>
+inline LevelWords level_words_portable(const T* x, int64_t count, int bits) {
+    LevelWords words{0, 0, false};
+    for (int64_t i = 0; i < count; ++i) {
+        const auto v = widen(x[i]);
+        uint32_t level = 0;
+        for (int j = 0; j < steps_of(bits); ++j) level += v > level_limit<T>(bits, j);
+        words.low |= (level & 1) << i;
+        words.high |= level >> 1 << i;
+        words.nan |= v != v;
+    }
+    return words;
+}
+
+template <class T>
+bool pack_levels_portable(const void* row, int64_t k, int bits, uint32_t* planes, int64_t stride) {
+    const T* x = static_cast<const T*>(row);
+    bool nan = false;
+    for (int64_t w = 0; w < words_for(k); ++w) {
+        const int64_t begin = w * kWordBits, end = k - begin < kWordBits ? k : begin + kWordBits;
+        const LevelWords words = level_words_portable(x + begin, end - begin, bits);
+        planes[w] = words.low;
+        if (bits == 2) planes[stride + w] = words.high;
+        nan |= words.nan;
+    }
+    return nan;
 }
 
 // A float type's bit pattern as a signed integer, and the pattern of infinity: greater magnitudes are NaN.

@@ -1,5 +1,5 @@
-// The loops over rows in every instruction set's packing, which call its functions for 32 values: signs() and
-// in_range(), or Limits, NanTest and nans().
+// The loops over rows in every instruction set's packing, which call its functions for 32 values: signs(), in_range()
+// and above(), or Limits, NanTest and nans().
 #pragma once
 
 // It is included after them, inside the region of the instruction set.
@@ -42,6 +42,39 @@ void pack_row_by_words(const void* row, int64_t k, bool strict, double threshold
         strict ? pack_words<T, true, false>(x, k, threshold, words, in_range)
                : pack_words<T, false, false>(x, k, threshold, words, in_range);
     }
+}
+
+// Packs levels like level_words_portable. Only NaN is not in the range up to infinity.
+template <class T, int Bits>
+inline bool pack_level_words(const T* x, int64_t k, uint32_t* planes, int64_t stride) {
+    const int64_t whole = k / kWordBits;
+    uint32_t numbers = ~uint32_t{0};
+    for (int64_t w = 0; w < whole; ++w) {
+        const T* from = x + w * kWordBits;
+        const uint32_t first = above(from, level_limit<T>(Bits, 0));
+        numbers &= in_range(from, kInfinity);
+        if constexpr (Bits == 1) {
+            planes[w] = first;
+        } else {
+            const uint32_t second = above(from, level_limit<T>(Bits, 1));
+            planes[w] = (first & ~second) | above(from, level_limit<T>(Bits, 2));
+            planes[stride + w] = second;
+        }
+    }
+    bool nan = numbers != ~uint32_t{0};
+    if (k % kWordBits) {
+        const LevelWords words = level_words_portable(x + whole * kWordBits, k % kWordBits, Bits);
+        planes[whole] = words.low;
+        if constexpr (Bits == 2) planes[stride + whole] = words.high;
+        nan |= words.nan;
+    }
+    return nan;
+}
+
+template <class T>
+bool pack_levels_by_words(const void* row, int64_t k, int bits, uint32_t* planes, int64_t stride) {
+    const T* x = static_cast<const T*>(row);
+    return bits == 1 ? pack_level_words<T, 1>(x, k, planes, stride) : pack_level_words<T, 2>(x, k, planes, stride);
 }
 
 // How many rows are compared with limits that are in registers. For 64 rows of 1024 float32 in L2 the time is 2.6 times

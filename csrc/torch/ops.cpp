@@ -22,5 +22,8 @@ STABLE_TORCH_LIBRARY(bitorch_qlinear, library) {
         "linear_train(Tensor x, Tensor weight_words, SymInt k, Tensor? bias=None, *, "
         "Tensor? weight_prepared=None, Tensor? scale=None, ScalarType? out_dtype=None, bool strict=False, "
         "float? threshold=None) -> (Tensor, Tensor, Tensor)");
+    library.def(
+        "dorefa_linear(Tensor x, Tensor weight_words, SymInt k, Tensor? bias=None, *, int bits=1, "
+        "Tensor? weight_prepared=None, Tensor? scale=None, ScalarType? out_dtype=None) -> Tensor");
     library.def("multiply_signs(Tensor reals, Tensor sign_words, SymInt k, bool transpose=False) -> Tensor");
 }

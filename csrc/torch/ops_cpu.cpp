@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../cpu/dispatch.h"
+#include "../cpu/level_product.h"
 #include "../cpu/product.h"
 #include "tensors.h"
 
@@ -261,6 +262,20 @@ std::tuple<Tensor, Tensor, Tensor> linear_train(const Tensor& x, const Tensor& w
     return {y, x_words, in_range};
 }
 
+Tensor dorefa_linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std::optional<Tensor>& bias,
+                     int64_t bits, const std::optional<Tensor>& weight_prepared, const std::optional<Tensor>& scale,
+                     std::optional<ScalarType> out_dtype) {
+    const LinearArguments given =
+        check_linear(x, weight_words, k, bias, weight_prepared, scale, out_dtype, kNoBits, kCpu);
+    check_float("out_dtype", given.weight.out_type);  // NaN in x has no integer sum
+    if (bits < 1 || bits > kMostLevelBits) fail("bits", "expected 1 or 2, got ", bits);
+    const Kernel& kernel = active_kernel();
+    const TensorWeights weights = read_weights(given.weight, kernel, given.x.m);
+    Tensor y = empty_on_cpu(sizes_with_last(x, weights.n), given.weight.out_type);
+    multiply_levels(Threads(), kernel, given.x, static_cast<int>(bits), weights, outputs_of(y, bias, scale));
+    return y;
+}
+
 Tensor multiply_signs(const Tensor& reals, const Tensor& sign_words, int64_t k, bool transpose) {
     check_values(k);
     check_word_rows("sign_words", sign_words, k, kCpu);
@@ -288,5 +303,6 @@ STABLE_TORCH_LIBRARY_IMPL(bitorch_qlinear, CPU, library) {
     library.impl("linear", TORCH_BOX(&bitorch_qlinear::linear));
     library.impl("sign_linear", TORCH_BOX(&bitorch_qlinear::sign_linear));
     library.impl("linear_train", TORCH_BOX(&bitorch_qlinear::linear_train));
+    library.impl("dorefa_linear", TORCH_BOX(&bitorch_qlinear::dorefa_linear));
     library.impl("multiply_signs", TORCH_BOX(&bitorch_qlinear::multiply_signs));
 }

@@ -145,6 +145,7 @@ class Maker:
             "strict": self.chance(0.5),
             "strict_weight": self.chance(0.5),
             "transpose": self.transpose,
+            "bits": pick([1, 2]),
             "threshold": pick([None, 0.0, -0.0, 0.3, 1, 1e300, math.inf]),
             "layout": pick([None, _kernels.prepared_layout().number]),
         }

@@ -12,6 +12,7 @@ from support.reference import (
     bits,
     epilogue,
     in_range,
+    levels_linear,
     pack,
     pack_by_limits,
     pack_signs,
@@ -128,7 +129,7 @@ def find_faults(case: Case) -> set[str]:
         return wrong
     tensors = {name for name, value in v.items() if isinstance(value, Tensor)}
     if any(v[name].is_meta for name in tensors):  # the fake implementations check the other arguments too
-        return tensors | ({"k", "dtype", "out_dtype", "threshold", "layout"} & set(v))
+        return tensors | ({"k", "dtype", "out_dtype", "threshold", "bits", "layout"} & set(v))
     k = v.get("k", 0)
     if not 0 <= k <= MOST_VALUES:
         return {"k"} | tensors
@@ -148,11 +149,17 @@ def find_faults(case: Case) -> set[str]:
         wrong.add("threshold")
     if v.get("out_dtype") not in (None, *FLOATS, torch.int32):
         wrong.add("out_dtype")
+    if "bits" in v and v["bits"] not in (1, 2):
+        wrong.add("bits")
+    if "bits" in v and v["out_dtype"] is torch.int32:
+        wrong.add("out_dtype")
     if v.get("out_dtype") is torch.int32 and not (v["bias"] is None and v["scale"] is None):
         wrong.add("out_dtype")
     if "weight" in v:  # sign_linear, which has no words
         if v["weight"].dim() != 2 or not is_rows(v["weight"], v["weight"].shape[-1]):
             wrong.add("weight")
+            if v["weight"].dim() == 2 and v["x"].dim() and v["x"].shape[-1] != v["weight"].shape[1]:
+                wrong.add("x")  # its size is compared before the weight's memory
         else:
             n = v["weight"].shape[0]
             wrong |= {name for name in ("bias", "scale") if not is_vector(v[name], n)}
@@ -213,6 +220,17 @@ def check_product(case: Case, y: Tensor, x_signs: Tensor, default: torch.dtype) 
     assert_equal(y, expected, "y")
 
 
+def check_level_product(case: Case, y: Tensor) -> None:
+    v, words = case.values, plain(case.values["weight_words"])
+    x, out = plain(v["x"]), v["out_dtype"] or v["x"].dtype
+    if v.get("weight_prepared") is not None:
+        genuine = torch.ops.bitorch_qlinear.prepare_weight(words, v["k"])
+        if is_forged(v["weight_prepared"], genuine):
+            assert (y.shape, y.dtype) == ((*x.shape[:-1], len(words)), out)
+            return
+    assert_equal(y, levels_linear(x, unpack_signs(words, v["k"]), v["bits"], plain(v["bias"]), plain(v["scale"]), out))
+
+
 def check_sign_product(case: Case, y: Tensor) -> None:
     """Check that y equals the scalar kernel's result bit for bit and, unless it may overflow, is nearly exact."""
     v = case.values
@@ -242,6 +260,8 @@ def check_result(case: Case, results: tuple[Tensor, ...]) -> None:
         check_prepared(case, results[0])
     elif case.operator == "binary_linear":
         check_product(case, results[0], unpack_signs(plain(v["x_words"]), v["k"]), torch.float32)
+    elif case.operator == "dorefa_linear":
+        check_level_product(case, results[0])
     elif case.operator == "multiply_signs":
         check_sign_product(case, results[0])
     else:

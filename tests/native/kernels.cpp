@@ -6,6 +6,7 @@
 
 #include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/cpu/fingerprint.h"
+#include "../../csrc/cpu/levels.h"
 #include "check.h"
 
 using namespace bitorch_qlinear;
@@ -294,6 +295,42 @@ void check_packing(const Kernel& kernel, DType dtype, uint64_t infinity) {
     }
 }
 
+// Returns a random value around the limits of the levels, or one of those above.
+template <class T>
+T random_level_value(uint64_t infinity) {
+    if (below(4) == 0) return random_value<T>(infinity);
+    const double value = static_cast<double>(below(1001) - 100) / 800;
+    if constexpr (sizeof(T) == 2) {
+        T half;
+        narrow(static_cast<float>(value), &half);
+        return half;
+    } else {
+        return static_cast<T>(value);
+    }
+}
+
+template <class T>
+void check_levels(const Kernel& kernel, DType dtype, uint64_t infinity) {
+    for (int64_t k = 0; k <= 300; ++k) {
+        for (int bits = 1; bits <= kMostLevelBits; ++bits) {
+            Buffer<T> x(Use::Input, k, below(4));
+            for (int64_t i = 0; i < k; ++i) x[i] = random_level_value<T>(infinity);
+            const int64_t stride = words_for(k) + below(3), words = (bits - 1) * stride + words_for(k);
+            Buffer<uint32_t> planes[2] = {{Use::Output, words}, {Use::Output, words}};
+            for (Buffer<uint32_t>& each : planes) std::fill_n(each.data(), words, 0);
+            const Kernel* kernels[2] = {&kScalarKernel, &kernel};
+            bool nan[2];
+            for (int i = 0; i < 2; ++i) {
+                nan[i] = kernels[i]->pack_levels[static_cast<int>(dtype)](x.data(), k, bits, planes[i].data(), stride);
+            }
+            const std::string what = describe(kernel, "levels", static_cast<int>(dtype), k, bits);
+            planes[1].check_guards(what);
+            expect(std::memcmp(planes[0].data(), planes[1].data(), planes[0].bytes()) == 0, what);
+            expect(nan[0] == nan[1], what + " NaN");
+        }
+    }
+}
+
 template <class T>
 void check_packing_by_limits(const Kernel& kernel, DType dtype, uint64_t infinity) {
     for (int64_t k = 0; k <= 300; ++k) {
@@ -417,6 +454,10 @@ void check(const Kernel& kernel) {
     check_packing<float>(kernel, DType::float32, 0x7F800000);
     check_packing<Half>(kernel, DType::float16, 0x7C00);
     check_packing<BFloat16>(kernel, DType::bfloat16, 0x7F80);
+    check_levels<double>(kernel, DType::float64, 0x7FF0000000000000);
+    check_levels<float>(kernel, DType::float32, 0x7F800000);
+    check_levels<Half>(kernel, DType::float16, 0x7C00);
+    check_levels<BFloat16>(kernel, DType::bfloat16, 0x7F80);
     check_packing_by_limits<double>(kernel, DType::float64, 0x7FF0000000000000);
     check_packing_by_limits<float>(kernel, DType::float32, 0x7F800000);
     check_packing_by_limits<Half>(kernel, DType::float16, 0x7C00);

@@ -105,6 +105,7 @@ def arguments(m=(3,), n=5, k=40, dtype=torch.float32, transpose=False):
         "out_limits": None,
         "out_flips": None,
         "threshold": 0.5,
+        "bits": 2,
         "layout": _kernels.prepared_layout().number,
         "reals": torch.randn(*m, k if transpose else n).to(dtype),
         "sign_words": weight_words,
@@ -248,6 +249,7 @@ BROKEN = {
     "out_dtype": {str(d)[6:]: lambda _, d=d: d for d in (torch.int64, torch.bool, torch.complex64, torch.int8)}
     | {"int32 with bias and scale": lambda _: torch.int32},
     "layout": {str(number): lambda _, number=number: number for number in (-1, 9, 65, 2**32, 2**63 - 1)},
+    "bits": {str(bits): lambda _, bits=bits: bits for bits in (0, 3, -1, 2**32 + 1, 2**63 - 1)},
     "threshold": {str(t): lambda _, t=t: t for t in (-1.0, -math.inf, math.nan, -5e-324)},
     "weight_prepared": MEMORY
     | {
@@ -263,7 +265,8 @@ BROKEN = {
     | NO_HEADER,
 }
 SINGLE = ("pack_bits", "unpack_bits", "prepare_weight")
-CPU_ONLY = ("multiply_signs",)
+CPU_ONLY = {"dorefa_linear": "x", "multiply_signs": "reals"}
+"""The operators that CUDA lacks, with the argument that their errors name."""
 LINEAR = sorted(set(OPERATORS) - {*SINGLE, *CPU_ONLY})
 PREPARED = sorted(set(LINEAR) - {"sign_linear"})
 WRITES_BITS = ("binary_linear", "linear")
