@@ -95,6 +95,11 @@ def _check_first(argument: str, first: Tensor, *others: Tensor | None) -> None:
         _fail(argument, "expected a tensor on the CUDA device that other arguments are on")
 
 
+def _check_count(argument: str, tensors: Sequence[Tensor], expected: int) -> None:
+    if len(tensors) != expected:
+        _fail(argument, f"expected {expected} tensors, got {len(tensors)}")
+
+
 def _check_device(argument: str, tensor: Tensor, first: Tensor) -> None:
     if tensor.device != first.device:
         _fail(argument, "expected a tensor on the same device as the first argument")
@@ -318,7 +323,7 @@ def _(a: Any) -> Tensor:
 
 
 @_result_of(functional.binary_linear)
-def _(a: Any) -> Tensor:
+def _binary_linear(a: Any) -> Tensor:
     _check_first("x_words", a.x_words, a.weight_words, a.bias, a.weight_prepared, a.scale, a.out_limits, a.out_flips)
     _check_values(a.k)
     _check_words("x_words", a.x_words, a.k, a.x_words)
@@ -330,6 +335,36 @@ def _linear(a: Any) -> Tensor:
     _check_first("x", a.x, a.weight_words, a.bias, a.weight_prepared, a.scale, a.out_limits, a.out_flips)
     _check_rows("x", a.x, a.k, a.x)
     return _product_with_packed_weight(a, a.x, a.x.dtype)
+
+
+@_result_of(functional.linear_chain)
+def _(a: Any) -> Tensor:
+    layers = len(a.weights)
+    if not layers:
+        _fail("weights", "expected at least 1 tensor, got 0")
+    _check_count("limits", a.limits, layers - 1)
+    _check_count("flips", a.flips, layers - 1)
+    if a.prepared is not None:
+        _check_count("prepared", a.prepared, layers)
+    _check_given("x", a.x)
+    y: Tensor = a.x
+    k, is_words = a.k, a.x.dtype in _WORDS
+    for i, words in enumerate(a.weights):
+        form = a.prepared[i] if a.prepared is not None and a.prepared[i].numel() else None
+        layer: dict[str, Any] = {"weight_words": words, "k": k, "weight_prepared": form, "strict": a.strict}
+        if i + 1 < layers:
+            layer.update(out_limits=a.limits[i], out_flips=a.flips[i], bias=None, scale=None, out_dtype=None)
+        else:
+            out_dtype = a.out_dtype or (torch.float32 if is_words else a.x.dtype)
+            layer.update(out_limits=None, out_flips=None, bias=a.bias, scale=a.scale, out_dtype=out_dtype)
+        from_words = is_words or i > 0
+        y = (
+            _binary_linear(SimpleNamespace(x_words=y, **layer))
+            if from_words
+            else _linear(SimpleNamespace(x=y, **layer))
+        )
+        k = words.shape[0]
+    return y
 
 
 @_result_of(functional.sign_linear)

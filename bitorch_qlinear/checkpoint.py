@@ -31,6 +31,7 @@ __all__ = [
     "NUMBERS",
     "QUANTIZED_WEIGHT",
     "REAL_INPUT",
+    "SIGN_INPUTS",
     "STRICT_INPUT",
     "WEIGHT_RULES",
     "format_of",
@@ -50,6 +51,7 @@ INPUT_RULES = (
     "0, 1/3, 2/3 or 1, whichever is nearest",
 )
 STRICT_INPUT, REAL_INPUT = 1, 2
+SIGN_INPUTS = (0, STRICT_INPUT)
 LEVEL_INPUTS = {1: 3, 2: 4}
 """The indices of the rules that round x to levels, by the bits of a level."""
 WEIGHT_RULES = ("+1 unless w < 0, else -1", "+1 if w > 0, else -1", "the signs of quantized weights")

@@ -13,6 +13,7 @@ message names the argument, what was expected and what was given. They have no g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "binary_linear",
     "dorefa_linear",
     "linear",
+    "linear_chain",
     "linear_train",
     "multiply_signs",
     "pack_bits",
@@ -197,6 +199,54 @@ def linear(
         options["strict"] = True
     operator = _ops.linear if _compiling() else _linear_entry
     y: Tensor = operator(x, weight_words, k, bias, **options)
+    return y
+
+
+def linear_chain(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    k: int,
+    limits: Sequence[Tensor],
+    flips: Sequence[Tensor],
+    bias: Tensor | None = None,
+    *,
+    prepared: Sequence[Tensor] | None = None,
+    scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    strict: bool = False,
+) -> Tensor:
+    """Multiply by the weights of several layers in turn; each layer except the last writes bits for the next one.
+
+    It equals :func:`linear` for the first layer, followed by :func:`binary_linear` for the others.
+
+    Args:
+        x: Shape ``(..., k)``, any strides, a float type; or its packed words, shape ``(..., ceil(k / 32))``, for which
+            the first product, too, is that of :func:`binary_linear`.
+        weights: For each layer its packed weights; the next layer's k is this one's n.
+        k: Number of values in a row of x.
+        limits: For each layer except the last, as in :func:`binary_linear`.
+        flips: For each layer except the last, as in :func:`binary_linear`.
+        bias: Of the last layer, shape ``(n,)`` or None.
+        prepared: The prepared form of each layer's words, or an empty tensor; or None.
+        scale: Of the last layer, shape ``(n,)`` or None.
+        out_dtype: The dtype of the result; None takes that of x, or float32 for words.
+        strict: +1 only if v > 0, instead of +1 unless v < 0; for real values of x.
+
+    Returns:
+        Shape ``(..., n)`` of the last layer.
+    """
+    y: Tensor = _ops.linear_chain(
+        x,
+        list(weights),
+        k,
+        list(limits),
+        list(flips),
+        bias,
+        prepared=None if prepared is None else list(prepared),
+        scale=scale,
+        out_dtype=out_dtype,
+        strict=strict,
+    )
     return y
 
 

@@ -55,7 +55,7 @@ _compiling = torch.compiler.is_compiling
 
 _SIGN = BinaryRule()
 # An operator prepares this many words in the time that it takes to pass it their form (0.3 us) and to compare the two.
-_FEW_WORDS = 1024
+FEW_WORDS = 1024
 
 
 def input_rule_of(quantization: nn.Module) -> int:
@@ -309,7 +309,7 @@ class PackedQLinear(nn.Module):
         if (type(x) is not Tensor and type(x) is not nn.Parameter) or not x.is_cpu or not words.is_cpu or _compiling():
             return self._elsewhere(x, words)
         form = self.weight_prepared
-        if form is None and words.numel() > _FEW_WORDS and self._input_rule != REAL_INPUT:
+        if form is None and words.numel() > FEW_WORDS and self._input_rule != REAL_INPUT:
             form = self.prepare()
         if form is None:
             return self._compute(x, words, None)
@@ -400,7 +400,7 @@ class PackedQLinear(nn.Module):
             return None  # torch.func may have lent the layer the words of a whole batch of layers
         self._complete()
         words, form = self.weight, None
-        wanted = type(words) is Tensor and words.is_cpu and words.numel() > _FEW_WORDS
+        wanted = type(words) is Tensor and words.is_cpu and words.numel() > FEW_WORDS
         if wanted and self._input_rule != REAL_INPUT and not words.is_floating_point():
             with torch.inference_mode(False), torch.no_grad():
                 form = functional.prepare_weight(words, self.in_features)

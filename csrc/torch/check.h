@@ -106,19 +106,27 @@ inline bool is_on(const Tensor& tensor, const Device& device) {
     return index == device.index;
 }
 
-// Checks that the tensor is on the operator's device and inside its own storage (a storage can be resized beneath a
-// tensor).
-inline void check_memory(const char* argument, const Tensor& tensor, const Device& device, int64_t item_size) {
-    if (!is_on(tensor, device)) fail(argument, "expected a tensor on the same device as the first argument");
-    if (tensor.numel() == 0) return;  // its strides may then be of any size
+inline int64_t storage_bytes(const Tensor& tensor) {
+    int64_t bytes = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+    return bytes;
+}
+
+// Returns whether the tensor is inside its own storage, which can be resized beneath it.
+inline bool is_inside_storage(const Tensor& tensor, int64_t item_size) {
+    if (tensor.numel() == 0) return true;  // its strides may then be of any size
     int64_t last = tensor.storage_offset();
     const auto sizes = tensor.sizes();
     const auto strides = tensor.strides();
     for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
-    int64_t storage_bytes = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &storage_bytes));
-    if (last >= storage_bytes / item_size) {
-        fail(argument, "its storage holds ", storage_bytes, " bytes, which is less than its shape needs");
+    return last < storage_bytes(tensor) / item_size;
+}
+
+// Checks that the tensor is on the operator's device and inside its own storage.
+inline void check_memory(const char* argument, const Tensor& tensor, const Device& device, int64_t item_size) {
+    if (!is_on(tensor, device)) fail(argument, "expected a tensor on the same device as the first argument");
+    if (!is_inside_storage(tensor, item_size)) {
+        fail(argument, "its storage holds ", storage_bytes(tensor), " bytes, which is less than its shape needs");
     }
 }
 

@@ -26,4 +26,10 @@ STABLE_TORCH_LIBRARY(bitorch_qlinear, library) {
         "dorefa_linear(Tensor x, Tensor weight_words, SymInt k, Tensor? bias=None, *, int bits=1, "
         "Tensor? weight_prepared=None, Tensor? scale=None, ScalarType? out_dtype=None) -> Tensor");
     library.def("multiply_signs(Tensor reals, Tensor sign_words, SymInt k, bool transpose=False) -> Tensor");
+    library.def(
+        "linear_chain(Tensor x, Tensor[] weights, SymInt k, Tensor[] limits, Tensor[] flips, "
+        "Tensor? bias=None, *, Tensor[]? prepared=None, Tensor? scale=None, ScalarType? out_dtype=None, "
+        "bool strict=False) -> Tensor");
+    library.def("record_values(Tensor[] tensors) -> Tensor");
+    library.def("same_values(Tensor[] tensors, Tensor record) -> bool");
 }

@@ -17,6 +17,7 @@
 #include "../cpu/dispatch.h"
 #include "../cpu/level_product.h"
 #include "../cpu/product.h"
+#include "chain.h"
 #include "tensors.h"
 
 // Counts the prepared forms that were not made of the words that came with them. The layers read it before and after a
@@ -292,6 +293,14 @@ Tensor multiply_signs(const Tensor& reals, const Tensor& sign_words, int64_t k, 
     return y;
 }
 
+Tensor linear_chain(const Tensor& x, std::vector<Tensor> weights, int64_t k, std::vector<Tensor> limits,
+                    std::vector<Tensor> flips, const std::optional<Tensor>& bias,
+                    std::optional<std::vector<Tensor>> prepared, const std::optional<Tensor>& scale,
+                    std::optional<ScalarType> out_dtype, bool strict) {
+    return multiply_in_turn(linear, binary_linear, x, weights, k, limits, flips, bias, prepared, scale, out_dtype,
+                            strict);
+}
+
 }  // namespace
 }  // namespace bitorch_qlinear
 
@@ -302,6 +311,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitorch_qlinear, CPU, library) {
     library.impl("binary_linear", TORCH_BOX(&bitorch_qlinear::binary_linear));
     library.impl("linear", TORCH_BOX(&bitorch_qlinear::linear));
     library.impl("sign_linear", TORCH_BOX(&bitorch_qlinear::sign_linear));
+    library.impl("linear_chain", TORCH_BOX(&bitorch_qlinear::linear_chain));
     library.impl("linear_train", TORCH_BOX(&bitorch_qlinear::linear_train));
     library.impl("dorefa_linear", TORCH_BOX(&bitorch_qlinear::dorefa_linear));
     library.impl("multiply_signs", TORCH_BOX(&bitorch_qlinear::multiply_signs));

@@ -12,6 +12,7 @@
 #include "../cuda/dispatch.h"
 #include "../cuda/kernels.h"
 #include "../cuda/prepared.h"
+#include "chain.h"
 #include "cuda_stream.h"
 #include "tensors.h"
 
@@ -314,6 +315,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_train(const Tensor& x, const Tensor& w
     return {y, x_words, in_range};
 }
 
+Tensor linear_chain(const Tensor& x, std::vector<Tensor> weights, int64_t k, std::vector<Tensor> limits,
+                    std::vector<Tensor> flips, const std::optional<Tensor>& bias,
+                    std::optional<std::vector<Tensor>> prepared, const std::optional<Tensor>& scale,
+                    std::optional<ScalarType> out_dtype, bool strict) {
+    return multiply_in_turn(linear, binary_linear, x, weights, k, limits, flips, bias, prepared, scale, out_dtype,
+                            strict);
+}
+
 }  // namespace
 }  // namespace bitorch_qlinear::cuda
 
@@ -324,5 +333,6 @@ STABLE_TORCH_LIBRARY_IMPL(bitorch_qlinear, CUDA, library) {
     library.impl("binary_linear", TORCH_BOX(&bitorch_qlinear::cuda::binary_linear));
     library.impl("linear", TORCH_BOX(&bitorch_qlinear::cuda::linear));
     library.impl("sign_linear", TORCH_BOX(&bitorch_qlinear::cuda::sign_linear));
+    library.impl("linear_chain", TORCH_BOX(&bitorch_qlinear::cuda::linear_chain));
     library.impl("linear_train", TORCH_BOX(&bitorch_qlinear::cuda::linear_train));
 }
