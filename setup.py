@@ -201,7 +201,13 @@ def operator_library(name: str, sources: list[str], libraries: list[str], cuda: 
 EXTENSIONS = [
     operator_library(
         "_ops_cpu",
-        ["csrc/torch/ops.cpp", "csrc/torch/ops_cpu.cpp", "csrc/sources.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+        [
+            "csrc/torch/ops.cpp",
+            "csrc/torch/ops_cpu.cpp",
+            "csrc/torch/record.cpp",
+            "csrc/sources.cpp",
+            *sorted(glob("csrc/cpu/*.cpp")),
+        ],
         ["torch", "torch_cpu"],
     ),
     Extension(

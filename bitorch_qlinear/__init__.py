@@ -9,18 +9,24 @@ from . import functional, kernels, quantizations
 from ._info import Info, info
 from ._version import __version__
 from .convert import BinarizeReport, LayerChoice, LayerReport, Report, binarize, explain, explain_binarize, pack, unpack
+from .fused import FusedSequential
 from .linear import QLinear, safe_globals
 from .packed import PackedQLinear
-from .quantizations import Quantization, quantization_names, register_quantization
+from .quantizations import BinaryQuantization, Quantization, quantization_names, register_quantization
+from .shifts import ChannelShift, RPReLU
 
 __all__ = [
     "BinarizeReport",
+    "BinaryQuantization",
+    "ChannelShift",
+    "FusedSequential",
     "Info",
     "LayerChoice",
     "LayerReport",
     "PackedQLinear",
     "QLinear",
     "Quantization",
+    "RPReLU",
     "Report",
     "__version__",
     "binarize",
@@ -37,4 +43,4 @@ __all__ = [
 ]
 
 # torch.load(weights_only=True) may build this package's classes of a whole saved model. The user allows all others.
-torch.serialization.add_safe_globals([*safe_globals(), PackedQLinear])
+torch.serialization.add_safe_globals([*safe_globals(), PackedQLinear, FusedSequential, ChannelShift, RPReLU])

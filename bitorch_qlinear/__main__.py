@@ -77,6 +77,9 @@ class Inputs(NamedTuple):
     reals: Tensor
 
 
+_ON_CPU_ONLY = ("multiply_signs", "dorefa_linear")
+
+
 @functools.cache
 def inputs(case: Case) -> Inputs:
     """Return the operands of a case, which are made once and are the same in every run."""
@@ -113,6 +116,9 @@ def compute(case: Case, device: torch.device) -> Results:
         finite = x[few].nan_to_num(0, 1, -1)
         results["multiply_signs"] = functional.multiply_signs(reals[few], words, case.k)
         results["multiply_signs, transposed"] = functional.multiply_signs(finite, words, case.k, True)
+        results["dorefa_linear"] = functional.dorefa_linear(
+            x[few].nan_to_num(0), words, case.k, bits=2, weight_prepared=prepared, out_dtype=torch.float32
+        )
     return {name: result.cpu() for name, result in results.items()}
 
 
@@ -120,10 +126,12 @@ def compute_by_torch(case: Case) -> Results:
     """Return the results that plain torch can compute exactly, as the reference for the scalar kernel."""
     x, weight, *_ = inputs(case)
     x_signs, weight_signs = (torch.where(values < 0, -1.0, 1.0) for values in (x, weight))
+    levels = torch.round(x[:11].nan_to_num(0).clamp(0, 1) * 3).to(torch.float32)
     return {
         "unpack_bits": x_signs.to(torch.int8),
         # A sum of at most 2²⁴ terms ±1 is exact in float32, in any order.
         "binary_linear": (x_signs @ weight_signs.T).to(torch.int32),
+        "dorefa_linear": (levels @ weight_signs.T + 0.0) * torch.tensor(1 / 3),
     }
 
 
@@ -177,8 +185,9 @@ def self_test() -> bool:
         if name != SCALAR:
             wrong[name] = check(name, cpu, expected)
     for device in _cuda_devices():
-        # The operator multiply_signs exists only on the CPU.
-        on_cuda = [{name: want for name, want in results.items() if "multiply" not in name} for results in expected]
+        on_cuda = [
+            {name: want for name, want in results.items() if not name.startswith(_ON_CPU_ONLY)} for results in expected
+        ]
         for name in _kernels.available_cuda_kernels(torch.cuda.get_device_capability(device)):
             wrong[f"{device} {name}"] = check(name, device, on_cuda)
     width = max(map(len, wrong)) + 2

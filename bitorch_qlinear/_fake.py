@@ -83,12 +83,21 @@ def _check_given(argument: str, tensor: Tensor | None) -> None:
         _fail(argument, "expected a tensor, got None")
 
 
+def _is_cuda(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.device.type == "cuda"
+
+
 def _check_first(argument: str, first: Tensor, *others: Tensor | None) -> None:
     """Fail if only a later tensor is on CUDA: the first one decides where to compute, torch's dispatch looks at all."""
-    if first is None or first.device.type == "cuda":
+    if first is None or _is_cuda(first):
         return
-    if any(tensor is not None and tensor.device.type == "cuda" for tensor in others):
+    if any(_is_cuda(tensor) for tensor in others):
         _fail(argument, "expected a tensor on the CUDA device that other arguments are on")
+
+
+def _check_count(argument: str, tensors: Sequence[Tensor], expected: int) -> None:
+    if len(tensors) != expected:
+        _fail(argument, f"expected {expected} tensors, got {len(tensors)}")
 
 
 def _check_device(argument: str, tensor: Tensor, first: Tensor) -> None:
@@ -196,6 +205,22 @@ def _check_bits(n: int, a: Any, first: Tensor) -> None:
         _check_contiguous_vector("out_flips", a.out_flips, _words_for(n), first)
 
 
+def _check_value_limits(a: Any) -> None:
+    """Check the limits and flips by which x is packed."""
+    if a.limits is None:
+        if a.flips is not None:
+            _fail("flips", "expected None without limits, got a tensor")
+        return
+    k = a.x.shape[-1]
+    if a.limits.dtype is not a.x.dtype:
+        expected, got = _dtype_name(a.x.dtype), _dtype_name(a.limits.dtype)
+        _fail("limits", f"expected {expected}, the dtype of x, got {got}")
+    _check_contiguous_vector("limits", a.limits, k, a.x)
+    if a.flips is not None:
+        _check_word_dtype("flips", a.flips)
+        _check_contiguous_vector("flips", a.flips, _words_for(k), a.x)
+
+
 def _check_prepared(prepared: Tensor | None, first: Tensor) -> None:
     """Check all of a prepared form but its size: the operator replaces a form that was made for another kernel."""
     if prepared is None:
@@ -245,7 +270,8 @@ def _result_of(operator: Callable[..., Any]) -> Callable[[Callable[[Any], Any]],
     def register(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
         @torch.library.register_fake(f"bitorch_qlinear::{operator.__name__}")
         def fake(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
+            # A keyword of the function may be positional in the operator's schema.
+            bound = signature.bind(**dict(zip(signature.parameters, args, strict=False)), **kwargs)
             bound.apply_defaults()
             return make(SimpleNamespace(**bound.arguments))
 
@@ -256,8 +282,11 @@ def _result_of(operator: Callable[..., Any]) -> Callable[[Callable[[Any], Any]],
 
 @_result_of(functional.pack_bits)
 def _(a: Any) -> Tensor:
+    _check_first("x", a.x, a.limits, a.flips)
+    _check_given("x", a.x)
     _check_dimensions("x", a.x, "(..., k)")
     _check_rows("x", a.x, a.x.shape[-1], a.x)
+    _check_value_limits(a)
     return a.x.new_empty(_with_last(a.x.shape, _words_for(a.x.shape[-1])), dtype=torch.int32)  # type: ignore[no-any-return]
 
 
@@ -294,7 +323,7 @@ def _(a: Any) -> Tensor:
 
 
 @_result_of(functional.binary_linear)
-def _(a: Any) -> Tensor:
+def _binary_linear(a: Any) -> Tensor:
     _check_first("x_words", a.x_words, a.weight_words, a.bias, a.weight_prepared, a.scale, a.out_limits, a.out_flips)
     _check_values(a.k)
     _check_words("x_words", a.x_words, a.k, a.x_words)
@@ -306,6 +335,36 @@ def _linear(a: Any) -> Tensor:
     _check_first("x", a.x, a.weight_words, a.bias, a.weight_prepared, a.scale, a.out_limits, a.out_flips)
     _check_rows("x", a.x, a.k, a.x)
     return _product_with_packed_weight(a, a.x, a.x.dtype)
+
+
+@_result_of(functional.linear_chain)
+def _(a: Any) -> Tensor:
+    layers = len(a.weights)
+    if not layers:
+        _fail("weights", "expected at least 1 tensor, got 0")
+    _check_count("limits", a.limits, layers - 1)
+    _check_count("flips", a.flips, layers - 1)
+    if a.prepared is not None:
+        _check_count("prepared", a.prepared, layers)
+    _check_given("x", a.x)
+    y: Tensor = a.x
+    k, is_words = a.k, a.x.dtype in _WORDS
+    for i, words in enumerate(a.weights):
+        form = a.prepared[i] if a.prepared is not None and a.prepared[i].numel() else None
+        layer: dict[str, Any] = {"weight_words": words, "k": k, "weight_prepared": form, "strict": a.strict}
+        if i + 1 < layers:
+            layer.update(out_limits=a.limits[i], out_flips=a.flips[i], bias=None, scale=None, out_dtype=None)
+        else:
+            out_dtype = a.out_dtype or (torch.float32 if is_words else a.x.dtype)
+            layer.update(out_limits=None, out_flips=None, bias=a.bias, scale=a.scale, out_dtype=out_dtype)
+        from_words = is_words or i > 0
+        y = (
+            _binary_linear(SimpleNamespace(x_words=y, **layer))
+            if from_words
+            else _linear(SimpleNamespace(x=y, **layer))
+        )
+        k = words.shape[0]
+    return y
 
 
 @_result_of(functional.sign_linear)
@@ -333,9 +392,21 @@ def _(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     return y, x_words, in_range_words
 
 
+@_result_of(functional.dorefa_linear)
+def _(a: Any) -> Tensor:
+    if any(_is_cuda(tensor) for tensor in (a.x, a.weight_words, a.bias, a.weight_prepared, a.scale)):
+        _fail("x", "expected a tensor on the CPU, the only device of dorefa_linear", NotImplementedError)
+    _check_rows("x", a.x, a.k, a.x)
+    y = _product_with_packed_weight(SimpleNamespace(**vars(a), out_limits=None, out_flips=None), a.x, a.x.dtype)
+    _check_float("out_dtype", y.dtype)
+    if a.bits not in (1, 2):
+        _fail("bits", f"expected 1 or 2, got {a.bits}")
+    return y
+
+
 @_result_of(functional.multiply_signs)
 def _(a: Any) -> Tensor:
-    if any(tensor is not None and tensor.device.type == "cuda" for tensor in (a.reals, a.sign_words)):
+    if any(_is_cuda(tensor) for tensor in (a.reals, a.sign_words)):
         _fail("reals", "expected a tensor on the CPU, the only device of multiply_signs", NotImplementedError)
     _check_values(a.k)
     _check_word_rows("sign_words", a.sign_words, a.k, a.sign_words if a.reals is None else a.reals)

@@ -20,14 +20,21 @@ def _product(rows: Sequence[int], words: Sequence[int], k: int, *_: Any, out_sha
     return 2 * math.prod(rows[:-1]) * words[0] * k
 
 
+def _chain(x: Sequence[int], words: Sequence[Sequence[int]], k: int, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Return the sum over all layers; a layer's n is the next one's k."""
+    inputs = [k, *(each[0] for each in words)]
+    return sum(_product(x, each, inputs[i]) for i, each in enumerate(words))
+
+
 def _sign_linear(rows: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
     return _product(rows, weight, weight[1])
 
 
 def _register(counter: ModuleType) -> None:
-    names = ("binary_linear", "linear", "linear_train", "multiply_signs")
+    names = ("binary_linear", "linear", "linear_train", "dorefa_linear", "multiply_signs")
     counter.register_flop_formula([getattr(_library.operators, name) for name in names])(_product)
     counter.register_flop_formula(_library.operators.sign_linear)(_sign_linear)
+    counter.register_flop_formula(_library.operators.linear_chain)(_chain)
 
 
 class _AtImport:

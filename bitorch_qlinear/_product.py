@@ -7,6 +7,13 @@ Forward is exact, by XNOR and popcount. Backward is the straight-through estimat
     dL/dW = weight rule's gradient of gᵀ · s(x)
     dL/db = g summed over the leading dimensions
 
+With a scale α for each output channel, ``y = (s(x) · s(W)ᵀ) · α + b``, and ``g · α`` takes the place of g in dL/dx and
+dL/dW; ``dL/dα = g · (s(x) · s(W)ᵀ)``, summed over the leading dimensions. The integer product is not saved, but
+computed again from the bits. If α is the mean magnitude of the K weights of its channel, dL/dW also gets
+``s(W) / K · dL/dα``: the chain rule through α. That is the gradient of the reference implementation
+(https://github.com/jiecaoyu/XNOR-Net-PyTorch, ``BinOp.updateBinaryGradWeight``, derived in its ``notes``), which
+corrects the paper's, without its constant factor K - 1. Its mask ``|W| <= 1`` is the limit of the weight's rule.
+
 Backward needs the signs of x, and with a threshold also which elements are in range. Each takes one bit an element, and
 they are saved beside the words of W instead of x. Only the rules whose derivative is a function of x (approxsign,
 swishsign) save x as well.
@@ -15,6 +22,7 @@ swishsign) save x as well.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,15 +32,19 @@ from torch.nn import Parameter
 from . import _library, functional
 from ._sign_gemm import beats_blas, differentiable_sign_gemm, multiply_signs, sign_gemm
 from ._torch import any_autocast, apply, functorch_active, is_dtensor, operator_entry, transforms_active
-from .quantizations import BinaryRule, cancel_gradient
+from .quantizations import BinaryRule, cancel_gradient, quantize
 
 __all__ = [
     "autocast_dtype",
     "differentiable_linear",
     "has_kernels",
     "is_differentiated",
+    "level_linear",
+    "levels_in_float",
     "packed_linear",
     "real_linear",
+    "scaled",
+    "scaled_in_float",
     "sign_linear",
     "train_linear",
     "wants_gradient",
@@ -43,6 +55,8 @@ _compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled
 
 _sign_linear, _sign_linear_entry = _library.operators.sign_linear, operator_entry(_library.operators.sign_linear)
+_dorefa_linear = _library.operators.dorefa_linear
+_dorefa_linear_entry = operator_entry(_dorefa_linear)
 _linear, _linear_entry = _library.operators.linear, operator_entry(_library.operators.linear)
 
 
@@ -83,8 +97,10 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
     return not _compiling() or (_grad_enabled() and functorch_active())
 
 
-def sign_linear(x: Tensor, weight: Tensor, bias: Tensor | None, strict: bool, strict_weight: bool) -> Tensor:
-    """Compute ``s(x) · s(weight)ᵀ + bias`` from real weights, which are packed in this call; for inference.
+def sign_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, strict: bool, strict_weight: bool, scale: Tensor | None = None
+) -> Tensor:
+    """Compute ``(s(x) · s(weight)ᵀ) · scale + bias`` from real weights, which are packed in this call; for inference.
 
     Args:
         x: Shape ``(..., k)``, any strides.
@@ -92,6 +108,7 @@ def sign_linear(x: Tensor, weight: Tensor, bias: Tensor | None, strict: bool, st
         bias: Shape ``(n,)`` or None.
         strict: The sign of x is +1 only if x > 0, instead of +1 unless x < 0.
         strict_weight: The same for the weight.
+        scale: Shape ``(n,)`` or None.
 
     Returns:
         Shape ``(..., n)``, in autocast's dtype or that of x.
@@ -99,15 +116,23 @@ def sign_linear(x: Tensor, weight: Tensor, bias: Tensor | None, strict: bool, st
     operator = _sign_linear if _compiling() else _sign_linear_entry
     out_dtype = autocast_dtype(x)
     # Each keyword that is passed costs 0.3 us, so defaults are omitted.
-    if strict or strict_weight or out_dtype is not None:
-        return operator(x, weight, bias, out_dtype=out_dtype, strict=strict, strict_weight=strict_weight)  # type: ignore[no-any-return]
+    if strict or strict_weight or out_dtype is not None or scale is not None:
+        return operator(  # type: ignore[no-any-return]
+            x, weight, bias, scale=scale, out_dtype=out_dtype, strict=strict, strict_weight=strict_weight
+        )
     return operator(x, weight, bias)  # type: ignore[no-any-return]
 
 
 def packed_linear(
-    x: Tensor, words: Tensor, k: int, bias: Tensor | None, prepared: Tensor | None, strict: bool
+    x: Tensor,
+    words: Tensor,
+    k: int,
+    bias: Tensor | None,
+    prepared: Tensor | None,
+    strict: bool,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """Compute ``s(x) · Wᵀ + bias`` from packed weights W; for inference.
+    """Compute ``(s(x) · Wᵀ) · scale + bias`` from packed weights W; for inference.
 
     Args:
         x: Shape ``(..., k)``, any strides.
@@ -116,21 +141,31 @@ def packed_linear(
         bias: Shape ``(n,)`` or None.
         prepared: The prepared form of the words, or None.
         strict: The sign of x is +1 only if x > 0, instead of +1 unless x < 0.
+        scale: Shape ``(n,)`` or None.
 
     Returns:
         Shape ``(..., n)``, in autocast's dtype or that of x.
     """
     operator = _linear if _compiling() else _linear_entry
     out_dtype = autocast_dtype(x)
-    if strict or out_dtype is not None:
-        return operator(x, words, k, bias, weight_prepared=prepared, out_dtype=out_dtype, strict=strict)  # type: ignore[no-any-return]
+    if strict or out_dtype is not None or scale is not None:
+        return operator(  # type: ignore[no-any-return]
+            x, words, k, bias, weight_prepared=prepared, scale=scale, out_dtype=out_dtype, strict=strict
+        )
     if prepared is None:
         return operator(x, words, k, bias)  # type: ignore[no-any-return]
     return operator(x, words, k, bias, weight_prepared=prepared)  # type: ignore[no-any-return]
 
 
-def real_linear(x: Tensor, words: Tensor, k: int, bias: Tensor | None, threshold: float | None = None) -> Tensor:
-    """Compute ``x · Wᵀ + bias`` from real x and packed weights W; differentiable in x and bias.
+def real_linear(
+    x: Tensor,
+    words: Tensor,
+    k: int,
+    bias: Tensor | None,
+    threshold: float | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Compute ``(x · Wᵀ) · scale + bias`` from real x and packed weights W; differentiable in x, bias and scale.
 
     Args:
         x: Shape ``(..., k)``, any strides.
@@ -138,6 +173,7 @@ def real_linear(x: Tensor, words: Tensor, k: int, bias: Tensor | None, threshold
         k: Number of values in a row.
         bias: Shape ``(n,)`` or None.
         threshold: The gradient of x is 0 unless ``|x| <= threshold``; None and 0 cancel nothing.
+        scale: Shape ``(n,)`` or None.
 
     Returns:
         Shape ``(..., n)``, in autocast's dtype or that of x.
@@ -147,6 +183,8 @@ def real_linear(x: Tensor, words: Tensor, k: int, bias: Tensor | None, threshold
     dtype = autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)
+    if scale is not None:
+        return scaled(real_linear(x, words, k, None), scale, bias)
     if bias is not None and bias.dtype is not x.dtype:
         bias = bias.to(x.dtype)
     if not (x.is_cpu and beats_blas(x, words.shape[0])):
@@ -156,6 +194,120 @@ def real_linear(x: Tensor, words: Tensor, k: int, bias: Tensor | None, threshold
         return y if bias is None else y + bias
     y = multiply_signs(x, words, k, True)
     return y if bias is None else y.add_(bias)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype T in which the operators multiply by the scale and add the bias, for an output of this dtype."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def scaled(product: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``product · scale + bias`` in the product's dtype, computed as the operators do it."""
+    return _scaled_sum(product.to(_sum_dtype(product.dtype)), scale, bias).to(product.dtype)
+
+
+def _scaled_sum(product: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return ``product · scale + bias`` in the product's dtype, in which each operation is rounded."""
+    y = product if scale is None else product * scale.to(product.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def scaled_in_float(
+    x_signs: Tensor, weight_signs: Tensor, scale: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """Compute ``(x_signs · weight_signsᵀ) · scale + bias`` by torch's own operators, with the values of the kernels.
+
+    Args:
+        x_signs: ±1, shape ``(..., k)``.
+        weight_signs: ±1, shape ``(n, k)``.
+        scale: Shape ``(n,)`` or None.
+        bias: Shape ``(n,)`` or None.
+        out_dtype: The dtype of the output.
+
+    Returns:
+        Shape ``(..., n)``.
+    """
+    dtype = _sum_dtype(out_dtype)
+    with torch.autocast(x_signs.device.type, enabled=False):
+        y = torch.nn.functional.linear(x_signs.to(dtype), weight_signs.to(dtype))
+        return _scaled_sum(y, scale, bias).to(out_dtype)
+
+
+def level_linear(
+    x: Tensor,
+    words: Tensor,
+    k: int,
+    bias: Tensor | None,
+    prepared: Tensor | None,
+    bits: int,
+    scale: Tensor | None = None,
+    threshold: float | None = None,
+) -> Tensor:
+    """Compute ``(q(x) · Wᵀ) · scale + bias``, where q rounds x to levels; differentiable in x, bias and scale.
+
+    The gradient passes the rounding unchanged, as through the quantization.
+
+    Args:
+        x: Shape ``(..., k)``, any strides, on the CPU.
+        words: The packed signs W, shape ``(n, ceil(k / 32))``.
+        k: Number of values in a row.
+        bias: Shape ``(n,)`` or None.
+        prepared: The prepared form of the words, or None.
+        bits: The bits of a level, 1 or 2.
+        scale: Shape ``(n,)`` or None.
+        threshold: The gradient of x is 0 unless ``|x| <= threshold``; None and 0 cancel nothing.
+
+    Returns:
+        Shape ``(..., n)``, in autocast's dtype or that of x.
+
+    Raises:
+        NotImplementedError: torch.compile traces it inside of a transform of torch.func.
+    """
+    out_dtype = autocast_dtype(x)
+    if not is_differentiated(x, bias, scale):
+        operator = _dorefa_linear if _compiling() else _dorefa_linear_entry
+        return operator(  # type: ignore[no-any-return]
+            x, words, k, bias, bits=bits, weight_prepared=prepared, scale=scale, out_dtype=out_dtype
+        )
+    _check_not_transformed_while_compiling()
+    out_dtype = out_dtype or x.dtype
+    function = LevelProduct if _compiling() else LevelProductEager
+    y = apply(function, cancel_gradient(x, threshold), words, prepared, k, bits, _sum_dtype(out_dtype))
+    return _scaled_sum(y, scale, bias).to(out_dtype)
+
+
+def levels_in_float(
+    x: Tensor,
+    weight_signs: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    threshold: float | None,
+) -> Tensor:
+    """Compute what :func:`level_linear` does by torch's own operators, with the values of the kernel.
+
+    Args:
+        x: Shape ``(..., k)``.
+        weight_signs: ±1, shape ``(n, k)``.
+        scale: Shape ``(n,)`` or None.
+        bias: Shape ``(n,)`` or None.
+        bits: The bits of a level.
+        threshold: The gradient of x is 0 unless ``|x| <= threshold``; None and 0 cancel nothing.
+
+    Returns:
+        Shape ``(..., n)``, in autocast's dtype or that of x.
+    """
+    steps, out_dtype = (1 << bits) - 1, autocast_dtype(x) or x.dtype
+    dtype = _sum_dtype(out_dtype)
+    levels = quantize(cancel_gradient(x, threshold) * steps, partial(_round_within, steps=steps))
+    with torch.autocast(x.device.type, enabled=False):
+        y = torch.nn.functional.linear(levels.to(dtype), weight_signs.to(dtype))
+        y = y if bits == 1 else y * torch.tensor(1 / steps, dtype=dtype, device=y.device)
+        return _scaled_sum(y, scale, bias).to(out_dtype)
+
+
+def _round_within(x: Tensor, steps: int) -> Tensor:
+    return torch.round(x.clamp(0, steps))
 
 
 def _in_range_limit(rule: BinaryRule, threshold: float | None) -> float | None:
@@ -185,10 +337,11 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 class BinaryProduct(torch.autograd.Function):
-    """Computes ``s(x) · s(W)ᵀ + b``, with the gradients that the module's docstring lists.
+    """Computes ``(s(x) · s(W)ᵀ) · scale + b``, with the gradients that the module's docstring lists.
 
-    The weight is None if only its words exist, and then has no gradient. The outputs after y are the packed signs of x
-    and its packed in-range bits, which backward reads.
+    The weight is None if only its words exist, and then has no gradient. If `scale_is_mean`, the scale was computed
+    from the weight, whose gradient then includes the part through the scale. The outputs after y are the packed signs
+    of x and its packed in-range bits, which backward reads.
     """
 
     @staticmethod
@@ -196,12 +349,14 @@ class BinaryProduct(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        scale: Tensor | None,
         words: Tensor,
         prepared: Tensor | None,
         k: int,
         rules: tuple[BinaryRule, BinaryRule],
         limit: float | None,
         out_dtype: torch.dtype | None,
+        scale_is_mean: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, x_words, in_range_words = _library.operators.linear_train(
             x,
@@ -209,6 +364,7 @@ class BinaryProduct(torch.autograd.Function):
             k,
             bias,
             weight_prepared=prepared,
+            scale=scale,
             out_dtype=out_dtype,
             strict=rules[0].strict,
             threshold=limit,
@@ -217,11 +373,11 @@ class BinaryProduct(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, weight, bias, words, _, ctx.k, (ctx.input_rule, ctx.weight_rule), limit, _ = inputs
+        x, weight, bias, scale, words, _, ctx.k, (ctx.input_rule, ctx.weight_rule), limit, _, ctx.scale_is_mean = inputs
         _, x_words, in_range_words = output
         ctx.mark_non_differentiable(x_words, in_range_words)
         ctx.set_materialize_grads(False)
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, weight, bias)]
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, weight, bias, scale)]
         # The weight is referenced only so that a second derivative can find it. Its values are not needed, so it is not
         # saved.
         ctx.weight = None if _compiling() else weight
@@ -231,20 +387,21 @@ class BinaryProduct(torch.autograd.Function):
             words,
             None if ctx.input_rule.derivative is None else x,
             weight if ctx.weight_rule.changes_gradient else None,
+            scale,
         )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 9
+            return (None,) * 11
         saved = ctx.saved_tensors  # read once, because activation checkpointing unpacks only once
         with torch.no_grad():
             gradients = _gradients(ctx, grad, *saved)
         if _grad_enabled() and not _compiling():  # create_graph=True
-            *_, x, _ = saved
-            inputs = [tensor for tensor in (grad, ctx.weight, x) if tensor is not None]
+            *_, x, _, scale = saved
+            inputs = [tensor for tensor in (grad, ctx.weight, x, scale) if tensor is not None]
             gradients = [None if g is None else _once_differentiable(g, inputs) for g in gradients]
-        return *gradients, None, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -253,7 +410,7 @@ class BinaryProduct(torch.autograd.Function):
         if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
             # A batch of only x is the same as more rows.
             outputs = apply(BinaryProductEager, args[0].movedim(in_dims[0], 0), *args[1:])
-            return outputs, (0, 0, None if args[7] is None else 0)
+            return outputs, (0, 0, None if args[8] is None else 0)
         each = [
             apply(
                 BinaryProductEager,
@@ -271,6 +428,51 @@ class BinaryProductEager(BinaryProduct):
     def jvp(ctx: Any, *_: Any) -> None:
         raise NotImplementedError(
             "bitorch_qlinear: a binary layer has no forward-mode derivative (jvp): signs have none; use backward."
+        )
+
+
+class LevelProduct(torch.autograd.Function):
+    """Computes ``q(x) · Wᵀ`` from x, which q rounds to levels, and packed W; the gradient passes the rounding."""
+
+    @staticmethod
+    def forward(x: Tensor, words: Tensor, prepared: Tensor | None, k: int, bits: int, out_dtype: torch.dtype) -> Tensor:
+        y: Tensor = _library.operators.dorefa_linear(
+            x, words, k, bits=bits, weight_prepared=prepared, out_dtype=out_dtype
+        )
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, words, _, ctx.k, _, _ = inputs
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(words)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (words,) = ctx.saved_tensors
+        return differentiable_sign_gemm(grad, words, ctx.k, False).to(ctx.dtype), None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        if all(dim is None for dim in in_dims[1:]):  # a batch of only x is the same as more rows
+            return apply(LevelProductEager, args[0].movedim(in_dims[0], 0), *args[1:]), 0
+        each = [
+            apply(
+                LevelProductEager,
+                *(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)),
+            )
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(each), 0
+
+
+class LevelProductEager(LevelProduct):
+    """Adds a clear error for forward mode, in a class of its own, because torch.compile refuses a jvp."""
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise NotImplementedError(
+            "bitorch_qlinear: a binary layer has no forward-mode derivative (jvp): rounding has none; use backward."
         )
 
 
@@ -311,11 +513,26 @@ def _gradients(
     words: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
+    scale: Tensor | None,
 ) -> list[Tensor | None]:
-    """Return the gradients of x, weight and bias in their dtypes, or None for those that autograd does not need."""
-    x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-    rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])  # torch cannot infer -1 if n is 0
-    grad_x = grad_weight = grad_bias = None
+    """Return the gradients of x, weight, bias and scale in their dtypes, or None for those autograd does not need."""
+    x_dtype, weight_dtype, bias_dtype, scale_dtype = ctx.dtypes
+    count = math.prod(grad.shape[:-1])  # torch cannot infer -1 if n is 0
+    rows = grad.reshape(count, grad.shape[-1])
+    row_words = x_words.reshape(count, x_words.shape[-1])
+    grad_x = grad_weight = grad_bias = grad_scale = None
+    if ctx.needs_input_grad[2]:
+        grad_bias = rows.sum(0).to(bias_dtype)
+    if scale is not None:
+        dtype = _sum_dtype(grad.dtype)
+        if ctx.needs_input_grad[3] or (ctx.scale_is_mean and ctx.needs_input_grad[1]):
+            if transforms_active():  # this operator cannot have a batching rule, because it takes tensors by keyword
+                product = sign_gemm(functional.unpack_bits(row_words, ctx.k, dtype), words, ctx.k, True)
+            else:
+                product = functional.binary_linear(row_words, words, ctx.k, out_dtype=dtype)
+            grad_scale = (product * rows).sum(0)
+        grad = (grad.to(dtype) * scale.to(dtype)).to(grad.dtype)
+        rows = grad.reshape(rows.shape)
     if ctx.needs_input_grad[0]:
         grad_x = sign_gemm(grad, words, ctx.k).to(x_dtype)
         if x is not None:
@@ -323,13 +540,36 @@ def _gradients(
         if in_range_words is not None:
             grad_x = _apply_mask(grad_x, in_range_words, ctx.k)
     if ctx.needs_input_grad[1]:
-        row_words = x_words.reshape(rows.shape[0], x_words.shape[-1])
         grad_weight = sign_gemm(rows.t(), row_words, ctx.k).to(weight_dtype)
         if weight is not None:
             grad_weight = ctx.weight_rule.gradient(grad_weight, weight)
-    if ctx.needs_input_grad[2]:
-        grad_bias = rows.sum(0).to(bias_dtype)
-    return [grad_x, grad_weight, grad_bias]
+        if grad_scale is not None and ctx.scale_is_mean:
+            grad_weight = _add_signs(grad_weight, words, ctx.k, grad_scale / max(ctx.k, 1))
+    if grad_scale is not None:
+        grad_scale = grad_scale.to(scale_dtype) if ctx.needs_input_grad[3] else None
+    return [grad_x, grad_weight, grad_bias, grad_scale]
+
+
+# Unpacked signs of so many weights stay in cache until they are added.
+_BLOCK = 1 << 17
+
+
+def _add_signs(values: Tensor, words: Tensor, k: int, factors: Tensor) -> Tensor:
+    """Return ``values + signs · factors``, with a factor for each row; eagerly on the CPU in place.
+
+    Args:
+        values: Shape ``(n, k)``.
+        words: The packed signs, shape ``(n, ceil(k / 32))``.
+        k: Number of values in a row.
+        factors: Shape ``(n,)``.
+    """
+    factors = factors.to(values.dtype).unsqueeze(-1)
+    if _compiling() or transforms_active() or not values.is_cpu:
+        return values + functional.unpack_bits(words, k, values.dtype) * factors
+    rows = max(1, _BLOCK // max(k, 1))
+    for block, part, each in zip(values.split(rows), words.split(rows), factors.split(rows), strict=True):
+        block.addcmul_(functional.unpack_bits(part, k, values.dtype), each)
+    return values
 
 
 def train_linear(
@@ -338,14 +578,26 @@ def train_linear(
     bias: Tensor | None,
     rules: tuple[BinaryRule, BinaryRule],
     threshold: float | None,
+    scale: Tensor | None = None,
+    scale_is_mean: bool = False,
 ) -> Tensor:
-    """Compute ``s(x) · s(weight)ᵀ + bias``, differentiable once in x, weight and bias.
+    """Compute ``(s(x) · s(weight)ᵀ) · scale + bias``, differentiable once in x, weight, bias and scale.
 
     The weight has shape ``(n, k)``, and its signs are packed in this call. The other arguments, the result and the
     errors are those of :func:`differentiable_linear`.
     """
     words = _library.operators.pack_bits(weight.detach(), rules[1].strict)
-    return differentiable_linear(x, weight, bias, words, None, weight.shape[1], rules, threshold)
+    k = weight.shape[1]
+    return differentiable_linear(x, weight, bias, words, None, k, rules, threshold, scale, scale_is_mean)
+
+
+def _check_not_transformed_while_compiling() -> None:
+    if _compiling() and functorch_active():
+        # Dynamo would differentiate the Function's forward here and ignore its backward: zeros (torch 2.13).
+        raise NotImplementedError(
+            "bitorch_qlinear: torch.compile cannot differentiate a binary layer inside of torch.func's transforms: "
+            "compile the layer and transform it outside, or compute without gradients (torch.no_grad)."
+        )
 
 
 def differentiable_linear(
@@ -357,8 +609,10 @@ def differentiable_linear(
     k: int,
     rules: tuple[BinaryRule, BinaryRule],
     threshold: float | None,
+    scale: Tensor | None = None,
+    scale_is_mean: bool = False,
 ) -> Tensor:
-    """Compute ``s(x) · s(weight)ᵀ + bias`` from the words of the weight, differentiable once in x, weight and bias.
+    """Compute ``(s(x) · s(weight)ᵀ) · scale + bias`` from the words of the weight; differentiable once.
 
     Args:
         x: Shape ``(..., k)``, any strides.
@@ -369,6 +623,8 @@ def differentiable_linear(
         k: Number of values in a row.
         rules: The signs and gradients of x and of the weight.
         threshold: The gradient of x is 0 unless ``|x| <= threshold``; None and 0 cancel nothing.
+        scale: Shape ``(n,)`` or None; receives a gradient.
+        scale_is_mean: The scale is ``row_means(weight)``, so the weight's gradient includes the part through it.
 
     Returns:
         Shape ``(..., n)``, in autocast's dtype or that of x.
@@ -377,13 +633,10 @@ def differentiable_linear(
         RuntimeError: An argument is wrong (see :mod:`bitorch_qlinear.functional`), or, later, a second backward.
         NotImplementedError: torch.compile traces it inside of a transform of torch.func.
     """
-    if _compiling() and functorch_active():
-        # Dynamo would differentiate the Function's forward here and ignore its backward: zeros (torch 2.13).
-        raise NotImplementedError(
-            "bitorch_qlinear: torch.compile cannot differentiate a binary layer inside of torch.func's transforms: "
-            "compile the layer and transform it outside, or compute without gradients (torch.no_grad)."
-        )
+    _check_not_transformed_while_compiling()
     limit = _in_range_limit(rules[0], threshold)
     function = BinaryProduct if _compiling() else BinaryProductEager
-    y: Tensor = apply(function, x, weight, bias, words, prepared, k, rules, limit, autocast_dtype(x))[0]
+    y: Tensor = apply(
+        function, x, weight, bias, scale, words, prepared, k, rules, limit, autocast_dtype(x), scale_is_mean
+    )[0]
     return y

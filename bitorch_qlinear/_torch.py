@@ -18,6 +18,8 @@ from torch.autograd.function import Function
 __all__ = [
     "HAS_AMX",
     "any_autocast",
+    "any_global_hook",
+    "any_hooks",
     "apply",
     "called_from",
     "functorch_active",
@@ -28,6 +30,7 @@ __all__ = [
     "is_known",
     "is_plain",
     "is_proxy",
+    "modes_active",
     "operator_entry",
     "own_attributes",
     "shares_data",
@@ -50,6 +53,19 @@ HAS_AMX: bool = _has_amx()
 """Whether the processor has Intel's matrix tiles, which its BLAS uses for bfloat16."""
 
 functorch_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 2)
+
+
+def _is_default_device() -> bool:
+    """Whether the only mode that sees functions is the one of ``torch.set_default_device`` or ``torch.device``."""
+    try:
+        mode = torch._C._get_function_stack_at(0)
+    except AttributeError:
+        return False
+    return type(mode).__name__ == "DeviceContext" and type(mode).__module__ == "torch.utils._device"
 
 
 def transforms_active() -> bool:
@@ -91,6 +107,29 @@ def has_hooks(module: nn.Module, allowed: Callable[..., Any] | None = None) -> b
             if hook is not allowed:
                 return True
     return False
+
+
+def any_hooks(modules: list[nn.Module]) -> bool:
+    """Whether one of these modules has hooks."""
+    # One expression is twice as fast as has_hooks for each module.
+    return any(
+        [m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules]
+    )
+
+
+any_global_hook: Callable[[], Any] = getattr(nn.modules.module, "_has_any_global_hook", lambda: True)
+"""Whether hooks are registered for the calls of all modules."""
+
+
+def modes_active() -> bool:
+    """Whether a mode sees, and may change, what torch's functions or operators compute.
+
+    The mode of ``torch.set_default_device`` does not count: it changes only where new tensors are made.
+    """
+    if _dispatch_modes():
+        return True
+    functions = _function_modes()
+    return bool(functions) and (functions > 1 or not _is_default_device())
 
 
 def has_state_hooks(module: nn.Module) -> bool:

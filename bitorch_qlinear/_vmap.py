@@ -6,6 +6,7 @@ schema's default, so a rule passes on the remaining ones as they come.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,23 @@ from ._library import operators
 
 
 @torch.library.register_vmap("bitorch_qlinear::pack_bits")
-def _(info: Any, in_dims: tuple[int, ...], x: Tensor, *strict: bool) -> tuple[Tensor, int]:
-    return operators.pack_bits(x.movedim(in_dims[0], 0), *strict), 0
+def _(
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, strict: bool = False, *limits_and_flips: Tensor | None
+) -> tuple[Tensor, int]:
+    if all(dim is None for dim in in_dims[2:]):  # a batch of only x is the same as more rows
+        return operators.pack_bits(x.movedim(in_dims[0] or 0, 0), strict, *limits_and_flips), 0
+
+    def examples(vector: Tensor | None, dim: int | None) -> Sequence[Tensor | None]:
+        if vector is None or dim is None:
+            return [vector] * info.batch_size
+        return list(vector.movedim(dim, 0).contiguous())
+
+    rows = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+    if not len(rows):
+        return operators.pack_bits(rows, strict), 0
+    vectors = [examples(vector, dim) for vector, dim in zip(limits_and_flips, in_dims[2:], strict=True)]
+    words = [operators.pack_bits(each, strict, *given) for each, *given in zip(rows, *vectors, strict=True)]
+    return torch.stack(words), 0
 
 
 @torch.library.register_vmap("bitorch_qlinear::unpack_bits")

@@ -4,13 +4,16 @@ The entries of a packed layer are
 
     weight       the words: int32 (or uint32), shape (n, ceil(k / 32)), bits past k zero
     bias         n floats, if the layer has a bias
+    scale        n floats, if the weights have a scale for each output channel
     k            K, int64
     format       the version of this format, int64
     input_rule   how the input becomes bits, int64: an index into `INPUT_RULES`
     weight_rule  how float weights became bits, int64: an index into `WEIGHT_RULES`
 
 All of them are tensors, so that torch.save, safetensors and distributed checkpoints can hold them. Checkpoints from
-before the format had a version lack the last three entries; they load as well.
+before the format had a version lack the last three entries; they load as well. A checkpoint with a scale, or of
+a layer that rounds its input to levels, has format 2, because a reader of format 1 knows neither; all others have
+format 1.
 """
 
 from __future__ import annotations
@@ -24,24 +27,42 @@ from torch import Tensor
 __all__ = [
     "FORMAT",
     "INPUT_RULES",
+    "LEVEL_INPUTS",
     "NUMBERS",
     "QUANTIZED_WEIGHT",
     "REAL_INPUT",
+    "SIGN_INPUTS",
     "STRICT_INPUT",
     "WEIGHT_RULES",
+    "format_of",
     "problem_of_packed",
+    "problem_of_scale_in_float",
     "problem_of_words_in_float",
     "words_for",
 ]
 
-FORMAT = 1
-"""The format that this version of the package writes; it reads this one and all older ones."""
-INPUT_RULES = ("+1 unless x < 0, else -1", "+1 if x > 0, else -1", "real values as they are")
+FORMAT = 2
+"""The newest format that this version of the package reads; it also reads all older ones."""
+INPUT_RULES = (
+    "+1 unless x < 0, else -1",
+    "+1 if x > 0, else -1",
+    "real values as they are",
+    "0 or 1, whichever is nearer",
+    "0, 1/3, 2/3 or 1, whichever is nearest",
+)
 STRICT_INPUT, REAL_INPUT = 1, 2
+SIGN_INPUTS = (0, STRICT_INPUT)
+LEVEL_INPUTS = {1: 3, 2: 4}
+"""The indices of the rules that round x to levels, by the bits of a level."""
 WEIGHT_RULES = ("+1 unless w < 0, else -1", "+1 if w > 0, else -1", "the signs of quantized weights")
 QUANTIZED_WEIGHT = 2
 NUMBERS = ("k", "format", "input_rule", "weight_rule")
 """The entries that hold a single number."""
+
+
+def format_of(scaled: bool, input_rule: int) -> int:
+    """Return the format in which a layer with or without a scale, and with this rule of its input, is saved."""
+    return 2 if scaled or input_rule in LEVEL_INPUTS.values() else 1
 
 
 def words_for(k: int) -> int:
@@ -60,8 +81,42 @@ def problem_of_words_in_float(prefix: str, state_dict: Mapping[str, Any]) -> str
     )
 
 
+def problem_of_scale_in_float(prefix: str, state_dict: Mapping[str, Any], has_scale: bool, learned: bool) -> str | None:
+    """Return the error message for a float layer whose state dict has a scale that it lacks, or the reverse, or None.
+
+    This is an error even with ``strict=False``, because the layer would compute other values than the one that was
+    saved.
+
+    Args:
+        prefix: Prefix of the entries' names.
+        state_dict: The checkpoint.
+        has_scale: Whether the layer has an entry of this name.
+        learned: Whether that is a learned scale of the weights.
+    """
+    key = f"{prefix}scale"
+    if key in state_dict and not has_scale:
+        return (
+            f"{key}: expected no learned scale, got a checkpoint that has one: load it into a layer with "
+            "weight_scale='learned'"
+        )
+    if learned and key not in state_dict and f"{prefix}weight" in state_dict:
+        return (
+            f"{key}: expected the learned scale of each output, got a checkpoint without it: load it into a layer of "
+            "the kind that saved it, and make that one a layer with weight_scale='learned' by QLinear.from_linear or "
+            "bitorch_qlinear.binarize"
+        )
+    return None
+
+
 def problem_of_packed(
-    prefix: str, state_dict: Mapping[str, Any], n: int, k: int, input_rule: int, weight_rule: int
+    prefix: str,
+    state_dict: Mapping[str, Any],
+    n: int,
+    k: int,
+    input_rule: int,
+    weight_rule: int,
+    scaled: bool = False,
+    computes_scale: bool = False,
 ) -> str | None:
     """Return the first problem of a packed layer's entries as an error message, or None.
 
@@ -72,15 +127,18 @@ def problem_of_packed(
         k: Inputs of the layer.
         input_rule: The layer's index into `INPUT_RULES`.
         weight_rule: The layer's index into `WEIGHT_RULES`.
+        scaled: Whether the layer has a scale.
+        computes_scale: Whether the layer computes its scale from float weights instead of loading it.
     """
-    expected = {"k": k, "format": FORMAT, "input_rule": input_rule, "weight_rule": weight_rule}
+    expected = {"k": k, "format": format_of(scaled, input_rule), "input_rule": input_rule, "weight_rule": weight_rule}
     numbers = {name: state_dict[f"{prefix}{name}"] for name in NUMBERS if f"{prefix}{name}" in state_dict}
     problems = [_problem_of_number(f"{prefix}{name}", number, expected[name]) for name, number in numbers.items()]
-    for name in ("weight", "bias"):
+    for name in ("weight", "bias", "scale"):
         tensor = state_dict.get(f"{prefix}{name}")
         if isinstance(tensor, Tensor):
-            of = _problem_of_words if name == "weight" else _problem_of_bias
+            of = _problem_of_words if name == "weight" else _problem_of_vector
             problems.insert(0, of(f"{prefix}{name}", tensor, n, k))
+    problems.insert(0, _problem_of_presence(prefix, state_dict, scaled, computes_scale))
     return next(filter(None, problems), None)
 
 
@@ -107,13 +165,30 @@ def _problem_of_words(key: str, words: Tensor, n: int, k: int) -> str | None:
     return None
 
 
-def _problem_of_bias(key: str, bias: Tensor, n: int, k: int) -> str | None:
-    if problem := _problem_of_layout(key, bias):
+def _problem_of_presence(prefix: str, state_dict: Mapping[str, Any], scaled: bool, computes_scale: bool) -> str | None:
+    """Return the error message about a scale that should be in a checkpoint and is not, or the reverse, or None."""
+    key, weight = f"{prefix}scale", state_dict.get(f"{prefix}weight")
+    of_float = isinstance(weight, Tensor) and weight.is_floating_point()
+    if key not in state_dict:
+        if scaled and isinstance(weight, Tensor) and not (of_float and computes_scale):
+            return f"{key}: expected the scale of each output, got a checkpoint without it: its weights have no scale"
+    elif not scaled:
+        return f"{key}: expected no scale, got a checkpoint with one: load it into a layer that has a weight_scale"
+    elif of_float and computes_scale:
+        return (
+            f"{key}: expected float weights from which the scale is computed, got a learned scale: load it into a "
+            "layer with weight_scale='learned'"
+        )
+    return None
+
+
+def _problem_of_vector(key: str, vector: Tensor, n: int, k: int) -> str | None:
+    if problem := _problem_of_layout(key, vector):
         return problem
-    if bias.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        return f"{key}: expected float64, float32, float16 or bfloat16, got {bias.dtype}"
-    if bias.shape != (n,):
-        return f"{key}: expected shape {(n,)}, got {tuple(bias.shape)}"
+    if vector.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        return f"{key}: expected float64, float32, float16 or bfloat16, got {vector.dtype}"
+    if vector.shape != (n,):
+        return f"{key}: expected shape {(n,)}, got {tuple(vector.shape)}"
     return None
 
 
@@ -127,6 +202,11 @@ def _problem_of_number(key: str, number: Any, expected: int) -> str | None:
         if not 1 <= got <= FORMAT:
             why = ": a newer bitorch_qlinear wrote it" if got > FORMAT else ""
             return f"{key}: expected a checkpoint of format 1 to {FORMAT}, got {got}{why}"
+        if got != expected:
+            return (
+                f"{key}: expected {expected}, got {got}: layers with a scale, or with an input that is rounded to "
+                "levels, have format 2, and all others have format 1"
+            )
     elif name == "k":
         if got != expected:
             return f"{key}: expected k = {expected}, got {got}: the checkpoint is of a layer of another size"

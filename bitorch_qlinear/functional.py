@@ -13,6 +13,7 @@ message names the argument, what was expected and what was given. They have no g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from ._torch import operator_entry
 
 __all__ = [
     "binary_linear",
+    "dorefa_linear",
     "linear",
+    "linear_chain",
     "linear_train",
     "multiply_signs",
     "pack_bits",
@@ -59,17 +62,28 @@ def _product_options(
     return options
 
 
-def pack_bits(x: Tensor, strict: bool = False) -> Tensor:
-    """Pack the signs of x.
+def pack_bits(x: Tensor, strict: bool = False, *, limits: Tensor | None = None, flips: Tensor | None = None) -> Tensor:
+    """Pack the signs of x, or of what x becomes by a function of each channel that changes its sign at most once.
+
+    With `limits`, bit j of a row is 1 if ``v >= limits[j]``, or if not, where bit j of `flips` is set. So a shift, a
+    BatchNorm or a Hardtanh before the sign needs no pass over x. Values are compared by their IEEE 754 bit patterns,
+    in the order -∞, negative numbers, -0, +0, positive numbers, +∞: denormals keep their place even if torch flushes
+    them, and a limit of +0 is above -0. A NaN of either sign in x gives the bit 1, or 0 with `strict`, whatever its
+    limit and flip are.
 
     Args:
         x: Shape ``(..., k)``, any strides, float64, float32, float16 or bfloat16.
-        strict: +1 only if v > 0, instead of +1 unless v < 0.
+        strict: +1 only if v > 0, instead of +1 unless v < 0. With `limits` it only decides the bit of a NaN.
+        limits: The smallest value of each channel for which the bit is 1, shape ``(k,)``, the dtype of x, contiguous.
+            Every bit pattern is a legal limit: one of +NaN is above all numbers and never reached, one of -NaN is
+            below them and always reached. On the CPU only.
+        flips: Packed words, shape ``(ceil(k / 32),)``, contiguous, in which 1 inverts the bit of a channel; bits past k
+            are ignored. It needs limits.
 
     Returns:
         Packed words, int32, shape ``(..., ceil(k / 32))``.
     """
-    words: Tensor = _ops.pack_bits(x, strict)
+    words: Tensor = _ops.pack_bits(x, strict) if limits is flips is None else _ops.pack_bits(x, strict, limits, flips)
     return words
 
 
@@ -188,6 +202,54 @@ def linear(
     return y
 
 
+def linear_chain(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    k: int,
+    limits: Sequence[Tensor],
+    flips: Sequence[Tensor],
+    bias: Tensor | None = None,
+    *,
+    prepared: Sequence[Tensor] | None = None,
+    scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    strict: bool = False,
+) -> Tensor:
+    """Multiply by the weights of several layers in turn; each layer except the last writes bits for the next one.
+
+    It equals :func:`linear` for the first layer, followed by :func:`binary_linear` for the others.
+
+    Args:
+        x: Shape ``(..., k)``, any strides, a float type; or its packed words, shape ``(..., ceil(k / 32))``, for which
+            the first product, too, is that of :func:`binary_linear`.
+        weights: For each layer its packed weights; the next layer's k is this one's n.
+        k: Number of values in a row of x.
+        limits: For each layer except the last, as in :func:`binary_linear`.
+        flips: For each layer except the last, as in :func:`binary_linear`.
+        bias: Of the last layer, shape ``(n,)`` or None.
+        prepared: The prepared form of each layer's words, or an empty tensor; or None.
+        scale: Of the last layer, shape ``(n,)`` or None.
+        out_dtype: The dtype of the result; None takes that of x, or float32 for words.
+        strict: +1 only if v > 0, instead of +1 unless v < 0; for real values of x.
+
+    Returns:
+        Shape ``(..., n)`` of the last layer.
+    """
+    y: Tensor = _ops.linear_chain(
+        x,
+        list(weights),
+        k,
+        list(limits),
+        list(flips),
+        bias,
+        prepared=None if prepared is None else list(prepared),
+        scale=scale,
+        out_dtype=out_dtype,
+        strict=strict,
+    )
+    return y
+
+
 def sign_linear(
     x: Tensor,
     weight: Tensor,
@@ -251,6 +313,42 @@ def linear_train(
         threshold=threshold,
     )
     return y, x_words, in_range_words
+
+
+def dorefa_linear(
+    x: Tensor,
+    weight_words: Tensor,
+    k: int,
+    bias: Tensor | None = None,
+    *,
+    bits: int = 1,
+    weight_prepared: Tensor | None = None,
+    scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Compute ``y = q(x) · s(W)ᵀ · scale + bias``, where q rounds to 2 or 4 levels from 0 to 1; on the CPU only.
+
+    q is the input quantization of DoReFa-Net (https://arxiv.org/abs/1606.06160): with ``steps = 2 ** bits - 1`` it is
+    ``L / steps`` and the level L is ``round(clamp(x, 0, 1) * steps)``, computed as torch does in x's dtype: the product
+    is rounded to the dtype, and then a half to the even number.
+
+    The sum of ``L · s(W)`` is an exact integer. With T = float64 for a float64 output and float32 otherwise,
+    ``y = cast(T(integer) · T(1 / steps) · T(scale) + T(bias))``, each operation rounded once. A row of x that holds NaN
+    gives a row of NaN.
+
+    The arguments that are not listed here are those of :func:`linear`.
+
+    Args:
+        bits: The bits of a level, 1 or 2.
+        out_dtype: A float type; None means the dtype of x.
+
+    Returns:
+        Shape ``(..., n)`` in ``out_dtype``.
+    """
+    y: Tensor = _ops.dorefa_linear(
+        x, weight_words, k, bias, bits=bits, weight_prepared=weight_prepared, scale=scale, out_dtype=out_dtype
+    )
+    return y
 
 
 def multiply_signs(reals: Tensor, sign_words: Tensor, k: int, transpose: bool = False) -> Tensor:

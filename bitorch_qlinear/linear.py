@@ -4,21 +4,45 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _kernels, _library, functional, quantizations
-from ._inputs import apply_to_no_tensor, apply_to_values, has_other_layout, raise_of_dtype
-from ._product import has_kernels, is_differentiated, real_linear, sign_linear, train_linear, wants_gradient
+from ._inputs import FLOATS, apply_to_no_tensor, apply_to_values, has_other_layout, raise_of_dtype
+from ._product import (
+    autocast_dtype,
+    has_kernels,
+    is_differentiated,
+    level_linear,
+    real_linear,
+    scaled_in_float,
+    sign_linear,
+    train_linear,
+    wants_gradient,
+)
 from ._sign_gemm import beats_blas
 from ._torch import called_from, has_hooks, is_dtensor, is_plain
-from .checkpoint import problem_of_words_in_float
-from .quantizations import BinaryRule, binary_rule, cancel_gradient, get_quantization, is_identity
+from .checkpoint import problem_of_scale_in_float, problem_of_words_in_float
+from .quantizations import (
+    BinaryRule,
+    binary_rule,
+    cancel_gradient,
+    get_quantization,
+    is_identity,
+    level_bits,
+    mean_magnitude,
+    own_scale,
+    quantize,
+    row_means,
+    scaled_rule,
+)
 
 __all__ = ["QLinear"]
+
+WeightScale = Literal["mean", "learned"]
 
 # Looked up once, because a name in a module of a module costs 20 ns in every call.
 _compiling = torch.compiler.is_compiling
@@ -62,6 +86,26 @@ def _check_threshold(threshold: float | None) -> float | None:
     if threshold is not None and (math.isnan(threshold) or threshold < 0):
         raise ValueError(f"gradient_cancellation_threshold: expected None or a number >= 0, got {threshold}")
     return threshold
+
+
+def check_weight_scale(weight_scale: WeightScale | None, quantization: nn.Module) -> WeightScale | None:
+    """Return the kind of scale.
+
+    Args:
+        weight_scale: The argument of a layer.
+        quantization: The layer's weight quantization.
+
+    Raises:
+        ValueError: There is no such scale, or the quantization has a scale of its own.
+    """
+    if weight_scale is not None and weight_scale not in get_args(WeightScale):
+        raise ValueError(f"weight_scale: expected None, 'mean' or 'learned', got {weight_scale!r}")
+    if weight_scale is not None and scaled_rule(quantization) is not None:
+        raise ValueError(
+            f"weight_scale: expected None, because {type(quantization).__name__} has a scale of its own; "
+            f"got {weight_scale!r}"
+        )
+    return weight_scale
 
 
 def how_to_free(linear: nn.Linear, name: str) -> str:
@@ -122,8 +166,18 @@ class QLinear(nn.Linear):
     With two sign-like factors and T = float64 for a float64 output and float32 otherwise,
     ``y = cast(T(integer product) + T(bias))``. The output's dtype is that of x, or autocast's.
 
+    ``weight_scale`` multiplies the quantized weights of each output channel by a factor α, as XNOR-Net
+    (https://arxiv.org/abs/1603.05279) does: ``y = cast(T(integer product) · T(α) + T(bias))``. With "mean", α is the
+    mean of ``|w|`` over the channel's weights, computed in float64 for float64 weights and in float32 for all others,
+    in training and in eval mode. With "learned", α is a parameter, ``scale``, which begins as that mean.
+
     Gradients are those of the straight-through estimator (https://arxiv.org/abs/1602.02830), times the derivative of
-    the quantization if it has one, and zero for inputs with ``|x| > gradient_cancellation_threshold``.
+    the quantization if it has one, and zero for inputs with ``|x| > gradient_cancellation_threshold``. With a scale,
+    G for dL/d(α · s(W)) and ``dL/dα = Σ_k G · s(W)``, they are ``dL/dW = α · G + s(W) / K · dL/dα`` for "mean" and
+    ``dL/dW = α · G`` for "learned", where the weight quantization's derivative or limit applies to ``α · G`` alone.
+    This is the chain rule as the reference implementation applies it (github.com/jiecaoyu/XNOR-Net-PyTorch,
+    ``updateBinaryGradWeight``), without its constant factor K - 1. Its mask ``|w| <= 1`` is that of a
+    ``"steheaviside"`` weight quantization.
 
     The layer caches nothing: every forward packs the present weights. :func:`bitorch_qlinear.pack` makes layers that
     hold packed weights, for fast inference.
@@ -133,7 +187,12 @@ class QLinear(nn.Linear):
         out_features: The number of outputs, N.
         weight: Shape ``(N, K)``, real-valued.
         bias: Shape ``(N,)`` or None.
+        scale: Shape ``(N,)``; only with a learned scale.
+        weight_scale: None, "mean" or "learned".
     """
+
+    weight_scale: WeightScale | None = None
+    scale: Tensor
 
     def __init__(
         self,
@@ -146,6 +205,7 @@ class QLinear(nn.Linear):
         input_quantization: str | nn.Module | None = None,
         gradient_cancellation_threshold: float | None = None,
         weight_quantization: str | nn.Module | None = None,
+        weight_scale: WeightScale | None = None,
     ) -> None:
         """Create the layer with ``nn.Linear``'s initialisation.
 
@@ -161,9 +221,12 @@ class QLinear(nn.Linear):
                 gradient then flows through inputs whose sign no step will change, which costs accuracy (64.7 %
                 against 83.7 % on generated data of 54 features and 7 classes, with Adam at 1e-3: docs/training.md).
             weight_quantization: A name, a module, or None for sign.
+            weight_scale: The factor of each output channel's quantized weights: None for none, "mean" for the mean
+                magnitude of the channel's weights, or "learned" for a parameter.
 
         Raises:
-            ValueError: A name is unknown, or the threshold is negative or NaN.
+            ValueError: A name or a kind of scale is unknown, the threshold is negative or NaN, or a scale is given
+                although the weight quantization has one of its own.
             TypeError: A quantization is neither a name nor a module, or the threshold is no number.
         """
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -171,6 +234,16 @@ class QLinear(nn.Linear):
         self.activation = Activation(
             get_quantization(input_quantization, "input_quantization"), gradient_cancellation_threshold
         )
+        self.weight_scale = check_weight_scale(weight_scale, self.weight_quantization)
+        if weight_scale == "learned":
+            self.scale = nn.Parameter(row_means(self.weight).to(self.weight.dtype))
+
+    def reset_parameters(self) -> None:
+        """Initialise the weight and the bias as ``nn.Linear`` does, and a learned scale by the weight's magnitudes."""
+        super().reset_parameters()
+        if self.weight_scale == "learned":
+            with torch.no_grad():
+                self.scale.copy_(row_means(self.weight))
 
     @classmethod
     def from_linear(
@@ -180,10 +253,12 @@ class QLinear(nn.Linear):
         input_quantization: str | nn.Module | None = None,
         gradient_cancellation_threshold: float | None = None,
         weight_quantization: str | nn.Module | None = None,
+        weight_scale: WeightScale | None = None,
     ) -> QLinear:
         """Make a QLinear that shares the parameters of an ``nn.Linear``.
 
-        The quantizations and the threshold are those of the constructor.
+        The quantizations, the threshold and the scale are those of the constructor. A learned scale is a new parameter,
+        which begins as the mean magnitudes of the layer's weight.
 
         Args:
             linear: The layer. Its weight and bias, the same Parameters, become those of the result.
@@ -210,8 +285,11 @@ class QLinear(nn.Linear):
             input_quantization=input_quantization,
             gradient_cancellation_threshold=gradient_cancellation_threshold,
             weight_quantization=weight_quantization,
+            weight_scale=weight_scale,
         )
         layer.weight, layer.bias = linear.weight, linear.bias
+        if weight_scale == "learned":
+            layer.scale = nn.Parameter(row_means(linear.weight).to(linear.weight.dtype))
         return layer.train(linear.training)
 
     @property
@@ -250,9 +328,11 @@ class QLinear(nn.Linear):
         if not (self.training or _compiling() or _warned_of_packing) and weight.numel() >= _MANY_WEIGHTS:
             self._consider_warning(x, weight, bias)
         try:
-            if not is_differentiated(x, weight, bias):
-                return sign_linear(x, weight, bias, rules[0].strict, rules[1].strict)
-            return train_linear(x, weight, bias, rules, self.activation.gradient_cancellation_threshold)
+            scale = self._scale(weight)
+            if not is_differentiated(x, weight, bias, scale):
+                return sign_linear(x, weight, bias, rules[0].strict, rules[1].strict, scale)
+            threshold = self.activation.gradient_cancellation_threshold
+            return train_linear(x, weight, bias, rules, threshold, scale, self.weight_scale == "mean")
         except NotImplementedError:
             if _compiling() or (is_plain(x) and is_plain(weight)):
                 raise
@@ -269,8 +349,31 @@ class QLinear(nn.Linear):
             return None
         parts: dict[str, Any] = activation._modules
         input_rule = binary_rule(parts["activation_function"])
-        weight_rule = binary_rule(modules["weight_quantization"])
+        weight_rule = self._weight_rule()
         return None if input_rule is None or weight_rule is None else (input_rule, weight_rule)
+
+    def _weight_rule(self) -> BinaryRule | None:
+        """Return the rule of the weights' signs, or None if they are not signs, times a scale or not."""
+        quantization: Any = self._modules["weight_quantization"]
+        rule = binary_rule(quantization)
+        return scaled_rule(quantization) if rule is None and self.weight_scale is None else rule
+
+    def _scale(self, weight: Tensor) -> Tensor | None:
+        """Return the scale of the signs, or None; with `weight_scale` "mean" it has no gradient."""
+        if self.weight_scale is None:
+            return own_scale(self._modules["weight_quantization"], weight)  # type: ignore[arg-type]
+        if self.weight_scale == "mean":
+            return row_means(weight)
+        parameters: dict[str, Any] = self._parameters
+        return parameters["scale"] if "scale" in parameters else self.scale  # noqa: SIM401
+
+    def channel_scale(self) -> Tensor | None:
+        """Return the present scale of each output channel, shape ``(N,)``, in float32 or float64; None without one."""
+        with torch.inference_mode(False), torch.no_grad():
+            scale = self._scale(self.weight.detach())
+            return (
+                None if scale is None else scale.detach().to(torch.promote_types(scale.dtype, torch.float32), copy=True)
+            )
 
     def _consider_warning(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         if is_plain(x) and x.dim() > 0 and x.shape[-1] and not wants_gradient(x, weight, bias):
@@ -278,14 +381,26 @@ class QLinear(nn.Linear):
 
     # ---- the float path ----
 
-    def _in_float(self, x: Tensor, weight: Tensor, bias: Tensor | None, rules: object) -> Tensor:
+    def _in_float(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, rules: tuple[BinaryRule, BinaryRule] | None
+    ) -> Tensor:
         """Compute the same product by torch's own operators, for tensors and quantizations without kernels."""
         if has_other_layout(x):
             return apply_to_values(self, x)
         if rules is None and self._takes_sign_gemm(x, weight, bias):
             return self._sign_gemm(x, weight, bias)
+        if rules is None and (bits := self._level_bits()) is not None and self._takes_levels(x, weight, bias):
+            return self._levels(x, weight, bias, bits)
         try:
-            return F.linear(self.activation(x), self.weight_quantization(weight), bias)
+            if rules is not None and (self.weight_scale or scaled_rule(self.weight_quantization)):
+                return self._signs_in_float(x, weight, bias, rules[1])
+            quantized = self.weight_quantization(weight)
+            if self.weight_scale is not None:
+                rule = self._weight_rule()
+                strict = rule is not None and rule.strict
+                scale = mean_magnitude(weight, strict) if self.weight_scale == "mean" else self.scale
+                quantized = quantized * scale.to(quantized.dtype).unsqueeze(-1)
+            return F.linear(self.activation(x), quantized, bias)
         except NotImplementedError as error:
             if is_plain(weight):
                 raise
@@ -293,6 +408,12 @@ class QLinear(nn.Linear):
                 f"weight: expected a plain tensor, got {type(weight).__name__}, whose signs torch cannot take: exclude "
                 "QLinear layers from whatever replaced the weight, such as torchao's quantize_ (by its filter_fn)."
             ) from error
+
+    def _signs_in_float(self, x: Tensor, weight: Tensor, bias: Tensor | None, rule: BinaryRule) -> Tensor:
+        """Compute the output of a layer with two sign-like factors and a scale: the values of the kernels."""
+        scale = mean_magnitude(weight, rule.strict) if self.weight_scale == "mean" else self._scale(weight)
+        signs = quantize(weight, rule.signs, rule)
+        return scaled_in_float(self.activation(x), signs, scale, bias, autocast_dtype(x) or x.dtype)
 
     def _takes_sign_gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether x stays real, the weights are signs, and packing them makes this inference on the CPU faster."""
@@ -307,17 +428,48 @@ class QLinear(nn.Linear):
             and type(activation) is Activation
             and not has_hooks(activation, do_nothing)
             and is_identity(activation.activation_function)
-            and binary_rule(self.weight_quantization) is not None
+            and self._weight_rule() is not None
             and all(t.dtype is x.dtype and t.is_cpu and is_plain(t) for t in (x, weight, bias) if t is not None)
             and not is_differentiated(x, weight, bias)
         )
 
     def _sign_gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Compute the output from real x and packed weights."""
-        rule = binary_rule(self.weight_quantization)
+        rule = self._weight_rule()
         assert rule is not None
         words = functional.pack_bits(weight.detach(), rule.strict)
-        return real_linear(x, words, weight.shape[1], bias)
+        return real_linear(x, words, weight.shape[1], bias, scale=self._scale(weight))
+
+    def _level_bits(self) -> int | None:
+        """Return the bits of the levels to which the packed path can round x in inference, or None."""
+        activation = self.activation
+        if self.training or type(activation) is not Activation or has_hooks(activation, do_nothing):
+            return None
+        return None if self._weight_rule() is None else level_bits(activation.activation_function)
+
+    def _takes_levels(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether the operator for levels takes these tensors, and no gradient is needed."""
+        return (
+            not x.is_cuda
+            and not weight.is_cuda
+            and all(
+                t.dtype in FLOATS and has_kernels(t) and (_compiling() or is_plain(t))
+                for t in (x, weight, bias)
+                if t is not None
+            )
+            and x.dim() > 0
+            and x.shape[-1] == weight.shape[1]
+            and not is_differentiated(x, weight, bias, self._scale(weight))
+        )
+
+    def _levels(self, x: Tensor, weight: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+        """Compute the output from x that is rounded to levels and packed weights."""
+        if not (_compiling() or _warned_of_packing) and weight.numel() >= _MANY_WEIGHTS:
+            self._consider_warning(x, weight, bias)
+        rule = self._weight_rule()
+        assert rule is not None
+        words = functional.pack_bits(weight, rule.strict)
+        return level_linear(x, words, weight.shape[1], bias, None, bits, self._scale(weight))
 
     # ---- state ----
 
@@ -348,7 +500,11 @@ class QLinear(nn.Linear):
         super().register_parameter(name, param)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A subclass may have a parameter or buffer of this name for something else.
+        has_scale = "scale" in self._parameters or "scale" in self._buffers
+        learned = has_scale and self.weight_scale == "learned"
         problem = problem_of_words_in_float(prefix, state_dict)
+        problem = problem or problem_of_scale_in_float(prefix, state_dict, has_scale, learned)
         if problem:
             args[-1].append(problem)  # error_msgs
             return
@@ -359,7 +515,8 @@ class QLinear(nn.Linear):
         return (
             f"{super().extra_repr()}, input_quantization={self.input_quantization!r}, "
             f"weight_quantization={self.weight_quantization!r}, "
-            f"gradient_cancellation_threshold={self.gradient_cancellation_threshold}, path={self.path}"
+            f"gradient_cancellation_threshold={self.gradient_cancellation_threshold}, "
+            f"{'' if self.weight_scale is None else f'weight_scale={self.weight_scale!r}, '}path={self.path}"
         )
 
     def __repr__(self) -> str:
@@ -372,8 +529,11 @@ class QLinear(nn.Linear):
         if self._rules() is not None:
             return path_name(self.weight)
         real = type(self.activation) is Activation and is_identity(self.activation.activation_function)
-        if real and not self.training and binary_rule(self.weight_quantization) and self.weight.is_cpu:
+        if real and not self.training and self._weight_rule() and self.weight.is_cpu:
             return "packed weights, real input (in inference, if that is faster; else float)"
+        bits = self._level_bits()
+        if bits is not None and self.weight.is_cpu:
+            return f"packed weights, {bits}-bit input (in inference; else float)"
         return "float"
 
 

@@ -16,21 +16,37 @@ from ._product import (
     differentiable_linear,
     has_kernels,
     is_differentiated,
+    level_linear,
+    levels_in_float,
     packed_linear,
     real_linear,
+    scaled,
+    scaled_in_float,
 )
 from ._torch import called_from, functorch_active, is_plain, shares_data
 from .checkpoint import (
-    FORMAT,
     INPUT_RULES,
+    LEVEL_INPUTS,
     QUANTIZED_WEIGHT,
     REAL_INPUT,
     STRICT_INPUT,
+    format_of,
     problem_of_packed,
     words_for,
 )
-from .linear import Activation, QLinear, path_name
-from .quantizations import BinaryRule, Sign, binary_rule, depends_on_mode, get_quantization, is_identity
+from .linear import Activation, QLinear, WeightScale, check_weight_scale, path_name
+from .quantizations import (
+    BinaryRule,
+    Sign,
+    binary_rule,
+    depends_on_mode,
+    get_quantization,
+    is_identity,
+    level_bits,
+    own_scale,
+    row_means,
+    scaled_rule,
+)
 
 __all__ = ["PackedQLinear"]
 
@@ -39,29 +55,33 @@ _compiling = torch.compiler.is_compiling
 
 _SIGN = BinaryRule()
 # An operator prepares this many words in the time that it takes to pass it their form (0.3 us) and to compare the two.
-_FEW_WORDS = 1024
+FEW_WORDS = 1024
 
 
 def input_rule_of(quantization: nn.Module) -> int:
     """Return the index in `checkpoint.INPUT_RULES` of the rule by which a packed layer treats its input.
 
     Raises:
-        ValueError: The quantization is neither sign-like nor the identity.
+        ValueError: The quantization is neither sign-like nor the identity nor inputdorefa of 1 or 2 bits.
     """
     if is_identity(quantization):
         return REAL_INPUT
+    bits = level_bits(quantization)
+    if bits is not None:
+        return LEVEL_INPUTS[bits]
     rule = binary_rule(quantization)
     if rule is None:
         mode = " in training mode" if quantization.training else ""
         raise ValueError(
-            f"input_quantization: expected a sign-like quantization or identity, got {quantization!r}{mode}"
+            "input_quantization: expected a sign-like quantization, identity, or inputdorefa of 1 or 2 bits, got "
+            f"{quantization!r}{mode}"
         )
     return int(rule.strict)
 
 
 def weight_rule_of(quantization: nn.Module) -> int:
     """Return the index in `checkpoint.WEIGHT_RULES` of the rule by which float weights become a packed layer's bits."""
-    rule = binary_rule(quantization)
+    rule = binary_rule(quantization) or scaled_rule(quantization)
     return QUANTIZED_WEIGHT if rule is None else int(rule.strict)
 
 
@@ -69,11 +89,11 @@ def pack_weight(weight: Tensor, quantization: nn.Module) -> Tensor:
     """Return the words of the quantized weights, on the weights' device; without kernels there, the CPU packs them.
 
     Raises:
-        ValueError: The quantization gives other values than ±1.
+        ValueError: The quantization gives other values than ±1, and declares no scale.
     """
     with torch.inference_mode(False), torch.no_grad():
         values, strict = weight.detach(), False
-        rule = binary_rule(quantization)
+        rule = binary_rule(quantization) or scaled_rule(quantization)
         if rule is not None:
             strict = rule.strict
         else:
@@ -91,14 +111,19 @@ def pack_weight(weight: Tensor, quantization: nn.Module) -> Tensor:
 class PackedQLinear(nn.Module):
     """``y = s(x) · Wᵀ + b`` with W kept as bits, for inference: what a trained :class:`QLinear` computes.
 
-    ``state_dict`` holds ``weight`` (packed words), ``bias``, ``k`` and the meaning of the words (see
+    If the weights have a scale α for each output channel, ``y = (s(x) · Wᵀ) · α + b``. The scale stays in float32 or
+    float64 when the layer's dtype changes (``half()``, ``to(torch.bfloat16)``), so that a layer made from weights of a
+    half type keeps the exact scale.
+
+    ``state_dict`` holds ``weight`` (packed words), ``bias``, ``scale``, ``k`` and the meaning of the words (see
     :mod:`bitorch_qlinear.checkpoint`); it takes 1/32 of the bytes of float32 weights. In memory the layer takes as much
     again if the CPU kernel reads a prepared form. Loading checks all entries; a float ``state_dict`` (of a QLinear or
     ``nn.Linear``) is packed while it loads.
 
     The words may be written in any way, at any time, because the operator compares them with their form in every call.
 
-    With an ``identity`` input quantization x stays real: ``y = x · Wᵀ + b``.
+    With an ``identity`` input quantization x stays real: ``y = x · Wᵀ + b``. With ``inputdorefa`` of 1 or 2 bits x is
+    rounded to levels from 0 to 1 (:func:`bitorch_qlinear.functional.dorefa_linear`).
 
     Gradients flow to x and to the bias, as through the QLinear with frozen weights.
 
@@ -107,6 +132,8 @@ class PackedQLinear(nn.Module):
         out_features: The number of outputs, N.
         weight: int32 words of shape ``(N, ceil(K / 32))``, see :mod:`bitorch_qlinear.functional`.
         bias: Shape ``(N,)`` or None; a frozen Parameter.
+        scale: Shape ``(N,)`` or None; a buffer of float32 or float64.
+        weight_scale: None, "mean" or "learned": how a float ``state_dict`` gives the scale.
         k: K as a 0-dim int64 tensor, for the checkpoint, as are ``format``, ``input_rule`` and ``weight_rule``.
         weight_prepared: The prepared form of the words for the active CPU kernel, or None. It is not in the checkpoint.
     """
@@ -118,6 +145,9 @@ class PackedQLinear(nn.Module):
     input_rule: Tensor
     weight_rule: Tensor
     weight_prepared: Tensor | None
+    scale: Tensor | None
+    weight_scale: WeightScale | None = None
+    _level_bits: int | None
 
     def __init__(
         self,
@@ -130,8 +160,9 @@ class PackedQLinear(nn.Module):
         input_quantization: str | nn.Module | None = None,
         gradient_cancellation_threshold: float | None = None,
         weight_quantization: str | nn.Module | None = None,
+        weight_scale: WeightScale | None = None,
     ) -> None:
-        """Create a layer whose weights are all -1 and whose bias is 0, to load a checkpoint into.
+        """Create a layer whose weights are all -1, whose bias is 0 and whose scale is 1, to load a checkpoint into.
 
         Args:
             in_features: The number of inputs, K.
@@ -139,13 +170,17 @@ class PackedQLinear(nn.Module):
             bias: Whether the layer has a bias.
             device: Device of the tensors.
             dtype: Dtype of the bias.
-            input_quantization: A sign-like quantization, whose rule decides how x becomes bits, or identity.
+            input_quantization: A sign-like quantization, whose rule decides how x becomes bits, identity, or
+                inputdorefa of 1 or 2 bits.
             gradient_cancellation_threshold: Inputs with a larger magnitude get no gradient; None and 0 cancel nothing.
             weight_quantization: Decides how a float ``state_dict`` becomes bits.
+            weight_scale: None, or a scale of each output channel: of a float ``state_dict``, "mean" computes it from
+                the weights, and "learned" expects it as ``scale``. A weight quantization may have a scale of its own.
 
         Raises:
-            ValueError: The input quantization is neither sign-like nor identity, a name is unknown, or the threshold is
-                negative or NaN.
+            ValueError: The input quantization is none of these, a name or a kind of scale is unknown,
+                the threshold is negative or NaN, or a scale is given although the weight quantization has one of its
+                own.
             TypeError: A quantization is neither a name nor a module, or the threshold is no number.
         """
         super().__init__()
@@ -158,12 +193,15 @@ class PackedQLinear(nn.Module):
         if isinstance(weight_quantization, str):
             self.weight_quantization.eval()
         self._input_rule = input_rule_of(quantization)
+        self._level_bits = level_bits(quantization)
         # A packed layer is always in inference, so its progressive_sign is Sign in both modes.
         if depends_on_mode(quantization):
             quantization = Sign()
         if depends_on_mode(self.weight_quantization):
             self.weight_quantization = Sign()
         self._weight_rule = weight_rule_of(self.weight_quantization)
+        self.weight_scale = check_weight_scale(weight_scale, self.weight_quantization)
+        scaled = weight_scale is not None or scaled_rule(self.weight_quantization) is not None
         self.activation = Activation(quantization, gradient_cancellation_threshold)
         with torch.inference_mode(False):
             words = torch.zeros(out_features, words_for(in_features), dtype=torch.int32, device=device)
@@ -171,6 +209,9 @@ class PackedQLinear(nn.Module):
             self._make_parameters(
                 torch.zeros(out_features, device=device, dtype=dtype) if bias else None, device, dtype
             )
+            scale_dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+            scale = torch.ones(out_features, device=device, dtype=scale_dtype) if scaled else None
+            self.register_buffer("scale", scale)
             for name, number in self._numbers().items():
                 self.register_buffer(name, torch.tensor(number, device=device))
         self.prepare()
@@ -179,7 +220,7 @@ class PackedQLinear(nn.Module):
         """Return the numbers that tell in a checkpoint what the words mean."""
         return {
             "k": self.in_features,
-            "format": FORMAT,
+            "format": format_of(self._buffers.get("scale") is not None, self._input_rule),
             "input_rule": self._input_rule,
             "weight_rule": self._weight_rule,
         }
@@ -213,8 +254,10 @@ class PackedQLinear(nn.Module):
             input_quantization=copy.deepcopy(layer.input_quantization),
             gradient_cancellation_threshold=layer.gradient_cancellation_threshold,
             weight_quantization=copy.deepcopy(layer.weight_quantization),
+            weight_scale=layer.weight_scale,
         )
         packed.weight = pack_weight(weight, layer.weight_quantization) if words is None else words
+        packed.scale = layer.channel_scale()
         with torch.inference_mode(False), torch.no_grad():
             copied = None if bias is None else bias.detach().clone()
             packed._make_parameters(copied, weight.device, weight.dtype)
@@ -224,8 +267,11 @@ class PackedQLinear(nn.Module):
     def unpack(self) -> QLinear:
         """Make a QLinear with the same output, whose float weights are ±1, in the dtype of the bias.
 
-        Its weight quantization is sign if the packed weights came from one that is not sign-like, such as weightdorefa.
+        Its weight quantization is sign if the packed weights came from one that is not sign-like, such as weightdorefa,
+        or that has a scale of its own. A scale becomes a learned one.
         """
+        scale = self._buffers.get("scale")
+        keeps = self._weight_rule != QUANTIZED_WEIGHT and scaled_rule(self.weight_quantization) is None
         layer = QLinear(
             self.in_features,
             self.out_features,
@@ -233,12 +279,13 @@ class PackedQLinear(nn.Module):
             device="meta",
             input_quantization=copy.deepcopy(self.activation.activation_function),
             gradient_cancellation_threshold=self.activation.gradient_cancellation_threshold,
-            weight_quantization=None
-            if self._weight_rule == QUANTIZED_WEIGHT
-            else copy.deepcopy(self.weight_quantization),
+            weight_quantization=copy.deepcopy(self.weight_quantization) if keeps else None,
+            weight_scale=None if scale is None else "learned",
         )
         layer.weight = nn.Parameter(self._signs(next(self.parameters()).dtype))
         layer.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())  # type: ignore[assignment]
+        if scale is not None:
+            layer.scale = nn.Parameter(scale.detach().clone())
         return layer.train(self.training)
 
     # ---- the product ----
@@ -262,7 +309,7 @@ class PackedQLinear(nn.Module):
         if (type(x) is not Tensor and type(x) is not nn.Parameter) or not x.is_cpu or not words.is_cpu or _compiling():
             return self._elsewhere(x, words)
         form = self.weight_prepared
-        if form is None and words.numel() > _FEW_WORDS and self._input_rule != REAL_INPUT:
+        if form is None and words.numel() > FEW_WORDS and self._input_rule != REAL_INPUT:
             form = self.prepare()
         if form is None:
             return self._compute(x, words, None)
@@ -283,22 +330,28 @@ class PackedQLinear(nn.Module):
         return self._compute(x, words, self.weight_prepared if usable else None)
 
     def _compute(self, x: Tensor, words: Tensor, form: Tensor | None) -> Tensor:
-        bias = self._parameters["bias"]
+        bias, scale = self._parameters["bias"], self._buffers.get("scale")
         activation: Any = self._modules["activation"]
+        bits = self._level_bits
         if form is None and not (has_kernels(x) and has_kernels(words)):
-            return self._in_float(x, words, bias)
+            return self._in_float(x, words, bias, scale)
+        if bits is not None and (x.is_cuda or words.is_cuda):
+            return self._in_float(x, words, bias, scale)
         try:
             if self._input_rule == REAL_INPUT:
-                return real_linear(x, words, self.in_features, bias, activation.gradient_cancellation_threshold)
-            if not is_differentiated(x, bias):
-                return packed_linear(x, words, self.in_features, bias, form, self._input_rule == STRICT_INPUT)
+                return real_linear(x, words, self.in_features, bias, activation.gradient_cancellation_threshold, scale)
+            if bits is not None:
+                threshold = activation.gradient_cancellation_threshold
+                return level_linear(x, words, self.in_features, bias, form, bits, scale, threshold)
+            if not is_differentiated(x, bias, scale):
+                return packed_linear(x, words, self.in_features, bias, form, self._input_rule == STRICT_INPUT, scale)
             rules = binary_rule(activation.activation_function) or _SIGN, _SIGN
             threshold = activation.gradient_cancellation_threshold
-            return differentiable_linear(x, None, bias, words, form, self.in_features, rules, threshold)
+            return differentiable_linear(x, None, bias, words, form, self.in_features, rules, threshold, scale)
         except NotImplementedError:
             if _compiling() or (is_plain(x) and is_plain(words)):
                 raise
-            return self._in_float(x, words, bias)
+            return self._in_float(x, words, bias, scale)
         except RuntimeError as error:
             if x.dtype is torch.int32:
                 raise RuntimeError(
@@ -308,18 +361,20 @@ class PackedQLinear(nn.Module):
             raise_of_dtype(x, error)
             raise
 
-    def _in_float(self, x: Tensor, words: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute the same values by torch's own operators, on any device, in the dtype T that the operators sum in."""
+    def _in_float(self, x: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+        """Compute the same values by torch's own operators, on any device."""
         if has_other_layout(x):
             return apply_to_values(self, x)
-        if self._input_rule == REAL_INPUT:
-            dtype = autocast_dtype(x) or x.dtype
-            return F.linear(x, self._signs(x.dtype), None if bias is None else bias.to(x.dtype)).to(dtype)
-        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-        with torch.autocast(x.device.type, enabled=False):
-            y = F.linear(self.activation(x).to(dtype), self._signs(dtype))
-            y = y if bias is None else y + bias.to(dtype)
-        return y.to(autocast_dtype(x) or x.dtype)
+        dtype = autocast_dtype(x) or x.dtype
+        if self._level_bits is not None:
+            threshold = self.activation.gradient_cancellation_threshold
+            return levels_in_float(x, self._signs(torch.float32), scale, bias, self._level_bits, threshold)
+        if self._input_rule != REAL_INPUT:
+            signs = self._signs(torch.float64 if x.dtype is torch.float64 else torch.float32)
+            return scaled_in_float(self.activation(x), signs, scale, bias, dtype)
+        if scale is not None:
+            return scaled(F.linear(x, self._signs(x.dtype)), scale, bias)
+        return F.linear(x, self._signs(x.dtype), None if bias is None else bias.to(x.dtype)).to(dtype)
 
     def _signs(self, dtype: torch.dtype) -> Tensor:
         """Return the weights as ±1."""
@@ -345,7 +400,7 @@ class PackedQLinear(nn.Module):
             return None  # torch.func may have lent the layer the words of a whole batch of layers
         self._complete()
         words, form = self.weight, None
-        wanted = type(words) is Tensor and words.is_cpu and words.numel() > _FEW_WORDS
+        wanted = type(words) is Tensor and words.is_cpu and words.numel() > FEW_WORDS
         if wanted and self._input_rule != REAL_INPUT and not words.is_floating_point():
             with torch.inference_mode(False), torch.no_grad():
                 form = functional.prepare_weight(words, self.in_features)
@@ -355,14 +410,16 @@ class PackedQLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> PackedQLinear:
         self.weight_prepared = None
         self._complete()  # a tensor on meta cannot be moved
-        words = self.weight
+        words, scale = self.weight, self._buffers.get("scale")
 
         def convert(tensor: Tensor) -> Tensor:
-            """Move words and numbers without changing their dtype, which ``model.type(torch.float64)`` would change."""
+            """Move a tensor; words and numbers keep their dtype, and the scale is not rounded to a half type."""
             converted: Tensor = fn(tensor)
-            if tensor.is_floating_point() or converted.dtype is tensor.dtype:
+            if converted.dtype is tensor.dtype:
                 return converted
-            return tensor.to(converted.device)
+            if tensor is scale:
+                return tensor.to(converted.device, torch.promote_types(converted.dtype, torch.float32))
+            return converted if tensor.is_floating_point() else tensor.to(converted.device)
 
         super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
         if self.weight is not words and shares_data(words, self.weight):
@@ -379,8 +436,8 @@ class PackedQLinear(nn.Module):
         """
         if called_from("torch.nn.utils.fusion"):
             raise TypeError(
-                "linear: fuse_linear_bn_eval cannot take a PackedQLinear, whose weights are signs without a scale: "
-                "keep the batch norm."
+                "linear: fuse_linear_bn_eval cannot take a PackedQLinear, because it scales the weights, of which the "
+                "layer has only the signs: keep the batch norm."
             )
         return {**self.__dict__, "weight_prepared": None}
 
@@ -427,7 +484,14 @@ class PackedQLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         problem = problem_of_packed(
-            prefix, state_dict, self.out_features, self.in_features, self._input_rule, self._weight_rule
+            prefix,
+            state_dict,
+            self.out_features,
+            self.in_features,
+            self._input_rule,
+            self._weight_rule,
+            scaled=self._buffers.get("scale") is not None,
+            computes_scale=self.weight_scale != "learned",
         )
         if problem:
             error_msgs.append(problem)
@@ -438,6 +502,9 @@ class PackedQLinear(nn.Module):
         if isinstance(weight, Tensor) and weight.is_floating_point():
             try:
                 state_dict[key] = pack_weight(weight, self.weight_quantization)
+                scale = self._scale_of(weight)
+                if scale is not None:
+                    state_dict[f"{prefix}scale"] = scale
             except ValueError as error:
                 error_msgs.append(f"{key}: {error}")
                 return
@@ -448,6 +515,13 @@ class PackedQLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys.extend(name for name in missing if name not in may_miss)
         self.prepare()
+
+    def _scale_of(self, weight: Tensor) -> Tensor | None:
+        """Return the scale that the layer computes from float weights, or None."""
+        with torch.inference_mode(False), torch.no_grad():
+            if self.weight_scale == "mean":
+                return row_means(weight)
+            return own_scale(self.weight_quantization, weight.detach())
 
     def _complete(self) -> None:
         """Replace the entries that a loader which assigned the words left on meta, as its checkpoint lacks them."""
@@ -476,14 +550,19 @@ class PackedQLinear(nn.Module):
         """What computes the layer's output, in words; for float computation with the reason."""
         if self._input_rule == REAL_INPUT:
             return "packed weights, real input"
-        return path_name(self.weight)
+        if self._level_bits is None:
+            return path_name(self.weight)
+        if not self.weight.is_cpu:
+            return f"float (no kernels for a {self._level_bits}-bit input on {self.weight.device.type})"
+        return f"packed weights, {self._level_bits}-bit input"
 
     def extra_repr(self) -> str:
         """Return sizes, sign rule, threshold, and the path that computes them."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"input={INPUT_RULES[self._input_rule]!r}, "
-            f"gradient_cancellation_threshold={self.gradient_cancellation_threshold}, path={self.path}"
+            f"gradient_cancellation_threshold={self.gradient_cancellation_threshold}, "
+            f"{'' if self._buffers.get('scale') is None else 'scale=True, '}path={self.path}"
         )
 
     def __repr__(self) -> str:

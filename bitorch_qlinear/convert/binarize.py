@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._inputs import FLOATS
 from .._torch import has_hooks, has_state_hooks, hook_names, is_dtensor, is_plain, own_attributes
-from ..linear import QLinear, how_to_free
+from ..linear import QLinear, WeightScale, how_to_free
 from ..packed import PackedQLinear
 from .replacement import check_model, copy_model, replace
 
@@ -24,7 +24,7 @@ _Filter = Callable[[nn.Module, str], bool]
 _Rules = Mapping[str, Mapping[str, Any] | None]
 _logger = logging.getLogger(__name__)
 
-_OPTIONS = ("input_quantization", "weight_quantization", "gradient_cancellation_threshold")
+_OPTIONS = ("input_quantization", "weight_quantization", "gradient_cancellation_threshold", "weight_scale")
 _CONVOLUTIONS = (
     nn.Conv1d,
     nn.Conv2d,
@@ -47,7 +47,7 @@ class LayerChoice:
         replaced: Whether :func:`bitorch_qlinear.binarize` replaces the layer.
         binary: Whether the layer is binary already.
         reason: Why the layer is not replaced; "" if it is, or if it is binary already.
-        options: The quantizations and the threshold that the layer gets; empty if it is not replaced.
+        options: The quantizations, the threshold and the scale that the layer gets; empty if it is not replaced.
     """
 
     name: str
@@ -105,7 +105,9 @@ def _outcome(layer: LayerChoice) -> str:
         return layer.reason
     parts = [layer.options[name] for name in _OPTIONS[:2]]
     names = [part if isinstance(part, str) else "sign" if part is None else type(part).__name__ for part in parts]
-    return f"replaces it: {names[0]} input, {names[1]} weights, threshold {layer.options[_OPTIONS[2]]}"
+    scale = layer.options[_OPTIONS[3]]
+    scaled = "" if scale is None else f" with a {scale} scale"
+    return f"replaces it: {names[0]} input, {names[1]} weights{scaled}, threshold {layer.options[_OPTIONS[2]]}"
 
 
 def binarize(
@@ -114,6 +116,7 @@ def binarize(
     input_quantization: str | nn.Module | None = None,
     weight_quantization: str | nn.Module | None = None,
     gradient_cancellation_threshold: float | None = 1.0,
+    weight_scale: WeightScale | None = None,
     filter_fn: _Filter | None = None,
     rules: _Rules | None = None,
     keep_first: bool = True,
@@ -145,10 +148,13 @@ def binarize(
         weight_quantization: The same for the weights.
         gradient_cancellation_threshold: Inputs with a larger magnitude get no gradient. The default is 1.0, because
             it trains well; QLinear's default is None, because that is bitorch's.
+        weight_scale: The factor of each output channel's signs: None for none, "mean" for the mean magnitude of the
+            channel's weights (XNOR-Net), or "learned" for a new parameter ``scale``, which begins as that mean. An
+            optimizer that was made before must be given the new parameters.
         filter_fn: Called with each real ``nn.Linear`` and its name; returns whether the layer may be replaced. A shared
             layer has several names, for all of which it must return True.
         rules: Maps regular expressions to options. A layer whose whole name matches an expression gets these options
-            (any of the three above) instead, or stays real if they are None. The first expression that matches counts.
+            (any of the four above) instead, or stays real if they are None. The first expression that matches counts.
             A rule does not choose layers that `filter_fn`, `keep_first` or `keep_last` leave real.
         keep_first: Leave the first layer real, because a sign keeps little of the model's input. It is the first linear
             layer or convolution in the order of ``model.named_modules()``. If it is a convolution, it is real anyway.
@@ -163,8 +169,9 @@ def binarize(
 
     Raises:
         TypeError: `model` is no nn.Module, `filter_fn` cannot be called, or an option has a wrong type.
-        ValueError: A quantization's name is unknown, the threshold is negative or NaN, or a rule is no regular
-            expression, has an unknown option, or matches no linear layer.
+        ValueError: A quantization's name or a kind of scale is unknown, the threshold is negative or NaN, the weight
+            quantization has a scale of its own and another one is given, or a rule is no regular expression, has an
+            unknown option, or matches no linear layer.
         RuntimeError: The model is wrapped for distributed training, or cannot be copied.
     """
     check_model(model, _BEFORE_SHARDING)
@@ -172,6 +179,7 @@ def binarize(
         "input_quantization": input_quantization,
         "weight_quantization": weight_quantization,
         "gradient_cancellation_threshold": gradient_cancellation_threshold,
+        "weight_scale": weight_scale,
     }
     decisions = _decide(model, defaults, filter_fn, rules, keep_first, keep_last)
     reasons = {decision.name: decision.reason for decision in decisions if decision.reason}
@@ -198,6 +206,7 @@ def explain_binarize(
     input_quantization: str | nn.Module | None = None,
     weight_quantization: str | nn.Module | None = None,
     gradient_cancellation_threshold: float | None = 1.0,
+    weight_scale: WeightScale | None = None,
     filter_fn: _Filter | None = None,
     rules: _Rules | None = None,
     keep_first: bool = True,
@@ -210,6 +219,7 @@ def explain_binarize(
         input_quantization: As in :func:`binarize`, like all that follow.
         weight_quantization: The quantization of the weights.
         gradient_cancellation_threshold: The magnitude beyond which inputs get no gradient.
+        weight_scale: The factor of each output channel's signs.
         filter_fn: Says which layers may be replaced.
         rules: Options, or None, for layers by their names.
         keep_first: Leave the first layer real.
@@ -225,6 +235,7 @@ def explain_binarize(
         "input_quantization": input_quantization,
         "weight_quantization": weight_quantization,
         "gradient_cancellation_threshold": gradient_cancellation_threshold,
+        "weight_scale": weight_scale,
     }
     decisions = _decide(model, defaults, filter_fn, rules, keep_first, keep_last)
     return BinarizeReport(tuple(decision.choice() for decision in decisions))

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, overload
 from torch import Tensor, nn
 
 from ..checkpoint import QUANTIZED_WEIGHT
+from ..fused import fuse_sequentials
 from ..linear import QLinear
 from ..packed import PackedQLinear, weight_rule_of
 from .bitorch_layers import is_bitorch_layer, qlinear_of
@@ -21,10 +22,10 @@ _logger = logging.getLogger(__name__)
 
 
 @overload
-def pack(model: QLinear, *, inplace: bool = False) -> nn.Module: ...
+def pack(model: QLinear, *, inplace: bool = False, fuse: bool = False) -> nn.Module: ...
 @overload
-def pack(model: _Model, *, inplace: bool = False) -> _Model: ...
-def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def pack(model: _Model, *, inplace: bool = False, fuse: bool = False) -> _Model: ...
+def pack(model: nn.Module, *, inplace: bool = False, fuse: bool = False) -> nn.Module:
     """Replace each packable QLinear of a model by a PackedQLinear with the same output, for inference.
 
     bitorch's own QLinear layers are packed, too, also inside bitorch's containers. A packed layer takes the place of
@@ -33,10 +34,17 @@ def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     :func:`bitorch_qlinear.explain` reports, before or after, which layers are packed and why others are not. The layers
     that are not packed are also logged as a warning. Weights that layers share are packed once and stay shared.
 
+    With ``fuse=True``, each ``nn.Sequential`` that holds packed layers in a row becomes a :class:`FusedSequential`, in
+    which they hand each other words instead of floats. The output stays the same, and so do the modules inside,
+    their names and the ``state_dict``. Only the order of calls in an ``nn.Sequential`` is known without running the
+    model, so layers that a forward of your own calls are not fused: put those that follow each other into an
+    ``nn.Sequential``.
+
     Args:
         model: Any module; it may be a QLinear itself.
         inplace: Replace the layers inside `model` and free their float weights. Otherwise the result is a copy, made
             without copying the float weights of the packed layers.
+        fuse: Let packed layers of an ``nn.Sequential`` hand each other words.
 
     Returns:
         The model, or its copy.
@@ -71,6 +79,8 @@ def pack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     lines = [f"  {path or '(model)'} stays as it is: {reason}" for path, reason in reasons.items()]
     level = logging.INFO if packed_layers and not reasons else logging.WARNING
     _logger.log(level, "%s", "\n".join([f"packed {packed_layers} of {packed_layers + len(reasons)} QLinear", *lines]))
+    if fuse:
+        fuse_sequentials(result)
     return result
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .._torch import has_hooks, hook_names, is_dtensor, is_plain
 from ..checkpoint import words_for
-from ..linear import Activation, QLinear, do_nothing
+from ..fused import Fusion, fusions
+from ..linear import Activation, QLinear, check_weight_scale, do_nothing
 from ..packed import PackedQLinear, input_rule_of, pack_weight
 from ..quantizations import binary_rule
 from .bitorch_layers import is_bitorch_layer, qlinear_of, reason_against_sharing
@@ -28,8 +29,13 @@ class LayerReport:
         packable: Whether :func:`bitorch_qlinear.pack` replaces the layer.
         reason: Why it is not replaced; "" if it is, or if it is already packed.
         float_bytes: Bytes of the float weights; for a packed layer, of the float32 weights that it replaces.
-        packed_bytes: Bytes of the packed words, which a checkpoint holds; 0 if the layer cannot be packed.
+        packed_bytes: Bytes of the packed words, which a checkpoint holds; 0 if the layer cannot be packed. The scale is
+            not counted, as the bias is not.
         resident_bytes: Bytes that the weights take in memory now.
+        input: "limits through" the modules before a packed layer that a :class:`FusedSequential` replaces by limits on
+            their input, or the reason why it computes them; "" if there are none.
+        output: "words for the next layer" through the modules up to its sign, in a :class:`FusedSequential`, or the
+            reason why a packed layer writes floats; "" for layers that are not packed.
     """
 
     name: str
@@ -40,6 +46,8 @@ class LayerReport:
     float_bytes: int
     packed_bytes: int
     resident_bytes: int
+    input: str = ""
+    output: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class Report:
         """Return a table with one line for each layer, and a line with the sums."""
         if not self.layers:
             return "no QLinear or PackedQLinear in this model"
-        header = ("layer", "kind", "computed by", "float", "packed", "in memory", "pack()")
+        header = ("layer", "kind", "computed by", "float", "packed", "in memory", "pack()", "input", "output")
         rows = [
             (
                 layer.name or "(model)",
@@ -76,6 +84,8 @@ class Report:
                 _size(layer.packed_bytes) if layer.packed_bytes else "-",
                 _size(layer.resident_bytes),
                 "packs it" if layer.packable else layer.reason or "is packed",
+                layer.input or "-",
+                layer.output or "-",
             )
             for layer in self.layers
         ]
@@ -150,6 +160,8 @@ def reason_against(layer: nn.Module, parent: nn.Module | None = None, name: str 
         input_rule_of(layer.input_quantization)
         if binary_rule(layer.weight_quantization) is None:
             pack_weight(layer.weight, layer.weight_quantization)
+        check_weight_scale(layer.weight_scale, layer.weight_quantization)
+        layer.channel_scale()
     except ValueError as error:
         return str(error)
     return ""
@@ -171,6 +183,9 @@ def binary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, nn.
 def explain(model: nn.Module) -> Report:
     """Report for each binary layer what computes it, whether ``pack`` would replace it or why not, and its size.
 
+    For a packed layer it also reports whether its output becomes words for the next layer, and modules before it become
+    limits. To find that out, the modules around packed layers of an ``nn.Sequential`` are evaluated.
+
     Args:
         model: Any module, packed or not.
 
@@ -186,15 +201,18 @@ def explain(model: nn.Module) -> Report:
         for tensor in (layer.weight, getattr(layer, "weight_prepared", None))
         if isinstance(tensor, Tensor)
     }
-    return Report(tuple(_explain_layer(*each) for each in found), sum(tensors.values()))
+    fused = fusions(model)
+    return Report(tuple(_explain_layer(*each, fused) for each in found), sum(tensors.values()))
 
 
-def _explain_layer(path: str, parent: nn.Module | None, layer: nn.Module) -> LayerReport:
+def _explain_layer(path: str, parent: nn.Module | None, layer: nn.Module, found: dict[int, Fusion]) -> LayerReport:
     if isinstance(layer, PackedQLinear):
         words = layer.weight
         float_bytes = 4 * layer.in_features * layer.out_features
         resident = _bytes(words, layer.weight_prepared)
-        return LayerReport(path, "PackedQLinear", layer.path, False, "", float_bytes, _bytes(words), resident)
+        fusion = found.get(id(layer), Fusion("", "no nn.Sequential calls it"))
+        sizes = float_bytes, _bytes(words), resident
+        return LayerReport(path, "PackedQLinear", layer.path, False, "", *sizes, fusion.input, fusion.output)
     reason = reason_against(layer, parent, path.rpartition(".")[2])
     assert isinstance(layer, nn.Linear)
     float_bytes = _bytes(layer.weight)

@@ -5,16 +5,18 @@ that the packed path must know of a sign-like quantization. The float path compu
 derivative is written once.
 """
 
-from .base import Identity, Quantization
+from .base import BinaryQuantization, Identity, Quantization
 from .dorefa import InputDoReFa, WeightDoReFa
 from .progressive_sign import ProgressiveSign, progressive_sign_scale, set_progressive_sign_scale
-from .recognition import binary_rule, depends_on_mode, is_identity
+from .recognition import binary_rule, depends_on_mode, is_identity, level_bits, own_scale, scaled_rule
 from .registry import get_quantization, quantization_names, register_quantization
-from .rule import BinaryRule, cancel_gradient
+from .rule import BinaryRule, cancel_gradient, quantize
+from .scale import mean_magnitude, row_means
 from .sign_family import ApproxSign, Sign, SteHeaviside, SwishSign
 
 __all__ = [
     "ApproxSign",
+    "BinaryQuantization",
     "BinaryRule",
     "Identity",
     "InputDoReFa",
@@ -29,9 +31,15 @@ __all__ = [
     "depends_on_mode",
     "get_quantization",
     "is_identity",
+    "level_bits",
+    "mean_magnitude",
+    "own_scale",
     "progressive_sign_scale",
     "quantization_names",
+    "quantize",
     "register_quantization",
+    "row_means",
+    "scaled_rule",
     "set_progressive_sign_scale",
 ]
 

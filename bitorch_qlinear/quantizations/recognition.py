@@ -1,21 +1,23 @@
 """Recognizes the quantizations that the packed path can compute: this package's own and bitorch's.
 
-bitorch's objects are recognized by the names of their module and class, without importing bitorch. A subclass may
-compute something else, so it is not recognized.
+bitorch's objects are recognized by the names of their module and class, without importing bitorch; a subclass of one
+may compute something else, so it is not recognized. A class of the user's own is recognized if `BinaryQuantization`
+computes its values from its rule and its scale.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._torch import has_hooks
-from .base import Identity
+from .base import BinaryQuantization, Identity, Quantization, checked_scale, has_scale
+from .dorefa import InputDoReFa
 from .progressive_sign import ProgressiveSign
 from .rule import BinaryRule
 from .sign_family import ApproxSign, Sign, SteHeaviside, SwishSign
 
-__all__ = ["binary_rule", "depends_on_mode", "is_identity"]
+__all__ = ["binary_rule", "depends_on_mode", "is_identity", "level_bits", "own_scale", "scaled_rule"]
 
 _BITORCH_NAMES: dict[type[nn.Module], tuple[str, str]] = {
     cls: (f"bitorch.quantizations.{module}", cls.__qualname__)
@@ -26,6 +28,7 @@ _BITORCH_NAMES: dict[type[nn.Module], tuple[str, str]] = {
         (SteHeaviside, "ste_heaviside"),
         (ProgressiveSign, "progressive_sign"),
         (Identity, "identity"),
+        (InputDoReFa, "dorefa"),
     )
 }
 _RULE_BY_CLASS: dict[type[nn.Module], Callable[[Any], BinaryRule | None]] = {
@@ -69,27 +72,86 @@ def _is_exactly(quantization: nn.Module, ours: type[nn.Module]) -> bool:
     return cls is ours or name == _BITORCH_NAMES[ours]
 
 
-def binary_rule(quantization: nn.Module) -> BinaryRule | None:
-    """Return the rule by which the packed path can compute this quantization, or None if it cannot.
+def _follows_its_rule(quantization: nn.Module) -> TypeGuard[BinaryQuantization]:
+    """Whether the base class computes the values from `rule` and `weight_scale`, because nothing is overridden."""
+    if not isinstance(quantization, BinaryQuantization):
+        return False
+    cls = type(quantization)
+    return (
+        cls.quantize is BinaryQuantization.quantize
+        and cls.forward is Quantization.forward
+        and cls.__call__ is nn.Module.__call__
+        and not {"quantize", "forward", "rule", "weight_scale"} & quantization.__dict__.keys()
+    )
 
-    A layer calls this twice in every forward, so one dictionary lookup decides.
+
+def binary_rule(quantization: nn.Module) -> BinaryRule | None:
+    """Return the rule by which the packed path can compute this quantization to ±1, or None if it cannot.
+
+    A layer calls this twice in every forward, so one dictionary lookup decides about the quantizations of this package.
 
     Args:
         quantization: Any module.
 
     Returns:
         The rule if this is exactly one of sign, approxsign, swishsign, steheaviside, or progressive_sign in eval mode,
-        of this package or of bitorch, or a finished schedule of bitorch whose last quantization is one of them; without
-        hooks (which the packed path would skip). None for all others, subclasses included.
+        of this package or of bitorch, a finished schedule of bitorch whose last quantization is one of them, or a
+        `BinaryQuantization` of the user's own that has no scale; and if it has no hooks (which the packed path would
+        skip). None for all others, such as subclasses that override `quantize`.
     """
     cls = type(quantization)
     rule = _RULE_BY_CLASS.get(cls) or _RULE_BY_NAME.get((cls.__module__, cls.__qualname__))
-    return None if rule is None or has_hooks(quantization) else rule(quantization)
+    if rule is not None:
+        return None if has_hooks(quantization) else rule(quantization)
+    if not _follows_its_rule(quantization) or has_scale(quantization) or has_hooks(quantization):
+        return None
+    return quantization.rule()
+
+
+def scaled_rule(quantization: nn.Module) -> BinaryRule | None:
+    """Return the rule of a quantization whose values are ±1 times a scale for each row, or None if it is another.
+
+    Args:
+        quantization: Any module.
+
+    Returns:
+        The rule of a `BinaryQuantization` of the user's own with a `weight_scale` and without hooks.
+    """
+    if type(quantization) in _RULE_BY_CLASS or not _follows_its_rule(quantization):
+        return None
+    return quantization.rule() if has_scale(quantization) and not has_hooks(quantization) else None
+
+
+def own_scale(quantization: nn.Module, weight: Tensor) -> Tensor | None:
+    """Return the scale of a quantization that has a `scaled_rule`, and None for all others.
+
+    Raises:
+        ValueError: The scale is no float tensor with one value for each row of the weight.
+    """
+    if scaled_rule(quantization) is None:
+        return None
+    return checked_scale(cast(BinaryQuantization, quantization), weight)
 
 
 def is_identity(quantization: nn.Module) -> bool:
     """Whether this is exactly the quantization that changes nothing, of this package or of bitorch, without hooks."""
     return _is_exactly(quantization, Identity) and not has_hooks(quantization)
+
+
+def level_bits(quantization: nn.Module) -> int | None:
+    """Return the bits of a level if this rounds x to levels that the packed path can compute, or None.
+
+    Returns:
+        1 or 2 for exactly inputdorefa with so many bits, of this package or of bitorch, or for a finished schedule of
+        bitorch that ends with it; without hooks.
+    """
+    if not _is_exactly(quantization, InputDoReFa) or has_hooks(quantization):
+        return None
+    name = type(quantization).__module__, type(quantization).__qualname__
+    if _RULE_BY_NAME.get(name) is _rule_of_schedule:
+        return level_bits(_last_of_schedule(quantization))  # type: ignore[arg-type]
+    bits = quantization.bit_width
+    return bits if bits == 1 or bits == 2 else None  # type: ignore[return-value]
 
 
 def depends_on_mode(quantization: nn.Module) -> bool:

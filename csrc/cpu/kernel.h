@@ -7,6 +7,7 @@
 #include "../epilogue.h"
 #include "../packed.h"
 #include "cpu_features.h"
+#include "limits.h"
 #include "range.h"
 #include "sign_gemm.h"
 
@@ -17,6 +18,13 @@ namespace bitorch_qlinear {
 // If in_range is not null, its bit is |v| <= threshold (so NaN is out of range); the threshold is
 // representable in the row's type.
 using PackRow = void (*)(const void* x, int64_t k, bool strict, double threshold, uint32_t* words, uint32_t* in_range);
+
+// Packs the levels of one row of k values, contiguous, into as many rows of words_for(k) words as levels have bits:
+// planes[p * stride ..] holds bit p of each level (levels.h), and bits past k are 0. Returns whether the row holds a NaN,
+// whose level is 0.
+using PackLevels = bool (*)(const void* x, int64_t k, int bits, uint32_t* planes, int64_t stride);
+// Packs rows by a limit for each value (limits.h).
+using PackLimitedRows = void (*)(const LimitedRows&);
 
 // Unpacks k values from words_for(k) words: +-1 for numbers, and the bit itself for bool.
 using UnpackRow = void (*)(const uint32_t* words, int64_t k, void* out, DType dtype);
@@ -51,6 +59,8 @@ struct Kernel {
     const char* requires_features;
     bool (*runs_on)(const CpuFeatures&);
     PackRow pack_row[kFloatTypes];
+    PackLevels pack_levels[kFloatTypes];
+    PackLimitedRows pack_limited_rows[kFloatTypes];
     UnpackRow unpack_row;
     // hash.h's function, compiled for this instruction set.
     uint64_t (*hash_words)(const uint32_t* words, int64_t count, int64_t period);

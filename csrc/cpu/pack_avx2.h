@@ -70,7 +70,7 @@ inline uint32_t signs(const BFloat16* x) {
     return signs_16<Negative, 0x7F80>(x);
 }
 
-// in_range() tests |v| <= threshold of 32 values; NaN is out of range.
+// in_range() tests |v| <= threshold of 32 values, and above() v > limit; NaN is neither in range nor above.
 
 inline __m256 load8(const float* x) { return _mm256_loadu_ps(x); }
 inline __m256 load8(const Half* x) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))); }
@@ -100,6 +100,168 @@ inline uint32_t in_range(const double* x, double threshold) {
         word |= static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(magnitude, limit, _CMP_LE_OQ))) << (4 * i);
     }
     return word;
+}
+
+template <class T>
+inline uint32_t above(const T* x, double limit) {
+    const __m256 bound = _mm256_set1_ps(static_cast<float>(limit));
+    __m256i beyond[4];
+    BITORCH_QLINEAR_UNROLL
+    for (int i = 0; i < 4; ++i) beyond[i] = _mm256_castps_si256(_mm256_cmp_ps(load8(x + 8 * i), bound, _CMP_GT_OQ));
+    return join(beyond);
+}
+
+inline uint32_t above(const double* x, double limit) {
+    const __m256d bound = _mm256_set1_pd(limit);
+    uint32_t word = 0;
+    BITORCH_QLINEAR_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        const __m256d beyond = _mm256_cmp_pd(_mm256_loadu_pd(x + 4 * i), bound, _CMP_GT_OQ);
+        word |= static_cast<uint32_t>(_mm256_movemask_pd(beyond)) << (4 * i);
+    }
+    return word;
+}
+
+// Limits tests order(x[i]) >= order(limits[i]) (pack_portable.h) of 32 values. Signed patterns are in order if they are
+// not negative, and in the opposite order if they are. So the bits behind the sign of a pattern and of its limit are both
+// inverted if the limit is negative, and then the two are compared: if only one of them is negative, its sign decides.
+// The bit of a NaN does not depend on its limit: NanTest finds out whether any of the values that it is given is a NaN,
+// and nans() which.
+
+template <class T>
+struct Limits;
+template <class T>
+struct NanTest;
+
+inline __m256i load_bits(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+
+template <>
+struct Limits<float> {
+    explicit Limits(const float* from) {
+        for (int i = 0; i < 4; ++i) {
+            const __m256i bits = load_bits(from + 8 * i);
+            inverted[i] = _mm256_srli_epi32(_mm256_srai_epi32(bits, 31), 1);
+            limits[i] = _mm256_xor_si256(bits, inverted[i]);
+        }
+    }
+    uint32_t reached_by(const float* x) const {
+        __m256i below[4];
+        BITORCH_QLINEAR_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            below[i] = _mm256_cmpgt_epi32(limits[i], _mm256_xor_si256(load_bits(x + 8 * i), inverted[i]));
+        }
+        return ~join(below);
+    }
+    __m256i inverted[4], limits[4];
+};
+template <>
+struct NanTest<float> {
+    NanTest() : unordered(_mm256_setzero_ps()) {}
+    void add(const float* x) {
+        const __m256 low = _mm256_cmp_ps(_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8), _CMP_UNORD_Q);
+        const __m256 high = _mm256_cmp_ps(_mm256_loadu_ps(x + 16), _mm256_loadu_ps(x + 24), _CMP_UNORD_Q);
+        unordered = _mm256_or_ps(unordered, _mm256_or_ps(low, high));
+    }
+    bool found() const { return _mm256_movemask_ps(unordered) != 0; }
+    __m256 unordered;
+};
+inline uint32_t nans(const float* x) {
+    __m256i masks[4];
+    for (int i = 0; i < 4; ++i) {
+        const __m256 v = _mm256_loadu_ps(x + 8 * i);
+        masks[i] = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    }
+    return join(masks);
+}
+
+template <>
+struct Limits<double> {
+    explicit Limits(const double* from) {
+        for (int i = 0; i < 8; ++i) {
+            const __m256i bits = load_bits(from + 4 * i);
+            inverted[i] = _mm256_srli_epi64(_mm256_cmpgt_epi64(_mm256_setzero_si256(), bits), 1);
+            limits[i] = _mm256_xor_si256(bits, inverted[i]);
+        }
+    }
+    uint32_t reached_by(const double* x) const {
+        uint32_t below = 0;
+        BITORCH_QLINEAR_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            const __m256i mask = _mm256_cmpgt_epi64(limits[i], _mm256_xor_si256(load_bits(x + 4 * i), inverted[i]));
+            below |= static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(mask))) << (4 * i);
+        }
+        return ~below;
+    }
+    __m256i inverted[8], limits[8];
+};
+template <>
+struct NanTest<double> {
+    NanTest() : unordered(_mm256_setzero_pd()) {}
+    void add(const double* x) {
+        BITORCH_QLINEAR_UNROLL
+        for (int i = 0; i < 32; i += 8) {
+            const __m256d two = _mm256_cmp_pd(_mm256_loadu_pd(x + i), _mm256_loadu_pd(x + i + 4), _CMP_UNORD_Q);
+            unordered = _mm256_or_pd(unordered, two);
+        }
+    }
+    bool found() const { return _mm256_movemask_pd(unordered) != 0; }
+    __m256d unordered;
+};
+inline uint32_t nans(const double* x) {
+    uint32_t word = 0;
+    for (int i = 0; i < 8; ++i) {
+        const __m256d v = _mm256_loadu_pd(x + 4 * i);
+        word |= static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(v, v, _CMP_UNORD_Q))) << (4 * i);
+    }
+    return word;
+}
+
+// Joins two vectors of 16 masks into a word. The permutation is that of join().
+inline uint32_t join_16(__m256i low, __m256i high) {
+    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xD8)));
+}
+
+struct Limits16 {
+    explicit Limits16(const void* from) {
+        for (int i = 0; i < 2; ++i) {
+            const __m256i bits = load_bits(static_cast<const __m256i*>(from) + i);
+            inverted[i] = _mm256_srli_epi16(_mm256_srai_epi16(bits, 15), 1);
+            limits[i] = _mm256_xor_si256(bits, inverted[i]);
+        }
+    }
+    uint32_t reached_by(const void* x) const {
+        const auto below = [&](int i) {
+            const __m256i bits = load_bits(static_cast<const __m256i*>(x) + i);
+            return _mm256_cmpgt_epi16(limits[i], _mm256_xor_si256(bits, inverted[i]));
+        };
+        return ~join_16(below(0), below(1));
+    }
+    __m256i inverted[2], limits[2];
+};
+template <>
+struct Limits<Half> : Limits16 {
+    using Limits16::Limits16;
+};
+template <>
+struct Limits<BFloat16> : Limits16 {
+    using Limits16::Limits16;
+};
+inline __m256i magnitudes_16(const void* x) { return _mm256_and_si256(load_bits(x), _mm256_set1_epi16(INT16_MAX)); }
+template <class T>
+struct NanTest {
+    NanTest() : largest(_mm256_setzero_si256()) {}
+    void add(const T* x) {
+        largest = _mm256_max_epi16(largest, _mm256_max_epi16(magnitudes_16(x), magnitudes_16(x + 16)));
+    }
+    bool found() const {
+        return _mm256_movemask_epi8(_mm256_cmpgt_epi16(largest, _mm256_set1_epi16(Pattern<T>::kInfinity))) != 0;
+    }
+    __m256i largest;
+};
+template <class T>
+inline uint32_t nans(const T* x) {
+    const __m256i infinity = _mm256_set1_epi16(Pattern<T>::kInfinity);
+    return join_16(_mm256_cmpgt_epi16(magnitudes_16(x), infinity), _mm256_cmpgt_epi16(magnitudes_16(x + 16), infinity));
 }
 
 }  // namespace

@@ -36,6 +36,18 @@ void pack_rows(const Threads& threads, const Kernel& kernel, const Rows& x, bool
     });
 }
 
+// Packs rows by a limit for each value into words [m][words_for(k)] (LimitedRows).
+template <class Threads>
+void pack_rows(const Threads& threads, const Kernel& kernel, const Rows& x, bool strict, const void* limits,
+               const uint32_t* flips, uint32_t* words) {
+    if (x.k == 0) return;  // m may then be any number
+    const PackLimitedRows pack_limited_rows = kernel.pack_limited_rows[static_cast<int>(x.dtype)];
+    const int64_t width = words_for(x.k), grain = std::max<int64_t>(1, kSerialValues / x.k);
+    share(threads, x.m, grain, [&](int64_t begin, int64_t end) {
+        pack_limited_rows({x.row(begin), end - begin, x.k, x.stride, strict, limits, flips, words + begin * width});
+    });
+}
+
 // Unpacks words [m][words_for(k)] into values [m][k]; k is not 0.
 template <class Threads>
 void unpack_rows(const Threads& threads, const Kernel& kernel, const uint32_t* words, int64_t m, int64_t k,

@@ -106,19 +106,27 @@ inline bool is_on(const Tensor& tensor, const Device& device) {
     return index == device.index;
 }
 
-// Checks that the tensor is on the operator's device and inside its own storage (a storage can be resized beneath a
-// tensor).
-inline void check_memory(const char* argument, const Tensor& tensor, const Device& device, int64_t item_size) {
-    if (!is_on(tensor, device)) fail(argument, "expected a tensor on the same device as the first argument");
-    if (tensor.numel() == 0) return;  // its strides may then be of any size
+inline int64_t storage_bytes(const Tensor& tensor) {
+    int64_t bytes = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+    return bytes;
+}
+
+// Returns whether the tensor is inside its own storage, which can be resized beneath it.
+inline bool is_inside_storage(const Tensor& tensor, int64_t item_size) {
+    if (tensor.numel() == 0) return true;  // its strides may then be of any size
     int64_t last = tensor.storage_offset();
     const auto sizes = tensor.sizes();
     const auto strides = tensor.strides();
     for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
-    int64_t storage_bytes = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &storage_bytes));
-    if (last >= storage_bytes / item_size) {
-        fail(argument, "its storage holds ", storage_bytes, " bytes, which is less than its shape needs");
+    return last < storage_bytes(tensor) / item_size;
+}
+
+// Checks that the tensor is on the operator's device and inside its own storage.
+inline void check_memory(const char* argument, const Tensor& tensor, const Device& device, int64_t item_size) {
+    if (!is_on(tensor, device)) fail(argument, "expected a tensor on the same device as the first argument");
+    if (!is_inside_storage(tensor, item_size)) {
+        fail(argument, "its storage holds ", storage_bytes(tensor), " bytes, which is less than its shape needs");
     }
 }
 
@@ -172,14 +180,15 @@ inline void check_vector(const char* argument, const std::optional<Tensor>& vect
     check_memory(argument, *vector, device, element_size(dtype));
 }
 
-// Checks `length` contiguous elements of 32 bits, whose dtype is already checked.
-inline void check_contiguous_vector(const char* argument, const Tensor& vector, int64_t length, const Device& device) {
+// Checks `length` contiguous elements, whose dtype is already checked.
+inline void check_contiguous_vector(const char* argument, const Tensor& vector, int64_t length, const Device& device,
+                                    int64_t element_bytes = kWordBytes) {
     if (vector.dim() != 1 || vector.size(0) != length) {
         fail(argument, "expected shape (", length, "), got ", vector.dim(), " dimensions and ", vector.numel(),
              " elements");
     }
     if (!vector.is_contiguous()) fail(argument, "expected a contiguous vector, got a strided one");
-    check_memory(argument, vector, device, kWordBytes);
+    check_memory(argument, vector, device, element_bytes);
 }
 
 // Checks the limits of n outputs that are bits, and which of those bits are flipped, if given.
@@ -190,6 +199,21 @@ inline void check_limits(const Tensor& limits, const std::optional<Tensor>& flip
     if (!flips) return;
     check_word_type("out_flips", *flips);
     check_contiguous_vector("out_flips", *flips, words_for(n), device);
+}
+
+// Checks the limits by which k values of a type are packed, and which of the bits are flipped, if given.
+inline void check_value_limits(const std::optional<Tensor>& limits, const std::optional<Tensor>& flips,
+                               ScalarType values, int64_t k, const Device& device) {
+    if (!limits) {
+        if (flips) fail("flips", "expected None without limits, got a tensor");
+        return;
+    }
+    const ScalarType type = scalar_type(*limits);
+    if (type != values) fail("limits", "expected ", dtype_name(values), ", the dtype of x, got ", dtype_name(type));
+    check_contiguous_vector("limits", *limits, k, device, element_size(*dtype_of(values)));
+    if (!flips) return;
+    check_word_type("flips", *flips);
+    check_contiguous_vector("flips", *flips, words_for(k), device);
 }
 
 }  // namespace bitorch_qlinear

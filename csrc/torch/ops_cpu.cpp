@@ -15,7 +15,9 @@
 #include <vector>
 
 #include "../cpu/dispatch.h"
+#include "../cpu/level_product.h"
 #include "../cpu/product.h"
+#include "chain.h"
 #include "tensors.h"
 
 // Counts the prepared forms that were not made of the words that came with them. The layers read it before and after a
@@ -152,11 +154,21 @@ Reals read_reals(const Tensor& reals) {
 
 // ---- operators -----------------------------------------------------------------------------------
 
-Tensor pack_bits(const Tensor& x, bool strict) {
+Tensor pack_bits(const Tensor& x, bool strict, const std::optional<Tensor>& limits,
+                 const std::optional<Tensor>& flips) {
+    check_given("x", x);
     check_dimensions("x", x, 1, "(..., k)");
     const TensorRows rows = check_rows("x", x, x.size(x.dim() - 1), kCpu);
+    check_value_limits(limits, flips, x.scalar_type(), rows.k, kCpu);
     Tensor words = empty_on_cpu(sizes_with_last(x, words_for(rows.k)), ScalarType::Int);
-    pack_rows(Threads(), active_kernel(), rows, strict, 0, words_of(words), nullptr);
+    if (!limits) {
+        pack_rows(Threads(), active_kernel(), rows, strict, 0, words_of(words), nullptr);
+        return words;
+    }
+    const Tensor values = aligned("limits", *limits);
+    const std::optional<Tensor> flipped = flips ? std::optional(aligned("flips", *flips)) : std::nullopt;
+    pack_rows(Threads(), active_kernel(), rows, strict, values.data_ptr(), flipped ? words_of(*flipped) : nullptr,
+              words_of(words));
     return words;
 }
 
@@ -251,6 +263,20 @@ std::tuple<Tensor, Tensor, Tensor> linear_train(const Tensor& x, const Tensor& w
     return {y, x_words, in_range};
 }
 
+Tensor dorefa_linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std::optional<Tensor>& bias,
+                     int64_t bits, const std::optional<Tensor>& weight_prepared, const std::optional<Tensor>& scale,
+                     std::optional<ScalarType> out_dtype) {
+    const LinearArguments given =
+        check_linear(x, weight_words, k, bias, weight_prepared, scale, out_dtype, kNoBits, kCpu);
+    check_float("out_dtype", given.weight.out_type);  // NaN in x has no integer sum
+    if (bits < 1 || bits > kMostLevelBits) fail("bits", "expected 1 or 2, got ", bits);
+    const Kernel& kernel = active_kernel();
+    const TensorWeights weights = read_weights(given.weight, kernel, given.x.m);
+    Tensor y = empty_on_cpu(sizes_with_last(x, weights.n), given.weight.out_type);
+    multiply_levels(Threads(), kernel, given.x, static_cast<int>(bits), weights, outputs_of(y, bias, scale));
+    return y;
+}
+
 Tensor multiply_signs(const Tensor& reals, const Tensor& sign_words, int64_t k, bool transpose) {
     check_values(k);
     check_word_rows("sign_words", sign_words, k, kCpu);
@@ -267,6 +293,14 @@ Tensor multiply_signs(const Tensor& reals, const Tensor& sign_words, int64_t k, 
     return y;
 }
 
+Tensor linear_chain(const Tensor& x, std::vector<Tensor> weights, int64_t k, std::vector<Tensor> limits,
+                    std::vector<Tensor> flips, const std::optional<Tensor>& bias,
+                    std::optional<std::vector<Tensor>> prepared, const std::optional<Tensor>& scale,
+                    std::optional<ScalarType> out_dtype, bool strict) {
+    return multiply_in_turn(linear, binary_linear, x, weights, k, limits, flips, bias, prepared, scale, out_dtype,
+                            strict);
+}
+
 }  // namespace
 }  // namespace bitorch_qlinear
 
@@ -277,6 +311,8 @@ STABLE_TORCH_LIBRARY_IMPL(bitorch_qlinear, CPU, library) {
     library.impl("binary_linear", TORCH_BOX(&bitorch_qlinear::binary_linear));
     library.impl("linear", TORCH_BOX(&bitorch_qlinear::linear));
     library.impl("sign_linear", TORCH_BOX(&bitorch_qlinear::sign_linear));
+    library.impl("linear_chain", TORCH_BOX(&bitorch_qlinear::linear_chain));
     library.impl("linear_train", TORCH_BOX(&bitorch_qlinear::linear_train));
+    library.impl("dorefa_linear", TORCH_BOX(&bitorch_qlinear::dorefa_linear));
     library.impl("multiply_signs", TORCH_BOX(&bitorch_qlinear::multiply_signs));
 }

@@ -12,6 +12,7 @@
 #include "../cuda/dispatch.h"
 #include "../cuda/kernels.h"
 #include "../cuda/prepared.h"
+#include "chain.h"
 #include "cuda_stream.h"
 #include "tensors.h"
 
@@ -198,8 +199,12 @@ Tensor multiply(int64_t m, const Weights& weights, const Outputs& outputs, const
 
 // ---- operators -------------------------------------------------------------------------------------------------------
 
-Tensor pack_bits(const Tensor& x, bool strict) {
+Tensor pack_bits(const Tensor& x, bool strict, const std::optional<Tensor>& limits,
+                 const std::optional<Tensor>& flips) {
     const Device device = device_of("x", x);
+    if (limits)
+        fail("limits", "expected None for tensors on CUDA, where packing compares with no limits, got a tensor");
+    if (flips) fail("flips", "expected None without limits, got a tensor");
     check_dimensions("x", x, 1, "(..., k)");
     const TensorRows rows = check_rows("x", x, x.size(x.dim() - 1), device);
     Tensor words = empty(sizes_with_last(x, words_for(rows.k)), ScalarType::Int, device);
@@ -319,6 +324,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_train(const Tensor& x, const Tensor& w
     return {y, x_words, in_range};
 }
 
+Tensor linear_chain(const Tensor& x, std::vector<Tensor> weights, int64_t k, std::vector<Tensor> limits,
+                    std::vector<Tensor> flips, const std::optional<Tensor>& bias,
+                    std::optional<std::vector<Tensor>> prepared, const std::optional<Tensor>& scale,
+                    std::optional<ScalarType> out_dtype, bool strict) {
+    return multiply_in_turn(linear, binary_linear, x, weights, k, limits, flips, bias, prepared, scale, out_dtype,
+                            strict);
+}
+
 }  // namespace
 }  // namespace bitorch_qlinear::cuda
 
@@ -329,5 +342,6 @@ STABLE_TORCH_LIBRARY_IMPL(bitorch_qlinear, CUDA, library) {
     library.impl("binary_linear", TORCH_BOX(&bitorch_qlinear::cuda::binary_linear));
     library.impl("linear", TORCH_BOX(&bitorch_qlinear::cuda::linear));
     library.impl("sign_linear", TORCH_BOX(&bitorch_qlinear::cuda::sign_linear));
+    library.impl("linear_chain", TORCH_BOX(&bitorch_qlinear::cuda::linear_chain));
     library.impl("linear_train", TORCH_BOX(&bitorch_qlinear::cuda::linear_train));
 }

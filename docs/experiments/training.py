@@ -1,8 +1,9 @@
 """Trains small binary networks in many ways: the figures of the page "Training a binary network".
 
 ``python docs/experiments/training.py`` runs everything (15 minutes on one core), writes ``training.json`` beside this
-file and the tables of ``docs/training.md``; ``--tables`` only writes the tables from the JSON that is there. It needs
-scikit-learn and no network: one data set comes with scikit-learn, the other is generated.
+file and the tables of ``docs/training.md``; ``--missing`` trains only what the JSON that is there lacks, and
+``--tables`` only writes the tables from it. It needs scikit-learn and no network: one data set comes with scikit-learn,
+the other is generated.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sklearn.datasets import load_digits, make_classification
@@ -46,6 +48,7 @@ class Recipe:
         norm_at_end: Whether a BatchNorm follows the last layer.
         hidden: Width of the hidden layers.
         quantization: Of the input and the weights.
+        scale: The weight scale of the binary layers.
     """
 
     threshold: float | None = 1.0
@@ -57,6 +60,7 @@ class Recipe:
     norm_at_end: bool = False
     hidden: int = 256
     quantization: str = "sign"
+    scale: Literal["mean", "learned"] | None = None
 
 
 BASE = Recipe()
@@ -124,6 +128,14 @@ TABLES: dict[str, tuple[str, dict[str, Recipe]]] = {
             f"{name}, threshold None": change(quantization=name, threshold=None) for name in ("approxsign", "swishsign")
         },
     ),
+    "scale": (
+        "where, weight scale",
+        {
+            f"{where}, {scale}": change(**changes, scale=scale)
+            for where, changes in (("hidden layers without BatchNorm", {"between": "none"}),)
+            for scale in (None, "mean", "learned")
+        },
+    ),
 }
 
 
@@ -164,7 +176,8 @@ def build(recipe: Recipe, features: int, classes: int) -> nn.Sequential:
     for name, k, n in zip(names, sizes[:-1], sizes[1:], strict=True):
         if recipe.binary == "all" or name in recipe.binary:
             quantization = {"input_quantization": recipe.quantization, "weight_quantization": recipe.quantization}
-            modules.append(QLinear(k, n, gradient_cancellation_threshold=recipe.threshold, **quantization))
+            options = {"gradient_cancellation_threshold": recipe.threshold, "weight_scale": recipe.scale}
+            modules.append(QLinear(k, n, **quantization, **options))
         else:
             modules.append(nn.Linear(k, n))
         if name != "last":
@@ -229,19 +242,30 @@ def train(recipe: Recipe, data: str, seed: int) -> dict[str, Any]:
     return {"accuracy": round(correct, 6), "loss": losses, "flips": flips, "seconds": round(seconds, 2)}
 
 
-def measure() -> dict[str, Any]:
-    """Train every recipe of every table with every seed on both data sets, each of them once."""
+def measure(known: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+    """Train every recipe of every table with every seed on both data sets, each of them once.
+
+    Args:
+        known: Figures of an earlier run; what they have is not trained again.
+
+    Yields:
+        The figures so far, after each recipe.
+    """
     torch.set_num_threads(1)
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    setting = {"processor": processor(), "torch": torch.__version__, "threads": 1, "commit": git.stdout.strip()}
+    figures: dict[str, Any] = known or {"setting": setting, "seeds": SEEDS, "epochs": EPOCHS, "results": []}
     recipes = {recipe for _, rows in TABLES.values() for recipe in rows.values()}
-    runs = []
+    recipes -= {recipe_of(result) for result in figures["results"]}
+    if known and recipes and setting not in known.setdefault("later", []):
+        known["later"].append(setting)
     for number, recipe in enumerate(sorted(recipes, key=repr)):
         for data in EPOCHS:
             results = [train(recipe, data, seed) for seed in range(SEEDS)]
-            runs.append({"recipe": dataclasses.asdict(recipe), "data": data, "runs": results})
-        print(f"{number + 1} of {len(recipes)}: {[summary(runs[-2]), summary(runs[-1])]} {recipe}", flush=True)
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    setting = {"processor": processor(), "torch": torch.__version__, "threads": 1, "commit": git.stdout.strip()}
-    return {"setting": setting, "seeds": SEEDS, "epochs": EPOCHS, "results": runs}
+            figures["results"].append({"recipe": dataclasses.asdict(recipe), "data": data, "runs": results})
+        last = figures["results"][-2:]
+        print(f"{number + 1} of {len(recipes)}: {[summary(result) for result in last]} {recipe}", flush=True)
+        yield figures
 
 
 def processor() -> str:
@@ -260,10 +284,15 @@ def summary(result: dict[str, Any]) -> str:
     return f"{statistics.median(values):.1f} % ({values[0]:.1f} to {values[-1]:.1f})"
 
 
+def recipe_of(result: dict[str, Any]) -> Recipe:
+    """The recipe of a result; what is younger than the result has its default."""
+    return Recipe(**result["recipe"])
+
+
 def found(figures: dict[str, Any], recipe: Recipe, data: str) -> dict[str, Any]:
     """The result of a recipe on a data set."""
     for result in figures["results"]:
-        if result["recipe"] == dataclasses.asdict(recipe) and result["data"] == data:
+        if recipe_of(result) == recipe and result["data"] == data:
             return result  # type: ignore[no-any-return]
     raise LookupError(f"training.json has no result of {recipe} on {data}: run this program without --tables")
 
@@ -304,6 +333,10 @@ def blocks(figures: dict[str, Any]) -> dict[str, str]:
         f"{figures['seeds']} seeds, batches of {BATCH}, "
         f"{figures['epochs']['digits']} epochs of the digits and {figures['epochs']['table']} of the table."
     )
+    for later in figures.get("later", []):
+        texts["setting"] += (
+            f" Rows that were added later: {later['processor']}, torch {later['torch']}, commit {later['commit']}."
+        )
     return texts
 
 
@@ -323,8 +356,12 @@ def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", action="store_true", help="write the tables from training.json, train nothing")
-    if not parser.parse_args().tables:
-        RESULTS.write_text(json.dumps(measure()) + "\n")
+    parser.add_argument("--missing", action="store_true", help="train only what training.json lacks")
+    asked = parser.parse_args()
+    if not asked.tables:
+        known = json.loads(RESULTS.read_text()) if asked.missing else None
+        for figures in measure(known):
+            RESULTS.write_text(json.dumps(figures) + "\n")
     if PAGE.exists():
         PAGE.write_text(fill(PAGE.read_text(), json.loads(RESULTS.read_text())))
 

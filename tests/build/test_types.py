@@ -20,6 +20,7 @@ from bitorch_qlinear import QLinear, pack
 QLinear("sixty-four", out=3)
 QLinear(64, 32, bias="no")
 QLinear(64, 32, True, None, None, "sign")
+QLinear(64, 32, weight_scale="median")
 QLinear.from_linear(nn.Linear(3, 4), input_quantisation="sign")
 pack(nn.Linear(3, 4), report=True)
 pack("model")
@@ -66,7 +67,7 @@ def test_the_constructor_names_what_it_takes():
     theirs = list(inspect.signature(nn.Linear).parameters)
     for cls in (QLinear, PackedQLinear):
         parameters = inspect.signature(cls).parameters
-        ours = ["input_quantization", "gradient_cancellation_threshold", "weight_quantization"]
+        ours = ["input_quantization", "gradient_cancellation_threshold", "weight_quantization", "weight_scale"]
         assert list(parameters) == [*theirs, *ours]
         assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in ours)
     assert QLinear(3, 4, True, "cpu", torch.float64).weight.dtype is torch.float64

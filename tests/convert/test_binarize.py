@@ -665,6 +665,7 @@ def test_report_before_and_after():
         "input_quantization": None,
         "weight_quantization": None,
         "gradient_cancellation_threshold": 1.0,
+        "weight_scale": None,
     }
     lines = str(report).splitlines()
     assert len(lines) == len(report) + 2

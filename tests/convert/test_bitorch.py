@@ -501,7 +501,7 @@ def test_layers_that_cannot_be_replaced(inplace, caplog):
 
 @either_place
 def test_containers_as_the_model(inplace):
-    layer = bitorch.layers.QLinear(K, N, bias=False, input_quantization="inputdorefa")
+    layer = bitorch.layers.QLinear(K, N, bias=False, input_quantization=bitorch.quantizations.InputDoReFa(3))
     result = pack(layer, inplace=inplace)
     assert_equal(result(X), layer(X))
     assert type(result) is (LayerContainer if inplace else type(layer.layer_implementation))
@@ -747,7 +747,7 @@ def test_schedules_compute_the_same_at_every_step(cls, last, steps, training):
         results.append((y, *torch.autograd.grad(y.square().sum(), [x, layer.weight])))
     for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
-    known = last != "inputdorefa" and not (last == "progressive_sign" and training)
+    known = not (last == "progressive_sign" and training)
     packable = steps == 3 and known and cls is not ScheduledQuantizer
     assert explain(layers[0]).layers[0].packable == explain(layers[1]).layers[0].packable == packable
     if packable:

@@ -227,8 +227,8 @@ def forward_on_the_instance():
 
 REASONS = {
     "input-dorefa": (
-        lambda: layer_like(input_quantization="inputdorefa"),
-        ["input_quantization: expected a sign-like quantization or identity, got InputDoReFa(bit_width=1)"],
+        lambda: layer_like(input_quantization=quantizations.InputDoReFa(3)),
+        ["input_quantization: expected a sign-like quantization, identity, or inputdorefa of 1 or 2 bits, got InputD"],
     ),
     "weight-identity": (
         lambda: layer_like(weight_quantization="identity"),

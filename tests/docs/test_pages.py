@@ -23,7 +23,6 @@ LINK = re.compile(r"\]\(([^)\s]*)\)")
 FOLDERS = ("bitorch_qlinear", "csrc", "examples", "benchmarks", "tools", "tests", "docs", ".ci")
 PATH = re.compile(rf"({'|'.join(map(re.escape, FOLDERS))})/[\w./-]*")
 TO_COME = {
-    "bitorch_qlinear/convert/fuse.py",
     "bitorch_qlinear/distributed.py",
     "bitorch_qlinear/export/",
     "examples/cpp/",

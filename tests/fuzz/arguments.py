@@ -17,7 +17,11 @@ from bitorch_qlinear import _kernels, kernels
 from .memory import extent, guarded, is_inside
 
 NAMESPACE = "bitorch_qlinear::"
-OPERATORS = sorted(n[len(NAMESPACE) :] for n in torch._C._dispatch_get_all_op_names() if n.startswith(NAMESPACE))
+# tests/operators/test_chain.py and test_records.py test these, which take lists of tensors.
+LISTS = {"linear_chain", "record_values", "same_values"}
+OPERATORS = sorted(
+    {n[len(NAMESPACE) :] for n in torch._C._dispatch_get_all_op_names() if n.startswith(NAMESPACE)} - LISTS
+)
 KERNELS = _kernels.available_kernels()
 HEADER_BYTES = 64
 PANELS_OFFSET = 192  # the panels follow the header and the fingerprint
@@ -130,6 +134,11 @@ class Maker:
         if argument == "out_flips":
             given = so_far["out_limits"] is not None and self.chance(0.7)
             return self.contiguous((-(-self.n // 32),), self.random.choice(WORDS)) if given else None
+        if argument == "limits":
+            return self.contiguous((self.k,), self.dtype) if self.chance(0.7) else None
+        if argument == "flips":
+            given = so_far["limits"] is not None and self.chance(0.7)
+            return self.contiguous((-(-self.k // 32),), self.random.choice(WORDS)) if given else None
         if argument == "weight_prepared":
             return self.prepared(so_far["weight_words"]) if self.chance(0.6) else None
         pick = self.random.choice
@@ -140,6 +149,7 @@ class Maker:
             "strict": self.chance(0.5),
             "strict_weight": self.chance(0.5),
             "transpose": self.transpose,
+            "bits": pick([1, 2]),
             "threshold": pick([None, 0.0, -0.0, 0.3, 1, 1e300, math.inf]),
             "layout": pick([None, _kernels.prepared_layout().number]),
         }

@@ -50,6 +50,7 @@ def check_rows_far_apart() -> None:
     x, w = two_rows_far_apart(), random_words(5, 64, torch.Generator().manual_seed(0))
     assert_equal(F.linear(x, w, 64), F.linear(x.clone(), w, 64))
     assert_equal(F.pack_bits(x), torch.tensor([[-2, -1], [-3, -1]], dtype=torch.int32))
+    assert_equal(F.pack_bits(x, limits=torch.zeros(64, dtype=HALF)), F.pack_bits(x))
 
 
 def check_reals_far_apart() -> None:

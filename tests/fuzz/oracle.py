@@ -12,7 +12,9 @@ from support.reference import (
     bits,
     epilogue,
     in_range,
+    levels_linear,
     pack,
+    pack_by_limits,
     pack_signs,
     product,
     signs,
@@ -81,6 +83,18 @@ def find_bit_faults(v: dict[str, Any], n: int) -> set[str]:
     return wrong
 
 
+def find_limit_faults(x: Tensor, limits: Tensor | None, flips: Tensor | None) -> set[str]:
+    """Return which of the limits and flips, by which x is packed, are at fault."""
+    if limits is None:
+        return set() if flips is None else {"flips"}
+    k = x.shape[-1]
+    # torch makes a tensor of stride 0 of a tensor of zeros without memory.
+    contiguous = limits.is_contiguous() and not (limits._is_zerotensor() and k > 1)
+    form = limits.dtype is x.dtype and limits.shape == (k,) and contiguous and is_inside(limits)
+    wrong = set() if form else {"limits"}
+    return wrong if flips is None or (is_words(flips, k) and flips.dim() == 1) else wrong | {"flips"}
+
+
 def is_prepared(prepared: Tensor | None) -> bool:
     """Return whether the operators accept the form; whether they use it depends on the words."""
     if prepared is None:
@@ -115,7 +129,7 @@ def find_faults(case: Case) -> set[str]:
         return wrong
     tensors = {name for name, value in v.items() if isinstance(value, Tensor)}
     if any(v[name].is_meta for name in tensors):  # the fake implementations check the other arguments too
-        return tensors | ({"k", "dtype", "out_dtype", "threshold", "layout"} & set(v))
+        return tensors | ({"k", "dtype", "out_dtype", "threshold", "bits", "layout"} & set(v))
     k = v.get("k", 0)
     if not 0 <= k <= MOST_VALUES:
         return {"k"} | tensors
@@ -125,6 +139,8 @@ def find_faults(case: Case) -> set[str]:
     wrong |= {name for name in ("weight_words", "sign_words") if name in v and v[name].dim() != 2}
     if "x" in v and not is_rows(v["x"], k if "k" in v else v["x"].shape[-1] if v["x"].dim() else 0):
         wrong.add("x")
+    elif "limits" in v:
+        wrong |= find_limit_faults(v["x"], v["limits"], v["flips"])
     if "dtype" in v and v["dtype"] not in UNPACKED:
         wrong.add("dtype")
     if v.get("layout") not in (None, _kernels.prepared_layout().number):
@@ -133,11 +149,17 @@ def find_faults(case: Case) -> set[str]:
         wrong.add("threshold")
     if v.get("out_dtype") not in (None, *FLOATS, torch.int32):
         wrong.add("out_dtype")
+    if "bits" in v and v["bits"] not in (1, 2):
+        wrong.add("bits")
+    if "bits" in v and v["out_dtype"] is torch.int32:
+        wrong.add("out_dtype")
     if v.get("out_dtype") is torch.int32 and not (v["bias"] is None and v["scale"] is None):
         wrong.add("out_dtype")
     if "weight" in v:  # sign_linear, which has no words
         if v["weight"].dim() != 2 or not is_rows(v["weight"], v["weight"].shape[-1]):
             wrong.add("weight")
+            if v["weight"].dim() == 2 and v["x"].dim() and v["x"].shape[-1] != v["weight"].shape[1]:
+                wrong.add("x")  # its size is compared before the weight's memory
         else:
             n = v["weight"].shape[0]
             wrong |= {name for name in ("bias", "scale") if not is_vector(v[name], n)}
@@ -198,6 +220,17 @@ def check_product(case: Case, y: Tensor, x_signs: Tensor, default: torch.dtype) 
     assert_equal(y, expected, "y")
 
 
+def check_level_product(case: Case, y: Tensor) -> None:
+    v, words = case.values, plain(case.values["weight_words"])
+    x, out = plain(v["x"]), v["out_dtype"] or v["x"].dtype
+    if v.get("weight_prepared") is not None:
+        genuine = torch.ops.bitorch_qlinear.prepare_weight(words, v["k"])
+        if is_forged(v["weight_prepared"], genuine):
+            assert (y.shape, y.dtype) == ((*x.shape[:-1], len(words)), out)
+            return
+    assert_equal(y, levels_linear(x, unpack_signs(words, v["k"]), v["bits"], plain(v["bias"]), plain(v["scale"]), out))
+
+
 def check_sign_product(case: Case, y: Tensor) -> None:
     """Check that y equals the scalar kernel's result bit for bit and, unless it may overflow, is nearly exact."""
     v = case.values
@@ -227,11 +260,15 @@ def check_result(case: Case, results: tuple[Tensor, ...]) -> None:
         check_prepared(case, results[0])
     elif case.operator == "binary_linear":
         check_product(case, results[0], unpack_signs(plain(v["x_words"]), v["k"]), torch.float32)
+    elif case.operator == "dorefa_linear":
+        check_level_product(case, results[0])
     elif case.operator == "multiply_signs":
         check_sign_product(case, results[0])
     else:
         x, strict = plain(v["x"]), bool(v["strict"])
-        if case.operator == "pack_bits":
+        if case.operator == "pack_bits" and v["limits"] is not None:
+            assert_equal(results[0], pack_by_limits(x, plain(v["limits"]), plain(v["flips"]), strict), "words")
+        elif case.operator == "pack_bits":
             assert_equal(results[0], pack_signs(x, strict), "words")
         else:
             check_product(case, results[0], signs(x, strict), x.dtype)

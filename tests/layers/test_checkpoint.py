@@ -64,7 +64,7 @@ def test_the_numbers_in_a_checkpoint():
         state = pack(layer_like(**options)).state_dict()
         assert {name: int(state[name]) for name in NUMBERS} == {
             "k": K,
-            "format": FORMAT,
+            "format": 1,
             "input_rule": rules[0],
             "weight_rule": rules[1],
         }

@@ -297,7 +297,7 @@ def test_which_combinations_are_packed(input_quantization, weight_quantization, 
     with Calls() as training_calls:
         y = layer(x)
     with torch.no_grad(), Calls() as inference_calls:
-        if input_quantization == "identity":  # inference sums floats in another order
+        if input_quantization in ("identity", "inputdorefa"):  # inference sums in another order
             torch.testing.assert_close(layer(x), y)
         else:
             assert torch.equal(layer(x), y)
@@ -306,6 +306,9 @@ def test_which_combinations_are_packed(input_quantization, weight_quantization, 
     if input_quantization == "identity" and not training and packs(weight_quantization, training):
         assert inference_calls.names in ([], ["pack_bits", "multiply_signs"])
         assert "path=packed weights, real input" in repr(layer)
+    elif input_quantization == "inputdorefa" and not training and packs(weight_quantization, training):
+        assert inference_calls.names == ["pack_bits", "dorefa_linear"]
+        assert "path=packed weights, 1-bit input" in repr(layer)
     else:
         assert inference_calls.names == ["sign_linear"] * packed
     assert bool(training_calls.names) == packed

@@ -84,11 +84,15 @@ def test_constructor():
 
 
 @pytest.mark.parametrize(
-    "quantization", ["inputdorefa", nn.Tanh(), quantizations.ProgressiveSign().train()], ids=["dorefa", "tanh", "slope"]
+    "quantization",
+    [quantizations.InputDoReFa(3), nn.Tanh(), quantizations.ProgressiveSign().train()],
+    ids=["dorefa", "tanh", "slope"],
 )
 def test_only_what_packs_into_bits_is_accepted(quantization):
     for make in (PackedQLinear, lambda *args, **options: PackedQLinear.from_float(QLinear(*args, **options))):
-        with pytest.raises(ValueError, match="input_quantization: expected a sign-like quantization or identity"):
+        with pytest.raises(
+            ValueError, match="input_quantization: expected a sign-like quantization, identity, or inputdorefa"
+        ):
             make(K, N, input_quantization=quantization)
     layer, packed = (
         QLinear(K, N, weight_quantization=quantization),
@@ -345,7 +349,7 @@ DAMAGE = {
     "weight-missing": ("weight", lambda state: state.pop("weight")),
     "bias-missing": ("bias", lambda state: state.pop("bias")),
     "k-missing": ("k", lambda state: state.pop("k")),
-    "unknown-key": ("scale", lambda state: state.update(scale=torch.ones(()))),
+    "unknown-key": ("zero_point", lambda state: state.update(zero_point=torch.ones(()))),
     "weight-no-tensor": ("weight", replace("weight", lambda w: w.numpy())),
     "k-no-tensor": ("k", replace("k", int)),
 }
@@ -408,9 +412,9 @@ def test_not_strict():
     packed, other = PackedQLinear.from_float(layer_like()), PackedQLinear(K, N)
     state = packed.state_dict()
     del state["bias"], state["k"]
-    result = other.load_state_dict(state | {"scale": torch.ones(())}, strict=False)
+    result = other.load_state_dict(state | {"zero_point": torch.ones(())}, strict=False)
     assert set(result.missing_keys) == {"bias", "k"}
-    assert result.unexpected_keys == ["scale"]
+    assert result.unexpected_keys == ["zero_point"]
     assert torch.equal(other(X) + packed.bias, packed(X))
     assert set(other.load_state_dict({}, strict=False).missing_keys) == {"weight", "bias", "k"}
     with pytest.raises(RuntimeError, match="weight: expected"):

@@ -144,8 +144,14 @@ void check_results() {
 void check_copies() {
     const Owned plain = own({3, 70}, ScalarType::Half, 2), odd = own({3, 70}, ScalarType::Half, 2, 1);
     for (size_t i = 0; i < 3 * 70 * 2; ++i) plain.memory[i] = odd.memory[i + 1] = static_cast<uint8_t>(i * 37);
-    const Tensor expected = pack_bits(plain.tensor, false), packed = pack_bits(odd.tensor, false);
+    const Tensor expected = pack_bits(plain.tensor, false, {}, {}), packed = pack_bits(odd.tensor, false, {}, {});
     expect(!std::memcmp(expected.data_ptr(), packed.data_ptr(), 3 * 3 * kWordBytes), "misaligned rows");
+    const Owned limits = own({70}, ScalarType::Half, 2), odd_limits = own({70}, ScalarType::Half, 2, 1);
+    for (size_t i = 0; i < 70 * 2; ++i) limits.memory[i] = odd_limits.memory[i + 1] = static_cast<uint8_t>(i * 29);
+    const Tensor by_limits = pack_bits(plain.tensor, true, limits.tensor, {});
+    expect(!std::memcmp(by_limits.data_ptr(), pack_bits(odd.tensor, true, odd_limits.tensor, {}).data_ptr(),
+                        3 * 3 * kWordBytes),
+           "misaligned limits");
 }
 
 // ---- headers of prepared weights -------------------------------------------------------------------

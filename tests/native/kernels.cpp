@@ -6,6 +6,7 @@
 
 #include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/cpu/fingerprint.h"
+#include "../../csrc/cpu/levels.h"
 #include "check.h"
 
 using namespace bitorch_qlinear;
@@ -255,6 +256,13 @@ T from_bits(uint64_t bits) {
     return value;
 }
 
+template <class T>
+uint64_t bits_of(T value) {
+    uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof value);
+    return bits;
+}
+
 // Returns a random bit pattern, or often one that comparisons of floats treat specially.
 template <class T>
 T random_value(uint64_t infinity) {
@@ -284,6 +292,75 @@ void check_packing(const Kernel& kernel, DType dtype, uint64_t infinity) {
             expect(std::memcmp(words[0].data(), words[1].data(), words[0].bytes()) == 0, what);
             expect(std::memcmp(in_range[0].data(), in_range[1].data(), in_range[0].bytes()) == 0, what + " in range");
         }
+    }
+}
+
+// Returns a random value around the limits of the levels, or one of those above.
+template <class T>
+T random_level_value(uint64_t infinity) {
+    if (below(4) == 0) return random_value<T>(infinity);
+    const double value = static_cast<double>(below(1001) - 100) / 800;
+    if constexpr (sizeof(T) == 2) {
+        T half;
+        narrow(static_cast<float>(value), &half);
+        return half;
+    } else {
+        return static_cast<T>(value);
+    }
+}
+
+template <class T>
+void check_levels(const Kernel& kernel, DType dtype, uint64_t infinity) {
+    for (int64_t k = 0; k <= 300; ++k) {
+        for (int bits = 1; bits <= kMostLevelBits; ++bits) {
+            Buffer<T> x(Use::Input, k, below(4));
+            for (int64_t i = 0; i < k; ++i) x[i] = random_level_value<T>(infinity);
+            const int64_t stride = words_for(k) + below(3), words = (bits - 1) * stride + words_for(k);
+            Buffer<uint32_t> planes[2] = {{Use::Output, words}, {Use::Output, words}};
+            for (Buffer<uint32_t>& each : planes) std::fill_n(each.data(), words, 0);
+            const Kernel* kernels[2] = {&kScalarKernel, &kernel};
+            bool nan[2];
+            for (int i = 0; i < 2; ++i) {
+                nan[i] = kernels[i]->pack_levels[static_cast<int>(dtype)](x.data(), k, bits, planes[i].data(), stride);
+            }
+            const std::string what = describe(kernel, "levels", static_cast<int>(dtype), k, bits);
+            planes[1].check_guards(what);
+            expect(std::memcmp(planes[0].data(), planes[1].data(), planes[0].bytes()) == 0, what);
+            expect(nan[0] == nan[1], what + " NaN");
+        }
+    }
+}
+
+template <class T>
+void check_packing_by_limits(const Kernel& kernel, DType dtype, uint64_t infinity) {
+    for (int64_t k = 0; k <= 300; ++k) {
+        const int64_t rows = below(10), stride = k + below(4), values = rows > 0 ? (rows - 1) * stride + k : 0;
+        Buffer<T> x(Use::Input, values, below(4)), limits(Use::Input, k, below(4));
+        for (int64_t i = 0; i < values; ++i) x[i] = random_value<T>(infinity);
+        for (int64_t i = 0; i < k; ++i) limits[i] = random_value<T>(infinity);
+        // Some limits lie at a value or next to it, and some rows have no NaN, which the kernels pack in another way.
+        for (int64_t i = 0; i < k && rows > 0; i += 1 + below(3)) {
+            limits[i] = from_bits<T>(bits_of(x[i]) + static_cast<uint64_t>(below(3) - 1));
+        }
+        if (below(2)) {
+            for (int64_t i = 0; i < values; ++i) {
+                const uint64_t behind_sign = bits_of(x[i]) & ((uint64_t{1} << (8 * sizeof(T) - 1)) - 1);
+                if (behind_sign > infinity) x[i] = from_bits<T>(infinity);
+            }
+        }
+        Buffer<uint32_t> flips(Use::Input, words_for(k));
+        fill(flips, words_for(k));
+        const bool strict = below(2), flipped = below(4) > 0;
+        Buffer<uint32_t> expected(Use::Output, rows * words_for(k)), got(Use::Output, rows * words_for(k));
+        const auto job = [&](Buffer<uint32_t>& words) {
+            return LimitedRows{x.data(),    rows, k, stride, strict, limits.data(), flipped ? flips.data() : nullptr,
+                               words.data()};
+        };
+        kScalarKernel.pack_limited_rows[static_cast<int>(dtype)](job(expected));
+        kernel.pack_limited_rows[static_cast<int>(dtype)](job(got));
+        const std::string what = describe(kernel, "pack by limits", static_cast<int>(dtype), rows, k, strict, flipped);
+        got.check_guards(what);
+        expect(std::memcmp(expected.data(), got.data(), got.bytes()) == 0, what);
     }
 }
 
@@ -377,6 +454,14 @@ void check(const Kernel& kernel) {
     check_packing<float>(kernel, DType::float32, 0x7F800000);
     check_packing<Half>(kernel, DType::float16, 0x7C00);
     check_packing<BFloat16>(kernel, DType::bfloat16, 0x7F80);
+    check_levels<double>(kernel, DType::float64, 0x7FF0000000000000);
+    check_levels<float>(kernel, DType::float32, 0x7F800000);
+    check_levels<Half>(kernel, DType::float16, 0x7C00);
+    check_levels<BFloat16>(kernel, DType::bfloat16, 0x7F80);
+    check_packing_by_limits<double>(kernel, DType::float64, 0x7FF0000000000000);
+    check_packing_by_limits<float>(kernel, DType::float32, 0x7F800000);
+    check_packing_by_limits<Half>(kernel, DType::float16, 0x7C00);
+    check_packing_by_limits<BFloat16>(kernel, DType::bfloat16, 0x7F80);
     check_hashes(kernel);
     check_fingerprints(kernel);
     check_unpacking(kernel);

@@ -10,7 +10,8 @@
 #include <vector>
 
 #include "../../csrc/cpu/dispatch.h"
-#include "../../csrc/cpu/product.h"
+#include "../../csrc/cpu/level_product.h"
+#include "../../csrc/cpu/pack_portable.h"
 #include "check.h"
 
 namespace bitorch_qlinear {
@@ -140,6 +141,45 @@ std::vector<float> plain_sign_product(const Problem& p, bool transposed) {
     return y;
 }
 
+// Returns values that lie near levels of two bits.
+std::vector<float> some_levels(const Problem& p) {
+    std::vector<float> x(static_cast<size_t>(p.m * p.k));
+    for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i * i % 7) / 3 - 0.5f;
+    return x;
+}
+
+std::vector<float> multiply_levels(const StdThreads& threads, const Kernel& kernel, const Problem& p, int bits) {
+    const std::vector<float> x = some_levels(p);
+    const std::vector<uint32_t> w = random_words(p.n, p.k);
+    std::vector<float> y(static_cast<size_t>(p.m * p.n), -0.5f);
+    const Rows rows{reinterpret_cast<const uint8_t*>(x.data()), DType::float32, p.m, p.k, p.k};
+    const Channels none{nullptr, DType::float32, 1};
+    bitorch_qlinear::multiply_levels(threads, kernel, rows, bits, Weights{w.data(), nullptr, p.n, p.k},
+                                     Outputs{y.data(), DType::float32, none, none});
+    return y;
+}
+
+std::vector<float> plain_level_product(const Problem& p, int bits) {
+    const std::vector<float> x = some_levels(p);
+    const std::vector<uint32_t> w = random_words(p.n, p.k);
+    std::vector<int> levels;
+    for (const float& value : x) {
+        const LevelWords words = level_words_portable(&value, 1, bits);
+        levels.push_back(static_cast<int>(words.low | words.high << 1));
+    }
+    std::vector<float> y;
+    for (int64_t i = 0; i < p.m * p.n; ++i) {
+        int sum = 0;
+        for (int64_t j = 0; j < p.k; ++j) {
+            const int level = levels[static_cast<size_t>(i / p.n * p.k + j)];
+            const uint32_t word = w[static_cast<size_t>(i % p.n * words_for(p.k) + j / kWordBits)];
+            sum += word >> j % kWordBits & 1 ? level : -level;
+        }
+        y.push_back(bits == 1 ? static_cast<float>(sum) : static_cast<float>(sum) * (1.0f / 3));
+    }
+    return y;
+}
+
 std::string name(const Kernel& kernel, const Problem& p, int64_t workers) {
     std::ostringstream text;
     text << kernel.name << ", m " << p.m << ", n " << p.n << ", k " << p.k << ", threads " << workers;
@@ -178,6 +218,21 @@ void check_sign_products() {
                 for (const int64_t workers : kWorkers) {
                     expect(multiply_signs({workers}, *kernel, p, transposed) == expected,
                            name(*kernel, p, workers) + (transposed ? ", signs transposed" : ", signs"));
+                }
+            }
+        }
+    }
+}
+
+void check_level_products() {
+    for (const Problem& p : {Problem{131, 400, 500}, {1, 3001, 7000}, {150, 1030, 333}}) {
+        expect(p.m * p.n * p.k > kSerialProducts && p.n * p.k > kSerialValues, "shared among threads");
+        for (const int bits : {1, 2}) {
+            const std::vector<float> expected = plain_level_product(p, bits);
+            for (const Kernel* kernel : kernels()) {
+                for (const int64_t workers : kWorkers) {
+                    expect(multiply_levels({workers}, *kernel, p, bits) == expected,
+                           name(*kernel, p, workers) + ", levels");
                 }
             }
         }
@@ -254,6 +309,7 @@ int main() {
     bitorch_qlinear::check_one_call_at_a_time_is_shared();
     bitorch_qlinear::check_products();
     bitorch_qlinear::check_sign_products();
+    bitorch_qlinear::check_level_products();
     bitorch_qlinear::check_workspace_beyond_memory();
     std::puts("threads: all passed");
 }

@@ -135,7 +135,7 @@ def test_vmap_does_not_depend_on_the_order_of_imports(first):
 
 
 def test_all_operators_of_the_contract_exist():
-    products = {"binary_linear", "linear", "sign_linear", "linear_train", "multiply_signs"}
+    products = {"binary_linear", "linear", "sign_linear", "linear_train", "dorefa_linear", "multiply_signs"}
     design = {"pack_bits", "unpack_bits", "prepare_weight", *products}
     assert design <= set(OPERATORS)
     assert {name for name in dir(torch.ops.bitorch_qlinear) if name in OPERATORS} == set(OPERATORS)
@@ -202,6 +202,7 @@ def functions_of_words(k=70, n=9):
         "linear": lambda x_words: F.linear(F.unpack_bits(x_words, k), words, k, bias, scale=bias),
         "sign_linear": lambda x_words: F.sign_linear(F.unpack_bits(x_words, k), weight, bias, scale=bias),
         "linear_train": lambda x_words: F.linear_train(F.unpack_bits(x_words, k), words, k, threshold=0.5)[0],
+        "dorefa_linear": lambda x_words: F.dorefa_linear(F.unpack_bits(x_words, k), words, k, bits=2),
         "multiply_signs": lambda x_words: F.multiply_signs(F.unpack_bits(x_words, k), words, k, True),
         "prepare_weight": lambda x_words: F.prepare_weight(x_words, k) + 0,
     }
@@ -267,6 +268,7 @@ def test_flops_equal_those_of_the_float_layer(leading, with_bias):
     assert flops(lambda: F.linear_train(x, words, k, bias, threshold=1.0)) == expected
     assert flops(lambda: F.binary_linear(x_words, words, k, bias)) == expected
     assert flops(lambda: F.sign_linear(x, weight, bias)) == expected
+    assert flops(lambda: F.dorefa_linear(x, words, k, bias, bits=2)) == expected
     assert flops(lambda: F.multiply_signs(x, words, k, True)) == expected
     assert flops(lambda: F.multiply_signs(x[..., :n].contiguous(), words, k)) == expected
     assert flops(F.pack_bits, x) == flops(F.unpack_bits, words, k) == flops(F.prepare_weight, words, k) == 0

@@ -71,7 +71,7 @@ def test_tensors_without_memory_are_refused_alike(name, argument, what, way):
     values[argument] = BROKEN[argument][what](values[argument])
     expected = refusal(name, values)
     if needs_cpu(name, way):
-        expected = "bitorch_qlinear: reals: expected a tensor on the CPU, the only device of multiply_signs"
+        expected = f"bitorch_qlinear: {CPU_ONLY[name]}: expected a tensor on the CPU, the only device of {name}"
     if argument == "layout" and way == "fake cuda":
         expected = expected.replace(
             f"expected {_kernels.prepared_layout().number},", f"expected {_kernels.CUDA_LAYOUT},"

@@ -77,6 +77,40 @@ def bits(integers: Tensor, k: int, limits: Tensor, flips: Tensor | None = None) 
     return pack(ones if flips is None else ones ^ unpack(flips.view(torch.int32), len(limits)))
 
 
+def levels(x: Tensor, bits: int) -> Tensor:
+    """Return the levels 0 to 2 ** bits - 1 that DoReFa-Net's input quantization gives x, in float64; NaN stays."""
+    return torch.round(x.clamp(0, 1) * (2**bits - 1)).to(torch.float64)
+
+
+def levels_linear(
+    x: Tensor, w_signs: Tensor, bits: int, bias: Tensor | None, scale: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """Return cast(T(sum of levels · w) · T(1 / steps) · T(scale) + T(bias)), each operation rounded separately."""
+    t = torch.float64 if out_dtype is torch.float64 else torch.float32
+    y = levels(x, bits).reshape(x.shape[:-1].numel(), x.shape[-1]) @ w_signs.T
+    y = y.reshape(*x.shape[:-1], len(w_signs)).to(t) + 0.0  # an integer is never -0
+    if bits > 1:
+        y = y * torch.tensor(1 / (2**bits - 1), dtype=t)
+    if scale is not None:
+        y = y * scale.to(t)
+    if bias is not None:
+        y = y + bias.to(t)
+    return y.to(out_dtype)
+
+
+def order(x: Tensor) -> Tensor:
+    """Return integers that are ordered as IEEE 754 orders bit patterns: -NaN, -inf, ..., -0, +0, ..., +inf, +NaN."""
+    patterns = x.contiguous().view(BITS[x.dtype])
+    return torch.where(patterns < 0, patterns ^ torch.iinfo(patterns.dtype).max, patterns)
+
+
+def pack_by_limits(x: Tensor, limits: Tensor, flips: Tensor | None = None, strict: bool = False) -> Tensor:
+    """Return the words of (v >= limit) XOR flip by the order of bit patterns; the bit of a NaN v is `not strict`."""
+    ones = order(x) >= order(limits)
+    ones = ones if flips is None else ones ^ unpack(flips.view(torch.int32), len(limits))
+    return pack(torch.where(x.isnan(), not strict, ones))
+
+
 def linear_reference(
     x: Tensor,
     w: Tensor,

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 
+typedef uint8_t __mmask8;
 typedef uint16_t __mmask16;
 
 namespace simde_lacks {
@@ -28,8 +29,23 @@ inline uint64_t less(__m512i a, __m512i b) {
     return mask;
 }
 
+// Shifts each lane to the right and copies the sign into the free bits.
+template <class Lane>
+inline __m512i shift_right(__m512i a, unsigned count) {
+    Lane lanes[64 / sizeof(Lane)];
+    std::memcpy(lanes, &a, sizeof lanes);
+    for (Lane& lane : lanes) lane = static_cast<Lane>(lane >> count);
+    std::memcpy(&a, lanes, sizeof lanes);
+    return a;
+}
+
 }  // namespace simde_lacks
 
+#define _mm512_srai_epi32(a, count) simde_lacks::shift_right<int32_t>(a, count)
+#define _mm512_srai_epi64(a, count) simde_lacks::shift_right<int64_t>(a, count)
+#define _mm512_cmpgt_epi16_mask(a, b) static_cast<uint32_t>(simde_lacks::less<int16_t>(b, a))
+#define _mm512_mask_cmp_ps_mask(mask, a, b, how) static_cast<__mmask16>((mask) & _mm512_cmp_ps_mask(a, b, how))
+#define _mm512_mask_cmp_pd_mask(mask, a, b, how) static_cast<__mmask8>((mask) & _mm512_cmp_pd_mask(a, b, how))
 #define _mm512_cmplt_epu16_mask(a, b) static_cast<uint32_t>(simde_lacks::less<uint16_t>(a, b))
 #define _mm512_cmplt_epu32_mask(a, b) static_cast<__mmask16>(simde_lacks::less<uint32_t>(a, b))
 #define _mm512_cmplt_epu64_mask(a, b) static_cast<uint8_t>(simde_lacks::less<uint64_t>(a, b))

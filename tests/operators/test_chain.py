@@ -1,0 +1,183 @@
+"""linear_chain equals linear followed by binary_linear, and refuses what they refuse."""
+
+import itertools
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.operators import BITS, FLOAT_ROWS, MATRIX_WORDS, VECTOR, resized, strided
+from support.reference import FLOATS, assert_equal, pack_signs, random_values, random_words
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bitorch_qlinear import functional as F
+
+
+def problem(sizes, m=(3,), dtype=torch.float32, seed=0, prepared=True, strict=False, out_dtype=None):
+    """Valid arguments for layers from sizes[0] to sizes[1] to sizes[2] and so on."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [random_words(n, k, generator, stray=True) for k, n in itertools.pairwise(sizes)]
+    inner = list(itertools.pairwise(sizes))[:-1]
+    return {
+        "x": random_values((*m, sizes[0]), dtype, generator),
+        "weights": weights,
+        "k": sizes[0],
+        "limits": [
+            torch.randint(k // 2 - 3, k // 2 + 4, (n,), dtype=torch.int32, generator=generator) for k, n in inner
+        ],
+        "flips": [random_words(1, n, generator, stray=True)[0] for _, n in inner],
+        "bias": torch.randn(sizes[-1], generator=generator),
+        "prepared": [F.prepare_weight(w, k) for w, k in zip(weights, sizes, strict=False)] if prepared else None,
+        "scale": torch.randn(sizes[-1], generator=generator),
+        "out_dtype": out_dtype,
+        "strict": strict,
+    }
+
+
+def call(values):
+    names = ("x", "weights", "k", "limits", "flips", "bias")
+    keywords = {name: value for name, value in values.items() if name not in names}
+    return F.linear_chain(*[values[name] for name in names], **keywords)
+
+
+def in_steps(values):
+    """What the operator replaces."""
+    x, k, last = values["x"], values["k"], len(values["weights"]) - 1
+    dtype = values["out_dtype"] or (x.dtype if x.is_floating_point() else torch.float32)
+    for i, words in enumerate(values["weights"]):
+        options = {"bias": values["bias"], "scale": values["scale"], "out_dtype": dtype}
+        if i < last:
+            options = {"out_limits": values["limits"][i], "out_flips": values["flips"][i]}
+        if i or not x.is_floating_point():
+            x = F.binary_linear(x, words, k, **options)
+        else:
+            x = F.linear(x, words, k, strict=values["strict"], **options)
+        k = len(words)
+    return x
+
+
+sizes = st.lists(st.sampled_from([1, 2, 31, 32, 33, 64, 65, 130]), min_size=2, max_size=6)
+
+
+@given(
+    sizes=sizes,
+    m=st.lists(st.sampled_from([0, 1, 2, 5, 17]), max_size=2),
+    dtype=st.sampled_from(FLOATS),
+    out_dtype=st.sampled_from([None, *FLOATS]),
+    flags=st.tuples(st.booleans(), st.booleans()),
+    from_words=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_equals_its_steps(kernel, sizes, m, dtype, out_dtype, flags, from_words, seed):
+    values = problem(sizes, m, dtype, seed, *flags, out_dtype)
+    if from_words:
+        values["x"] = F.pack_bits(values["x"], values["strict"])
+    assert_equal(call(values), in_steps(values))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = call({name: moved(value, mode.from_tensor) for name, value in values.items()})
+    meta = call({name: moved(value, lambda tensor: tensor.to("meta")) for name, value in values.items()})
+    want = in_steps(values)
+    for each in (fake, meta):
+        assert (each.shape, each.dtype, each.stride()) == (want.shape, want.dtype, want.stride())
+
+
+def moved(value, move):
+    if isinstance(value, torch.Tensor):
+        return move(value)
+    return [move(each) for each in value] if isinstance(value, list) else value
+
+
+def test_int32_and_empty_forms():
+    values = problem([70, 40, 9]) | {"bias": None, "scale": None, "out_dtype": torch.int32}
+    want = in_steps(values)
+    assert_equal(call(values), want)
+    values["prepared"][0] = torch.empty(0, dtype=torch.uint8)
+    assert_equal(call(values), want)
+
+
+def test_a_chain_of_one_is_linear():
+    values = problem([70, 9])
+    assert_equal(call(values), F.linear(values["x"], values["weights"][0], 70, values["bias"], scale=values["scale"]))
+
+
+def test_opcheck_and_flops():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    values = problem([70, 40, 33, 9])
+    names = ("x", "weights", "k", "limits", "flips", "bias")
+    keywords = {name: value for name, value in values.items() if name not in names}
+    torch.library.opcheck(
+        torch.ops.bitorch_qlinear.linear_chain.default,
+        tuple(values[name] for name in names),
+        keywords,
+        test_utils=["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"],
+    )
+    with FlopCounterMode(display=False) as counted:
+        call(values)
+    assert counted.get_total_flops() == 2 * 3 * (70 * 40 + 40 * 33 + 33 * 9)
+
+
+LIST_FAULTS = {
+    "weights": MATRIX_WORDS,
+    "limits": BITS | {"strided": strided},
+    "flips": BITS,
+    "prepared": {
+        "float32": lambda p: p.float(),
+        "two dimensions": lambda p: p[None],
+        "three bytes": lambda p: p[:3],
+        "gone": resized,
+        "no header": torch.zeros_like,
+    },
+}
+NAMED = {
+    "weights": "x|x_words|weight_words",
+    "limits": "out_limits",
+    "flips": "out_flips",
+    "prepared": "weight_prepared",
+}
+
+
+@pytest.mark.parametrize("place", [0, 1, -1])
+@pytest.mark.parametrize("argument, what", [(a, what) for a, faults in LIST_FAULTS.items() for what in faults])
+def test_wrong_tensors_in_a_list_are_refused(kernel, argument, what, place):
+    values = problem([70, 40, 33, 9])
+    values[argument][place] = LIST_FAULTS[argument][what](values[argument][place])
+    with pytest.raises(RuntimeError, match=f"({NAMED[argument]}): (expected|its storage)"):
+        call(values)
+
+
+@pytest.mark.parametrize(
+    "argument, what", [("x", w) for w in FLOAT_ROWS] + [(a, w) for a in ("bias", "scale") for w in VECTOR]
+)
+def test_wrong_tensors_are_refused(kernel, argument, what):
+    values = problem([70, 40, 9])
+    values[argument] = (FLOAT_ROWS if argument == "x" else VECTOR)[what](values[argument])
+    with pytest.raises(RuntimeError, match=f"({argument}|{argument}_words): (expected|its storage)"):
+        call(values)
+
+
+@pytest.mark.parametrize("argument", ["weights", "limits", "flips", "prepared"])
+@pytest.mark.parametrize("change", [lambda v: v[:-1], lambda v: v + v[:1], lambda v: []])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_lists_of_other_lengths_are_refused(argument, change, device):
+    values = problem([70, 40, 33, 9])
+    values = {name: moved(value, lambda tensor: tensor.to(device)) for name, value in values.items()}
+    values[argument] = change(values[argument])
+    with pytest.raises(
+        RuntimeError, match=r"(weights|limits|flips|prepared): expected (at least )?\d tensors?, got \d"
+    ):
+        call(values)
+
+
+@pytest.mark.parametrize("k", [-1, 0, 69, 71, 2**31, 2**63 - 1])
+def test_a_wrong_k_is_refused(k):
+    with pytest.raises(RuntimeError, match=re.compile("(x|k|weight_words): expected")):
+        call(problem([70, 40, 9]) | {"k": k})
+
+
+def test_layers_that_do_not_fit_are_refused():
+    values = problem([70, 40, 9])
+    values["weights"][1] = pack_signs(torch.randn(9, 70))
+    with pytest.raises(RuntimeError, match=r"(x_words|weight_words): expected"):
+        call(values)
