@@ -160,3 +160,18 @@ def test_three_layers_in_words(cuda_kernel):
 
     want = words_of("cpu")
     assert_equal(words_of(CUDA).cpu(), want)
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_chain(cuda_kernel, dtype):
+    """A whole chain, whose last layer writes numbers, is one operator."""
+    sizes, rows = [333, 129, 70, 33], 16
+    layers = [problem(rows, n, k)[1:4] for k, n in itertools.pairwise(sizes)]
+    weights, limits, flips = map(list, zip(*layers, strict=True))
+    x, bias = torch.randn(rows, sizes[0]).to(dtype), torch.randn(sizes[-1])
+    want = F.linear_chain(x, weights, sizes[0], limits[:-1], flips[:-1], bias, scale=bias)
+    weights, limits, flips = ([moved(t) for t in tensors] for tensors in (weights, limits, flips))
+    gpu_bias = moved(bias)
+    y = F.linear_chain(moved(x), weights, sizes[0], limits[:-1], flips[:-1], gpu_bias, scale=gpu_bias)
+    assert_same(y, want)
