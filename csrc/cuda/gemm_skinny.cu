@@ -20,7 +20,7 @@
 // 256, k = 65536 there are 64 blocks of 32 KB of weights, and an SM takes 64 bytes a clock from L2: 0.3 us, less than
 // the 0.5 us in which the chip's memory gives these 2 MiB. (From 3 rows on they are 32 of 64 KB: 0.5 us. The counting
 // of 16 rows takes longer.) If outputs are bits, they are 8 of 256 KB, because a block has the 32 columns of a word: 2.3
-// us. Sums in memory and a second kernel that packs them would take no less.
+// us. Sums in memory and a second launch, which packs them, would take about as long.
 #include <algorithm>
 #include <type_traits>
 
