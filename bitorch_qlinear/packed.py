@@ -31,6 +31,7 @@ from .checkpoint import (
     REAL_INPUT,
     STRICT_INPUT,
     format_of,
+    problem_of_lost_scale,
     problem_of_packed,
     words_for,
 )
@@ -494,6 +495,8 @@ class PackedQLinear(nn.Module):
             scaled=self._buffers.get("scale") is not None,
             computes_scale=self.weight_scale != "learned",
         )
+        scaled = self.weight_scale is not None
+        problem = problem or problem_of_lost_scale(prefix, state_dict, local_metadata, scaled)
         if problem:
             error_msgs.append(problem)
             return

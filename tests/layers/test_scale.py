@@ -766,6 +766,26 @@ def test_float_checkpoints_of_another_kind_are_refused(assign, strict):
     layer.load_state_dict(learned, assign=assign)
 
 
+@pytest.mark.parametrize("assign", [True, False], ids=["assign", "copy"])
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not-strict"])
+@pytest.mark.parametrize("cls", [QLinear, PackedQLinear])
+def test_a_state_dict_remembers_that_its_layer_computed_the_scale(cls, strict, assign, tmp_path):
+    kinds = {"assign": assign, "strict": strict}
+    model, x = nn.Sequential(layer_like("mean")).eval(), torch.randn(3, K)
+    state = through_torch_save(model.state_dict(), tmp_path / "model.pt")
+    assert list(state) == ["0.weight", "0.bias"]
+    with pytest.raises(
+        RuntimeError, match=r"0\.weight: expected weights that have no scale, got those of a layer with"
+    ):
+        nn.Sequential(cls(K, N)).load_state_dict(state, **kinds)
+    other = nn.Sequential(cls(K, N, weight_scale="mean")).eval()
+    other.load_state_dict(state, **kinds)
+    assert_equal(other(x).detach(), model(x).detach())
+    nn.Sequential(cls(K, N)).load_state_dict(dict(state), **kinds)  # which drops what torch keeps beside the entries
+    nn.Sequential(cls(K, N, weight_scale="mean")).load_state_dict(nn.Sequential(QLinear(K, N)).state_dict(), **kinds)
+    nn.Sequential(nn.Linear(K, N)).load_state_dict(state, **kinds)
+
+
 def test_a_subclass_may_have_a_scale_of_its_own():
     class Other(QLinear):
         def __init__(self, *args, **options):
