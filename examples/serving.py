@@ -3,8 +3,8 @@
 The program does what a server does around a model: it loads the file of a packed model, warms the model up, and lets
 worker threads take single requests from a queue. All workers share the model. Each computes with one torch thread by
 default, so that requests run side by side on cores of their own. More workers than cores wait for each other, which
-shows in the highest percentiles. Python's lock is another limit: only one worker at a time runs Python between two
-operators, and those of a packed model are short.
+shows in the highest percentiles. Python's lock is another limit, because only one worker at a time runs Python between
+two operators, and those of a packed model are short. So the program also measures a single worker.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from bitorch_qlinear import binarize, pack
 from examples.common import make_parser, setting, start
 from examples.digits.model import check_equal, positive, predict
+from examples.digits.report import tabulate
 
 FEATURES, CLASSES = 256, 10
 PERCENTILES = (50, 95, 99)
@@ -125,17 +126,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         packed = load(path)
 
     requests = list(torch.randn(arguments.requests, 1, FEATURES))
-    names = ", ".join(f"p{percent}" for percent in PERCENTILES)
-    print(f"{arguments.workers} workers on {cores} cores, each: {setting()}")
-    measured = {}
-    for name, served in (("float32", twin), ("packed", packed)):
-        serve(served, requests[:50], arguments.workers)  # warms up: prepared forms, limits and memory
-        latencies, outputs, seconds = serve(served, requests, arguments.workers)
-        measured[name] = [*percentiles(latencies), seconds]
-        shown = ", ".join(f"{cut * 1e6:,.0f}" for cut in measured[name][:-1])
-        print(f"{name}: {names} of the latency {shown} µs; {len(requests) / seconds:,.0f} requests per second")
-    ratios = [f"{slow / fast:.1f}" for slow, fast in zip(measured["float32"], measured["packed"], strict=True)]
-    print(f"The packed model against float32: {names} {', '.join(ratios[:-1])} ×, requests per second {ratios[-1]} ×")
+    print(f"{cores} cores, each worker: {setting()}; times in µs\n")
+    rows = []
+    for workers in sorted({1, arguments.workers}):
+        measured = {}
+        for name, served in (("float32", twin), ("packed", packed)):
+            serve(served, requests[:50], workers)  # warms up: prepared forms, limits and memory
+            latencies, outputs, seconds = serve(served, requests, workers)
+            measured[name] = [*percentiles(latencies), seconds]
+            shown = [f"{cut * 1e6:,.0f}" for cut in measured[name][:-1]]
+            rows.append([f"{name}, {workers} worker{'s' * (workers > 1)}", *shown, f"{len(requests) / seconds:,.0f}"])
+        ratios = [slow / fast for slow, fast in zip(measured["float32"], measured["packed"], strict=True)]
+        rows.append(["packed against float32", *(f"{ratio:.1f} ×" for ratio in ratios)])
+    headers = ["", *(f"p{percent}" for percent in PERCENTILES), "requests per second"]
+    print(tabulate(rows, headers), end="\n\n")
     for request, output in zip(requests, outputs, strict=True):
         check_equal(predict(saved, request), output, "the served model")
     print("The served outputs are identical to those of the model that was saved.")

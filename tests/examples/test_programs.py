@@ -64,8 +64,10 @@ def test_serving(capsys):
     serving.main(["--hidden", "64", "--layers", "2", "--requests", "50", "--workers", "3"])
     output = capsys.readouterr().out
     assert "The served outputs are identical" in output
-    assert len(re.findall(r"p50, p95, p99 of the latency [\d,]+, [\d,]+, [\d,]+ µs; [\d,]+ requests per", output)) == 2
-    assert len(re.findall(r"\d [×]", output)) == 2
+    for workers in ("1 worker", "3 workers"):
+        for name in ("float32", "packed"):
+            assert re.search(rf"^{name}, {workers} ( +[\d,]+){{4}}$", output, re.MULTILINE)
+    assert len(re.findall(r"^packed against float32( +[\d.]+ ×){4}$", output, re.MULTILINE)) == 2
 
 
 def test_served_model_is_fused_and_packed(tmp_path):
