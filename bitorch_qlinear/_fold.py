@@ -307,8 +307,8 @@ def _bisect(output_of: Callable[[Tensor], Tensor], k: int, dtype: torch.dtype, s
     # Numbers in the order of the floats: 0 for +0, -1 for -0, and the others on both sides of them.
     low = torch.full((k,), -infinity - 1, dtype=integers)
     high = torch.full((k,), infinity, dtype=integers)
-    # Between modules of finite parameters NaN comes only from an infinite value. If a finite input overflows on the way,
-    # one of the two largest does, too.
+    # Between modules of finite parameters NaN comes only from an infinite value. If a finite input overflows on the
+    # way, one of the two largest does, too.
     if bool(output_of(_float_at(torch.stack([low + 1, high - 1]), dtype)).isnan().any()):
         return "what precedes gives NaN for finite inputs"
     first, last = bits_of(_float_at(torch.stack([low, high]), dtype))
