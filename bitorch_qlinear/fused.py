@@ -30,6 +30,7 @@ from ._torch import (
     has_hooks,
     is_plain,
     modes_active,
+    module_calls,
     operator_entry,
     transforms_active,
 )
@@ -544,7 +545,7 @@ class Snapshot:
 
 def _forwards_of(classes: list[type[nn.Module]]) -> list[Any]:
     """Return the functions that a call of a module runs, because someone may replace a class's, too."""
-    return [nn.Module.__call__, nn.Module._call_impl, *[cls.forward for cls in classes]]
+    return [*module_calls(), *[cls.forward for cls in classes]]
 
 
 def _strictly(modules: list[nn.Module]) -> list[Any]:
