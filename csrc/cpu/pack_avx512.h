@@ -93,7 +93,8 @@ inline uint32_t above(const double* x, double limit) {
 // Limits tests order(x[i]) >= order(limits[i]) (pack_portable.h) of 32 values. Signed patterns are in order if they are
 // not negative, and in the opposite order if they are. So the bits behind the sign of a pattern and of its limit are both
 // inverted if the limit is negative, and then the two are compared: if only one of them is negative, its sign decides.
-// NaNs have no place in that order. NanTest finds out whether any of the values that it is given is one, and nans() which.
+// The bit of a NaN does not depend on its limit: NanTest finds out whether any of the values that it is given is a NaN,
+// and nans() which.
 
 template <class T>
 struct Limits;
@@ -109,8 +110,8 @@ struct Limits<float> {
             limits[i] = _mm512_xor_si512(bits, inverted[i]);
         }
     }
-    uint32_t reached_by(const float* x) const { return reached_by(x, 0) | reached_by(x, 1) << 16; }
-    uint32_t reached_by(const float* x, int i) const {
+    uint32_t reached_by(const float* x) const { return _mm512_kunpackw(reached_by(x, 1), reached_by(x, 0)); }
+    __mmask16 reached_by(const float* x, int i) const {
         return _mm512_cmpge_epi32_mask(_mm512_xor_si512(_mm512_loadu_si512(x + 16 * i), inverted[i]), limits[i]);
     }
     __m512i inverted[2], limits[2];

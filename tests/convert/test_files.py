@@ -302,7 +302,7 @@ def test_the_projection_of_an_attention_is_refused(sizes, tmp_path, capsys):
     [
         (["--input-quantization", "sing"], "input_quantization: expected one of "),
         (
-            ["--input-quantization", "inputdorefa"],
+            ["--input-quantization", "weightdorefa"],
             "blocks.0.fc1: cannot be packed: input_quantization: expected a sign-like",
         ),
         (
