@@ -262,7 +262,7 @@ def models_summary(figures: Figures | None) -> str:
                     f"**{gain:.3g}**" if gain > 1 else f"{gain:.3g}",
                 ]
             )
-    headers = ["layers", "batch", "`nn.Linear`", "`pack(model)`", "`pack(model, fuse=True)`"]
+    headers = ["whole model", "batch", "`nn.Linear`", "`pack(model)`", "`pack(model, fuse=True)`"]
     return (
         f"{markdown(rows, [*headers, 'fused, times as fast as `nn.Linear`'])}\n\n"
         f"Square layers with {models.HARDTANH.replace(', ', ' and ')} between them. {models.where_text(figures)}"
