@@ -135,13 +135,14 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skin
     __shared__ Sums sums;
     __shared__ ChannelTile<As, kColumns> channels;
     __shared__ uint32_t x_bits[kSkinnyRows], weight_bits[kColumns];
+    __shared__ bool wrong_form;
     static_assert(kColumns <= kWarp && kSkinnyRows <= kWarp, "a block of one warp fetches the popcounts");
     const int64_t column = int64_t{blockIdx.x} * kColumns;
     const int thread = threadIdx.x, threads = blockDim.x;
     for (int i = thread; i < Sums::kSize; i += threads) sums.words[i] = 0;
     __syncthreads();
     count_common<Shape>(product, width, column, sums, [&] {
-        if (thread == 0) check_prepared(product.prepared, product.n, product.k);
+        if (thread == 0) wrong_form = has_wrong_form(product);
         if (thread < product.m) x_bits[thread] = product.x.popcounts[thread];
         if (thread < kColumns) {
             weight_bits[thread] = column + thread < product.n ? product.weight.popcounts[column + thread] : 0;
@@ -149,6 +150,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skin
         channels.load(product.y, product.n, column);
     });
     __syncthreads();
+    if (wrong_form) return write_no_result<As>(product, 0, static_cast<int>(product.m), column, kColumns);
     // Each thread writes one output, next to its neighbours': as few sectors as possible, also if rows of y do not
     // start on 16 bytes.
     for (int i = thread; i < product.m * kColumns; i += threads) {
@@ -163,7 +165,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skin
         }
     }
 #else
-    __trap();  // instead of leaving y unwritten
+    // y is not left unwritten
+    const int64_t column = int64_t{blockIdx.x} * Shape::kColumns;
+    write_no_result<As>(product, 0, static_cast<int>(product.m), column, Shape::kColumns);
 #endif
 }
 

@@ -75,14 +75,15 @@ struct Output {
     Channels scale, bias;
 };
 
-// y = x . weight^T. `prepared` is the header of the prepared form that the weights or their popcounts are taken from,
-// or null. The host cannot read it without waiting for the device, so a kernel that uses the form traps if its n, k or
-// layout is wrong (check_prepared.cuh).
+// y = x . weight^T. If the weights or their popcounts are taken from a prepared form, `wrong_form` is where kernels report
+// a form of another product, and weight.popcounts must be the form's, because its header lies before them; otherwise it
+// is null. The host cannot read the header without waiting for the device, so every kernel that uses the form compares
+// its n, k and layout, and writes no result if they are wrong (check_prepared.cuh).
 struct Product {
     Operand x, weight;
     int64_t m, n, k;
     Output y;
-    const PreparedHeader* prepared;
+    WrongForm* wrong_form;
 };
 
 // Returns whether both operands are in the aligned form, as far as addresses and strides tell.

@@ -62,6 +62,7 @@ template <class As, class Shape>
 struct Margins {
     uint32_t x[Shape::kRows], weight[Shape::kColumns];
     ChannelTile<As, Shape::kColumns> channels;
+    bool wrong_form;
 };
 
 // The margins use the stages' memory when the last stage has been read.
@@ -196,7 +197,7 @@ __device__ __forceinline__ void load_margins(const Product& product, const Place
     load(product.x, at.row, product.m, margins.x);
     load(product.weight, at.column, product.n, margins.weight);
     margins.channels.load(product.y, product.n, at.column);
-    if (threadIdx.x == 0) check_prepared(product.prepared, product.n, product.k);
+    if (threadIdx.x == 0) margins.wrong_form = has_wrong_form(product);
     __syncthreads();
 }
 
@@ -252,13 +253,16 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         Sums<Shape> sums = {};
         multiply_tile<Instructions, Shape, kVector<As>>(product, at, shared.stages, sums);
         load_margins<As, Shape>(product, at, shared.margins);
-        if constexpr (kBits<As>) {
+        if (shared.margins.wrong_form) {
+            write_no_result<As>(product, at.row, Shape::kRows, at.column, Shape::kColumns);
+        } else if constexpr (kBits<As>) {
             write_tile<Shape>(product, at, sums, shared.margins);
         } else {
             write_tile<As, Shape>(product, at, whole_vectors, sums, shared.margins);
         }
     } else {
-        __trap();  // instead of leaving y unwritten
+        const Place at = place<Shape>(row_tiles, column_tiles);  // instead of leaving y unwritten
+        write_no_result<As>(product, at.row, Shape::kRows, at.column, Shape::kColumns);
     }
 }
 

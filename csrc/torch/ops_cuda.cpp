@@ -12,6 +12,7 @@
 #include "../cuda/dispatch.h"
 #include "../cuda/kernels.h"
 #include "../cuda/prepared.h"
+#include "../cuda/wrong_form.h"
 #include "chain.h"
 #include "cuda_stream.h"
 #include "tensors.h"
@@ -43,7 +44,7 @@ bool starts_on_16_bytes(const void* data) { return reinterpret_cast<uintptr_t>(d
 
 struct Factor {
     Operand operand;
-    const PreparedHeader* prepared = nullptr;
+    bool from_form = false;                       // whether the popcounts are those of a prepared form
     std::optional<Tensor> memory = std::nullopt;  // keeps alive what was made for this call
 };
 
@@ -53,7 +54,7 @@ Factor allocate_factor(int64_t m, int64_t k, bool aligned, const Launch& launch)
     Tensor memory = scratch(count_bytes + (aligned ? m * stride * kWordBytes : 0), launch);
     uint8_t* data = static_cast<uint8_t*>(memory.data_ptr());
     const Operand operand{reinterpret_cast<uint32_t*>(data + count_bytes), stride, reinterpret_cast<int32_t*>(data)};
-    return {operand, nullptr, std::move(memory)};
+    return {operand, false, std::move(memory)};
 }
 
 // Makes a factor from words [m][words_for(k)] of the interchange form.
@@ -98,6 +99,7 @@ const uint8_t* check_prepared(const Tensor& prepared, int64_t n, int64_t k) {
 
 // Packed weights, checked.
 struct Weights {
+    Tensor tensor;  // keeps the words alive
     const uint32_t* words;
     const uint8_t* prepared;  // its header, or null
     int64_t n, k;
@@ -105,7 +107,9 @@ struct Weights {
 
 Weights read_weights(const WeightArguments& weight) {
     const int64_t n = weight.n, k = weight.k;
-    return {words_of(weight.words), weight.prepared ? check_prepared(*weight.prepared, n, k) : nullptr, n, k};
+    Tensor tensor = aligned("weight_words", weight.words);
+    const uint32_t* words = words_of(tensor);
+    return {std::move(tensor), words, weight.prepared ? check_prepared(*weight.prepared, n, k) : nullptr, n, k};
 }
 
 Factor factor_of_weights(const Weights& weight, const KernelRecord& kernel, const Launch& launch) {
@@ -116,18 +120,18 @@ Factor factor_of_weights(const Weights& weight, const KernelRecord& kernel, cons
     const uint8_t* popcounts = weight.prepared + sizeof(PreparedHeader);
     const uint8_t* aligned = popcounts + prepared_popcount_bytes(weight.n);
     const uint32_t* words = words_fit ? weight.words : reinterpret_cast<const uint32_t*>(aligned);
-    return {{words, aligned_words_for(weight.k), reinterpret_cast<const int32_t*>(popcounts)},
-            reinterpret_cast<const PreparedHeader*>(weight.prepared)};
+    return {{words, aligned_words_for(weight.k), reinterpret_cast<const int32_t*>(popcounts)}, true};
 }
 
 // ---- the product -----------------------------------------------------------------------------------------------------
 
-// Bias or scale as contiguous values, copied if they are strided.
+// Bias or scale as contiguous values, copied if they are strided or do not lie at multiples of their size.
 class ContiguousChannels {
   public:
-    explicit ContiguousChannels(const std::optional<Tensor>& vector) {
+    ContiguousChannels(const char* argument, const std::optional<Tensor>& vector) {
         if (!vector || vector->numel() == 0) return;
-        values_ = vector->stride(0) == 1 || vector->numel() == 1 ? *vector : contiguous_copy("bias or scale", *vector);
+        const bool contiguous = vector->stride(0) == 1 || vector->numel() == 1;
+        values_ = contiguous ? aligned(argument, *vector) : contiguous_copy(argument, *vector);
     }
     Channels channels() const {
         if (!values_) return {nullptr, DType::float32};
@@ -181,11 +185,12 @@ Tensor multiply(int64_t m, int64_t n, int64_t k, const Outputs& outputs, const L
     const Factor x = make_x(kernel);
     if (m == 0 || n == 0) return y;
     const Factor w = make_weight(kernel);
-    const ContiguousChannels scale(outputs.scale), bias(outputs.bias);
+    const ContiguousChannels scale("scale", outputs.scale), bias("bias", outputs.bias);
     const AlignedWords limits("out_limits", outputs.bits.limits), flips("out_flips", outputs.bits.flips);
     const Output numbers{y.data_ptr(), *dtype_of(outputs.type), scale.channels(), bias.channels()};
     const Output bits{y.data_ptr(), DType::boolean, limits.channels(), flips.channels()};
-    const Product product{x.operand, w.operand, m, n, k, outputs.bits.limits ? bits : numbers, w.prepared};
+    WrongForm* wrong_form = w.from_form ? wrong_form_of(launch.device().index) : nullptr;
+    const Product product{x.operand, w.operand, m, n, k, outputs.bits.limits ? bits : numbers, wrong_form};
     check_launch(kernel.name, launch_product(choice, product, launch.stream()));
     return y;
 }
@@ -222,7 +227,8 @@ Tensor unpack_bits(const Tensor& words, int64_t k, ScalarType type) {
     const DType dtype = check_unpacked(type);
     Tensor values = empty(sizes_with_last(words, k), type, device);
     const Launch launch(device);
-    check_launch("unpack", unpack({words_of(words), count_rows(words), k, values.data_ptr(), dtype}, launch.stream()));
+    const Tensor from = aligned("words", words);
+    check_launch("unpack", unpack({words_of(from), count_rows(words), k, values.data_ptr(), dtype}, launch.stream()));
     return values;
 }
 
@@ -233,11 +239,12 @@ Tensor prepare_weight(const Tensor& words, int64_t k, std::optional<int64_t> lay
     check_layout(layout, kPreparedLayout);
     const int64_t n = words.size(0);
     const Launch launch(device);
+    const Tensor from = aligned("weight_words", words);
     Tensor prepared = scratch(prepared_bytes(n, k), launch);
     uint8_t* data = static_cast<uint8_t*>(prepared.data_ptr());
     uint8_t* popcounts = data + sizeof(PreparedHeader);
-    uint8_t* aligned = prepared_holds_words(k) ? popcounts + prepared_popcount_bytes(n) : nullptr;
-    check_launch("align", align({words_of(words), n, k, reinterpret_cast<uint32_t*>(aligned),
+    uint8_t* to = prepared_holds_words(k) ? popcounts + prepared_popcount_bytes(n) : nullptr;
+    check_launch("align", align({words_of(from), n, k, reinterpret_cast<uint32_t*>(to),
                                  reinterpret_cast<int32_t*>(popcounts), reinterpret_cast<PreparedHeader*>(data)},
                                 launch.stream()));
     return prepared;
@@ -252,12 +259,13 @@ Tensor binary_linear(const Tensor& x_words, const Tensor& weight_words, int64_t 
     check_words("x_words", x_words, k, device);
     const WeightArguments given = check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype,
                                                ScalarType::Float, {out_limits, out_flips}, device);
-    const Weights weights = read_weights(given);
     const int64_t m = count_rows(x_words);
     const Launch launch(device);
-    return multiply(
-        m, weights, {sizes_with_last(x_words, given.out_size()), given.out_type, bias, scale, given.bits}, launch,
-        [&](const KernelRecord& kernel) { return factor_of_words(words_of(x_words), m, k, kernel, launch); });
+    const Weights weights = read_weights(given);
+    const Tensor x = aligned("x_words", x_words);
+    return multiply(m, weights, {sizes_with_last(x_words, given.out_size()), given.out_type, bias, scale, given.bits},
+                    launch,
+                    [&](const KernelRecord& kernel) { return factor_of_words(words_of(x), m, k, kernel, launch); });
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std::optional<Tensor>& bias,
@@ -267,8 +275,8 @@ Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std:
     const Device device = device_of("x", x);
     const LinearArguments given =
         check_linear(x, weight_words, k, bias, weight_prepared, scale, out_dtype, {out_limits, out_flips}, device);
-    const Weights weights = read_weights(given.weight);
     const Launch launch(device);
+    const Weights weights = read_weights(given.weight);
     const WeightArguments& weight = given.weight;
     return multiply(given.x.m, weights,
                     {sizes_with_last(x, weight.out_size()), weight.out_type, bias, scale, weight.bits}, launch,
@@ -298,12 +306,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_train(const Tensor& x, const Tensor& w
     const LinearArguments given =
         check_linear(x, weight_words, k, bias, weight_prepared, scale, out_dtype, kNoBits, device);
     const TensorRows& rows = given.x;
-    const Weights weights = read_weights(given.weight);
     check_threshold(threshold);
     const std::vector<int64_t> word_sizes = sizes_with_last(x, words_for(k));
     Tensor x_words = empty(word_sizes, ScalarType::Int, device);
     Tensor in_range = empty(threshold ? word_sizes : std::vector<int64_t>{0}, ScalarType::Int, device);
     const Launch launch(device);
+    const Weights weights = read_weights(given.weight);
     const auto pack_x = [&](int32_t* popcounts) {
         check_launch("pack", pack({rows.data, rows.dtype, rows.m, k, rows.stride, strict,
                                    threshold ? round_to(*threshold, rows.dtype) : 0, words_of(x_words), words_for(k),

@@ -45,6 +45,6 @@ int main() {
     FIELD(Product, weight.words), FIELD(Product, weight.stride), FIELD(Product, weight.popcounts);
     FIELD(Product, m), FIELD(Product, n), FIELD(Product, k), FIELD(Product, y.data), FIELD(Product, y.dtype);
     FIELD(Product, y.scale.data), FIELD(Product, y.scale.dtype), FIELD(Product, y.bias.data);
-    FIELD(Product, y.bias.dtype), FIELD(Product, prepared);
+    FIELD(Product, y.bias.dtype), FIELD(Product, wrong_form);
     END(Product);
 }
