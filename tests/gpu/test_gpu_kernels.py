@@ -224,6 +224,20 @@ def test_every_edge_of_every_tile(tile, k):
                 assert_same(F.binary_linear(gpu_x[:m], gpu_words[:n], k, out_dtype=out), want[:m, :n], (m, n, out))
 
 
+@pytest.mark.skipif("mma_sm80" not in KERNELS, reason="there is no kernel with several tiles")
+@pytest.mark.parametrize("tile", ["128x256", "128x128", "64x64"])
+def test_a_forced_tile_computes_any_product(tile):
+    before = _kernels.forced_cuda_tile()
+    _kernels.force_cuda_tile(tile)
+    try:
+        with forced("mma_sm80"):
+            assert choice(1, 1, 1).startswith(f"mma_sm80 with tiles of {tile.replace('x', ' x ')}: the tile is forced")
+        for m, n, k in ((1, 1, 1), (130, 260, 1100), (300, 40, 4097)):
+            agree(m, n, k, ["mma_sm80"])
+    finally:
+        _kernels.force_cuda_tile(before)
+
+
 def test_a_forced_kernel_is_the_one_that_runs():
     shapes = {name: (8, 300, 512) if name.startswith("skinny") else (300, 300, 512) for name in KERNELS}
     before = _kernels.forced_cuda_kernel()
