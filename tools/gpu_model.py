@@ -116,6 +116,11 @@ def _unpack(kernel: Kernel) -> Work:
     return Work("STG", 4 * (1 if kernel.flags[0] else values), "memory", memory=4 * (WARP * 16 + 4 * values))
 
 
+def _pack_limited(kernel: Kernel) -> Work:
+    size = {"float64": 8, "float32": 4}.get(kernel.type, 2)
+    return Work("VOTE", 8, "memory", memory=8 * (WARP * size + 4))  # limits come from a cache
+
+
 def _align(_: Kernel) -> Work:
     return Work("STG", 8, "memory", memory=8 * 2 * 4 * WARP)
 
@@ -128,6 +133,7 @@ WORKS: dict[str, dict[str, Callable[[Kernel], Work]]] = {
     "gemm_mma_int8_sm80": {"": _mma_int8_sm80},
     "gemm_mma_sm75": {"": _mma_sm75},
     "pack": {"": _pack, ", in range": _pack_with_range},
+    "pack_limited": {"": _pack_limited},
     "unpack": {"": _unpack},
     "align": {"": _align},
 }

@@ -186,8 +186,11 @@ cudaError_t product(GemmKernel kernel, const Product& job) {
 
 }  // namespace
 
-cudaError_t pack(const Pack& job, cudaStream_t) {
-    return launched("pack", [&] {
+static void align_words(const Align& job);
+
+cudaError_t pack(const Pack& job, const Align& beside, cudaStream_t) {
+    return launched(beside.m ? "pack+align" : "pack", [&] {
+        align_words(beside);
         for (int64_t row = 0; row < job.m; ++row) {
             uint32_t* words = at<uint32_t>(job.words) + row * job.word_stride;
             std::fill_n(words, job.word_stride, 0);
@@ -206,6 +209,30 @@ cudaError_t pack(const Pack& job, cudaStream_t) {
     });
 }
 
+// Returns the place of a value in the order of csrc/cpu/limits.h, and whether it is NaN.
+static std::pair<int64_t, bool> place_of(const void* values, DType dtype, int64_t i) {
+    const int64_t size = element_size(dtype);
+    int64_t pattern = 0;
+    std::memcpy(&pattern, at<uint8_t>(values, size) + i * size, size);
+    pattern <<= 64 - 8 * size;
+    const double value = value_of(values, dtype, i);
+    return {pattern < 0 ? pattern ^ INT64_MAX : pattern, value != value};
+}
+
+cudaError_t pack_limited(const PackLimited& job, cudaStream_t) {
+    return launched("pack_limited", [&] {
+        std::fill_n(at<uint32_t>(job.words), job.m * words_for(job.k), 0);
+        for (int64_t i = 0; i < job.m * job.k; ++i) {
+            const int64_t row = i / job.k, column = i % job.k;
+            const auto [place, is_nan] = place_of(job.x, job.dtype, row * job.stride + column);
+            bool one = place >= place_of(job.limits, job.dtype, column).first;
+            one ^= job.flips && bit(at<uint32_t>(job.flips), column);
+            if (is_nan) one = !job.strict;
+            job.words[row * words_for(job.k) + column / kWordBits] |= uint32_t{one} << column % kWordBits;
+        }
+    });
+}
+
 cudaError_t unpack(const Unpack& job, cudaStream_t) {
     return launched("unpack", [&] {
         for (int64_t i = 0; i < job.m * job.k; ++i) {
@@ -215,24 +242,30 @@ cudaError_t unpack(const Unpack& job, cudaStream_t) {
     });
 }
 
-cudaError_t align(const Align& job, cudaStream_t) {
-    return launched("align", [&] {
-        const int64_t padded = job.header ? prepared_popcount_bytes(job.m) / 4 : job.m;
-        for (int64_t row = 0; row < padded; ++row) {
-            int32_t count = 0;
-            for (int64_t word = 0; row < job.m && word < aligned_words_for(job.k); ++word) {
-                const bool exists = word < words_for(job.k);
-                const uint32_t bits = exists ? at<uint32_t>(job.words)[row * words_for(job.k) + word] : 0;
-                const uint32_t valid = exists ? bits & word_mask(word, job.k) : 0;
-                if (job.aligned) at<uint32_t>(job.aligned, 16)[row * aligned_words_for(job.k) + word] = valid;
-                count += std::popcount(valid);
-            }
-            at<int32_t>(job.popcounts)[row] = count;
+static void align_words(const Align& job) {
+    const int64_t padded = job.header ? prepared_popcount_bytes(job.m) / 4 : job.m;
+    for (int64_t row = 0; row < padded; ++row) {
+        int32_t count = 0;
+        for (int64_t word = 0; row < job.m && word < aligned_words_for(job.k); ++word) {
+            const bool exists = word < words_for(job.k);
+            const uint32_t bits = exists ? at<uint32_t>(job.words)[row * words_for(job.k) + word] : 0;
+            const uint32_t valid = exists ? bits & word_mask(word, job.k) : 0;
+            if (job.aligned) at<uint32_t>(job.aligned, 16)[row * aligned_words_for(job.k) + word] = valid;
+            count += std::popcount(valid);
         }
-        if (!job.header) return;
-        PreparedHeader header{{}, kPreparedLayout, 0, job.m, job.k, {}};
-        std::copy(std::begin(kPreparedMagic), std::end(kPreparedMagic), header.magic);
-        *at<PreparedHeader>(job.header) = header;
+        at<int32_t>(job.popcounts)[row] = count;
+    }
+    if (!job.header) return;
+    PreparedHeader header{{}, kPreparedLayout, 0, job.m, job.k, {}};
+    std::copy(std::begin(kPreparedMagic), std::end(kPreparedMagic), header.magic);
+    *at<PreparedHeader>(job.header) = header;
+}
+
+cudaError_t align(const Align& job, const Align& other, cudaStream_t) {
+    if (!job.m && !other.m && !job.header) return cudaSuccess;
+    return launched(job.m && other.m ? "align+align" : "align", [&] {
+        align_words(job);
+        align_words(other);
     });
 }
 

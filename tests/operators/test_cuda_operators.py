@@ -141,6 +141,21 @@ def test_values_and_words_that_are_not_aligned_are_copied(ops, dtype):
         assert_equal(ops.linear(x, words, 70, odd(vector)), F.linear(x, words, 70, vector))
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_packing_by_limits(ops, dtype):
+    make = torch.Generator().manual_seed(0)
+    x, limits = random_values((7, 70), dtype, make), random_values((70,), dtype, make)
+    flips = random_words(1, 70, make, stray=True)[0]
+    for strict, flipped in itertools.product((False, True), (None, flips)):
+        want = F.pack_bits(x, strict, limits=limits, flips=flipped)
+        assert_equal(ops.pack_bits(x, strict, limits, flipped), want)
+        given = None if flipped is None else odd(flipped)
+        assert_equal(ops.pack_bits(odd(x.t().contiguous().t()), strict, odd(limits), given), want)
+    for wrong in ({"limits": limits[:-1]}, {"flips": flips}, {"limits": limits, "flips": flips[:-1]}):
+        with pytest.raises(RuntimeError, match=rf"bitorch_qlinear: {list(wrong)[-1]}: expected"):
+            ops.pack_bits(x, False, wrong.get("limits"), wrong.get("flips"))
+
+
 # ---- prepared forms of other weights ---------------------------------------------------------------------------------
 
 
@@ -168,22 +183,24 @@ def test_a_wrong_form_is_an_error_of_the_next_call(ops, kernel, out):
 
 
 def test_launches_of_products(library, ops, kernel):
-    """Each call launches no more kernels than this."""
-    counts = kernel in ("skinny_mma_sm80", "mma_sm80", "mma_int8_sm80")
-    for k, packed in itertools.product((128, 200), (False, True)):
+    """At most one launch comes before the product's, whatever has to be packed, aligned and counted."""
+    counts = kernel in ("mma_sm80", "mma_int8_sm80")
+    for k, formed in itertools.product((128, 200), (False, True)):
         x, weight, _, _ = problem(3, 5, k)
-        words = torch.zeros_like(weight)[:3].copy_(pack_signs(x)) if packed else None
-        form = ops.prepare_weight(weight, k)
+        words, reals = pack_signs(x), torch.randn(5, k)
+        prepared = ops.prepare_weight(weight, k) if formed else None
         launches(library)
-        aligned = kernel == "popc" or k == 128
-        for prepared in (None, form):
-            before = [] if packed else ["pack"]
-            if packed and (counts or not aligned):
-                before.append("align")
-            if (prepared is None) and (counts or not aligned):
-                before.append("align")
-            if packed:
-                ops.binary_linear(words, weight, k, weight_prepared=prepared)
-            else:
-                ops.linear(x, weight, k, weight_prepared=prepared)
-            assert launches(library) == [*before, kernel], (k, packed, prepared is not None)
+        x_needs_it = counts or (kernel != "popc" and k == 200)
+        both = x_needs_it and not formed
+        ops.linear(x, weight, k, weight_prepared=prepared)
+        assert launches(library) == ["pack+align" if both else "pack", kernel], (k, formed)
+        ops.binary_linear(words, weight, k, weight_prepared=prepared)
+        before = [] if not x_needs_it else ["align+align" if both else "align"]
+        assert launches(library) == [*before, kernel], (k, formed)
+        ops.linear_train(x, weight, k, weight_prepared=prepared)
+        if kernel != "popc" and k == 200:  # the words are an output, too, in another form than the kernel's
+            assert launches(library) == ["pack", "align+align" if both else "align", kernel], formed
+        else:
+            assert launches(library) == ["pack+align" if both else "pack", kernel], formed
+        ops.sign_linear(x, reals)
+        assert launches(library) == ["pack", "pack", kernel]

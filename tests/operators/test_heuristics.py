@@ -278,7 +278,7 @@ def test_table_of_kernels():
     assert records() == [
         ("popc", 75, newest, False, False, any_rows),
         ("skinny", 75, newest, True, False, 16),
-        ("skinny_mma_sm80", 80, 90, True, True, 16),
+        ("skinny_mma_sm80", 80, 90, True, False, 16),
         ("mma_sm75", 75, 89, True, False, any_rows),
         ("mma_sm80", 80, 90, True, True, any_rows),
         ("mma_int8_sm80", 80, newest, True, True, any_rows),

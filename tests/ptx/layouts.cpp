@@ -34,6 +34,11 @@ int main() {
     FIELD(Pack, threshold), FIELD(Pack, words), FIELD(Pack, word_stride), FIELD(Pack, in_range), FIELD(Pack, popcounts);
     END(Pack);
 
+    FIELD(PackLimited, x), FIELD(PackLimited, dtype), FIELD(PackLimited, m), FIELD(PackLimited, k);
+    FIELD(PackLimited, stride), FIELD(PackLimited, strict), FIELD(PackLimited, limits), FIELD(PackLimited, flips);
+    FIELD(PackLimited, words);
+    END(PackLimited);
+
     FIELD(Unpack, words), FIELD(Unpack, m), FIELD(Unpack, k), FIELD(Unpack, values), FIELD(Unpack, dtype);
     END(Unpack);
 

@@ -53,11 +53,12 @@ def launch(module: Module, call: Call, tiles: int = 1, seed: int = 0) -> Report:
 
 
 def spread(call: Call) -> Call:
-    """Put arbitrary words between the aligned words of a row and the next row, with strides that differ."""
+    """Put arbitrary words between the rows' aligned words, with strides that differ, and take x's popcounts away."""
     values = list(call.fields.values)
+    values[2] = None
     for operand, more in ((0, 8), (3, 24)):
         words = values[operand].array
-        values[operand] = In(np.concatenate([words, np.full((len(words), more), -1, np.int32)], 1))
+        values[operand] = In(np.concatenate([words, np.full((len(words), more), operand - 1, np.int32)], 1))
         values[operand + 1] += more
     call.fields = type(call.fields)(call.fields.format, *values)
     return call
@@ -169,9 +170,8 @@ def test_mutants_of_skinny_are_caught():
         ("word + place < left", "word + place <= left"),
         ("while (left > 0)", "while (left > kStep)"),
         ("i < product.m * kColumns", "i <= product.m * kColumns"),
-        ("column + thread < product.n", "column + thread <= product.n"),
-        ("thread < product.m)", "thread <= product.m)"),
         ("thread < kColumns)", "thread < kColumns - 1)"),
+        ("thread < kSkinnyRows)", "thread < kSkinnyRows - 8)"),
         # These change which words a lane reads.
         ("weight += warps * kStep", "weight += (warps - 1) * kStep"),
         ("x += warps * kStep", "x += kStep"),
@@ -185,7 +185,14 @@ def test_mutants_of_skinny_are_caught():
         ("row / kSide * 2 + column % 2", "column % 2 * 2 + row / kSide"),
         ("row % kSide * 4 + column % kSide / 2", "column % kSide * 4 + row % kSide / 2"),
         ("sums.words[i] = 0", "sums.words[i] = 1"),
-        ("x_bits[row] + weight_bits[j]", "x_bits[row] + weight_bits[j ^ 1]"),
+        ("bits.x[row] + bits.weight[j]", "bits.x[row] + bits.weight[j ^ 1]"),
+        ("x_bits[1] += count_bits(bottom)", "x_bits[1] += count_bits(top)"),
+        ("weight_bits[tile] += count_bits(w)", "weight_bits[tile] = count_bits(w)"),
+        ("__popc(words.z) + __popc(words.w)", "__popc(words.z)"),
+        ("count += __shfl_xor_sync(kAllLanes, count, 2);", ""),
+        ("if (place == 0) atomicAdd", "atomicAdd"),
+        ("bits.x[half * kSide + g]", "bits.x[half * kSide + (g ^ 1)]"),
+        ("bits.weight[tile * kSide + g]", "bits.weight[g]"),
         ("- 2 * sums", "- sums"),
         ("channels.bias + j", "channels.bias + j + 1"),
         # This one causes bank conflicts.
@@ -209,7 +216,7 @@ def test_mutants_of_bits_are_caught():
 
     edits = [
         *BIT_EDITS,
-        ("x_bits[row] + weight_bits[j]", "x_bits[row] + weight_bits[j ^ 1]"),
+        ("bits.x[row] + bits.weight[j]", "bits.x[row] + bits.weight[j ^ 1]"),
         ("product, row, column, different, channels", "product, row, column, different + 1, channels"),
         ("channels.limits[lane]", "channels.limits[lane ^ 1]"),
         ("if (lane == 0) write_word", "if (lane < 2) write_word"),
