@@ -125,8 +125,8 @@ def test_mutants_of_popc_are_caught():
         ("- 2 * popcount", "- popcount"),
         ("__fmul_rn(a, b)", "__fmul_rz(a, b)"),
         (
-            "static_cast<const double*>(channels.data)[column]",
-            "__double2float_rz(((const double*)channels.data)[column])",
+            "__longlong_as_double(static_cast<long long>(bits))",
+            "__double2float_rz(__longlong_as_double(static_cast<long long>(bits)))",
         ),
     ]
     mutants = [*edited(source("gemm_popc.cu"), edits), *remove_barriers(text, kernel(Module.from_ptx(text), "AsIffE"))]
