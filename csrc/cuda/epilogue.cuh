@@ -150,12 +150,19 @@ struct ChannelTile<AsBits, Width> {
         }
     };
 
-    // All threads of the block must call it, and reach a barrier before the first use.
+    // All threads of the block must call it, and reach a barrier before the first use. This does not go through Early,
+    // for which ptxas would spill registers of gemm_skinny on 12.0.
     __device__ __forceinline__ void load(const Output& y, int64_t n, int64_t first) {
-        for (int i = static_cast<int>(threadIdx.x); i < Width; i += static_cast<int>(blockDim.x)) {
-            Early channels;
-            channels.fetch(y, n, first, i);
-            channels.store(y, i, *this);
+        const auto* all_limits = static_cast<const int32_t*>(y.scale.data);
+        const auto* all_words = static_cast<const uint32_t*>(y.bias.data);
+        const int thread = static_cast<int>(threadIdx.x);
+        for (int i = thread; i < Width; i += static_cast<int>(blockDim.x)) {
+            limits[i] = first + i < n ? all_limits[first + i] : -1;
+        }
+        if (thread < Width / kWordBits) {
+            const int64_t left = n - first - kWordBits * thread;
+            const uint32_t exist = valid_bits(left < kWordBits ? static_cast<int>(left) : kWordBits);
+            flips[thread] = all_words && exist ? all_words[first / kWordBits + thread] & exist : 0;
         }
     }
 };
