@@ -125,7 +125,7 @@ def test_steps_within_a_swizzled_line(step):
 
 
 def test_a_pattern_that_begins_elsewhere():
-    """The base offset names the line of 128 bytes at which the pattern of a swizzle begins, if it is not a multiple of 8."""
+    """The base offset names the line of 128 bytes at which the swizzle's pattern begins, if it is no multiple of 8."""
     layout, at = (128, 16, 1024), 3 * 128
     image = np.zeros(IMAGE, np.uint8)
     a, b = RNG.integers(0, 2, (64, 256)), RNG.integers(0, 2, (8, 256))
@@ -310,7 +310,7 @@ def test_a_warpgroup_works_together():
     lanes = "and.b32 %r2, %tid, 1; cvt.u64.u32 %rd8, %r2; add.u64 %rd6, %rd6, %rd8;"
     small_fault("warpgroup", "name different descriptors", lanes + FENCE + FIRST + COMMIT + WAIT)
     small_fault("warpgroup", "needs a warpgroup of four warps", FENCE + FIRST + COMMIT + WAIT, threads=96)
-    part = "setp.lt.u32 %p2, %tid, 3; @%p2 exit;" + FENCE
+    part = "setp.lt.u32 %p2, %tid, 3; @%p2 exit;" + FENCE + FIRST + COMMIT + WAIT
     small_fault("warp synchronization", "needs all 32 threads", part)
 
 
