@@ -4,6 +4,7 @@ The headers of CuTe come from the package nvidia-cutlass, cuobjdump from triton 
 CUDA). CI has them in its second half; where one is missing, the tests are skipped.
 """
 
+import hashlib
 import importlib.util
 import os
 import re
@@ -64,15 +65,15 @@ def cute() -> dict[str, list[list[str]]]:
     compiler = os.environ.get("CXX") or next(c for c in ("c++", "g++", "clang++") if shutil.which(c))
 
     def make(path: Path) -> None:
-        includes = [f"-I{path}" for path in (headers, *cuda_headers())]
+        includes = [f"-I{folder}" for folder in (headers, *cuda_headers())]
         program = path.with_suffix(".program")
         subprocess.run([*compiler.split(), "-std=c++17", "-w", *includes, str(source), "-o", program], check=True)
         path.write_text(subprocess.run([program], check=True, capture_output=True, text=True).stdout)
         program.unlink()
 
-    key = hash((source.read_text(), str(headers), nvcc_release())) & 0xFFFFFFFF
+    key = hashlib.sha256(repr((source.read_text(), str(headers), nvcc_release())).encode()).hexdigest()[:16]
     found: dict[str, list[list[str]]] = {}
-    for line in build_once(f"cute-{key:08x}.txt", make).read_text().splitlines():
+    for line in build_once(f"cute-{key}.txt", make).read_text().splitlines():
         words = line.split()
         if words[0] in ("matrix", "fragment"):
             lines = found.setdefault(line, [])
@@ -162,48 +163,39 @@ def test_descriptors(cute, swizzle, row_bytes):
 
 
 # ---- ptxas -----------------------------------------------------------------------------------------------------------
-# Each takes constants a, b, c (32 bits), f, g, h (floats), p, q (doubles) or s (a small number), and leaves %d.
+# Each takes constants a, b, c (32 bits), f, g (floats), p (a double), and s, t, small (numbers); it leaves %d. ptxas
+# leaves other instructions, such as lop3, prmt and other roundings, to the machine.
 FOLDED = [
     *(f"{op}.{sign}32 %d, {{a}}, {{b}};" for op in ("mul.lo", "mul.hi", "min", "max", "add", "sub") for sign in "us"),
     *(f"{op}.b32 %d, {{a}}, {{b}};" for op in ("and", "or", "xor")),
     *(f"{op}.b32 %d, {{a}};" for op in ("not", "cnot", "brev", "popc", "clz")),
     *(f"{op}.s32 %d, {{a}};" for op in ("abs", "neg")),
-    *(f"mad.{part}.{sign}32 %d, {{a}}, {{b}}, {{c}};" for part in ("lo", "hi") for sign in "us"),
-    *(f"sad.{sign}32 %d, {{a}}, {{b}}, {{c}};" for sign in "us"),
-    *(f"mul24.{part}.{sign}32 %d, {{a}}, {{b}};" for part in ("lo", "hi") for sign in "us"),
+    *(f"mad.lo.{sign}32 %d, {{a}}, {{b}}, {{c}};" for sign in "us"),
+    *(f"mul24.lo.{sign}32 %d, {{a}}, {{b}};" for sign in "us"),
     *(f"{op} %d, {{a}}, {{s}};" for op in ("shl.b32", "shr.u32", "shr.s32")),
     *(f"shf.{side}.{mode}.b32 %d, {{a}}, {{b}}, {{s}};" for side in "lr" for mode in ("wrap", "clamp")),
     *(f"bfe.{sign}32 %d, {{a}}, {{s}}, {{t}};" for sign in "us"),
     "bfi.b32 %d, {a}, {b}, {s}, {t};",
     *(f"bfind{shift}.{sign}32 %d, {{a}};" for sign in "us" for shift in ("", ".shiftamt")),
     *(f"szext.{mode}.{sign}32 %d, {{a}}, {{s}};" for mode in ("wrap", "clamp") for sign in "us"),
-    *(f"lop3.b32 %d, {{a}}, {{b}}, {{c}}, {table};" for table in (0x96, 0xE8, 0xCA, 0x1B)),
-    "prmt.b32 %d, {a}, {b}, {c};",
-    *(f"prmt.b32.{mode} %d, {{a}}, {{b}}, {{c}};" for mode in ("f4e", "b4e", "rc8", "ecl", "ecr", "rc16")),
     *(f"dp4a.{x}32.{y}32 %d, {{a}}, {{b}}, {{c}};" for x in "us" for y in "us"),
     *(f"{op}.{sign}32 %d, {{a}}, {{small}};" for op in ("div", "rem") for sign in "us"),
     *(f"setp.{test}.{sign}32 %x, {{a}}, {{b}}; selp.b32 %d, 1, 2, %x;" for test in ("lt", "ge", "eq") for sign in "us"),
     *(f"set.{test}.u32.{sign}32 %d, {{a}}, {{b}};" for test in ("le", "ne") for sign in "us"),
     *(f"setp.{test}.f32 %x, {{f}}, {{g}}; selp.b32 %d, 1, 2, %x;" for test in ("lt", "geu", "nan", "equ", "num")),
-    *(f"{op}.{mode}{ftz}.f32 %e, {{f}}, {{g}}; mov.b32 %d, %e;"
-      for op in ("add", "sub", "mul") for mode in ("rn", "rz", "rm", "rp") for ftz in ("", ".ftz")),
-    *(f"fma.{mode}.f32 %e, {{f}}, {{g}}, {{h}}; mov.b32 %d, %e;" for mode in ("rn", "rz", "rm", "rp")),
-    *(f"{op}.f32 %e, {{f}}, {{g}}; mov.b32 %d, %e;" for op in ("min", "max", "min.NaN", "copysign")),
+    *(f"{op}.rn{ftz}.f32 %e, {{f}}, {{g}}; mov.b32 %d, %e;" for op in ("add", "sub", "mul") for ftz in ("", ".ftz")),
+    *(f"{op}.f32 %e, {{f}}, {{g}}; mov.b32 %d, %e;" for op in ("min", "max", "min.NaN")),
     *(f"{op}.f32 %e, {{f}}; mov.b32 %d, %e;" for op in ("abs", "neg", "abs.ftz")),
     *(f"cvt.{mode}.{sign}32.f32 %d, {{f}};" for mode in ("rni", "rzi", "rmi", "rpi") for sign in "us"),
-    *(f"cvt.{mode}.f32.{sign}32 %e, {{a}}; mov.b32 %d, %e;" for mode in ("rn", "rz", "rm", "rp") for sign in "us"),
-    *(f"cvt.{mode}.f32.f64 %e, {{p}}; mov.b32 %d, %e;" for mode in ("rn", "rz", "rm", "rp")),
-    *(f"cvt.{mode}.f16.f32 %i, {{f}}; cvt.u32.u16 %d, %i;" for mode in ("rn", "rz")),
+    *(f"cvt.rn.f32.{sign}32 %e, {{a}}; mov.b32 %d, %e;" for sign in "us"),
+    "cvt.rn.f32.f64 %e, {p}; mov.b32 %d, %e;",
+    "cvt.rn.f16.f32 %i, {f}; cvt.u32.u16 %d, %i;",
     "cvt.rn.bf16.f32 %i, {f}; cvt.u32.u16 %d, %i;",
-    "cvt.rn.bf16x2.f32 %d, {f}, {g};",
     "cvt.rn.f16x2.f32 %d, {f}, {g};",
-    *(f"cvt.{to}.{of} %d, %i;" .replace("%d, %i", "%d, {a}") for to, of in (("s32", "s32"), ("u32", "u32"))),
-    *(f"{op}.{mode}.f64 %g, {{p}}, {{q}}; mov.b64 {{{{_, %d}}}}, %g;"
-      for op in ("add", "mul") for mode in ("rn", "rz", "rm", "rp")),
     "mov.b64 %l, {{{a}, {b}}}; shl.b64 %l, %l, {s}; mov.b64 {{_, %d}}, %l;",
     "mul.wide.s32 %l, {a}, {b}; mov.b64 {{_, %d}}, %l;",
     "mul.wide.u32 %l, {a}, {b}; mov.b64 {{%d, _}}, %l;",
-]  # fmt: skip
+]
 FLOATS = [
     0,
     0x80000000,
@@ -220,21 +212,18 @@ FLOATS = [
 
 
 def constants() -> dict[str, str]:
-    """Draw one constant of each kind, as PTX writes it."""
-    integer = [0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x0000FF80, int(RNG.integers(1 << 32))]
-    found = {
-        name: f"0x{int(RNG.choice(integer)) if RNG.integers(2) else int(RNG.integers(1 << 32)):08x}" for name in "abc"
-    }
-    for name in "fgh":
-        exponent = int(RNG.integers(100, 160)) if RNG.integers(4) else int(RNG.integers(256))
-        word = int(RNG.choice(FLOATS)) if RNG.integers(4) == 0 else int(RNG.integers(2)) << 31 | exponent << 23
-        found[name] = (
-            f"0f{word | (int(RNG.integers(1 << 23)) if word & 0x7FFFFFFF and word & 0x7F800000 != 0x7F800000 else 0):08X}"
-        )
-    for name in "pq":
-        found[name] = (
-            f"0d{struct.unpack('<Q', struct.pack('<d', RNG.standard_normal() * 2.0 ** RNG.integers(-40, 40)))[0]:016X}"
-        )
+    """Draw one constant of each kind, as PTX writes it; half of them are edge cases."""
+
+    def drawn(edges: list[int], other: int) -> int:
+        return int(RNG.choice(edges)) if RNG.integers(2) else other
+
+    integers = [0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x0000FF80]
+    found = {name: f"0x{drawn(integers, int(RNG.integers(1 << 32))):08x}" for name in "abc"}
+    for name in "fg":
+        near_one = int(RNG.integers(100, 160)) << 23 | int(RNG.integers(1 << 23)) | int(RNG.integers(2)) << 31
+        found[name] = f"0f{drawn(FLOATS, near_one):08X}"
+    (double,) = struct.unpack("<Q", struct.pack("<d", RNG.standard_normal() * 2.0 ** RNG.integers(-40, 40)))
+    found["p"] = f"0d{double:016X}"
     return found | {"s": str(RNG.integers(40)), "t": str(RNG.integers(36)), "small": str(RNG.integers(1, 1000))}
 
 
@@ -263,8 +252,9 @@ def stored_constants(cubin: Path) -> dict[int, int]:
             moved = opcode in ("MOV", "UMOV") or opcode.startswith("HFMA2") or names[1:3] == ["RZ", "RZ"]
             if zeros and moved:
                 value = known.get(names[-1]) if re.fullmatch(r"U?R(\d+|Z)", names[-1]) else immediate
-        for wide in range(4 if ".64" in opcode or ".WIDE" in opcode or opcode.startswith("CS2R") else 1):
-            known.pop(re.sub(r"\d+", lambda number, by=wide: str(int(number[0]) + by), names[0]), None)
+        wide = ".64" in opcode or ".WIDE" in opcode or opcode.startswith(("CS2R", "D", "LDC"))
+        for more in range(4 if wide else 1):
+            known.pop(re.sub(r"\d+", lambda number, by=more: str(int(number[0]) + by), names[0]), None)
         if value is not None and not guard and "c[" not in operands:
             known[names[0]] = value
     return found
@@ -287,7 +277,8 @@ def test_folded_constants(tmp_path):
         )
         launched = module(body)
         cubin = tmp_path / f"{part}.cubin"
-        (tmp_path / "folded.ptx").write_text(launched.text)
+        # ptxas does not let a register have the name of a special one.
+        (tmp_path / "folded.ptx").write_text(re.sub(r"%tid\b(?!\.)", "%thread", launched.text))
         subprocess.run([ptxas, "-arch=sm_90a", str(tmp_path / "folded.ptx"), "-o", cubin], check=True)
         got = np.zeros(len(cases), np.uint32)
         launched.launch("k", 1, 1, [Out(got)])
@@ -296,4 +287,4 @@ def test_folded_constants(tmp_path):
             if value != got[offset // 4]:
                 different.append(f"{cases[offset // 4]} ptxas {value:#x}, interpreter {got[offset // 4]:#x}")
     assert not different, "\n".join(different)
-    assert compared > 6 * len(FOLDED), (compared, len(FOLDED))
+    assert compared > 8 * len(FOLDED), (compared, len(FOLDED))
