@@ -430,7 +430,11 @@ void run_cluster(Machine& m, Warp*& current) {
             if (w.runnable()) ready.push_back(&w);
             living = living || (w.lanes & ~w.exited);
         }
-        if (!m.bulk.empty() && (ready.empty() || m.random.below(patience) == 0) && land_one(m)) continue;
+        if (!m.bulk.empty()) {
+            const bool lands = ready.empty() || m.random.below(m.polls ? std::min(patience, 100u) : patience) == 0;
+            m.polls = false;
+            if (lands && land_one(m)) continue;
+        }
         if (ready.empty()) {
             if (living) deadlock(m, current);
             return;

@@ -24,7 +24,8 @@ void matrix(const char* name) {
         const auto tile = local_tile(whole, Shape<Int<Rows>, _32>{}, make_coord(0, step));
         const auto moved = static_cast<const uint8_t*>(raw_pointer_cast(tile.data())) - memory;
         // On the host CuTe takes 0 for the address, to which the tile's offset is added as to an iterator.
-        const uint64_t bits = SM90::GMMA::make_gmma_desc<SM90::GMMA::Major::K>(tile).desc_ + static_cast<uint64_t>(moved) / 16;
+        const uint64_t bits =
+            SM90::GMMA::make_gmma_desc<SM90::GMMA::Major::K>(tile).desc_ + static_cast<uint64_t>(moved) / 16;
         std::printf("descriptor %d %llx\n", step, static_cast<unsigned long long>(bits));
     }
     for (int row = 0; row < Rows; ++row)
