@@ -32,7 +32,7 @@ from torch.nn import Parameter
 from . import _library, functional
 from ._sign_gemm import beats_blas, differentiable_sign_gemm, multiply_signs, sign_gemm
 from ._torch import any_autocast, apply, functorch_active, is_dtensor, operator_entry, transforms_active
-from .quantizations import BinaryRule, cancel_gradient, quantize
+from .quantizations import BinaryRule, Ternary, cancel_gradient, quantize
 
 __all__ = [
     "autocast_dtype",
@@ -46,6 +46,8 @@ __all__ = [
     "scaled",
     "scaled_in_float",
     "sign_linear",
+    "ternary_linear",
+    "ternary_words",
     "train_linear",
     "wants_gradient",
 ]
@@ -194,6 +196,82 @@ def real_linear(
         return y if bias is None else y + bias
     y = multiply_signs(x, words, k, True)
     return y if bias is None else y.add_(bias)
+
+
+# A block of so many weights stays in cache until its words are written.
+_PACKED_BLOCK = 1 << 16
+
+
+def ternary_words(weight: Tensor, quantization: Ternary) -> Tensor:
+    """Return the words of ternary weights t, two signs for each: +1 unless t < 0, and +1 only if t > 0.
+
+    Args:
+        weight: Real weights, shape ``(n, k)``, any strides.
+        quantization: What makes them ternary.
+
+    Returns:
+        int32, shape ``(2n, ceil(k / 32))``: the first signs of all rows, and then the second ones.
+    """
+    weight = weight.detach()
+    whole = _compiling() or not weight.is_cpu
+    rows = max(1, len(weight) if whole else _PACKED_BLOCK // max(weight.shape[1], 1))
+    planes: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for block in weight.split(rows):
+        values = quantization.ternarize(block)
+        for strict, plane in enumerate(planes):
+            plane.append(functional.pack_bits(values, bool(strict)))
+    return torch.cat([*planes[0], *planes[1]])
+
+
+# Up to this K the sum of two products, at most 2K, is exact in float32.
+_MOST_IN_FLOAT32 = 1 << 23
+
+
+def ternary_linear(
+    x: Tensor,
+    words: Tensor,
+    k: int,
+    bias: Tensor | None,
+    prepared: Tensor | None,
+    rule: BinaryRule,
+    scale: Tensor | None = None,
+    threshold: float | None = None,
+) -> Tensor:
+    """Compute ``(s(x) · tᵀ) · scale + bias`` from packed ternary weights t; differentiable once in x, bias and scale.
+
+    A weight is the mean of its two signs, so the product is the mean of two products of signs. Both have the parity of
+    k, so it is an integer, and exact.
+
+    Args:
+        x: Shape ``(..., k)``, any strides.
+        words: The result of :func:`ternary_words`, shape ``(2n, ceil(k / 32))``.
+        k: Number of values in a row.
+        bias: Shape ``(n,)`` or None.
+        prepared: The prepared form of the words, or None.
+        rule: The signs of x and its gradient.
+        scale: Shape ``(n,)`` or None.
+        threshold: The gradient of x is 0 unless ``|x| <= threshold``; None and 0 cancel nothing.
+
+    Returns:
+        Shape ``(..., n)``, in autocast's dtype or that of x.
+
+    Raises:
+        RuntimeError: An argument is wrong, or, later, a second backward.
+        NotImplementedError: torch.compile traces it inside of a transform of torch.func.
+    """
+    out_dtype = autocast_dtype(x) or x.dtype
+    dtype = _sum_dtype(out_dtype)
+    exact = dtype if k <= _MOST_IN_FLOAT32 else torch.float64
+    if is_differentiated(x, bias, scale):
+        rules = rule, BinaryRule()
+        products = differentiable_linear(x, None, None, words, prepared, k, rules, threshold, out_dtype=exact)
+    else:
+        operator = _linear if _compiling() else _linear_entry
+        products = operator(x, words, k, None, weight_prepared=prepared, out_dtype=exact, strict=rule.strict)
+    n = words.shape[0] // 2
+    # One pass computes a + (b - a) / 2, which is exact because b - a is even.
+    y = torch.lerp(products[..., :n], products[..., n:], 0.5).to(dtype)
+    return _scaled_sum(y, scale, bias).to(out_dtype)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -611,6 +689,7 @@ def differentiable_linear(
     threshold: float | None,
     scale: Tensor | None = None,
     scale_is_mean: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Compute ``(s(x) · s(weight)ᵀ) · scale + bias`` from the words of the weight; differentiable once.
 
@@ -625,9 +704,10 @@ def differentiable_linear(
         threshold: The gradient of x is 0 unless ``|x| <= threshold``; None and 0 cancel nothing.
         scale: Shape ``(n,)`` or None; receives a gradient.
         scale_is_mean: The scale is ``row_means(weight)``, so the weight's gradient includes the part through it.
+        out_dtype: A float type; None means autocast's dtype or that of x.
 
     Returns:
-        Shape ``(..., n)``, in autocast's dtype or that of x.
+        Shape ``(..., n)``, in `out_dtype`.
 
     Raises:
         RuntimeError: An argument is wrong (see :mod:`bitorch_qlinear.functional`), or, later, a second backward.
@@ -636,7 +716,6 @@ def differentiable_linear(
     _check_not_transformed_while_compiling()
     limit = _in_range_limit(rules[0], threshold)
     function = BinaryProduct if _compiling() else BinaryProductEager
-    y: Tensor = apply(
-        function, x, weight, bias, scale, words, prepared, k, rules, limit, autocast_dtype(x), scale_is_mean
-    )[0]
+    out_dtype = out_dtype or autocast_dtype(x)
+    y: Tensor = apply(function, x, weight, bias, scale, words, prepared, k, rules, limit, out_dtype, scale_is_mean)[0]
     return y

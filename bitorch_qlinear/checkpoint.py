@@ -12,8 +12,9 @@ The entries of a packed layer are
 
 All of them are tensors, so that torch.save, safetensors and distributed checkpoints can hold them. Checkpoints from
 before the format had a version lack the last three entries; they load as well. A checkpoint with a scale, or of
-a layer that rounds its input to levels, has format 2, because a reader of format 1 knows neither; all others have
-format 1.
+a layer that rounds its input to levels, has format 2, because a reader of format 1 knows neither; one of ternary
+weights has format 3; all others have format 1. The words of ternary weights have 2n rows: first those of the signs
+"+1 unless w < 0", and then those of the signs "+1 if w > 0", and a weight is the mean of its two signs.
 """
 
 from __future__ import annotations
@@ -33,15 +34,17 @@ __all__ = [
     "REAL_INPUT",
     "SIGN_INPUTS",
     "STRICT_INPUT",
+    "TERNARY_WEIGHT",
     "WEIGHT_RULES",
     "format_of",
     "problem_of_packed",
     "problem_of_scale_in_float",
     "problem_of_words_in_float",
+    "word_rows",
     "words_for",
 ]
 
-FORMAT = 2
+FORMAT = 3
 """The newest format that this version of the package reads; it also reads all older ones."""
 INPUT_RULES = (
     "+1 unless x < 0, else -1",
@@ -54,15 +57,27 @@ STRICT_INPUT, REAL_INPUT = 1, 2
 SIGN_INPUTS = (0, STRICT_INPUT)
 LEVEL_INPUTS = {1: 3, 2: 4}
 """The indices of the rules that round x to levels, by the bits of a level."""
-WEIGHT_RULES = ("+1 unless w < 0, else -1", "+1 if w > 0, else -1", "the signs of quantized weights")
-QUANTIZED_WEIGHT = 2
+WEIGHT_RULES = (
+    "+1 unless w < 0, else -1",
+    "+1 if w > 0, else -1",
+    "the signs of quantized weights",
+    "ternary: -1, 0 or +1",
+)
+QUANTIZED_WEIGHT, TERNARY_WEIGHT = 2, 3
 NUMBERS = ("k", "format", "input_rule", "weight_rule")
 """The entries that hold a single number."""
 
 
-def format_of(scaled: bool, input_rule: int) -> int:
-    """Return the format in which a layer with or without a scale, and with this rule of its input, is saved."""
+def format_of(scaled: bool, input_rule: int, weight_rule: int) -> int:
+    """Return the format in which a layer with or without a scale, and with these rules, is saved."""
+    if weight_rule == TERNARY_WEIGHT:
+        return 3
     return 2 if scaled or input_rule in LEVEL_INPUTS.values() else 1
+
+
+def word_rows(n: int, weight_rule: int) -> int:
+    """Return the number of rows of words that the weights of n outputs take."""
+    return 2 * n if weight_rule == TERNARY_WEIGHT else n
 
 
 def words_for(k: int) -> int:
@@ -130,14 +145,25 @@ def problem_of_packed(
         scaled: Whether the layer has a scale.
         computes_scale: Whether the layer computes its scale from float weights instead of loading it.
     """
-    expected = {"k": k, "format": format_of(scaled, input_rule), "input_rule": input_rule, "weight_rule": weight_rule}
+    expected = {
+        "k": k,
+        "format": format_of(scaled, input_rule, weight_rule),
+        "input_rule": input_rule,
+        "weight_rule": weight_rule,
+    }
     numbers = {name: state_dict[f"{prefix}{name}"] for name in NUMBERS if f"{prefix}{name}" in state_dict}
     problems = [_problem_of_number(f"{prefix}{name}", number, expected[name]) for name, number in numbers.items()]
     for name in ("weight", "bias", "scale"):
         tensor = state_dict.get(f"{prefix}{name}")
         if isinstance(tensor, Tensor):
-            of = _problem_of_words if name == "weight" else _problem_of_vector
-            problems.insert(0, of(f"{prefix}{name}", tensor, n, k))
+            key = f"{prefix}{name}"
+            of_weight = name == "weight"
+            problems.insert(
+                0,
+                _problem_of_words(key, tensor, n, k, word_rows(n, weight_rule))
+                if of_weight
+                else _problem_of_vector(key, tensor, n),
+            )
     problems.insert(0, _problem_of_presence(prefix, state_dict, scaled, computes_scale))
     return next(filter(None, problems), None)
 
@@ -148,7 +174,7 @@ def _problem_of_layout(key: str, tensor: Tensor) -> str | None:
     return None
 
 
-def _problem_of_words(key: str, words: Tensor, n: int, k: int) -> str | None:
+def _problem_of_words(key: str, words: Tensor, n: int, k: int, rows: int) -> str | None:
     if problem := _problem_of_layout(key, words):
         return problem
     if words.is_floating_point():
@@ -157,8 +183,8 @@ def _problem_of_words(key: str, words: Tensor, n: int, k: int) -> str | None:
         return None
     if words.dtype not in (torch.int32, torch.uint32):
         return f"{key}: expected packed words of dtype int32 or uint32, or float weights, got {words.dtype}"
-    if words.shape != (n, words_for(k)):
-        return f"{key}: expected words of shape {(n, words_for(k))}, got {tuple(words.shape)}"
+    if words.shape != (rows, words_for(k)):
+        return f"{key}: expected words of shape {(rows, words_for(k))}, got {tuple(words.shape)}"
     used = k % 32
     if used and not words.is_meta and bool((words.view(torch.int32)[:, -1] & (-1 << used)).any()):
         return f"{key}: expected zero bits past k = {k} in the last word of each row, got others"
@@ -182,7 +208,7 @@ def _problem_of_presence(prefix: str, state_dict: Mapping[str, Any], scaled: boo
     return None
 
 
-def _problem_of_vector(key: str, vector: Tensor, n: int, k: int) -> str | None:
+def _problem_of_vector(key: str, vector: Tensor, n: int) -> str | None:
     if problem := _problem_of_layout(key, vector):
         return problem
     if vector.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
@@ -204,8 +230,8 @@ def _problem_of_number(key: str, number: Any, expected: int) -> str | None:
             return f"{key}: expected a checkpoint of format 1 to {FORMAT}, got {got}{why}"
         if got != expected:
             return (
-                f"{key}: expected {expected}, got {got}: layers with a scale, or with an input that is rounded to "
-                "levels, have format 2, and all others have format 1"
+                f"{key}: expected {expected}, got {got}: layers of ternary weights have format 3, others with a scale, "
+                "or with an input that is rounded to levels, have format 2, and all others have format 1"
             )
     elif name == "k":
         if got != expected:

@@ -20,6 +20,8 @@ from ._product import (
     real_linear,
     scaled_in_float,
     sign_linear,
+    ternary_linear,
+    ternary_words,
     train_linear,
     wants_gradient,
 )
@@ -31,7 +33,9 @@ from .quantizations import (
     binary_rule,
     cancel_gradient,
     get_quantization,
+    has_own_scale,
     is_identity,
+    is_ternary,
     level_bits,
     mean_magnitude,
     own_scale,
@@ -100,7 +104,7 @@ def check_weight_scale(weight_scale: WeightScale | None, quantization: nn.Module
     """
     if weight_scale is not None and weight_scale not in get_args(WeightScale):
         raise ValueError(f"weight_scale: expected None, 'mean' or 'learned', got {weight_scale!r}")
-    if weight_scale is not None and scaled_rule(quantization) is not None:
+    if weight_scale is not None and has_own_scale(quantization):
         raise ValueError(
             f"weight_scale: expected None, because {type(quantization).__name__} has a scale of its own; "
             f"got {weight_scale!r}"
@@ -391,6 +395,8 @@ class QLinear(nn.Linear):
             return self._sign_gemm(x, weight, bias)
         if rules is None and (bits := self._level_bits()) is not None and self._takes_levels(x, weight, bias):
             return self._levels(x, weight, bias, bits)
+        if rules is None and is_ternary(self.weight_quantization) and (rule := self._input_sign_rule()) is not None:
+            return self._ternary(x, weight, bias, rule)
         try:
             if rules is not None and (self.weight_scale or scaled_rule(self.weight_quantization)):
                 return self._signs_in_float(x, weight, bias, rules[1])
@@ -471,6 +477,44 @@ class QLinear(nn.Linear):
         words = functional.pack_bits(weight, rule.strict)
         return level_linear(x, words, weight.shape[1], bias, None, bits, self._scale(weight))
 
+    def _input_sign_rule(self) -> BinaryRule | None:
+        """Return the rule of the input's signs, or None if it has another quantization or hooks."""
+        activation = self.activation
+        if type(activation) is not Activation or has_hooks(activation, do_nothing):
+            return None
+        return binary_rule(activation.activation_function)
+
+    def _ternary(self, x: Tensor, weight: Tensor, bias: Tensor | None, rule: BinaryRule) -> Tensor:
+        """Compute the output from the signs of x and ternary weights: by bits if no gradient is needed."""
+        quantization = self.weight_quantization
+        assert is_ternary(quantization)
+        if self._takes_ternary(x, weight, bias):
+            if not (_compiling() or _warned_of_packing) and weight.numel() >= _MANY_WEIGHTS:
+                self._consider_warning(x, weight, bias)
+            words = ternary_words(weight, quantization)
+            return ternary_linear(x, words, weight.shape[1], bias, None, rule, self._scale(weight))
+        scale = mean_magnitude(weight) if self.weight_scale == "mean" else self._scale(weight)
+        values = quantization.ternarize(weight)
+        return scaled_in_float(self.activation(x), values, scale, bias, autocast_dtype(x) or x.dtype)
+
+    def _takes_ternary(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether the kernels take these tensors, and no gradient is needed."""
+        return (
+            x.device == weight.device
+            and all(
+                t.dtype in FLOATS and has_kernels(t) and (_compiling() or is_plain(t))
+                for t in (x, weight, bias)
+                if t is not None
+            )
+            and x.dim() > 0
+            and x.shape[-1] == weight.shape[1]
+            and not is_differentiated(x, weight, bias, self._scale_parameter())
+        )
+
+    def _scale_parameter(self) -> Tensor | None:
+        """Return the learned scale, or None; a computed one needs a gradient only if the weight does."""
+        return self._scale(self.weight) if self.weight_scale == "learned" else None
+
     # ---- state ----
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -531,6 +575,8 @@ class QLinear(nn.Linear):
         real = type(self.activation) is Activation and is_identity(self.activation.activation_function)
         if real and not self.training and self._weight_rule() and self.weight.is_cpu:
             return "packed weights, real input (in inference, if that is faster; else float)"
+        if is_ternary(self.weight_quantization) and self._input_sign_rule() and has_kernels(self.weight):
+            return "packed, ternary weights (in inference; else float)"
         bits = self._level_bits()
         if bits is not None and self.weight.is_cpu:
             return f"packed weights, {bits}-bit input (in inference; else float)"

@@ -16,8 +16,18 @@ from .dorefa import InputDoReFa
 from .progressive_sign import ProgressiveSign
 from .rule import BinaryRule
 from .sign_family import ApproxSign, Sign, SteHeaviside, SwishSign
+from .ternary import Ternary
 
-__all__ = ["binary_rule", "depends_on_mode", "is_identity", "level_bits", "own_scale", "scaled_rule"]
+__all__ = [
+    "binary_rule",
+    "depends_on_mode",
+    "has_own_scale",
+    "is_identity",
+    "is_ternary",
+    "level_bits",
+    "own_scale",
+    "scaled_rule",
+]
 
 _BITORCH_NAMES: dict[type[nn.Module], tuple[str, str]] = {
     cls: (f"bitorch.quantizations.{module}", cls.__qualname__)
@@ -122,12 +132,24 @@ def scaled_rule(quantization: nn.Module) -> BinaryRule | None:
     return quantization.rule() if has_scale(quantization) and not has_hooks(quantization) else None
 
 
+def is_ternary(quantization: nn.Module) -> TypeGuard[Ternary]:
+    """Whether this is exactly `Ternary`, without hooks, which the packed path would skip."""
+    return type(quantization) is Ternary and not has_hooks(quantization)
+
+
+def has_own_scale(quantization: nn.Module) -> bool:
+    """Whether the packed path computes this quantization's values as small integers times a scale for each row."""
+    return scaled_rule(quantization) is not None or (is_ternary(quantization) and quantization.scale)
+
+
 def own_scale(quantization: nn.Module, weight: Tensor) -> Tensor | None:
-    """Return the scale of a quantization that has a `scaled_rule`, and None for all others.
+    """Return the scale of a quantization that `has_own_scale`, and None for all others.
 
     Raises:
         ValueError: The scale is no float tensor with one value for each row of the weight.
     """
+    if is_ternary(quantization):
+        return quantization.weight_scale(weight) if quantization.scale else None
     if scaled_rule(quantization) is None:
         return None
     return checked_scale(cast(BinaryQuantization, quantization), weight)
