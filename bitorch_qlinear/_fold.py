@@ -254,17 +254,17 @@ def fold_inputs(before: Iterable[nn.Module], layer: PackedQLinear, dtype: torch.
         if reason := reason_against_before(module, k):
             return reason
 
-    def bits_of(x: Tensor) -> Tensor:
-        """Return the bits that the layer takes from inputs."""
+    def output_of(x: Tensor) -> Tensor:
+        """Return what the layer gets."""
         y = x.clone()
         for module in before:
             y = module(y)
         if y.shape != x.shape or y.dtype != dtype:
             raise RuntimeError("the shape or the dtype changes")
-        return functional.unpack_bits(functional.pack_bits(y, strict), k, torch.bool)
+        return y
 
     try:
-        return _bisect(bits_of, k, dtype, strict)
+        return _bisect(output_of, k, dtype, strict)
     except Exception as error:
         said = (str(error).splitlines() or [""])[0]
         return f"what precedes cannot be computed in {dtype} ({type(error).__name__}: {said:.80})"
@@ -276,30 +276,41 @@ def _reason_of_order(before: tuple[nn.Module, ...]) -> str:
         name = type(module).__name__
         if getattr(module, "inplace", False):
             return f"{name} precedes, which writes its input"
+        if not all(bool(tensor.isfinite().all()) for tensor in (*module.parameters(), *module.buffers())):
+            return f"{name} precedes, with infinite values or NaN"
         slopes: float | Tensor = 0.0
         if isinstance(module, nn.LeakyReLU):
             slopes = module.negative_slope
         elif isinstance(module, (nn.PReLU, RPReLU)):
             slopes = module.weight if isinstance(module, nn.PReLU) else module.slope
-        if not bool((torch.as_tensor(slopes) >= 0).all()):
-            return f"{name} precedes, with a negative slope"
+        slopes = torch.as_tensor(slopes)
+        if not bool((slopes.isfinite() & (slopes >= 0)).all()):
+            return f"{name} precedes, with a negative or infinite slope"
     return ""
 
 
-def _bisect(bits_of: Callable[[Tensor], Tensor], k: int, dtype: torch.dtype, strict: bool) -> InputLimits | str:
+def _bisect(output_of: Callable[[Tensor], Tensor], k: int, dtype: torch.dtype, strict: bool) -> InputLimits | str:
     """Find the value from which on each channel's bit is another.
 
     Args:
-        bits_of: Returns the bits for inputs of shape ``(rows, k)``.
+        output_of: Returns what the layer gets, for inputs of shape ``(rows, k)``.
         k: The number of channels.
         dtype: The dtype of the inputs.
-        strict: Whether the bit of NaN is 0.
+        strict: Whether the layer has the strict rule, by which the bit of NaN is 0.
     """
+
+    def bits_of(x: Tensor) -> Tensor:
+        return functional.unpack_bits(functional.pack_bits(output_of(x), strict), k, torch.bool)
+
     integers = _INTEGERS[dtype.itemsize]
     infinity = int(torch.tensor(math.inf, dtype=dtype).view(integers))
     # Numbers in the order of the floats: 0 for +0, -1 for -0, and the others on both sides of them.
     low = torch.full((k,), -infinity - 1, dtype=integers)
     high = torch.full((k,), infinity, dtype=integers)
+    # Between modules of finite parameters NaN comes only from an infinite value. If a finite input overflows on the
+    # way, one of the two largest does, too.
+    if bool(output_of(_float_at(torch.stack([low + 1, high - 1]), dtype)).isnan().any()):
+        return "what precedes gives NaN for finite inputs"
     first, last = bits_of(_float_at(torch.stack([low, high]), dtype))
     while bool((high - 1 > low).any()):
         middle = (low >> 1) + (high >> 1) + (low & high & 1)

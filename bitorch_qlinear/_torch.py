@@ -31,6 +31,7 @@ __all__ = [
     "is_plain",
     "is_proxy",
     "modes_active",
+    "module_calls",
     "operator_entry",
     "own_attributes",
     "shares_data",
@@ -119,6 +120,11 @@ def any_hooks(modules: list[nn.Module]) -> bool:
 
 any_global_hook: Callable[[], Any] = getattr(nn.modules.module, "_has_any_global_hook", lambda: True)
 """Whether hooks are registered for the calls of all modules."""
+
+
+def module_calls() -> tuple[Any, ...]:
+    """Return the functions of nn.Module that lead from a call of a module to its forward."""
+    return nn.Module.__call__, getattr(nn.Module, "_call_impl", None)
 
 
 def modes_active() -> bool:

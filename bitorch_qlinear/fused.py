@@ -1,4 +1,4 @@
-"""FusedSequential: an ``nn.Sequential`` whose packed layers hand each other words instead of floats."""
+"""FusedSequential: an ``nn.Sequential`` whose packed layers hand each other words, and compare with limits."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from ._torch import (
     has_hooks,
     is_plain,
     modes_active,
+    module_calls,
     operator_entry,
     transforms_active,
 )
@@ -70,10 +71,16 @@ class FusedSequential(nn.Sequential):
     ``nn.Sequential``. Each call compares everything that the limits were computed from (the values of parameters and
     buffers, attributes, modes, hooks) and does not use limits of other values.
 
+    Modules before a packed layer whose output only reaches its signs become limits on its inputs, if they keep or
+    reverse the order of each channel's values: ``BatchNorm1d``, ``Hardtanh``, ``ReLU``, ``ReLU6``, ``LeakyReLU`` and
+    ``PReLU`` without negative slopes, ``Dropout``, ``AlphaDropout``, ``Identity``, :class:`ChannelShift` and
+    :class:`RPReLU`, in eval mode and not in place. Inputs that are not contiguous pass through the modules.
+
     A call computes the modules one after another, as ``nn.Sequential`` does, in these cases: an output may need a
     gradient (call the model in ``torch.inference_mode()`` or ``torch.no_grad()``), under autocast, ``torch.func``,
     ``torch.compile`` and ``torch.export``, on another device than a CPU, in a thread that flushes subnormal numbers
-    (``torch.set_flush_denormal``), and for the first calls with new values or another dtype.
+    (``torch.set_flush_denormal``; it counts in the calling thread only), and for the first calls with new values or
+    another dtype.
 
     Modules that may lie between are ``BatchNorm1d``, ``Hardtanh``, ``ReLU``, ``ReLU6``, ``LeakyReLU``, ``PReLU``,
     ``Threshold``, ``Dropout``, ``AlphaDropout`` and ``Identity``, all in eval mode, :class:`ChannelShift` and
@@ -99,9 +106,15 @@ class FusedSequential(nn.Sequential):
             return super().forward(input)  # type: ignore[no-any-return, no-untyped-call]
         x, plan = input, self._current_plan()
         for step in plan.steps:
-            x = step(x)
-            if not isinstance(step, Chain) and not plan.fits(self):
-                raise RuntimeError(f"{type(step).__name__}: exchanged modules of the FusedSequential that calls it")
+            folded = step.limits_for(x) if isinstance(step, Chain) else None
+            if folded is not None:
+                x = folded.run(x)
+                continue
+            for module in step.modules if isinstance(step, Chain) else (step,):
+                x = module(x)
+                if not plan.fits(self):
+                    name = type(module).__name__
+                    raise RuntimeError(f"{name}: exchanged modules of the FusedSequential that calls it")
         return x
 
     def fuse(self, dtype: torch.dtype | None = None) -> FusedSequential:
@@ -241,22 +254,15 @@ class Chain:
         layers.append(modules[place])
         return cls(before, layers, between) if before or between else None  # type: ignore[arg-type]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Compute the chain's output."""
-        folded = self._limits_for(x) if _is_plain_input(x) and not _runs_as_usual() else None
-        if folded is not None:
-            return folded.run(x)
-        for module in self.modules:
-            x = module(x)
-        return x
-
-    def _limits_for(self, x: Tensor) -> Folded | None:
+    def limits_for(self, x: Any) -> Folded | None:
         """Return the limits if they are right for an input and no gradient is asked for."""
+        if not _is_plain_input(x) or _runs_as_usual():
+            return None
         dtype = x.dtype
         folded = self._folded.get(dtype)
         if folded is not None and folded.snapshot.holds():
             if dtype in self._seen:
-                del self._seen[dtype]  # only calls in turn count
+                self._seen.pop(dtype, None)  # only calls in turn count
             return folded if folded.takes(x) and not self._is_differentiated(x, folded.snapshot) else None
         # Values that change from call to call are not worth a table, so it is computed in a later call with the same.
         snapshot, sightings = self._seen.get(dtype, (None, 0))
@@ -547,7 +553,7 @@ class Snapshot:
 
 def _forwards_of(classes: list[type[nn.Module]]) -> list[Any]:
     """Return the functions that a call of a module runs, because someone may replace a class's, too."""
-    return [nn.Module.__call__, *[cls.forward for cls in classes]]
+    return [*module_calls(), *[cls.forward for cls in classes]]
 
 
 def _strictly(modules: list[nn.Module]) -> list[Any]:
@@ -628,6 +634,7 @@ class Fusion:
 
 _LIMITS, _WORDS = "limits", "words for the next layer"
 _STATE = "a module of the chain has hooks, a forward or attributes of its own, or tensors that are not on the CPU"
+_NOW = "no limits can be computed now: under autocast, a mode, a hook for all modules, or flushed subnormal numbers"
 
 
 def fusions(model: nn.Module) -> dict[int, Fusion]:
@@ -647,11 +654,11 @@ def fusions(model: nn.Module) -> dict[int, Fusion]:
 
 def _fusions_of(root: nn.Module) -> dict[int, Fusion]:
     modules = [module for module in _flatten(root) if not is_sequential(module)]
-    found = {
-        id(layer): Fusion("", str(_reader_after(modules, place)))
-        for place, layer in enumerate(modules)
-        if isinstance(layer, PackedQLinear)
-    }
+    found = {}
+    for place, layer in enumerate(modules):
+        if isinstance(layer, PackedQLinear):
+            why = reason_against_before(modules[place - 1], layer.in_features) if place else ""
+            found[id(layer)] = Fusion(why, str(_reader_after(modules, place)))
     would = "" if type(root) is FusedSequential else "with pack(model, fuse=True): "
 
     def report(outcome: object, what: str, through: Iterable[nn.Module]) -> str:
@@ -661,11 +668,14 @@ def _fusions_of(root: nn.Module) -> dict[int, Fusion]:
     plan = root._current_plan() if isinstance(root, FusedSequential) else Plan(root)
     for chain in plan.chains:
         folded = chain.folded(_dtype_of(chain.layers[0]))
-        limits = [_STATE] * len(chain.layers[1:]) if folded is None else folded.limits
+        why = _NOW if Snapshot.of(chain.modules) is not None else _STATE
+        limits = [why] * len(chain.layers[1:]) if folded is None else folded.limits
         for layer, between, outcome in zip(chain.layers, chain.between, limits, strict=False):
-            found[id(layer)] = Fusion("", report(outcome, _WORDS, between))
+            found[id(layer)] = Fusion(found[id(layer)].input, report(outcome, _WORDS, between))
+        for layer in chain.layers[1:]:
+            found[id(layer)] = Fusion("", found[id(layer)].output)
         if chain.before:
             first = chain.layers[0]
-            text = report(_STATE if folded is None else folded.input_limits, _LIMITS, chain.before)
+            text = report(why if folded is None else folded.input_limits, _LIMITS, chain.before)
             found[id(first)] = Fusion(text, found[id(first)].output)
     return found

@@ -9,18 +9,18 @@ BiT: https://arxiv.org/abs/2205.13016, BinaryBERT: https://arxiv.org/abs/2012.15
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitorch_qlinear import ChannelShift, QLinear, binarize, explain, kernels, pack
-from examples.common import accuracy, median_seconds, train
-from examples.digits.model import load_digits
+from bitorch_qlinear import ChannelShift, binarize, explain, explain_binarize, pack
+from examples.common import accuracy, check_parity, make_parser, print_speed, start, train
+from examples.digits.model import load_digits, positive
 
 ROWS, PIXELS, CLASSES = 8, 8, 10
+FLOAT_RATE, BINARY_RATE = 3e-3, 1e-2
 
 
 class Block(nn.Module):
@@ -28,6 +28,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         """Create the layers, all real; ``binarize`` exchanges the linear ones.
+
+        What lies between two linear layers is in one ``nn.Sequential`` with them, so that ``pack(model, fuse=True)``
+        can replace it by limits.
 
         Args:
             width: Size of a token.
@@ -92,29 +95,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Arguments to use instead of the process's.
     """
-    parser = argparse.ArgumentParser(prog="python -m examples.transformer", description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=128, help="size of a token (default: %(default)s)")
-    parser.add_argument("--blocks", type=int, default=2, help="number of blocks (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=12, help="passes over the images (default: %(default)s)")
-    arguments = parser.parse_args(argv)
-    torch.manual_seed(0)
+    parser = make_parser("transformer", "Train a transformer with binary layers and its float32 twin, and pack it.")
+    parser.add_argument("--width", type=positive, default=192, help="size of a token (default: %(default)s)")
+    parser.add_argument("--blocks", type=positive, default=2, help="number of blocks (default: %(default)s)")
+    parser.add_argument("--epochs", type=positive, default=12, help="passes over the images (default: %(default)s)")
+    arguments = start(parser, argv)
     digits = load_digits(0, torch.device("cpu"))
-    models: dict[str, nn.Module] = {"float32": Encoder(arguments.width, arguments.blocks)}
+    twin = Encoder(arguments.width, arguments.blocks)
     # The first and the last linear layer, which are the embedding and the classifier, stay real by default.
-    models["binary"] = binarize(models["float32"], weight_scale="mean")
-    for name, model in models.items():
-        train(model, digits, arguments.epochs)
-        print(f"{name}: test accuracy {accuracy(model, digits):.1%}")
+    print(explain_binarize(twin, weight_scale="mean"), end="\n\n")
+    model = binarize(twin, weight_scale="mean")  # a copy with the same initial weights
+    train(twin, digits, arguments.epochs, FLOAT_RATE)
+    print(f"float32: test accuracy {accuracy(twin, digits):.1%}")
+    train(model, digits, arguments.epochs, BINARY_RATE)
+    print(f"binary: test accuracy {accuracy(model, digits):.1%}")
 
-    models["packed"] = pack(models["binary"], fuse=True)
-    print(f"\n{explain(models['packed'])}\n")
-    assert not any(isinstance(module, QLinear) for module in models["packed"].modules())
-    with torch.inference_mode():
-        same = torch.equal(models["packed"](digits.x_test), models["binary"](digits.x_test))
-    print(f"The packed model's logits are {'identical' if same else 'different'} for all test images.")
-    seconds = median_seconds(models, digits.x_test)
-    ratio = seconds["float32"] / seconds["packed"]
-    print(f"packed: {ratio:.1f} × float32 at batch {len(digits.x_test)} (kernel {kernels.active()})")
+    packed = pack(model, fuse=True)
+    print(f"\n{explain(packed)}\n")
+    check_parity(model, packed, digits.x_test)
+    print_speed(twin, packed, digits.x_test, (16, 64, 256))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,10 @@ ignores that 10.0 and 12.0 may be faster, for example by doubled integer units, 
 shared memory a clock. It does not see latencies, which may be too long for the warps to hide; bank conflicts, of which
 tests/ptx finds none; the starts and ends of blocks; and clocks that fall under load. So a share is an upper bound as
 far as these rates hold, and a low share shows where to look.
+
+A second table has what the end of a product moves: the bytes that a block reads and writes beside the factors, and the
+bytes that pass through memory before the next product has its words. A product that writes numbers leaves it to another
+kernel to read and pack them; one that writes bits has written the words.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ import argparse
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -129,6 +133,57 @@ WORKS: dict[str, dict[str, Callable[[Kernel], Work]]] = {
 }
 
 
+class Epilogue(NamedTuple):
+    """What a block with a whole tile of outputs does at its end."""
+
+    rows: int
+    columns: int
+    read: int  # bytes of set bits, and of scale and bias (float32) or of limits and flips
+    written: int  # bytes of outputs
+    sectors: int  # 32-byte sectors that its stores touch, each store of a warp counted for itself
+    between: float  # bytes that are moved before the next product has its words
+
+
+_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "bits": 1 / 8}
+
+
+def epilogue(kernel: Kernel) -> Epilogue | None:
+    """Return what a block of a product does at its end, or None for another kernel."""
+    match kernel.source, kernel.sizes:
+        case "gemm_popc" | "gemm_mma_sm75", ():
+            rows, columns = 64, 64
+        case "gemm_skinny", (rows, each, *_):
+            columns = 32 if kernel.type == "bits" else 4 * each
+        case "gemm_skinny_mma_sm80", (tiles, *_):
+            rows, columns = 16, 8 * tiles
+        case "gemm_mma_sm80" | "gemm_mma_int8_sm80", (rows, columns, *_):
+            pass
+        case _:
+            return None
+    size = _BYTES[kernel.type]
+    written = int(rows * columns * size)
+    channels = {"int32": 0, "bits": 4 + 1 / 8, "float64": 16}.get(kernel.type, 8)
+    counts = 4 * (rows + columns) if kernel.source in _COUNTED else 0
+    # Bits are stored by words, and numbers side by side. The next product's words are packed from numbers.
+    sectors = written // 4 if kernel.type == "bits" else -(-written // 32)
+    between = written if kernel.type == "bits" else 2 * written + rows * columns / 8
+    return Epilogue(rows, columns, int(columns * channels) + counts, written, sectors, between)
+
+
+_COUNTED = ("gemm_skinny_mma_sm80", "gemm_mma_sm80", "gemm_mma_int8_sm80")
+"""The kernels that count a & b, and so read the set bits of each row (csrc/cuda/records.h)."""
+
+
+def epilogue_table(kernels: Iterable[Kernel], names: Collection[str]) -> list[list[object]]:
+    """Return a row for each of the products of these names."""
+    found = []
+    for kernel in kernels:
+        if str(kernel) in names and (end := epilogue(kernel)):
+            sizes = (end.read, end.written, end.sectors, end.between, end.between / (end.rows * end.columns))
+            found.append([list(WORKS).index(kernel.source), str(kernel), f"{end.rows} x {end.columns}", *sizes])
+    return [line[1:] for line in sorted(found)]
+
+
 class Rates(NamedTuple):
     """The rates of a multiprocessor per clock; None if no source gives one."""
 
@@ -206,7 +261,7 @@ def shown(kernel: Kernel) -> bool:
     """Return whether the table shows a kernel: one of those that differ only in result type or rule for signs."""
     if kernel.source == "pack":
         return kernel.type == "bfloat16" and kernel.flags == (False,)
-    return kernel.type in ("bfloat16", "2 bytes", "")
+    return kernel.type in ("bfloat16", "bits", "2 bytes", "")
 
 
 def row(target: str, name: str, work: Work, passed: Counter[str], takes: Resources, threads: int) -> list[object]:
@@ -256,11 +311,20 @@ def main(arguments: list[str] | None = None) -> None:
     built = machine_code.resources(options.library)
     targets = [target for target in options.target or RATES if target in built]
     headers = ["kernel", "target", "registers", "shared", "blocks", "instructions", *PARTS, "bound by", "share"]
-    print(tabulate(table(options.library, targets), headers=headers, disable_numparse=True))
+    lines = table(options.library, targets)
+    print(tabulate(lines, headers=headers, disable_numparse=True))
     print(
         "\nAn estimate from machine code and data sheets: no hardware was used. Registers of a thread; bytes of shared "
         "memory of a\nblock; blocks of so many threads that share a multiprocessor; instructions of a warp's pass of "
-        "the main loop, and\nthe clocks for which it keeps each part of a multiprocessor busy."
+        "the main loop, and\nthe clocks for which it keeps each part of a multiprocessor busy.\n"
+    )
+    headers = ["kernel", "tile", "read", "written", "sectors", "to the next words", "of an output"]
+    ends = epilogue_table(machine_code.launch_bounds(options.library), {str(line[0]) for line in lines})
+    print(tabulate(ends, headers=headers, floatfmt=".3g"))
+    print(
+        "\nBytes at the end of a block with a whole tile: what it reads beside the factors and what it writes, and the "
+        "sectors of\n32 bytes that its stores touch; bytes that are moved before the next product has its words, in "
+        "all and of an output."
     )
 
 

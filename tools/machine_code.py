@@ -59,6 +59,7 @@ def lines(library: Path, *options: str) -> Iterator[str]:
 _SYMBOL = re.compile(r"_GLOBAL__N__[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}\d+([a-z_]+)(.*)")
 # The first template argument of a kernel is the type of its output, or of the values that it packs or unpacks.
 _TYPES = {"d": "float64", "f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16", "i": "int32"}
+_TYPES["NS0_3BitE"] = "bits"
 _TYPES |= {"h": "1 byte", "t": "2 bytes", "j": "4 bytes", "m": "8 bytes"}
 
 

@@ -2,6 +2,10 @@
 // operation rounded once, where popcount is that of a ^ b. A kernel that counts a & b has
 //     popcount(a ^ b) = popcount(a) + popcount(b) - 2 popcount(a & b).
 // Everything is unsigned, modulo 2^32, so the sum may exceed 2^31 on its way; k - 2 popcount itself fits in an int32.
+//
+// An output may instead be a bit, (popcount <= limit) XOR flip, and the bits of 32 neighbouring columns are a word of y.
+// One warp makes all comparisons of a word and its lanes exchange the results, so that each word is written once, by one
+// thread.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -33,6 +37,12 @@ struct As {
     using Sum = SumT;
 };
 
+// The output type Bit is not stored: outputs of that type are the bits of words.
+struct Bit {};
+using AsBits = As<Bit, int32_t>;
+template <class As>
+constexpr bool kBits = std::is_same_v<typename As::Out, Bit>;
+
 // Returns T(channels[column]), or `absent` if there are no channels.
 template <class Sum>
 __device__ __forceinline__ Sum channel(const Channels& channels, int64_t column, Sum absent) {
@@ -62,6 +72,30 @@ struct ChannelTile {
                 scale[i] = exists ? channel<Sum>(y.scale, first + i, Sum{1}) : Sum{1};
                 bias[i] = exists ? channel<Sum>(y.bias, first + i, -Sum{0}) : -Sum{0};
             }
+        }
+    }
+};
+
+// Limits and flips of a block's columns, which begin at a multiple of 32, in shared memory.
+template <int Width>
+struct ChannelTile<AsBits, Width> {
+    static_assert(Width % kWordBits == 0, "a block writes whole words");
+    int32_t limits[Width];
+    uint32_t flips[Width / kWordBits];
+
+    // All threads of the block must call it, and reach a barrier before the first use.
+    __device__ __forceinline__ void load(const Output& y, int64_t n, int64_t first) {
+        const auto* all_limits = static_cast<const int32_t*>(y.scale.data);
+        const auto* all_flips = static_cast<const uint32_t*>(y.bias.data);
+        const int thread = static_cast<int>(threadIdx.x);
+        for (int i = thread; i < Width; i += static_cast<int>(blockDim.x)) {
+            // No popcount is within the limit of a column that does not exist, so its bit is 0.
+            limits[i] = first + i < n ? all_limits[first + i] : -1;
+        }
+        if (thread < Width / kWordBits) {
+            const int64_t left = n - first - kWordBits * thread;
+            const uint32_t exist = valid_bits(left < kWordBits ? static_cast<int>(left) : kWordBits);
+            flips[thread] = all_flips && exist ? all_flips[first / kWordBits + thread] & exist : 0;
         }
     }
 };
@@ -132,7 +166,27 @@ __device__ __forceinline__ void write_outputs(const Output& y, int64_t n, int64_
     }
 }
 
-// Returns whether every row of y starts on 16 bytes.
+// Returns an output that is a bit, before it is flipped, from the popcount of a ^ b.
+__device__ __forceinline__ bool within(uint32_t popcount, int32_t limit) {
+    return static_cast<int32_t>(popcount) <= limit;
+}
+
+// Writes the bits of y[row][column ... column + 31], where column is a multiple of 32, if that word exists.
+__device__ __forceinline__ void write_word(const Product& product, int64_t row, int64_t column, uint32_t word) {
+    if (row < product.m && column < product.n) {
+        static_cast<uint32_t*>(product.y.data)[row * word_count(product.n) + column / kWordBits] = word;
+    }
+}
+
+// Writes the same from the popcount that each lane of a warp has for its column of them.
+__device__ __forceinline__ void write_row_of_warp(const Product& product, int64_t row, int64_t column,
+                                                  uint32_t popcount, const ChannelTile<AsBits, kWarp>& channels) {
+    const int lane = lane_index();
+    const uint32_t ones = __ballot_sync(kAllLanes, within(popcount, channels.limits[lane]));
+    if (lane == 0) write_word(product, row, column, ones ^ channels.flips[0]);
+}
+
+// Returns whether every row of y starts on 16 bytes. Kernels that write bits, which are not stored as vectors, ignore it.
 static inline bool rows_on_16_bytes(const Output& y, int64_t n) {
     return reinterpret_cast<uintptr_t>(y.data) % 16 == 0 && n * element_size(y.dtype) % 16 == 0;
 }
@@ -146,6 +200,7 @@ cudaError_t with_output_type(DType dtype, Function function) {
         case DType::float16: return function(As<__half, float>{});
         case DType::bfloat16: return function(As<__nv_bfloat16, float>{});
         case DType::int32: return function(As<int32_t, int32_t>{});
+        case DType::boolean: return function(AsBits{});
         default: return cudaErrorInvalidValue;
     }
 }

@@ -131,6 +131,14 @@ __device__ __forceinline__ void write_tile(const Product& product, const Place& 
     }
 }
 
+// Writes a tile of bits.
+__device__ __forceinline__ void write_tile(const Product& product, const Place& at, const Sums& sums,
+                                           const ChannelTile<AsBits, kTile>& channels) {
+    static_assert(kSide == kWarp, "a warp's square is 32 words");
+    write_words(product, at, at.warp_row, at.warp_column, channels,
+                [&](int i, int c) { return static_cast<uint32_t>(sums[i][c / 2][c % 2]); });
+}
+
 #endif
 
 // Three blocks share an SM, as many as fit in the shared memory of sm_75.
@@ -146,7 +154,11 @@ __global__ void __launch_bounds__(kThreads, 3)
     channels.load(product.y, product.n, at.column);
     multiply_tile<kVector<As>>(product, at, stages, sums);
     __syncthreads();  // with k = 0 there was no barrier yet
-    write_tile<As>(product, at, whole_vectors, sums, channels);
+    if constexpr (kBits<As>) {
+        write_tile(product, at, sums, channels);
+    } else {
+        write_tile<As>(product, at, whole_vectors, sums, channels);
+    }
 #else
     __trap();  // instead of leaving y unwritten
 #endif

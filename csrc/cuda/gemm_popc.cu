@@ -38,6 +38,32 @@ __device__ __forceinline__ void load_stage(const Operand& operand, int64_t begin
     }
 }
 
+// Writes the rows `row` + kSide i of a tile of bits. A warp has two rows, and of each 32 columns a thread has two, 16
+// apart: one ballot has the first 16 columns of both rows, another the last 16.
+__device__ __forceinline__ void write_words(const Product& product, int64_t row, int64_t column, int tx,
+                                            const uint32_t (&popcounts)[kEach][kEach],
+                                            const ChannelTile<AsBits, kTile>& channels) {
+    static_assert(2 * kSide == kWarp && kSide == kWordBits / 2, "a warp has two rows of half words");
+    const bool second_row = lane_index() >= kSide;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+#pragma unroll
+        for (int word = 0; word < kTile / kWarp; ++word) {
+            uint32_t halves[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int j = 2 * word + half;
+                const bool one = within(popcounts[i][j], channels.limits[kSide * j + tx]);
+                halves[half] = __ballot_sync(kAllLanes, one);
+            }
+            const uint32_t ones = __byte_perm(halves[0], halves[1], second_row ? 0x7632 : 0x5410);
+            if (tx == word) {
+                write_word(product, row + kSide * i, column + kWordBits * word, ones ^ channels.flips[word]);
+            }
+        }
+    }
+}
+
 template <class As>
 __global__ void __launch_bounds__(kThreads, 2) multiply_tiles(const Product product, int64_t column_tiles) {
     __shared__ Stage x, weight;
@@ -68,15 +94,19 @@ __global__ void __launch_bounds__(kThreads, 2) multiply_tiles(const Product prod
         }
         __syncthreads();
     }
+    if constexpr (kBits<As>) {
+        write_words(product, row + ty, column, tx, popcounts, channels);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
+        for (int i = 0; i < kEach; ++i) {
 #pragma unroll
-        for (int j = 0; j < kEach; ++j) {
-            const int64_t m = row + ty + kSide * i;
-            const int n = tx + kSide * j;
-            if (m >= product.m) continue;
-            write_outputs<As, 1>(product.y, product.n, product.k, m, column + n, false, {popcounts[i][j]},
-                                 channels.scale + n, channels.bias + n);
+            for (int j = 0; j < kEach; ++j) {
+                const int64_t m = row + ty + kSide * i;
+                const int n = tx + kSide * j;
+                if (m >= product.m) continue;
+                write_outputs<As, 1>(product.y, product.n, product.k, m, column + n, false, {popcounts[i][j]},
+                                     channels.scale + n, channels.bias + n);
+            }
         }
     }
 }

@@ -19,8 +19,10 @@
 // does not provide, or a second launch of at least 1 us. It could only help if blocks are few and rows long. At n =
 // 256, k = 65536 there are 64 blocks of 32 KB of weights, and an SM takes 64 bytes a clock from L2: 0.3 us, less than
 // the 0.5 us in which the chip's memory gives these 2 MiB. (From 3 rows on they are 32 of 64 KB: 0.5 us. The counting
-// of 16 rows takes longer.)
+// of 16 rows takes longer.) If outputs are bits, they are 8 of 256 KB, because a block has the 32 columns of a word: 2.3
+// us. Sums in memory and a second launch, which packs them, would take about as long.
 #include <algorithm>
+#include <type_traits>
 
 #include "check_prepared.cuh"
 #include "epilogue.cuh"
@@ -42,6 +44,15 @@ struct Shape {
     static constexpr int kRows = Rows, kEach = Each, kLines = Lines, kWarps = Warps, kBlocks = Blocks;
     static constexpr int kThreads = kWarp * Warps;
     static constexpr int kColumns = kGroups * Each, kStep = Lines * kLine;
+};
+
+// The columns of a block. If outputs are bits, they are the 32 of a word: each part of K has kAcross warps side by side,
+// with the columns of a Shape each. The rows of sums are kRow words apart: with those of one Shape between them, the sums
+// to which a warp adds at the same time lie in different banks.
+template <class As, class Shape>
+struct Block {
+    static constexpr int kAcross = kBits<As> ? kWarp / Shape::kColumns : 1, kPitch = kBits<As> ? kAcross + 1 : 1;
+    static constexpr int kColumns = kAcross * Shape::kColumns, kRow = kPitch * Shape::kColumns;
 };
 
 constexpr int kManyBlocks = 256;  // two per SM of the largest chips; from here on a block may have more columns
@@ -89,20 +100,28 @@ __device__ __forceinline__ uint4 from_group(const uint4& words, int group, int p
 
 // Adds to sums[row][column] the popcounts of a warp's share of K, and calls `meanwhile` once the first loads are on
 // their way. Rows that do not exist are zeros: their outputs are not written.
-template <class Shape, class Function>
+template <class Block, class Shape, class Function>
 __device__ __forceinline__ void count_differences(const Product& product, int width, int64_t column, uint32_t* sums,
                                                   Function meanwhile) {
     constexpr int kRows = Shape::kRows, kEach = Shape::kEach, kLines = Shape::kLines, kStep = Shape::kStep;
     // Many rows of x are divided among the groups and shuffled; few are loaded by each group.
     constexpr bool kDivided = kRows >= kGroups;
     constexpr int kApart = kDivided ? kGroups : 1, kLoads = kRows / kApart;
-    const int index = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+    const int index = threadIdx.x / kWarp / Block::kAcross, warps = blockDim.x / kWarp / Block::kAcross;
     const int lane = threadIdx.x % kWarp, group = lane / kGroupLanes, place = lane % kGroupLanes;
+    const int across = threadIdx.x / kWarp % Block::kAcross * Shape::kColumns;
+    column += across, sums += across;
     const int first_row = kDivided ? group : 0;
     const int begin = index * kStep + kWords * place;
     const uint32_t* x = product.x.words + first_row * product.x.stride + begin;
     const uint32_t* weight = product.weight.words + (column + group * kEach) * product.weight.stride + begin;
-    const int64_t x_rows = product.m - first_row, weight_rows = product.n - column - group * kEach;
+    // The rows that exist. Blocks that write bits count them in 32 bits, because ptxas would spill two registers on 12.0;
+    // those that write numbers keep the machine code that was measured.
+    using Count = std::conditional_t<Block::kAcross == 1, int64_t, int>;
+    const int64_t columns = product.n - column;
+    const bool all_columns = Block::kAcross > 1 && columns > Shape::kColumns;
+    const Count x_rows = static_cast<Count>(product.m) - first_row;
+    const Count weight_rows = static_cast<Count>(all_columns ? Shape::kColumns : columns) - group * kEach;
     const int64_t x_next = kApart * product.x.stride;
     // A step's words are loaded at the end of the step before it: within one, ptxas puts each load next to its use, and
     // they are in flight one after the other.
@@ -157,20 +176,22 @@ __device__ __forceinline__ void count_differences(const Product& product, int wi
 #pragma unroll
     for (int v = 0; v < kValues; v += kGroupLanes) {
         const int row = (v + place) / kEach, j = (v + place) % kEach;
-        if (v + place < kValues) atomicAdd(&sums[(row * kGroups + group) * kEach + j], counts[v / kGroupLanes]);
+        if (v + place < kValues)
+            atomicAdd(&sums[(row * kGroups * Block::kPitch + group) * kEach + j], counts[v / kGroupLanes]);
     }
 }
 
 template <class As, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skinny(const Product product, int width) {
-    constexpr int kColumns = Shape::kColumns, kOutputs = Shape::kRows * kColumns;
+    using Block = Block<As, Shape>;
+    constexpr int kColumns = Block::kColumns, kOutputs = Shape::kRows * Block::kRow;
     __shared__ uint32_t sums[kOutputs];
     __shared__ ChannelTile<As, kColumns> channels;
     const int64_t column = int64_t{blockIdx.x} * kColumns;
     const int thread = threadIdx.x, threads = blockDim.x;
     for (int i = thread; i < kOutputs; i += threads) sums[i] = 0;
     __syncthreads();
-    count_differences<Shape>(product, width, column, sums, [&] {
+    count_differences<Block, Shape>(product, width, column, sums, [&] {
         if (thread == 0) check_prepared(product.prepared, product.n, product.k);
         channels.load(product.y, product.n, column);
     });
@@ -179,16 +200,22 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skin
     // start on 16 bytes.
     for (int i = thread; i < product.m * kColumns; i += threads) {
         const int row = i / kColumns, j = i % kColumns;
-        write_outputs<As, 1>(product.y, product.n, product.k, row, column + j, false, {sums[i]}, channels.scale + j,
-                             channels.bias + j);
+        if constexpr (kBits<As>) {
+            write_row_of_warp(product, row, column, sums[row * Block::kRow + j], channels);
+        } else {
+            write_outputs<As, 1>(product.y, product.n, product.k, row, column + j, false, {sums[i]}, channels.scale + j,
+                                 channels.bias + j);
+        }
     }
 }
 
 template <class As, class Shape>
 cudaError_t launch(const Product& product, cudaStream_t stream) {
-    const int64_t blocks = ceil_div(product.n, Shape::kColumns), width = aligned_words_for(product.k);
+    using Block = Block<As, Shape>;
+    const int64_t blocks = ceil_div(product.n, Block::kColumns), width = aligned_words_for(product.k);
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    const int64_t warps = std::clamp<int64_t>(ceil_div(width, Shape::kStep), 1, Shape::kWarps);
+    const int64_t parts = std::clamp<int64_t>(ceil_div(width, Shape::kStep), 1, Shape::kWarps / Block::kAcross);
+    const int64_t warps = parts * Block::kAcross;
     multiply_skinny<As, Shape><<<static_cast<unsigned>(blocks), static_cast<unsigned>(kWarp * warps), 0, stream>>>(
         product, static_cast<int>(width));
     return cudaGetLastError();

@@ -21,7 +21,8 @@
 // for a quarter of the 2 us that the memory takes. Blocks do not share a K, because that would need memory which the
 // interface does not provide, or a second launch of at least 1 us. It could only help if blocks are few and rows long.
 // At n = 256, k = 65536 there are 32 blocks of 64 KB of weights and 128 KB of x, and an SM takes 64 bytes a clock from
-// L2: 1.6 us, while all SMs together would need 0.5 us, and the second launch.
+// L2: 1.6 us, while all SMs together would need 0.5 us, and the second launch. If outputs are bits, they are 8 blocks of
+// 256 KB of weights, because a block has the 32 columns of a word: 3.4 us, for which the same holds.
 #include <algorithm>
 
 #include "check_prepared.cuh"
@@ -154,8 +155,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skin
         const int row = i / kColumns, j = i % kColumns;
         // popcount(a ^ b) = popcount(a) + popcount(b) - 2 popcount(a & b)
         const uint32_t different = x_bits[row] + weight_bits[j] - 2 * sums.of_output(row, j);
-        write_outputs<As, 1>(product.y, product.n, product.k, row, column + j, false, {different}, channels.scale + j,
-                             channels.bias + j);
+        if constexpr (kBits<As>) {
+            write_row_of_warp(product, row, column, different, channels);
+        } else {
+            write_outputs<As, 1>(product.y, product.n, product.k, row, column + j, false, {different},
+                                 channels.scale + j, channels.bias + j);
+        }
     }
 #else
     __trap();  // instead of leaving y unwritten
@@ -173,12 +178,14 @@ cudaError_t launch(const Product& product, cudaStream_t stream) {
 }
 
 // Blocks with many columns load x less often; if that leaves too few blocks, more of K in a block keeps the loads in
-// flight.
+// flight. Blocks that write bits have the 32 columns of a word.
 template <class As>
 cudaError_t launch_tiles(const Product& product, cudaStream_t stream) {
-    if (product.n >= kManyBlocks * 4 * kSide) return launch<As, Shape<4, 2, 8, 2>>(product, stream);
-    if (product.n >= kManyBlocks * 2 * kSide) return launch<As, Shape<2, 2, 8, 3>>(product, stream);
-    return launch<As, Shape<1, 4, 16, 1>>(product, stream);
+    if (kBits<As> || product.n >= kManyBlocks * 4 * kSide) return launch<As, Shape<4, 2, 8, 2>>(product, stream);
+    if constexpr (!kBits<As>) {
+        if (product.n >= kManyBlocks * 2 * kSide) return launch<As, Shape<2, 2, 8, 3>>(product, stream);
+        return launch<As, Shape<1, 4, 16, 1>>(product, stream);
+    }
 }
 
 }  // namespace

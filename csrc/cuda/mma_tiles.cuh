@@ -224,6 +224,24 @@ __device__ __forceinline__ void write_tile(const Product& product, const Place& 
     }
 }
 
+// Writes a tile of bits.
+template <class Shape>
+__device__ __forceinline__ void write_tile(const Product& product, const Place& at, const Sums<Shape>& sums,
+                                           const Margins<AsBits, Shape>& margins) {
+#pragma unroll
+    for (int first = 0; first < kFragments<Shape>; first += 2) {
+#pragma unroll
+        for (int index = 0; index < kGroups<Shape>; ++index) {
+            const int top = at.warp_row + 16 * first, left = at.warp_column + kGroup * index;
+            write_words(product, at, top, left, margins.channels, [&](int i, int c) {
+                const int32_t (&group)[4][4] = sums[first + i / 2][index];
+                const auto both = static_cast<uint32_t>(group[c / 2][i % 2 * 2 + c % 2]);
+                return margins.x[top + 8 * i + at.g] + margins.weight[left + 8 * at.q + c] - 2 * both;
+            });
+        }
+    }
+}
+
 template <class As, class Shape, class Instructions>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     multiply_tiles(const Product product, int64_t row_tiles, int64_t column_tiles, bool whole_vectors) {
@@ -234,7 +252,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         Sums<Shape> sums = {};
         multiply_tile<Instructions, Shape, kVector<As>>(product, at, shared.stages, sums);
         load_margins<As, Shape>(product, at, shared.margins);
-        write_tile<As, Shape>(product, at, whole_vectors, sums, shared.margins);
+        if constexpr (kBits<As>) {
+            write_tile<Shape>(product, at, sums, shared.margins);
+        } else {
+            write_tile<As, Shape>(product, at, whole_vectors, sums, shared.margins);
+        }
     } else {
         __trap();  // instead of leaving y unwritten
     }

@@ -138,6 +138,18 @@ class ContiguousChannels {
     std::optional<Tensor> values_;
 };
 
+// The limits or flips of outputs that are bits, copied if they do not lie at multiples of their size.
+class AlignedWords {
+  public:
+    AlignedWords(const char* argument, const std::optional<Tensor>& words) {
+        if (words) words_ = aligned(argument, *words);
+    }
+    Channels channels() const { return {words_ ? words_->data_ptr() : nullptr, DType::int32}; }
+
+  private:
+    std::optional<Tensor> words_;
+};
+
 cudaError_t launch_product(const Choice& choice, const Product& product, cudaStream_t stream) {
     switch (choice.kernel) {
         case GemmKernel::skinny: return gemm_skinny(product, stream);
@@ -149,12 +161,14 @@ cudaError_t launch_product(const Choice& choice, const Product& product, cudaStr
     }
 }
 
-// How the outputs are made of the product: their sizes, dtype, bias and scale.
+// How the outputs are made of the product: the result's sizes and dtype, and bias and scale of numbers or limits and
+// flips of bits.
 struct Outputs {
     std::vector<int64_t> sizes;
     ScalarType type;
     const std::optional<Tensor>& bias;
     const std::optional<Tensor>& scale;
+    const BitArguments& bits = kNoBits;
 };
 
 // Computes y[m][n] from the factors that make_x(record) and make_weight(record) give in the chosen kernel's form.
@@ -168,9 +182,10 @@ Tensor multiply(int64_t m, int64_t n, int64_t k, const Outputs& outputs, const L
     if (m == 0 || n == 0) return y;
     const Factor w = make_weight(kernel);
     const ContiguousChannels scale(outputs.scale), bias(outputs.bias);
-    const Product product{
-        x.operand, w.operand, m, n, k, {y.data_ptr(), *dtype_of(outputs.type), scale.channels(), bias.channels()},
-        w.prepared};
+    const AlignedWords limits("out_limits", outputs.bits.limits), flips("out_flips", outputs.bits.flips);
+    const Output numbers{y.data_ptr(), *dtype_of(outputs.type), scale.channels(), bias.channels()};
+    const Output bits{y.data_ptr(), DType::boolean, limits.channels(), flips.channels()};
+    const Product product{x.operand, w.operand, m, n, k, outputs.bits.limits ? bits : numbers, w.prepared};
     check_launch(kernel.name, launch_product(choice, product, launch.stream()));
     return y;
 }
@@ -180,12 +195,6 @@ template <class MakeX>
 Tensor multiply(int64_t m, const Weights& weights, const Outputs& outputs, const Launch& launch, MakeX make_x) {
     return multiply(m, weights.n, weights.k, outputs, launch, make_x,
                     [&](const KernelRecord& kernel) { return factor_of_weights(weights, kernel, launch); });
-}
-
-// Refuses outputs that are bits, which no kernel here writes yet.
-void refuse_bits(const std::optional<Tensor>& limits, const std::optional<Tensor>& flips) {
-    if (limits) fail("out_limits", "expected None for tensors on CUDA, where products do not write bits, got a tensor");
-    if (flips) fail("out_flips", "expected None without out_limits, got a tensor");
 }
 
 // ---- operators -------------------------------------------------------------------------------------------------------
@@ -239,7 +248,6 @@ Tensor binary_linear(const Tensor& x_words, const Tensor& weight_words, int64_t 
                      std::optional<ScalarType> out_dtype, const std::optional<Tensor>& out_limits,
                      const std::optional<Tensor>& out_flips) {
     const Device device = device_of("x_words", x_words);
-    refuse_bits(out_limits, out_flips);
     check_values(k);
     check_words("x_words", x_words, k, device);
     const WeightArguments given = check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype,
@@ -248,7 +256,7 @@ Tensor binary_linear(const Tensor& x_words, const Tensor& weight_words, int64_t 
     const int64_t m = count_rows(x_words);
     const Launch launch(device);
     return multiply(
-        m, weights, {sizes_with_last(x_words, weights.n), given.out_type, bias, scale}, launch,
+        m, weights, {sizes_with_last(x_words, given.out_size()), given.out_type, bias, scale, given.bits}, launch,
         [&](const KernelRecord& kernel) { return factor_of_words(words_of(x_words), m, k, kernel, launch); });
 }
 
@@ -257,12 +265,13 @@ Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std:
               std::optional<ScalarType> out_dtype, bool strict, const std::optional<Tensor>& out_limits,
               const std::optional<Tensor>& out_flips) {
     const Device device = device_of("x", x);
-    refuse_bits(out_limits, out_flips);
     const LinearArguments given =
         check_linear(x, weight_words, k, bias, weight_prepared, scale, out_dtype, {out_limits, out_flips}, device);
     const Weights weights = read_weights(given.weight);
     const Launch launch(device);
-    return multiply(given.x.m, weights, {sizes_with_last(x, weights.n), given.weight.out_type, bias, scale}, launch,
+    const WeightArguments& weight = given.weight;
+    return multiply(given.x.m, weights,
+                    {sizes_with_last(x, weight.out_size()), weight.out_type, bias, scale, weight.bits}, launch,
                     [&](const KernelRecord& kernel) { return factor_of_rows(given.x, strict, kernel, launch); });
 }
 

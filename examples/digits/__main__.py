@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,18 @@ from torch import nn
 
 from . import report
 from .costs import environment, measure
-from .model import HIDDEN_LAYERS, Digits, Training, build_model, load_digits, pack_and_check, require, train
+from .model import (
+    HIDDEN_LAYERS,
+    Digits,
+    Training,
+    build_model,
+    export_and_check,
+    load_digits,
+    pack_and_check,
+    positive,
+    require,
+    train,
+)
 
 __all__ = ["main"]
 
@@ -27,8 +39,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line, and reject now what would otherwise fail only after the training."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.digits",
-        description="Train a binary classifier of handwritten digits and its float32 twin, pack the binary one, and "
-        "compare accuracy, size and speed.",
+        description="Train a binary classifier of handwritten digits and its float32 twin, pack and export the binary "
+        "one, and compare accuracy, size and speed.",
     )
     parser.add_argument(
         "--epochs", type=positive, default=12, help="passes over the training images (default: %(default)s)"
@@ -52,6 +64,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="where to train and measure (default: the GPU that torch can use, else the CPU; here %(default)s)",
     )
     parser.add_argument("--plot", type=writable, metavar="PATH", help="draw training and latencies into a PNG")
+    parser.add_argument("--export", type=writable, metavar="PATH", help="keep the exported program of the packed model")
     parser.add_argument("--json", type=writable, metavar="PATH", help="write all measured numbers, and the machine")
     arguments = parser.parse_args(argv)
     needed, available = HIDDEN_LAYERS * arguments.hidden**2 * BYTES_A_WEIGHT, memory_bytes(arguments.device)
@@ -68,13 +81,6 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def positive(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def seed_number(text: str) -> int:
@@ -109,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: An argument is wrong, a package is missing, or Ctrl-C was pressed.
-        RuntimeError: The packed model computes different logits.
+        RuntimeError: A packed model or the exported program computes different logits.
     """
     try:
         run(parse_arguments(argv))
@@ -141,7 +147,7 @@ def train_from_seed(binary: bool, digits: Digits, arguments: argparse.Namespace)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train, pack, measure and report."""
+    """Train, pack, export, measure and report."""
     require("tabulate", "tabulate")
     require("tqdm", "tqdm")
     if arguments.plot:
@@ -157,8 +163,12 @@ def run(arguments: argparse.Namespace) -> None:
     model, binary_training = train_from_seed(True, digits, arguments)
     twin, float_training = train_from_seed(False, digits, arguments)
 
-    packed, layers = pack_and_check(model, digits.x_test)
-    print(f"\n{layers}\n\nThe packed model's logits are identical for all {test_images} test images.\n", flush=True)
+    packed, fused, layers = pack_and_check(model, digits.x_test)
+    print(f"\n{layers}\n\nThe packed model's logits are identical for all {test_images} test images.", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = arguments.export or Path(folder) / "packed.pt2"
+        export_and_check(packed, digits.x_test, path)
+        print(f"So are those of the exported program, a file of {path.stat().st_size / 1e3:,.0f} kB.\n", flush=True)
 
     settings = {
         "epochs": arguments.epochs,
@@ -167,7 +177,7 @@ def run(arguments: argparse.Namespace) -> None:
         "seed": arguments.seed,
     }
     training = {report.BINARY: binary_training, report.FLOAT: float_training}
-    costs = measure(twin, model, packed, digits.x_test)
+    costs = measure(twin, model, packed, fused, digits.x_test)
     results = report.collect(settings, training, test_images, costs, environment(arguments.device))
     print(report.text(results))
     if arguments.plot:

@@ -17,7 +17,7 @@ from bitorch_qlinear import PackedQLinear, __version__, info
 
 from .model import hidden_layers, progress_bar
 
-__all__ = ["BATCHES", "FLOAT32", "PACKED", "QLINEAR", "Costs", "environment", "measure", "resident_bytes"]
+__all__ = ["BATCHES", "FLOAT32", "FUSED", "PACKED", "QLINEAR", "Costs", "environment", "measure", "resident_bytes"]
 
 BATCHES = (1, 256)
 ROUNDS = 15
@@ -25,7 +25,7 @@ ROUNDS = 15
 # every model alike.
 BLOCK_SECONDS = 0.02
 
-FLOAT32, QLINEAR, PACKED = "float32 nn.Linear", "QLinear (eval)", "PackedQLinear"
+FLOAT32, QLINEAR, PACKED, FUSED = "float32 nn.Linear", "QLinear (eval)", "PackedQLinear", "FusedSequential"
 
 Costs = dict[str, dict[str, float]]
 """Bytes and latencies of each model. Their names end in the unit."""
@@ -39,7 +39,11 @@ def checkpoint_bytes(module: nn.Module, folder: Path) -> int:
 
 
 def resident_bytes(module: nn.Module) -> int:
-    """Return the bytes of a module's parameters, its buffers and the prepared forms of its packed weights."""
+    """Return the bytes of a module's parameters, its buffers and the prepared forms of its packed weights.
+
+    A fused model's limits and the record of what they were computed from are not counted: some 20 bytes for each output
+    of a packed layer.
+    """
     tensors: list[Tensor | None] = [*module.parameters(), *module.buffers()]
     tensors += [layer.weight_prepared for layer in module.modules() if isinstance(layer, PackedQLinear)]
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
@@ -57,7 +61,7 @@ def measure_sizes(models: dict[str, nn.Module]) -> Costs:
 
 
 def measure_latencies(models: dict[str, nn.Module], images: Tensor, features: Tensor) -> Costs:
-    """Return the median latency of one hidden layer and of each whole model, for each of `BATCHES`.
+    """Return the median latency of one hidden layer (not of the fused model) and of each model, for each of `BATCHES`.
 
     Each round times every model once, so that other work on the machine slows all of them alike. The median over the
     rounds ignores outliers.
@@ -73,8 +77,9 @@ def measure_latencies(models: dict[str, nn.Module], images: Tensor, features: Te
         warnings.filterwarnings("ignore", message="bitorch_qlinear: a QLinear packs its weights")
         for batch in BATCHES:
             for name, model in models.items():
-                layer = hidden_layers(model)[0]
-                timers[name, f"latency_layer_batch{batch}_s"] = calibrated_timer(layer, features[:batch])
+                if name != FUSED:  # a single layer of a fused model is a PackedQLinear
+                    layer = hidden_layers(model)[0]
+                    timers[name, f"latency_layer_batch{batch}_s"] = calibrated_timer(layer, features[:batch])
                 timers[name, f"latency_model_batch{batch}_s"] = calibrated_timer(model, images[:batch])
         seconds: dict[tuple[str, str], list[float]] = {key: [] for key in timers}
         for _ in progress_bar(ROUNDS, "timing", "round"):
@@ -89,20 +94,21 @@ def measure_latencies(models: dict[str, nn.Module], images: Tensor, features: Te
 def calibrated_timer(module: nn.Module, x: Tensor) -> tuple[Timer, int]:
     """Return a timer of ``module(x)`` with torch's own number of threads, and the number of runs in a block."""
     timer = Timer("module(x)", globals={"module": module, "x": x}, num_threads=torch.get_num_threads())
-    timer.timeit(1)  # the first call prepares weights and allocates memory
+    timer.timeit(2)  # the first calls prepare weights, compute limits and allocate memory
     return timer, max(1, round(BLOCK_SECONDS / timer.timeit(3).median))
 
 
-def measure(twin: nn.Module, model: nn.Module, packed: nn.Module, images: Tensor) -> Costs:
-    """Return the bytes and latencies of the float32 twin, the binary model and its packed form.
+def measure(twin: nn.Module, model: nn.Module, packed: nn.Module, fused: nn.Module, images: Tensor) -> Costs:
+    """Return the bytes and latencies of the float32 twin, the binary model and its packed forms.
 
     Args:
         twin: The float32 network, in eval mode.
         model: The binary network, in eval mode.
         packed: The packed binary network.
+        fused: The same, packed with ``fuse=True``.
         images: At least as many images as the largest of `BATCHES`.
     """
-    models = {FLOAT32: twin, QLINEAR: model, PACKED: packed}
+    models = {FLOAT32: twin, QLINEAR: model, PACKED: packed, FUSED: fused}
     hidden = hidden_layers(model)[0].in_features
     assert isinstance(hidden, int)
     features = torch.randn(len(images), hidden).to(images.device)

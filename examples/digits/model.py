@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import time
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitorch_qlinear import QLinear, Report, explain, pack
+from bitorch_qlinear import Report, binarize, explain, pack
 
 __all__ = [
     "CLASSES",
@@ -22,9 +24,13 @@ __all__ = [
     "Training",
     "accuracy",
     "build_model",
+    "check_equal",
+    "export_and_check",
     "hidden_layers",
     "load_digits",
     "pack_and_check",
+    "positive",
+    "predict",
     "progress_bar",
     "require",
     "train",
@@ -79,6 +85,13 @@ def require(module: str, package: str) -> Any:
         raise SystemExit(f"The demo needs {package} ({error}): pip install 'bitorch_qlinear[demo]'") from error
 
 
+def positive(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def progress_bar(steps: int, what: str, unit: str) -> Any:
     """Return ``range(steps)`` that shows tqdm's progress bar if stderr is a terminal, and nothing in a log file."""
     return require("tqdm", "tqdm").tqdm(range(steps), desc=what, unit=unit, disable=None)
@@ -102,9 +115,9 @@ def load_digits(seed: int, device: torch.device) -> Digits:
 def build_model(features: int, hidden: int, binary: bool = True) -> nn.Sequential:
     """Build the binary classifier or its float32 twin; both draw the same initial weights from the same seed.
 
-    The first and the last layer are real-valued. A BatchNorm precedes each hidden layer, so that the values
-    whose signs it takes are centred at zero. These signs are the binary network's nonlinearity. The twin has a ReLU in
-    their place.
+    ``binarize`` makes the binary network of a float one: it replaces all linear layers except the first and the last by
+    ``QLinear``. A BatchNorm precedes each of them, so that the values whose signs it takes are centred at zero. These
+    signs are the binary network's nonlinearity. The twin has a ReLU in their place.
 
     Args:
         features: Number of values of an image.
@@ -114,15 +127,14 @@ def build_model(features: int, hidden: int, binary: bool = True) -> nn.Sequentia
     layers: OrderedDict[str, nn.Module] = OrderedDict(first=nn.Linear(features, hidden, bias=False))
     layers["norm0"] = nn.BatchNorm1d(hidden)
     for i in range(1, HIDDEN_LAYERS + 1):
-        # The hidden layers need no bias because the BatchNorm behind each has one.
-        if binary:
-            layers[f"hidden{i}"] = QLinear(hidden, hidden, bias=False, gradient_cancellation_threshold=1.0)
-        else:
+        if not binary:
             layers[f"relu{i}"] = nn.ReLU()
-            layers[f"hidden{i}"] = nn.Linear(hidden, hidden, bias=False)
+        # The hidden layers need no bias because the BatchNorm behind each has one.
+        layers[f"hidden{i}"] = nn.Linear(hidden, hidden, bias=False)
         layers[f"norm{i}"] = nn.BatchNorm1d(hidden)
     layers["last"] = nn.Linear(hidden, CLASSES)
-    return nn.Sequential(layers)
+    model = nn.Sequential(layers)
+    return binarize(model, inplace=True) if binary else model
 
 
 def hidden_layers(model: nn.Module) -> nn.ModuleList:
@@ -193,22 +205,52 @@ def train_epoch(
     return total / images
 
 
-def pack_and_check(model: nn.Module, x: Tensor) -> tuple[nn.Module, Report]:
-    """Pack a model and check that the packed one computes the same logits, bit for bit.
+def pack_and_check(model: nn.Module, x: Tensor) -> tuple[nn.Module, nn.Module, Report]:
+    """Pack a model twice, as separate layers and fused, and check that both compute the same logits, bit for bit.
 
     Args:
         model: The trained model; it is in eval mode afterwards.
         x: Images for which the logits are compared.
 
     Returns:
-        The packed model, and a report of what computes its binary layers.
+        The packed model, the fused one, and a report of what computes the binary layers of the latter.
 
     Raises:
         RuntimeError: A logit differs.
     """
-    packed = pack(model.eval())
-    expected, got = predict(model, x), predict(packed, x)
+    expected = predict(model, x)
+    packed, fused = pack(model), pack(model, fuse=True)
+    check_equal(expected, predict(packed, x), "the packed model")
+    check_equal(expected, predict(fused, x), "the fused model")
+    return packed, fused, explain(fused)
+
+
+def export_and_check(model: nn.Module, x: Tensor, path: Path) -> None:
+    """Export a model for batches of any size, load the program again, and check that it computes the same logits.
+
+    The process that loads the program needs no code of the model, only ``import bitorch_qlinear``.
+
+    Args:
+        model: The packed model.
+        x: Images for which the logits are compared.
+        path: The file that is written.
+
+    Raises:
+        RuntimeError: A logit differs.
+    """
+    batch = torch.export.Dim("batch", min=2)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    torch.export.save(program, path)
+    loaded = torch.export.load(path).module()
+    for images in (x, x[: len(x) // 2]):
+        with torch.inference_mode():
+            logits = loaded(images)
+        check_equal(predict(model, images), logits, "the exported program")
+
+
+def check_equal(expected: Tensor, got: Tensor, what: str) -> None:
+    """Raise a RuntimeError if a model's logits are not those of the trained one."""
     if not torch.equal(expected, got):
         differing = int((expected != got).sum())
-        raise RuntimeError(f"the packed model differs from the trained one in {differing} of {got.numel()} logits")
-    return packed, explain(packed)
+        raise RuntimeError(f"{what} differs from the trained one in {differing} of {got.numel()} logits")

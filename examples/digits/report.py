@@ -6,19 +6,24 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from .costs import BATCHES, FLOAT32, PACKED, QLINEAR, Costs
+from .costs import BATCHES, FLOAT32, FUSED, PACKED, QLINEAR, Costs
 from .model import Training, require
 
 __all__ = ["BINARY", "FLOAT", "collect", "plot", "text"]
 
 BINARY, FLOAT = "binary", "float32"
-"""The two networks that are trained. The binary one appears twice in the costs: as it is trained, and packed."""
+"""The two networks that are trained. The costs have the binary one three times: as trained, packed, and fused."""
 
 TRAINED = {FLOAT: "nn.Linear and ReLU, float32", BINARY: "QLinear, binary"}
 
 # These are Okabe and Ito's colours, which colour-blind readers can tell apart.
-GREY, ORANGE, BLUE = "#999999", "#E69F00", "#0072B2"
-COLOURS = {FLOAT32: GREY, QLINEAR: ORANGE, PACKED: BLUE}
+GREY, ORANGE, BLUE, GREEN = "#999999", "#E69F00", "#0072B2", "#009E73"
+COLOURS = {FLOAT32: GREY, QLINEAR: ORANGE, PACKED: BLUE, FUSED: GREEN}
+FUSED_NOTE = (
+    " FusedSequential\n"
+    "is the model of pack(model, fuse=True): its layers hand each other words, and limits on counts replace the\n"
+    "BatchNorms between them. (These limits, about 20 bytes for each hidden output, are not in the sizes above.)"
+)
 PARTS = {"layer": "one hidden layer", "model": "the whole model"}
 
 Results = dict[str, Any]
@@ -46,7 +51,7 @@ def collect(
         "training": {name: run._asdict() for name, run in training.items()},
         "test_accuracy": {name: run.test_accuracy[-1] for name, run in training.items()},
         "test_images": test_images,
-        "identical_predictions": True,  # pack_and_check raises otherwise
+        "identical_predictions": True,  # pack_and_check and export_and_check raise otherwise
         "models": costs,
     }
 
@@ -78,7 +83,7 @@ def training_table(results: Results) -> str:
 
 
 def cost_table(costs: Costs, columns: dict[str, str], unit: float) -> str:
-    """Return a table with a row for each model and, in brackets, float32's cost divided by the model's.
+    """Return a table with a row for each model and, in brackets, float32's cost divided by the model's; "-" if unknown.
 
     Args:
         costs: The costs of all models.
@@ -87,6 +92,8 @@ def cost_table(costs: Costs, columns: dict[str, str], unit: float) -> str:
     """
 
     def cell(model: str, metric: str) -> str:
+        if metric not in costs[model]:
+            return "-"
         value, reference = costs[model][metric], costs[FLOAT32][metric]
         shown = f"{value / unit:,.0f}" if value >= 10 * unit else f"{value / unit:.1f}"
         return shown if model == FLOAT32 else f"{shown} ({reference / value:.3g}×)"
@@ -125,7 +132,7 @@ def text(results: Results) -> str:
         "smaller than float32)",
         cost_table(costs, sizes, 1e3),
         "Median time of one hidden layer and of the whole model (in brackets: times as fast as float32). QLinear\n"
-        "packs its weights in every call, PackedQLinear has them packed.",
+        "packs its weights in every call, PackedQLinear has them packed." + FUSED_NOTE * (FUSED in costs),
         cost_table(costs, latencies, 1e-6),
         machine(results["environment"]),
     ]
@@ -178,11 +185,11 @@ def plot_training(figure: Any, training: dict[str, Any]) -> None:
 
 def plot_latencies(figure: Any, costs: Costs) -> None:
     """Draw bars from zero; each pair of part and batch has an axis of its own, so that lengths compare as times do."""
-    grid = figure.subplots(len(PARTS), len(BATCHES), sharey=True)
+    grid = figure.subplots(len(PARTS), len(BATCHES), sharey="row")
     for row, (part, title) in zip(grid, PARTS.items(), strict=True):
         for axes, batch in zip(row, BATCHES, strict=True):
             metric = f"latency_{part}_batch{batch}_s"
-            values = {model: 1e3 * costs[model][metric] for model in costs}
+            values = {model: 1e3 * costs[model][metric] for model in costs if metric in costs[model]}
             bars = axes.barh(list(values), list(values.values()), color=[COLOURS[model] for model in values])
             labels = [latency_label(value, values[FLOAT32]) for value in values.values()]
             axes.bar_label(bars, labels, padding=4)
@@ -191,7 +198,7 @@ def plot_latencies(figure: Any, costs: Costs) -> None:
             axes.tick_params(axis="y", length=0)
             axes.xaxis.set_visible(False)  # each bar is labelled with its time
             axes.spines["bottom"].set_visible(False)
-    grid[0][0].invert_yaxis()  # shared by all axes: float32 is on top
+        row[0].invert_yaxis()  # shared by all axes of the row: float32 is on top
 
 
 def latency_label(milliseconds: float, reference: float) -> str:

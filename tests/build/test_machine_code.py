@@ -143,6 +143,9 @@ def check_memory(kernel: Kernel, names: Counter[str], passed: Counter[str]) -> N
     assert (machine_code.count(names, "LDGSTS") > 0) == (kernel.source in TILED)
     if side := (32,) if kernel.source == "gemm_mma_sm75" else kernel.sizes[2:3] if kernel.source in TILED else ():
         vectors = sum(count for name, count in names.items() if name.startswith("STG.E.128"))
+        if kernel.type == "bits":
+            assert vectors == 0 and machine_code.count(names, "STG") == side[0] ** 2 // (32 * 32), "words of 32 bits"
+            return
         assert vectors == side[0] ** 2 * BYTES[kernel.type] // (32 * 16), "results are not stored as whole vectors"
 
 
@@ -173,6 +176,7 @@ def test_instructions(target):
 
 SPACE = "_ZN15bitorch_qlinear4cuda"
 POPC = f"{SPACE}45_GLOBAL__N__339fd175_12_gemm_popc_cu_54fd179714multiply_tilesINS0_2AsIiiEEEEvNS0_7ProductEl"
+BITS = f"{SPACE}45_GLOBAL__N__339fd175_12_gemm_popc_cu_54fd179714multiply_tilesINS0_2AsINS0_3BitEiEEEEvNS0_7ProductEl"
 MMA = (
     f"{SPACE}49_GLOBAL__N__c48535e4_16_gemm_mma_sm80_cu_06e1712014multiply_tilesI"
     "NS0_2AsI13__nv_bfloat16fEENS1_5ShapeILi128ELi256ELi64ELi1EEEEEvNS0_7ProductEllb"
@@ -185,6 +189,7 @@ ALIGN = f"{SPACE}40_GLOBAL__N__4ee2265e_8_align_cu_e480637f10align_rowsENS0_5Ali
     ("symbol", "name"),
     [
         (POPC, "gemm_popc<int32>"),
+        (BITS, "gemm_popc<bits>"),
         (MMA, "gemm_mma_sm80<bfloat16, 128, 256, 64, 1>"),
         (PACK, "pack<float16, true, Vectors>"),
         (ALIGN, "align<>"),
@@ -332,6 +337,26 @@ def test_model_on_a_sample():
     line = gpu_model.row("sm_80", "made up", work._replace(memory=0), passed, Resources(32, 0, 0, 0), 256)
     assert line[:6] == ["made up", "sm_80", 32, 0, "8 x 256", 8] and line[-2:] == ["L2", "40% of tensor"]
     assert gpu_model.main_pass(kernel_of("BPT.TRAP 0x1\nBRA 0x10"), work) is None
+
+
+def test_epilogues():
+    """The bytes are counted by hand for a tile of 128 x 256, and for 4 rows of one word."""
+
+    def end(source, kind, *sizes):
+        return gpu_model.epilogue(Kernel(source, kind, sizes, (), False, ""))
+
+    counts, outputs = 4 * (128 + 256), 128 * 256
+    tile = end("gemm_mma_sm80", "bfloat16", 128, 256, 64, 1)
+    assert tile == (128, 256, 8 * 256 + counts, 2 * outputs, 2 * outputs // 32, 4 * outputs + outputs // 8)
+    tile = end("gemm_mma_sm80", "bits", 128, 256, 64, 1)
+    assert tile == (128, 256, 4 * 256 + 8 * 4 + counts, 128 * 8 * 4, 128 * 8, 128 * 8 * 4)
+    assert end("gemm_skinny", "bits", 4, 2, 2, 8, 3) == (4, 32, 4 * 32 + 4, 16, 4, 16)
+    assert end("gemm_skinny", "int32", 4, 2, 2, 8, 3) == (4, 8, 0, 128, 4, 260)
+    assert end("pack", "bits") is None
+    kernels = [machine_code.parse_symbol(symbol) for symbol in (POPC, BITS, MMA, PACK)]
+    lines = gpu_model.epilogue_table(kernels, {"gemm_popc<bits>", str(kernels[2]), str(kernels[3])})
+    assert [line[:2] for line in lines] == [["gemm_popc<bits>", "64 x 64"], [str(kernels[2]), "128 x 256"]]
+    assert [line[-1] for line in lines] == [1 / 8, 4 + 1 / 8]
 
 
 def test_rates_are_those_of_the_heuristics():

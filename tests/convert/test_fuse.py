@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.reference import FLOATS, assert_equal
 from torch import nn
@@ -366,8 +366,8 @@ class Square(nn.Module):
 
 
 NO_INPUT_LIMITS = {
-    "negative-slope": (lambda k: [nn.LeakyReLU(-0.5)], "LeakyReLU precedes, with a negative slope"),
-    "negative-slopes": (lambda k: [nn.PReLU(init=-1.0)], "PReLU precedes, with a negative slope"),
+    "negative-slope": (lambda k: [nn.LeakyReLU(-0.5)], "LeakyReLU precedes, with a negative or infinite slope"),
+    "negative-slopes": (lambda k: [nn.PReLU(init=-1.0)], "PReLU precedes, with a negative or infinite slope"),
     "in-place": (lambda k: [nn.Hardtanh(inplace=True)], "Hardtanh precedes, which writes its input"),
     "channel-of-weight-0": (lambda k: [norm(k).eval()], "infinite inputs"),
     "training": (lambda k: [norm(k).train()], "in training mode"),
@@ -397,7 +397,73 @@ def test_modules_before_that_keep_no_order_are_called():
     packed, fused, x = pack(model), pack(model, fuse=True), inputs(K, torch.float32)
     with torch.no_grad():
         assert_equal(fused(x), packed(x))
-    assert [layer.input for layer in explain(fused)] == ["", ""]
+    assert [layer.input for layer in explain(fused)] == [
+        "Square precedes, which is not one of the modules that can be folded",
+        "",
+    ]
+
+
+def collapsed(k):
+    """Large inputs overflow float16, and a slope of 0 makes NaN of them; those nearer to 0 are numbers."""
+    module, react = nn.BatchNorm1d(k), RPReLU(k)
+    module.running_var.fill_(0)
+    module.running_mean.fill_(-5)
+    module.weight.data.fill_(3)
+    react.slope.data.fill_(0)
+    react.shift_out.data.fill_(-0.1)
+    return [module, react]
+
+
+def infinite_slope(k):
+    react = RPReLU(k)
+    react.slope.data.fill_(math.inf)
+    react.shift_in.data.fill_(1)
+    react.shift_out.data.fill_(-5)
+    return [react]
+
+
+@pytest.mark.parametrize("make, reason", [(collapsed, "gives NaN for finite"), (infinite_slope, "infinite values")])
+def test_nan_of_finite_inputs(make, reason):
+    model = nn.Sequential(*make(K), signs(N, K)).half().eval()
+    packed, fused = pack(model), pack(model, fuse=True)
+    x = torch.cat([torch.randn(400, K) * 300, torch.full((1, K), -1.0)]).half()
+    with torch.no_grad():
+        for _ in range(3):
+            assert_equal(fused(x), packed(x))
+    assert reason in explain(fused).layers[0].input
+
+
+@given(
+    seed=st.integers(0, 2**20),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    names=st.lists(
+        st.sampled_from(["norm", "tanh", "relu", "prelu", "leaky", "react", "shift"]), min_size=1, max_size=4
+    ),
+    extreme=st.sampled_from([1.0, 1e-30, 1e4, 1e35, 0.0]),
+)
+@settings(max_examples=60)
+def test_all_half_values_before_a_layer(seed, dtype, names, extreme):
+    """Each of the 65,536 values of a half type, for modules with parameters of extreme sizes."""
+    torch.manual_seed(seed)
+    make = {
+        "norm": lambda: norm(2, seed),
+        "tanh": lambda: nn.Hardtanh(-1.0, 0.5),
+        "relu": nn.ReLU,
+        "prelu": lambda: nn.PReLU(2, init=0.0),
+        "leaky": lambda: nn.LeakyReLU(0.0),
+        "react": lambda: randomized(RPReLU(2)),
+        "shift": lambda: randomized(ChannelShift(2)),
+    }
+    before = [make[name]() for name in names]
+    for module in before:
+        for tensor in module.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.mul_(torch.tensor([1.0, extreme]).to(tensor.dtype).sqrt())
+    model = nn.Sequential(*before, signs(3, 2)).to(dtype).eval()
+    packed, fused = pack(model), pack(model, fuse=True)
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)[:, None].repeat(1, 2)
+    with torch.no_grad():
+        assert_equal(fused(x), packed(x))
 
 
 def test_the_input_is_not_written():
@@ -906,6 +972,35 @@ def test_a_module_that_exchanges_its_neighbours():
     fused[0] = Calls(lambda x: fused.__setitem__(3, nn.Threshold(1.0, -3.0)) or x)
     with pytest.raises(RuntimeError, match="Calls: exchanged modules of the FusedSequential"), torch.no_grad():
         fused(torch.randn(3, K))
+
+
+def test_a_hook_that_exchanges_a_later_module():
+    fused = pack(usual(), fuse=True)
+    fused[2].register_forward_hook(lambda module, args, output: fused.__setitem__(3, nn.Threshold(1.0, -3.0)))
+    with pytest.raises(RuntimeError, match="Hardtanh: exchanged modules of the FusedSequential"), torch.no_grad():
+        fused(torch.randn(3, K))
+
+
+def test_a_replaced_call_of_all_modules(monkeypatch):
+    packed = pack(usual())
+    fused, x = pack(packed, fuse=True), torch.randn(20, K)
+    call = nn.Module._call_impl
+
+    def negated(self, *args):
+        y = call(self, *args)
+        return -y if isinstance(self, nn.BatchNorm1d) else y
+
+    monkeypatch.setattr(nn.Module, "_call_impl", negated)
+    with torch.no_grad():
+        for _ in range(3):
+            assert_equal(fused(x), packed(x))
+
+
+def test_explain_says_if_no_limits_can_be_computed_now():
+    fused = FusedSequential(*pack(usual()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "no limits can be computed now" in explain(fused).layers[0].output
+    assert explain(fused).layers[0].output.startswith("words")
 
 
 @pytest.mark.parametrize("x", [torch.randn(4, K).to_sparse(), torch.randn(4, K).to_sparse_csr()])

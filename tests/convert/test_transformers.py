@@ -487,7 +487,7 @@ def test_floats_in_a_packed_folder_are_packed_and_not_cast_to_words(tmp_path):
 
 
 def newer(state, layer):
-    state[f"{layer}.format"] += 1
+    state[f"{layer}.format"] += 8
 
 
 def other_rule(state, layer):

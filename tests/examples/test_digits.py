@@ -22,18 +22,21 @@ class Run(NamedTuple):
     output: str
     results: dict[str, Any]
     png: bytes
+    program: Path
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("demo")
     png, results = folder / "demo.png", folder / "demo.json"
+    program = folder / "demo.pt2"
     flags = {"epochs": EPOCHS, "hidden": HIDDEN, "seed": SEED, "device": "cpu", "plot": png, "json": results}
+    flags["export"] = program
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
         patch.setattr(costs, "ROUNDS", 2)
         patch.setattr(costs, "BLOCK_SECONDS", 0.0)
         command.main([part for name, value in flags.items() for part in (f"--{name}", str(value))])
-    return Run(output.getvalue(), json.loads(results.read_text()), png.read_bytes())
+    return Run(output.getvalue(), json.loads(results.read_text()), png.read_bytes(), program)
 
 
 def test_learns_and_packs_without_a_difference(run: Run) -> None:
@@ -41,13 +44,27 @@ def test_learns_and_packs_without_a_difference(run: Run) -> None:
     assert run.results["identical_predictions"] is True
     assert f"{model.HIDDEN_LAYERS} binary layers: {model.HIDDEN_LAYERS} packed" in run.output
     assert "identical for all 450 test images" in run.output
+    assert run.output.count("words for the next layer") == model.HIDDEN_LAYERS - 1
+    assert "limits through BatchNorm1d" in run.output
+
+
+def test_exported_program_runs_alone(run: Run) -> None:
+    digits = model.load_digits(SEED, torch.device("cpu"))
+    logits = torch.export.load(run.program).module()(digits.x_test)
+    recognized = (logits.argmax(1) == digits.y_test).float().mean().item()
+    assert recognized == run.results["test_accuracy"]["binary"]
+    # The words take 1/32 of the float weights; the real layers, the BatchNorms and the graph are the rest.
+    weights = model.HIDDEN_LAYERS * HIDDEN * HIDDEN
+    assert weights // 8 < run.program.stat().st_size < 2 * weights
 
 
 def test_tables_name_all_models(run: Run) -> None:
-    for name in (costs.FLOAT32, costs.QLINEAR, costs.PACKED):
-        rows = [line for line in run.output.splitlines() if line.startswith(name)]
+    for name in (costs.FLOAT32, costs.QLINEAR, costs.PACKED, costs.FUSED):
+        rows = [line for line in run.output.splitlines() if line.startswith(name + " ") and "  " in line]
         assert len(rows) == 2, f"one row of sizes and one of latencies for {name}"
-        assert all(row.count("×") == (0 if name == costs.FLOAT32 else 4) for row in rows)
+        # A fused model has no single layer whose time could be shown.
+        times = {costs.FLOAT32: 0, costs.FUSED: 2}.get(name, 4)
+        assert [row.count("×") for row in rows] == [min(4, 2 * times), times]
     for word in (
         "[kB]",
         "[µs]",
@@ -78,13 +95,13 @@ def test_json_holds_what_was_measured_and_where(run: Run) -> None:
     assert environment["torch"] == torch.__version__
     assert environment["threads"] == torch.get_num_threads()
     assert environment["processor"] and environment["date"]
-    assert list(results["models"]) == [costs.FLOAT32, costs.QLINEAR, costs.PACKED]
-    for values in results["models"].values():
-        assert len(values) == 8 and all(value > 0 for value in values.values())
+    assert list(results["models"]) == [costs.FLOAT32, costs.QLINEAR, costs.PACKED, costs.FUSED]
+    for name, values in results["models"].items():
+        assert len(values) == (6 if name == costs.FUSED else 8) and all(value > 0 for value in values.values())
 
 
 def test_sizes_are_those_of_the_weights(run: Run) -> None:
-    floats, qlinear, packed = run.results["models"].values()
+    floats, qlinear, packed, fused = run.results["models"].values()
     weights = model.HIDDEN_LAYERS * HIDDEN * HIDDEN
     assert floats["resident_hidden_bytes"] == 4 * weights
     assert qlinear["resident_hidden_bytes"] == 4 * weights  # it keeps nothing else
@@ -94,7 +111,8 @@ def test_sizes_are_those_of_the_weights(run: Run) -> None:
     assert 0 <= packed["resident_hidden_bytes"] - forms * weights // 8 <= 1024
     assert 0 < packed["checkpoint_hidden_bytes"] - weights // 8 < 16384
     assert floats["checkpoint_hidden_bytes"] > 4 * weights
-    for values in (floats, qlinear, packed):
+    assert fused["resident_hidden_bytes"] == packed["resident_hidden_bytes"]
+    for values in (floats, qlinear, packed, fused):
         assert values["checkpoint_model_bytes"] > values["checkpoint_hidden_bytes"]
         assert values["resident_model_bytes"] > values["resident_hidden_bytes"]
 
@@ -181,12 +199,25 @@ def test_every_class_is_split_alike() -> None:
 def test_difference_of_the_packed_model_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     trained, x = nn.Sequential(QLinear(64, 10)), torch.randn(5, 64)
 
-    def pack_badly(_: nn.Module) -> nn.Module:
-        return nn.Sequential(PackedQLinear(64, 10))
+    for wrong_if_fused in (False, True):
 
-    monkeypatch.setattr(model, "pack", pack_badly)
-    with pytest.raises(RuntimeError, match=r"differs from the trained one in \d+ of 50 logits"):
-        model.pack_and_check(trained, x)
+        def pack_badly(trained: nn.Module, fuse: bool = False, wrong: bool = wrong_if_fused) -> nn.Module:
+            return nn.Sequential(PackedQLinear(64, 10)) if fuse is wrong else pack(trained, fuse=fuse)
+
+        monkeypatch.setattr(model, "pack", pack_badly)
+        name = "fused" if wrong_if_fused else "packed"
+        with pytest.raises(RuntimeError, match=rf"the {name} model differs from the trained one in \d+ of 50 logits"):
+            model.pack_and_check(trained, x)
+
+
+def test_difference_of_the_exported_program_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Program:
+        def module(self) -> nn.Module:
+            return nn.Linear(8, 3)
+
+    monkeypatch.setattr(torch.export, "load", lambda _: Program())
+    with pytest.raises(RuntimeError, match=r"the exported program differs from the trained one in \d+ of 12 logits"):
+        model.export_and_check(nn.Linear(8, 3), torch.randn(4, 8), tmp_path / "program.pt2")
 
 
 @pytest.mark.parametrize(
@@ -200,6 +231,7 @@ def test_difference_of_the_packed_model_is_an_error(monkeypatch: pytest.MonkeyPa
         (["--device", "nowhere"], "cannot compute on 'nowhere' here"),
         (["--device", "meta"], "cannot compute on 'meta' here"),
         (["--plot", "no/such/folder/demo.png"], "--plot: expected the path of a file in an existing folder"),
+        (["--export", "."], "--export: expected the path of a file in an existing folder"),
         (["--json", "."], "--json: expected the path of a file in an existing folder"),
         (["--fast"], "unrecognized arguments: --fast"),
     ],
@@ -228,7 +260,7 @@ def test_the_timed_qlinear_does_not_warn(recwarn: pytest.WarningsRecorder, monke
     monkeypatch.setattr(linear, "_warned_of_packing", False)
     twin = model.build_model(64, 512, binary=False).eval()
     binary = model.build_model(64, 512).eval()  # large enough to be warned of
-    costs.measure(twin, binary, pack(binary), torch.randn(256, 64))
+    costs.measure(twin, binary, pack(binary), pack(binary, fuse=True), torch.randn(256, 64))
     assert not [warning for warning in recwarn if "packs its weights" in str(warning.message)]
 
 
@@ -244,7 +276,7 @@ def test_help_documents_each_flag(capsys: pytest.CaptureFixture[str]) -> None:
         command.main(["--help"])
     assert error.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"--{flag} " in text for flag in ("epochs", "hidden", "seed", "device", "plot", "json"))
+    assert all(f"--{flag} " in text for flag in ("epochs", "hidden", "seed", "device", "plot", "export", "json"))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from support.operators import (
     PREPARED,
     TENSORS,
     arguments,
+    arguments_with,
     assert_refused,
     breakages,
     call_arguments,
@@ -421,9 +422,9 @@ def test_another_device_than_the_current_one(cuda_kernel):
 # ---- errors ----------------------------------------------------------------------------------------
 
 
-def gpu_arguments():
-    """Return the arguments of the CPU's tests on the GPU, with the GPU's form and layout."""
-    values = moved_all(arguments())
+def gpu_arguments(argument=""):
+    """Return the arguments of the CPU's tests on the GPU, with the GPU's form and layout and a value for this one."""
+    values = moved_all(arguments_with(argument))
     prepared = F.prepare_weight(values["weight_words"], values["k"])
     return values | {"weight_prepared": prepared, "layout": _kernels.CUDA_LAYOUT}
 
@@ -437,7 +438,7 @@ def seen_by_the_host(name, argument, what):
 
 @pytest.mark.parametrize(("name", "argument", "what"), [p for p in breakages() if seen_by_the_host(*p.values)])
 def test_wrong_arguments_are_refused(name, argument, what):
-    values = gpu_arguments()
+    values = gpu_arguments(argument)
     values[argument] = BROKEN[argument][what](values[argument])
     assert_refused(name, values, *named_for(name, argument))
 
@@ -446,7 +447,7 @@ def test_wrong_arguments_are_refused(name, argument, what):
 @pytest.mark.parametrize("argument", TENSORS)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_tensors_on_different_devices_are_refused(name, argument, device):
-    values = gpu_arguments()
+    values = gpu_arguments(argument)
     names = [a.name for a in operator(name)._schema.arguments]
     if argument in names:
         values[argument] = values[argument].to(device)

@@ -66,7 +66,7 @@ def test_info_says_what_a_device_would_choose(monkeypatch):
 
 
 @pytest.mark.parametrize("k", [1, 70, 128, 256])
-@pytest.mark.parametrize("n", [1, 3, 4, 5])
+@pytest.mark.parametrize("n", [1, 3, 4, 5, 33])
 def test_results_of_operators(fake, n, k):
     width = -(-k // 32)
     x, words = on_cuda(2, 3, k, dtype=torch.float16), on_cuda(n, width, dtype=torch.int32)
@@ -82,6 +82,12 @@ def test_results_of_operators(fake, n, k):
     assert (y.shape, y.dtype, y.device.type) == ((2, 3, n), torch.float32, "cuda")
     y = functional.linear(x, words, k)
     assert (y.shape, y.dtype, y.device.type) == ((2, 3, n), torch.float16, "cuda")
+    limits, flips = on_cuda(n, dtype=torch.int32), on_cuda(-(-n // 32), dtype=torch.int32)
+    for y in (
+        functional.binary_linear(packed, words, k, weight_prepared=prepared, out_limits=limits),
+        functional.linear(x, words, k, out_limits=limits, out_flips=flips),
+    ):
+        assert (y.shape, y.dtype, y.device.type) == ((2, 3, -(-n // 32)), torch.int32, "cuda")
     y, x_words, in_range = functional.linear_train(x, words, k, threshold=1.0)
     assert [t.shape for t in (y, x_words, in_range)] == [(2, 3, n), (2, 3, width), (2, 3, width)]
     assert {t.device.type for t in (y, x_words, in_range)} == {"cuda"}

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.reference import BITS, assert_equal, epilogue, pack, product, random_values, unpack
+from support.reference import BITS, assert_equal, bits, epilogue, pack, product, random_values, unpack
 
-from tools.ptx.machine import In, Module, Out, Struct, build_once, compile_cached, nvcc, nvcc_release
+from tools.ptx.machine import In, Module, Out, Report, Struct, build_once, compile_cached, nvcc, nvcc_release
 from tools.ptx.mutate import Mutant
 
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
@@ -38,6 +38,18 @@ def seeded(shapes: list) -> Iterator[tuple[int, tuple]]:
     return enumerate(SEEDS * shapes)
 
 
+def bit_shapes(rows: int, columns: int) -> list[tuple[int, int, int]]:
+    """Return shapes at the edges of words and of a kernel's tile, and some of no values."""
+    m = sorted({1, 7, 8, 9, 15, 16, 17, rows - 1, rows, rows + 1, 2 * rows + 3})
+    n = sorted({1, 7, 8, 9, 15, 31, 32, 33, 63, 64, 65, columns - 1, columns, columns + 1, 2 * columns + 3})
+    return [*((m, 70, 40) for m in m), *((3, n, 40) for n in n), *((rows + 1, columns + 6, k) for k in (0, 1, 33))]
+
+
+def seeded_bits(shapes: list) -> Iterator[tuple[int, tuple]]:
+    """Yield each shape once, or with several seeds in `make ptx-full`: the epilogue of bits is all that is new."""
+    return enumerate((SEEDS if FULL else 1) * shapes)
+
+
 def drawn_rows(most: int) -> list[tuple[int, int]]:
     """Return random numbers of rows and of values in a row, for the kernels that work row by row."""
     return list(map(tuple, np.random.default_rng(1).integers(1, (20, most), (DRAWN, 2)).tolist()))
@@ -53,6 +65,8 @@ TARGETS = targets()
 # The number of each type in DType of csrc/dtype.h, and its name in mangled names.
 DTYPES = {torch.float64: (0, "d"), torch.float32: (1, "f"), torch.float16: (2, "6__half"), torch.int32: (4, "i")}
 DTYPES[torch.bfloat16] = (3, "13__nv_bfloat16")
+OUT_TYPES = {**DTYPES, torch.bool: (6, "NS0_3BitE")}
+"""The same of the output types of products; torch.bool stands for outputs that are bits."""
 
 if nvcc() is None and os.environ.get("CI") != "true":
     pytest.skip("nvcc, whose PTX is executed here, is not installed", allow_module_level=True)
@@ -128,9 +142,15 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def total_letter(out: torch.dtype) -> str:
-    """Return the letter of the output type T in a mangled name."""
-    return "d" if out is torch.float64 else "i" if out is torch.int32 else "f"
+def output_name(out: torch.dtype) -> str:
+    """Return what As<...> of csrc/cuda/epilogue.cuh is for this type of outputs in a mangled name."""
+    total = "d" if out is torch.float64 else "i" if out in (torch.int32, torch.bool) else "f"
+    return f"AsI{OUT_TYPES[out][1]}{total}E"
+
+
+def whole_vectors(n: int, out: torch.dtype) -> bool:
+    """Return what rows_on_16_bytes of csrc/cuda/epilogue.cuh says of rows in memory that starts on 16 bytes."""
+    return n * out.itemsize % 16 == 0
 
 
 def aligned_words_for(k: int) -> int:
@@ -160,10 +180,22 @@ class Call:
     expected: torch.Tensor
     what: tuple
 
-    def check(self) -> None:
-        """Assert that all of y is written and equals the reference."""
-        assert_equal(torch.from_numpy(self.y).view(self.out), self.expected, self.what)
+    def check(self, report: Report | None = None) -> None:
+        """Assert that y is written and equals the reference; by a report, that each word of bits is stored once."""
+        assert_equal(torch.from_numpy(self.y).view(self.expected.dtype), self.expected, self.what)
         assert self.output.unwritten == 0, self.what
+        if report and self.out is torch.bool:
+            stored = sum(n for opcode, n in report.instructions.items() if opcode.startswith("st.global"))
+            assert stored == self.y.size, self.what
+
+
+def limits_of(counts: np.ndarray, k: int, generator: np.random.Generator) -> np.ndarray:
+    """Return a limit for each column of counts that is one of them or next to one, or an extreme value."""
+    m, n = counts.shape
+    limits = counts[generator.integers(0, max(m, 1), n), np.arange(n)] if m else np.zeros(n, np.int64)
+    limits = limits + generator.integers(-1, 2, n)
+    extremes = np.array([-(2**31), -1, 0, k - 1, k, 2**31 - 1])
+    return np.where(generator.random(n) < 0.1, generator.choice(extremes, n), limits).astype(np.int32)
 
 
 def product_call(
@@ -176,10 +208,12 @@ def product_call(
     seed: int = 0,
     aligned: bool = False,
     header: np.ndarray | None = None,
+    flipped: bool = True,
 ) -> Call:
     """Return random words, in the interchange form with random bits past k or in the aligned form, and their product.
 
     Both have popcounts, which only the AND kernels read. Kernels check `header`, which is that of a prepared form.
+    Outputs that are bits have random limits and, if `flipped`, random flips, of which those past n must not count.
     """
     generator = np.random.default_rng(seed)
     words = [generator.integers(-(2**31), 2**31, (rows, ceil_div(k, 32)), dtype=np.int32) for rows in (m, n)]
@@ -189,15 +223,23 @@ def product_call(
     stride = words[0].shape[1]
     unpacked = [unpack(torch.from_numpy(w[:, : ceil_div(k, 32)].copy()), k) for w in words]
     popcounts = [u.sum(1).to(torch.int32).numpy() for u in unpacked]
-    y = np.zeros((m, n), numpy(torch.zeros(1, dtype=out)).dtype)
+    dots = product(*(2.0 * u.double() - 1 for u in unpacked))
+    if out is torch.bool:
+        limits = limits_of((k - dots.long().numpy()) // 2, k, generator)
+        flips = generator.integers(-(2**31), 2**31, ceil_div(n, 32), dtype=np.int32) if flipped else None
+        scale, bias = (None if v is None else torch.from_numpy(v) for v in (limits, flips))
+        expected = bits(dots, k, scale, bias)
+        y = np.zeros((m, ceil_div(n, 32)), np.int32)
+    else:
+        expected = epilogue(dots, bias, scale, out)
+        y = np.zeros((m, n), numpy(torch.zeros(1, dtype=out)).dtype)
     output = Out(y)
     operands = [value for w, p in zip(words, popcounts, strict=True) for value in (In(w), stride, In(p))]
     channels = [
         value for v in (scale, bias) for value in ((None, 0) if v is None else (In(numpy(v)), DTYPES[v.dtype][0]))
     ]
     memory = None if header is None else In(header)
-    fields = Struct(layout("Product"), *operands, m, n, k, output, DTYPES[out][0], *channels, memory)
-    expected = epilogue(product(*(2.0 * u.double() - 1 for u in unpacked)), bias, scale, out)
+    fields = Struct(layout("Product"), *operands, m, n, k, output, OUT_TYPES[out][0], *channels, memory)
     return Call(fields, output, y, out, expected, (m, n, k, out))
 
 
@@ -212,15 +254,28 @@ def channels_of(out: torch.dtype, n: int) -> list[dict[str, torch.Tensor]]:
     return [{}, {"bias": bias}, {"scale": scale}, {"bias": bias, "scale": scale}]
 
 
+BIT_EDITS = [
+    ("static_cast<int32_t>(popcount) <= limit", "static_cast<int32_t>(popcount) < limit"),
+    ("all_flips && exist ?", "false ?"),
+    ("all_limits[first + i] : -1", "all_limits[first + i] : 0x7fffffff"),
+]
+"""Mutants of the epilogue of bits, which all kernels have in common: csrc/cuda/epilogue.cuh."""
+EDGE_EDITS = [
+    ("row < product.m && column < product.n", "row <= product.m && column < product.n"),
+    ("row < product.m && column < product.n", "row < product.m"),
+]
+"""The same of the kernels whose tiles have rows and words that do not exist."""
+
+
 @functools.cache
-def float32_source(name: str) -> str:
-    """Return a product's file with float32 as the only type of outputs.
+def source_of_type(name: str, dtype: str = "float32") -> str:
+    """Return a product's file with one type of outputs, a name of DType in csrc/dtype.h; boolean stands for bits.
 
     nvcc compiles it in a second, and there are many mutants. The lines of the other types are removed from the text,
     because a switch in the kernels themselves would exist only for the tests; the count shows that all were found.
     """
-    text, types = re.subn(r".*case DType::(?!float32)\w+: return function.*\n", "", source(name))
-    assert types == 4
+    text, types = re.subn(rf".*case DType::(?!{dtype})\w+: return function.*\n", "", source(name))
+    assert types == 5
     return text
 
 

@@ -22,7 +22,7 @@ from .test_ptx_pack import check_pack
 from .test_ptx_popc import check_popc
 from .test_ptx_unpack import check_unpack
 
-HALF = torch.bfloat16
+HALF, BITS = torch.bfloat16, torch.bool
 ROWS: list[tuple[str, str, str, Callable[[Module], Report]]] = [
     ("pack", "sm_80", "16 × 4096 bfloat16", lambda m: check_pack(m, HALF, 16, 4096)),
     ("unpack", "sm_80", "16 × 4096 bfloat16", lambda m: check_unpack(m, HALF, 16, 4096)),
@@ -37,6 +37,18 @@ ROWS: list[tuple[str, str, str, Callable[[Module], Report]]] = [
         for r, c in mma_sm80.THREADS
     ),
     ("gemm_mma_int8_sm80", "sm_120", "64 × 2048 → 64", lambda m: mma_sm80.check_mma(m, 64, 64, 2048, HALF, (64, 64))),
+    ("gemm_popc", "sm_80", "64 × 2048 → 64 bits", lambda m: check_popc(m, 64, 64, 2048, BITS)),
+    ("gemm_skinny", "sm_80", "1 × 8192 → 64 bits", lambda m: skinny.check_skinny(m, 1, 64, 8192, BITS)),
+    ("gemm_skinny", "sm_80", "16 × 8192 → 64 bits", lambda m: skinny.check_skinny(m, 16, 64, 8192, BITS)),
+    (
+        *("gemm_skinny_mma_sm80", "sm_80", "16 × 8192 → 64 bits"),
+        lambda m: skinny_mma_sm80.check_skinny(m, 16, 64, 8192, BITS),
+    ),
+    ("gemm_mma_sm75", "sm_75", "64 × 2048 → 64 bits", lambda m: mma_sm75.check_mma(m, 64, 64, 2048, BITS)),
+    (
+        *("gemm_mma_sm80", "sm_80", "128 × 4096 → 128 bits"),
+        lambda m: mma_sm80.check_mma(m, 128, 128, 4096, BITS, (128, 128)),
+    ),
 ]
 
 

@@ -27,15 +27,16 @@ from . import (
 from .launcher import INVALID_CONFIGURATION, INVALID_VALUE, NAMES, SUCCESS, TARGET, Launch, Launcher
 from .product import (
     DTYPES,
+    OUT_TYPES,
     Call,
     aligned_words_for,
     ceil_div,
     kernel,
     layout,
     module,
+    output_name,
     product_call,
     source,
-    total_letter,
 )
 from .rows import row_grid
 from .test_ptx_align import SEGMENT as ALIGN_SEGMENT
@@ -46,7 +47,7 @@ from .test_ptx_popc import check_popc
 from .test_ptx_unpack import ALL as VALUES
 from .test_ptx_unpack import SIZES, check_unpack
 
-OUTPUTS = [*FLOATS, torch.int32]
+OUTPUTS = [*FLOATS, torch.int32, torch.bool]
 TILES = list(mma_sm80.THREADS)
 """The tiles, in the order of Tile in csrc/cuda/heuristics.h."""
 # Each entry is a launcher and a tile, which only gemm_mma_sm80 uses.
@@ -123,8 +124,10 @@ def check_product(launcher: Launcher, m: int, n: int, k: int, out: torch.dtype =
         mma_sm80.check_mma(launcher, m, n, k, out, tile(launcher, m, n), **more)
 
 
-def tile(launcher: Launcher, m: int, n: int) -> tuple[int, int]:
+def tile(launcher: Launcher, m: int, n: int, out: torch.dtype = torch.int32) -> tuple[int, int]:
     """Return the rows and columns of y that a block computes."""
+    if launcher.name.startswith("gemm_skinny") and out is torch.bool:
+        return MOST_ROWS, 32
     if launcher.name == "gemm_skinny":
         return MOST_ROWS, 8 if m > 2 else 16 if n >= 256 * 16 else 4
     if launcher.name == "gemm_skinny_mma_sm80":
@@ -165,12 +168,13 @@ def check_align_edges(align: Launcher) -> None:
 def check_product_edges(launcher: Launcher) -> None:
     for m in (1, 2, 3, 4, 5, 8, 9, 16) if launcher.name.startswith("gemm_skinny") else ():
         check_product(launcher, m, 9, 65)
-    rows, columns = tile(launcher, 16, 1)
-    for m, n in ((rows, columns), (rows + (rows != MOST_ROWS), columns + 1)):
-        for k in (0, 1, 129):
-            check_product(launcher, m, n, k)
+    for out in (torch.int32, torch.bool):
+        rows, columns = tile(launcher, 16, 1, out)
+        for m, n in ((rows, columns), (rows + (rows != MOST_ROWS), columns + 1)):
+            for k in (0, 1, 129):
+                check_product(launcher, m, n, k, out)
     bias = torch.randn(37, generator=torch.Generator().manual_seed(0))
-    for out in OUTPUTS[:-1]:
+    for out in FLOATS:
         check_product(launcher, 3, 37, 40, out, bias=bias, scale=bias.flip(0))
     if launcher.name.startswith("gemm_skinny"):
         # There are enough columns for wide blocks, or one too few; k fills all warps' steps, or one more.
@@ -179,12 +183,15 @@ def check_product_edges(launcher: Launcher) -> None:
                 check_product(launcher, m, n, 33)
         for k in (32 * 8 * 32, 32 * 8 * 64 + 1, 32 * 16 * 128, 32 * 16 * 128 + 1):
             check_product(launcher, 1, 5, k)
+        for m, k in ((1, 32 * 2 * 128), (1, 32 * 2 * 128 + 1), (3, 32 * 2 * 64 + 1), (16, 32 * 8 * 32 + 1)):
+            check_product(launcher, m, 33, k, torch.bool)
+        check_product(launcher, 1, 256 * 16, 32 * 4 * 32 + 1, torch.bool)
 
 
 def check_unaligned_output(launcher: Launcher) -> None:
     """Vectors are stored only if all rows of y start on 16 bytes."""
     for out in OUTPUTS:
-        for misalign in (0, out.itemsize, 16):
+        for misalign in (0, 4 if out is torch.bool else out.itemsize, 16):
             call = product_call(3, 16, 70, out, aligned=True)
             call.output.misalign = misalign
             launch = launched(launcher, call.fields)
@@ -272,8 +279,8 @@ def check_errors(launcher: Launcher) -> None:
         nothing(launcher, job(launcher, m, 70, k, **changes), INVALID_VALUE)
 
     launched(launcher, job(launcher, 3, 70, 200))
-    dtypes = {"pack": 4, "unpack": 7, "gemm": 5}.get(launcher.name.split("_")[0])
-    for dtype in [] if dtypes is None else [-1, *range(dtypes, 9)]:
+    wrong = {"pack": [-1, 4, 5, 6, 7], "unpack": [-1, 7, 8], "gemm": [-1, 5, 7, 8], "align": []}
+    for dtype in wrong[launcher.name.split("_")[0]]:
         refused(dtype=dtype)
     if not launcher.name.startswith("gemm") or launcher.name == "gemm_popc":
         return
@@ -298,17 +305,19 @@ def check_errors(launcher: Launcher) -> None:
 
 def check_largest(launcher: Launcher) -> None:
     """The largest grids are launched, and those that are too large by one block are not."""
-    if launcher.name.startswith("gemm"):
-        rows, columns = tile(launcher, 5, 2**40)
+    for out in (torch.int32, torch.bool) if launcher.name.startswith("gemm") else ():
+        rows, columns = tile(launcher, 5, 2**40, out)
+        dtype = OUT_TYPES[out][0]
         sizes = [(5, MOST_BLOCKS * columns)]
         if rows != MOST_ROWS:
             sizes += [(MOST_BLOCKS * rows, 7), (2**15 * rows, (2**16 - 1) * columns), (rows, columns * MOST_BLOCKS)]
-            nothing(launcher, product_job(2**15 * rows, 2**16 * columns, 128), INVALID_CONFIGURATION)
-            nothing(launcher, product_job(MOST_BLOCKS * rows + 1, 7, 128), INVALID_CONFIGURATION)
-        nothing(launcher, product_job(5, MOST_BLOCKS * columns + 1, 128), INVALID_CONFIGURATION)
+            nothing(launcher, product_job(2**15 * rows, 2**16 * columns, 128, dtype), INVALID_CONFIGURATION)
+            nothing(launcher, product_job(MOST_BLOCKS * rows + 1, 7, 128, dtype), INVALID_CONFIGURATION)
+        nothing(launcher, product_job(5, MOST_BLOCKS * columns + 1, 128, dtype), INVALID_CONFIGURATION)
         for m, n in sizes:
-            grid = launched(launcher, product_job(m, n, 128)).grid
+            grid = launched(launcher, product_job(m, n, 128, dtype)).grid
             assert grid == (ceil_div(m, rows) * ceil_div(n, columns), 1, 1)
+    if launcher.name.startswith("gemm"):
         return
     for k, rows in ((1, 8), (2**20, 1)):  # rows is the number of rows in a block
         assert launched(launcher, job(launcher, MOST_BLOCKS * rows, 0, k)).grid[0] == MOST_BLOCKS
@@ -373,16 +382,18 @@ def check_product_of_any_size(launcher: Launcher, generator: np.random.Generator
     few = launcher.name.startswith("gemm_skinny")
     m, n, k = (size(generator, most) for most in (MOST_ROWS if few else 2**36, 2**36, MOST_VALUES))
     out = OUTPUTS[int(generator.integers(len(OUTPUTS)))]
-    fields = product_job(m, n, k, DTYPES[out][0], weight_stride=aligned_words_for(k) + 4 * int(generator.integers(9)))
+    fields = product_job(
+        m, n, k, OUT_TYPES[out][0], weight_stride=aligned_words_for(k) + 4 * int(generator.integers(9))
+    )
     call = Call(fields, Out(np.zeros(0)), np.zeros(0), out, torch.empty(0), (m, n, k, out))
-    rows, columns = tile(launcher, m, n)
+    rows, columns = tile(launcher, m, n, out)
     if ceil_div(m, rows) * ceil_div(n, columns) > MOST_BLOCKS:
         nothing(launcher, fields, INVALID_CONFIGURATION)
     elif launcher.name == "gemm_popc":
-        name = kernel(launcher, rf"multiply_tilesI\w*AsI{DTYPES[out][1]}{total_letter(out)}E")
+        name = kernel(launcher, rf"multiply_tilesI\w*{output_name(out)}")
         launcher.launch(name, ceil_div(m, 64) * ceil_div(n, 64), 256, [fields, ceil_div(n, 64)])
     elif launcher.name == "gemm_skinny":
-        skinny.launch(launcher, call, wide=m <= 2 and columns == 16)
+        skinny.launch(launcher, call, wide=m <= 2 and n >= 256 * 16)
     elif launcher.name == "gemm_skinny_mma_sm80":
         skinny_mma_sm80.launch(launcher, call, columns // 8)
     elif launcher.name == "gemm_mma_sm75":
@@ -461,6 +472,10 @@ MUTANTS = [
     ),
     ("gemm_skinny_mma_sm80", "!have_popcounts(product)", "false"),
     ("gemm_skinny_mma_sm80", "kManyBlocks * 4 * kSide", "kManyBlocks * 4 * kSide + 1"),
+    ("gemm_skinny", "1, Shape::kWarps / Block::kAcross)", "1, Shape::kWarps)"),
+    ("gemm_skinny", "warps = parts * Block::kAcross", "warps = parts"),
+    ("gemm_skinny", "ceil_div(product.n, Block::kColumns)", "ceil_div(product.n, Shape::kColumns)"),
+    ("gemm_popc", "        case DType::boolean: return function(AsBits{});\n", ""),
     ("gemm_mma_sm75", "rows_on_16_bytes(product.y, product.n)", "true"),
     ("gemm_skinny", "operand.stride >= aligned_words_for(product.k)", "true"),
     ("gemm_mma_sm80", "kBytes > 48 * 1024", "kBytes > 96 * 1024"),

@@ -16,12 +16,13 @@ from .product import (
     channels_of,
     compiled,
     edited,
-    float32_source,
     kernel,
     module,
     prepared_header,
     product_call,
     seeded,
+    seeded_bits,
+    source_of_type,
     targets,
 )
 
@@ -42,6 +43,12 @@ def test_mma_outputs(target, out):
     """Rows of y are whole vectors or not, with scale and bias."""
     for n in (80, 67):
         mma_sm80.check_mma(module(NAME, target), 20, n, 333, out, TILE, **channels_of(out, n)[-1])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_mma_bits(target):
+    for seed, shape in seeded_bits(mma_sm80.shapes_of_bits()):
+        mma_sm80.check_mma(module(NAME, target), *shape, torch.bool, TILE, seed, flipped=seed % 4 > 0)
 
 
 def test_mma_moves_whole_sectors():
@@ -71,7 +78,7 @@ def test_mutants_of_mma_are_caught():
         ("mma_bytes(sums[i][0][j], rows, columns[j])", "mma_bytes(sums[i][0][j], rows, columns[j ^ 1])"),
         ("fragments.read_weight(next, at, 0);", ""),
     ]
-    text = compiled(float32_source(NAME), "sm_120")
+    text = compiled(source_of_type(NAME), "sm_120")
     name = kernel(Module.from_ptx(text), "multiply_tiles")
     waits = [*remove_waits(text, name), *loosen_waits(text, name)]
     at_ptx = [*remove_barriers(text, name), *waits, *swap_fragments(text, name)[5:13]]
@@ -79,7 +86,7 @@ def test_mutants_of_mma_are_caught():
     last = {waits[i].name: "nothing reads or writes where the copies go" for i in (2, 5)}
     assert_caught(
         text,
-        [*edited(float32_source(NAME), edits, "sm_120"), *at_ptx],
+        [*edited(source_of_type(NAME), edits, "sm_120"), *at_ptx],
         mma_sm80.run_small,
         seeds=range(2),
         equivalent=last,

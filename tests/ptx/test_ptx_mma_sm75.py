@@ -9,21 +9,25 @@ from tools.ptx.machine import In, Module, PtxFault, Report
 from tools.ptx.mutate import assert_caught, remove_barriers, swap_fragments
 
 from .product import (
+    BIT_EDITS,
     DRAWN,
-    DTYPES,
+    EDGE_EDITS,
     Call,
+    bit_shapes,
     ceil_div,
     channels_of,
     compiled,
     edited,
-    float32_source,
     kernel,
     module,
+    output_name,
     prepared_header,
     product_call,
     seeded,
+    seeded_bits,
+    source_of_type,
     targets,
-    total_letter,
+    whole_vectors,
 )
 
 TARGETS = targets("sm_75", "sm_89")
@@ -35,8 +39,8 @@ def launch(module: Module, call: Call, seed: int = 0) -> Report:
     """Launch the kernel as the launcher does."""
     m, n, _, out = call.what
     columns = ceil_div(n, TILE)
-    name = kernel(module, rf"multiply_tilesI\w*AsI{DTYPES[out][1]}{total_letter(out)}E")
-    arguments = [call.fields, columns, n * out.itemsize % 16 == 0]
+    name = kernel(module, rf"multiply_tilesI\w*{output_name(out)}")
+    arguments = [call.fields, columns, whole_vectors(n, out)]
     return module.launch(name, ceil_div(m, TILE) * columns, THREADS, arguments, seed=seed)
 
 
@@ -46,7 +50,7 @@ def check_mma(
     """Check a product of random words."""
     call = product_call(m, n, k, out, seed=seed, aligned=True, header=prepared_header(n, k), **more)
     report = launch(module, call, seed)
-    call.check()
+    call.check(report)
     assert report.bank_conflicts == 0, report.conflicts_by_source()
     return report
 
@@ -77,6 +81,12 @@ def test_mma_outputs(target, out):
     for n in (80, 67):
         for more in channels_of(out, n):
             check_mma(module(NAME, target), 20, n, 333, out, **more)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_mma_bits(target):
+    for seed, shape in seeded_bits([*bit_shapes(TILE, TILE), (18, 45, 3 * STAGE + 1)]):
+        check_mma(module(NAME, target), *shape, torch.bool, seed, flipped=seed % 4 > 0)
 
 
 @pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
@@ -132,8 +142,34 @@ def test_mutants_of_mma_are_caught():
         ("sums[i][j + c / 2][c % 2]", "sums[i][j][c % 2]"),
         ("channels.bias + column", "channels.bias + column + 1"),
     ]
-    text = compiled(float32_source(NAME), "sm_80")
+    text = compiled(source_of_type(NAME), "sm_80")
     name = kernel(Module.from_ptx(text), "multiply_tiles")
     at_ptx = [*remove_barriers(text, name), *swap_fragments(text, name)[:1]]
     assert len(at_ptx) == 2 + 1
-    assert_caught(text, [*edited(float32_source(NAME), edits), *at_ptx], run_small, seeds=range(2))
+    assert_caught(text, [*edited(source_of_type(NAME), edits), *at_ptx], run_small, seeds=range(2))
+
+
+def test_mutants_of_bits_are_caught():
+    def run(module: Module, seed: int) -> None:
+        check_mma(module, 66, 97, STAGE + 130, torch.bool, seed=seed)
+        check_mma(module, 31, 33, 0, torch.bool, seed=seed, flipped=False)
+        check_mma(module, 40, 31, 65, torch.bool, seed=seed)
+
+    edits = [
+        *BIT_EDITS,
+        *EDGE_EDITS,
+        # These change which rows and columns a lane has.
+        ("(8 * i + c)", "(8 * i + 7 - c)"),
+        ("column + kEach * at.q + c]", "column + kEach * at.q + (c ^ 1)]"),
+        ("row + 8 * at.q + at.g, at", "row + 4 * at.g + at.q, at"),
+        ("channels.flips[column / kWordBits]", "channels.flips[0]"),
+        # These change the exchange of bytes.
+        ("0x3715 : 0x6240", "0x6240 : 0x3715"),
+        ("0x3276 : 0x5410", "0x3276 : 0x5432"),
+        ("__shfl_xor_sync(kAllLanes, bytes, 2)", "__shfl_xor_sync(kAllLanes, bytes, 4)"),
+        # These change which sums are counted.
+        ("sums[i][c / 2][c % 2]", "sums[i][c % 4][c / 4]"),
+        ("sums[i][c / 2][c % 2]", "sums[i ^ 1][c / 2][c % 2]"),
+    ]
+    cxx = source_of_type(NAME, "boolean")
+    assert_caught(compiled(cxx, "sm_80"), edited(cxx, edits), run, seeds=range(2))

@@ -12,20 +12,25 @@ from tools.ptx.machine import In, Module, PtxFault, Report
 from tools.ptx.mutate import assert_caught, loosen_waits, remove, remove_barriers, remove_waits, swap_fragments
 
 from .product import (
+    BIT_EDITS,
     DRAWN,
-    DTYPES,
+    EDGE_EDITS,
+    FULL,
+    bit_shapes,
     ceil_div,
     channels_of,
     compiled,
     edited,
-    float32_source,
     kernel,
     module,
+    output_name,
     prepared_header,
     product_call,
     seeded,
+    seeded_bits,
+    source_of_type,
     targets,
-    total_letter,
+    whole_vectors,
 )
 
 TARGETS = targets("sm_80", "sm_90a")
@@ -40,18 +45,18 @@ def launch(module: Module, call, tile: tuple[int, int], seed: int = 0) -> Report
     """Launch the kernel as the launcher does."""
     m, n, _, out = call.what
     rows, columns = tile
-    name = kernel(module, rf"multiply_tilesI\w*AsI{DTYPES[out][1]}{total_letter(out)}E\w*ShapeILi{rows}ELi{columns}E")
+    name = kernel(module, rf"multiply_tilesI\w*{output_name(out)}\w*ShapeILi{rows}ELi{columns}E")
     grid = ceil_div(m, rows), ceil_div(n, columns)
-    whole_vectors = n * out.itemsize % 16 == 0
+    arguments = [call.fields, *grid, whole_vectors(n, out)]
     shared = STAGES * STAGE_BYTES * (rows + columns)
-    return module.launch(name, grid[0] * grid[1], THREADS[tile], [call.fields, *grid, whole_vectors], shared, seed=seed)
+    return module.launch(name, grid[0] * grid[1], THREADS[tile], arguments, shared, seed=seed)
 
 
 def check_mma(module: Module, m: int, n: int, k: int, out=torch.int32, tile=SMALL, seed: int = 0, **more) -> Report:
     """Check a product of random words."""
     call = product_call(m, n, k, out, seed=seed, aligned=True, header=prepared_header(n, k), **more)
     report = launch(module, call, tile, seed)
-    call.check()
+    call.check(report)
     assert report.bank_conflicts == 0, report.conflicts_by_source()
     return report
 
@@ -89,6 +94,20 @@ def test_mma_outputs(target, out, tile):
             check_mma(module(NAME, target), 20, n, 333, out, tile, **more)
 
 
+def shapes_of_bits(tile: tuple[int, int] = SMALL) -> list[tuple[int, int, int]]:
+    """Return shapes at the edges of words and of the tile, and one of several stages; fewer of the large tiles."""
+    (rows, columns), deep = tile, (18, 45, 3 * 512 + 1)
+    few = [(rows, columns, 1), (rows + 1, columns + 6, 40), (rows - 1, columns - 1, 0), (3, columns + 65, 33)]
+    return [*(bit_shapes(*tile) if FULL or tile == SMALL else few), deep]
+
+
+@pytest.mark.parametrize("tile", THREADS, ids=lambda tile: "m{}n{}".format(*tile))
+@pytest.mark.parametrize("target", TARGETS)
+def test_mma_bits(target, tile):
+    for seed, shape in seeded_bits(shapes_of_bits(tile)):
+        check_mma(module(NAME, target), *shape, torch.bool, tile, seed, flipped=seed % 4 > 0)
+
+
 @pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
 def test_mma_moves_whole_sectors(out):
     """A warp reads or writes all of each 32 bytes of global memory that an instruction touches."""
@@ -124,9 +143,9 @@ def test_mma_traps_on_weights_prepared_for_another_product(target):
 
 
 @functools.cache
-def small_source(tile: str) -> str:
-    """Return the kernel for one tile and float32 alone."""
-    text, tiles = re.subn(rf".*case Tile::(?!{tile})\w+: return launch.*\n", "", float32_source(NAME))
+def small_source(tile: str, dtype: str = "float32") -> str:
+    """Return the kernel for one tile and one type of outputs alone."""
+    text, tiles = re.subn(rf".*case Tile::(?!{tile})\w+: return launch.*\n", "", source_of_type(NAME, dtype))
     assert tiles == 2
     return text
 
@@ -166,7 +185,7 @@ def test_mutants_of_mma_are_caught(tile):
         ("group[j + i / 2]", "group[j]"),
         # These change what is computed from the sums.
         ("margins.x[row] + margins.weight[column + i]", "margins.x[row] + margins.weight[column]"),
-        ("- 2 * both", "- both"),
+        ("[column + i] - 2 * both", "[column + i] - both"),
         ("channels.bias + column", "channels.bias + column + 1"),
     ]
     cxx = small_source("m{}n{}".format(*tile))
@@ -184,3 +203,37 @@ def test_mutants_of_mma_are_caught(tile):
     last = {waits[i].name: "nothing reads or writes where the copies go" for i in (2, 5)}
     run = functools.partial(run_small, tile=tile)
     assert_caught(text, [*edited(cxx, edits), *at_ptx], run, seeds=range(2), equivalent=last)
+
+
+@pytest.mark.parametrize("tile", THREADS if FULL else [SQUARE], ids=lambda tile: "m{}n{}".format(*tile))
+def test_mutants_of_bits_are_caught(tile):
+    rows, columns = tile
+
+    def run(module: Module, seed: int) -> None:
+        check = functools.partial(check_mma, module, out=torch.bool, tile=tile, seed=seed)
+        check(rows + 2, columns + 33, 512 + 130)
+        check(rows - 1, 31, 0, flipped=False)
+        check(40, columns - 1, 65)
+
+    edits = [
+        *BIT_EDITS,
+        *EDGE_EDITS,
+        # These change which rows and columns a lane has.
+        ("(8 * i + c)", "(8 * i + 7 - c)"),
+        ("column + kEach * at.q + c]", "column + kEach * at.q + (c ^ 1)]"),
+        ("row + 8 * at.q + at.g, at", "row + 4 * at.g + at.q, at"),
+        ("channels.flips[column / kWordBits]", "channels.flips[0]"),
+        # These change the exchange of bytes.
+        ("0x3715 : 0x6240", "0x6240 : 0x3715"),
+        ("0x3276 : 0x5410", "0x3276 : 0x5432"),
+        ("__shfl_xor_sync(kAllLanes, bytes, 2)", "__shfl_xor_sync(kAllLanes, bytes, 4)"),
+        # These change which sums are counted.
+        ("[i % 2 * 2 + c % 2]", "[c % 2 * 2 + i % 2]"),
+        ("group[c / 2]", "group[c / 2 ^ 1]"),
+        ("sums[first + i / 2][index]", "sums[first + (i / 2 ^ 1)][index]"),
+        ("margins.x[top + 8 * i + at.g]", "margins.x[top + at.g]"),
+        ("margins.weight[left + 8 * at.q + c]", "margins.weight[left + 8 * at.q]"),
+        ("at.q + c] - 2 * both", "at.q + c] - both"),
+    ]
+    cxx = small_source("m{}n{}".format(*tile), "boolean")
+    assert_caught(compiled(cxx, "sm_80"), edited(cxx, edits), run, seeds=range(2))

@@ -9,18 +9,22 @@ from tools.ptx.machine import Module, Report
 from tools.ptx.mutate import assert_caught, remove_barriers
 
 from .product import (
+    BIT_EDITS,
     DRAWN,
-    DTYPES,
+    EDGE_EDITS,
     TARGETS,
+    bit_shapes,
     ceil_div,
     compiled,
     edited,
     kernel,
     module,
+    output_name,
     product_call,
     seeded,
+    seeded_bits,
     source,
-    total_letter,
+    source_of_type,
 )
 
 
@@ -28,9 +32,9 @@ def check_popc(module: Module, m: int, n: int, k: int, out: torch.dtype = torch.
     """Check a product of random words, whose bits past k are random too."""
     call = product_call(m, n, k, out, **more)
     columns = ceil_div(n, 64)
-    name = kernel(module, rf"multiply_tilesI\w*AsI{DTYPES[out][1]}{total_letter(out)}E")
+    name = kernel(module, rf"multiply_tilesI\w*{output_name(out)}")
     report = module.launch(name, ceil_div(m, 64) * columns, 256, [call.fields, columns], seed=more.get("seed", 0))
-    call.check()
+    call.check(report)
     assert report.bank_conflicts == 0
     return report
 
@@ -64,6 +68,12 @@ def test_popc_outputs(target, out):
     if out is not torch.int32:
         for vectors in ({"bias": bias}, {"scale": scale}, {"bias": bias, "scale": scale}):
             check_popc(module("gemm_popc.cu", target), 5, 67, 333, out, **vectors)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_popc_bits(target):
+    for seed, shape in seeded_bits([*bit_shapes(64, 64), (18, 45, 1025)]):
+        check_popc(module("gemm_popc.cu", target), *shape, torch.bool, seed=seed, flipped=seed % 4 > 0)
 
 
 @pytest.mark.parametrize("channels", FLOATS, ids=lambda dtype: "channels-" + str(dtype)[6:])
@@ -122,3 +132,33 @@ def test_mutants_of_popc_are_caught():
     mutants = [*edited(source("gemm_popc.cu"), edits), *remove_barriers(text, kernel(Module.from_ptx(text), "AsIffE"))]
     assert len(mutants) >= len(edits) + 2
     assert_caught(text, mutants, run, seeds=range(2))
+
+
+def test_mutants_of_bits_are_caught():
+    def run(module: Module, seed: int) -> None:
+        for m, n, k in ((66, 70, 40), (2, 31, 9), (3, 33, 1), (1, 64, 0)):
+            check_popc(module, m, n, k, torch.bool, seed=seed)
+            check_popc(module, m, n, k, torch.bool, seed=seed, flipped=False)
+
+    edits = [
+        *BIT_EDITS,
+        *EDGE_EDITS,
+        ("static_cast<int32_t>(popcount) <= limit", "static_cast<int32_t>(popcount) > limit"),
+        ("static_cast<int32_t>(popcount) <= limit", "popcount <= static_cast<uint32_t>(limit)"),
+        ("all_flips && exist ?", "exist ?"),
+        ("all_flips && exist ?", "all_flips ?"),
+        ("all_flips[first / kWordBits + thread] & exist", "all_flips[first / kWordBits + thread]"),
+        ("first + i < n ? all_limits", "first + i <= n ? all_limits"),
+        ("left < kWordBits ? static_cast<int>(left)", "left < kWordBits ? static_cast<int>(left + 1)"),
+        ("row * word_count(product.n) + column", "row * (product.n / 32) + column"),
+        # These are mutants of this kernel's own part.
+        ("2 * word + half", "2 * word + (half ^ 1)"),
+        ("kSide * j + tx]", "kSide * j + (tx ^ 1)]"),
+        ("lane_index() >= kSide", "lane_index() < kSide"),
+        ("0x7632 : 0x5410", "0x7632 : 0x5432"),
+        ("tx == word", "tx <= word"),
+        ("product, row + kSide * i, column + kWordBits * word", "product, row + kSide * i, column"),
+        ("channels.flips[word]", "channels.flips[0]"),
+    ]
+    cxx = source_of_type("gemm_popc.cu", "boolean")
+    assert_caught(compiled(cxx, "sm_80"), edited(cxx, edits), run, seeds=range(2))

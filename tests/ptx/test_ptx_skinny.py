@@ -13,22 +13,24 @@ from tools.ptx.machine import In, Module, PtxFault, Report
 from tools.ptx.mutate import assert_caught, remove_barriers
 
 from .product import (
+    BIT_EDITS,
     DRAWN,
-    DTYPES,
     TARGETS,
     Call,
     aligned_words_for,
+    bit_shapes,
     ceil_div,
     channels_of,
     compiled,
     edited,
-    float32_source,
     kernel,
     module,
+    output_name,
     prepared_header,
     product_call,
     seeded,
-    total_letter,
+    seeded_bits,
+    source_of_type,
 )
 
 NAME = "gemm_skinny.cu"
@@ -39,16 +41,23 @@ SHAPES = {(1, 4): (1, 8), (1, 1): (4, 16), (2, 4): (1, 8), (2, 1): (4, 16), (4, 
 SHAPES[16, 2] = (2, 8)
 
 
+def columns_of(each: int, out: torch.dtype) -> int:
+    """Return the columns of a block: those of its groups, or the 32 of a word."""
+    return 32 if out is torch.bool else 4 * each
+
+
 def launch(module: Module, call: Call, wide: bool = False, seed: int = 0) -> Report:
     """Launch the kernel as the launcher does, but with the wide shapes also for few columns."""
     m, n, k, out = call.what
     rows = next(r for r in (1, 2, 4, 8, 16) if m <= r)
     each = 2 if rows > 2 else 4 if wide else 1
     lines, most_warps = SHAPES[rows, each]
-    pattern = rf"AsI{DTYPES[out][1]}{total_letter(out)}E\w*ShapeILi{rows}ELi{each}ELi{lines}ELi{most_warps}E"
+    across = columns_of(each, out) // (4 * each)
+    pattern = rf"{output_name(out)}\w*ShapeILi{rows}ELi{each}ELi{lines}ELi{most_warps}E"
     width = aligned_words_for(k)
-    warps = min(max(ceil_div(width, lines * LINE), 1), most_warps)
-    return module.launch(kernel(module, pattern), ceil_div(n, 4 * each), 32 * warps, [call.fields, width], seed=seed)
+    warps = across * min(max(ceil_div(width, lines * LINE), 1), most_warps // across)
+    blocks = ceil_div(n, across * 4 * each)
+    return module.launch(kernel(module, pattern), blocks, 32 * warps, [call.fields, width], seed=seed)
 
 
 def spread(call: Call) -> Call:
@@ -68,7 +77,7 @@ def check_skinny(
     """Check a product of random words."""
     call = spread(product_call(m, n, k, out, seed=seed, aligned=True, header=prepared_header(n, k), **more))
     report = launch(module, call, wide, seed)
-    call.check()
+    call.check(report)
     assert report.bank_conflicts == 0, report.conflicts_by_source()
     return report
 
@@ -106,6 +115,22 @@ def test_skinny_outputs(target, out):
         check_skinny(module(NAME, target), rows, n, 333, out, each == 4, **vectors[-1])
 
 
+def shapes_of_bits() -> list[tuple[int, int, int, bool]]:
+    """Return shapes at the edges of words and of rows, of a step, and of the steps of all warps that share K."""
+    edges = [(m, n, k, n % 2 == 0) for m, n, k in bit_shapes(16, 32) if m <= 16]
+    for (rows, each), (lines, warps) in SHAPES.items():
+        step, parts = 32 * LINE * lines, warps * 4 * each // 32
+        n = itertools.cycle((33, 31, 64, 1))
+        edges += [(rows, next(n), k, each == 4) for k in (0, step + 1, parts * step + 32)]
+    return edges
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_skinny_bits(target):
+    for seed, (m, n, k, wide) in seeded_bits(shapes_of_bits()):
+        check_skinny(module(NAME, target), m, n, k, torch.bool, wide, seed, flipped=seed % 4 > 0)
+
+
 @pytest.mark.parametrize("rows, each", SHAPES)
 def test_skinny_moves_whole_sectors(rows, each):
     """A warp reads or writes all of each 32 bytes that an instruction touches, if its columns allow it."""
@@ -130,9 +155,9 @@ def test_skinny_traps_on_weights_prepared_for_another_product(target):
 
 
 @functools.cache
-def small_source() -> str:
-    """Return the kernel for float32 and a few shapes alone."""
-    text, shapes = re.subn(r".*return launch<As, Shape<(8, 2|4, 2|2, 4).*\n", "", float32_source(NAME))
+def small_source(dtype: str = "float32") -> str:
+    """Return the kernel for one type of outputs and a few shapes alone."""
+    text, shapes = re.subn(r".*return launch<As, Shape<(8, 2|4, 2|2, 4).*\n", "", source_of_type(NAME, dtype))
     assert shapes == 3
     return text
 
@@ -170,7 +195,7 @@ def test_mutants_of_skinny_are_caught():
         ("2 * twos", "twos"),
         ("lane & Bit ? odd : even", "lane & Bit ? even : odd"),
         ("add_lanes<4>(counts, lane);", ""),
-        ("row * kGroups + group", "row * kGroups + (group ^ 2)"),
+        ("kPitch + group) * kEach", "kPitch + (group ^ 2)) * kEach"),
         ("sums[i] = 0", "sums[i] = 1"),
         ("{sums[i]}", "{sums[i ^ 4]}"),
         ("channels.bias + j", "channels.bias + j + 1"),
@@ -180,3 +205,31 @@ def test_mutants_of_skinny_are_caught():
     barriers = remove_barriers(text, kernel(Module.from_ptx(text), "ShapeILi16E"))
     assert len(barriers) == 2
     assert_caught(text, [*mutants, *barriers], run_small, seeds=range(2))
+
+
+def test_mutants_of_bits_are_caught():
+    def run(module: Module, seed: int) -> None:
+        check = functools.partial(check_skinny, module, out=torch.bool, seed=seed)
+        check(m=13, n=45, k=2 * 2048 + 65)
+        check(m=1, n=70, k=4 * 1024 + 65, wide=True)
+        check(m=2, n=33, k=8192 + 1)
+        check(m=1, n=31, k=0, flipped=False)
+
+    edits = [
+        *BIT_EDITS,
+        # These change the columns and the part of K of a warp.
+        ("threadIdx.x / kWarp / Block::kAcross, warps", "threadIdx.x / kWarp, warps"),
+        ("warps = blockDim.x / kWarp / Block::kAcross", "warps = blockDim.x / kWarp"),
+        ("% Block::kAcross * Shape", "% 2 * Shape"),
+        ("column += across, sums += across", "sums += across"),
+        ("column += across, sums += across", "column += across"),
+        # These change where sums are.
+        ("row * kGroups * Block::kPitch + group", "row * kGroups * Block::kAcross + group"),
+        ("sums[row * Block::kRow + j]", "sums[row * Block::kRow + (j ^ 1)]"),
+        ("kPitch = kBits<As> ? kAcross + 1", "kPitch = kBits<As> ? kAcross"),  # it causes bank conflicts
+        # These change which lane has which column.
+        ("channels.limits[lane]", "channels.limits[lane ^ 1]"),
+        ("if (lane == 0) write_word", "if (lane < 2) write_word"),
+    ]
+    cxx = small_source("boolean")
+    assert_caught(compiled(cxx, "sm_80"), edited(cxx, edits), run, seeds=range(2))

@@ -12,22 +12,24 @@ from tools.ptx.machine import In, Module, PtxFault, Report
 from tools.ptx.mutate import assert_caught, remove_barriers, swap_fragments
 
 from .product import (
+    BIT_EDITS,
     DRAWN,
-    DTYPES,
     Call,
     aligned_words_for,
+    bit_shapes,
     ceil_div,
     channels_of,
     compiled,
     edited,
-    float32_source,
     kernel,
     module,
+    output_name,
     prepared_header,
     product_call,
     seeded,
+    seeded_bits,
+    source_of_type,
     targets,
-    total_letter,
 )
 
 TARGETS = targets("sm_80", "sm_90a")
@@ -39,10 +41,11 @@ SHAPES = {1: (4, 16), 2: (2, 8), 4: (2, 8)}
 
 
 def launch(module: Module, call: Call, tiles: int = 1, seed: int = 0) -> Report:
-    """Launch the kernel as the launcher does, but with more tiles also for few columns."""
+    """Launch the kernel as the launcher does, but with more tiles also for few columns; bits need the most of them."""
     _, n, k, out = call.what
+    tiles = 4 if out is torch.bool else tiles
     slices, most_warps = SHAPES[tiles]
-    pattern = rf"AsI{DTYPES[out][1]}{total_letter(out)}E\w*ShapeILi{tiles}ELi{slices}ELi{most_warps}E"
+    pattern = rf"{output_name(out)}\w*ShapeILi{tiles}ELi{slices}ELi{most_warps}E"
     width = aligned_words_for(k)
     warps = min(max(ceil_div(width, slices * SLICE), 1), most_warps)
     return module.launch(kernel(module, pattern), ceil_div(n, 8 * tiles), 32 * warps, [call.fields, width], seed=seed)
@@ -65,7 +68,7 @@ def check_skinny(
     """Check a product of random words."""
     call = spread(product_call(m, n, k, out, seed=seed, aligned=True, header=prepared_header(n, k), **more))
     report = launch(module, call, tiles, seed)
-    call.check()
+    call.check(report)
     assert report.bank_conflicts == 0, report.conflicts_by_source()
     return report
 
@@ -101,6 +104,20 @@ def test_skinny_outputs(target, out):
         check_skinny(module(NAME, target), 11, n, 333, out, **more)
     for tiles in SHAPES:
         check_skinny(module(NAME, target), 16, n, 333, out, tiles, **vectors[-1])
+
+
+def shapes_of_bits() -> list[tuple[int, int, int]]:
+    """Return shapes at the edges of words and of rows, of a step, and of the steps of all warps."""
+    slices, warps = SHAPES[4]
+    step = 32 * SLICE * slices
+    edges = [(m, n, k) for m, n, k in bit_shapes(16, 32) if m <= 16]
+    return [*edges, *((16, 45, k) for k in (0, 33, step, step + 1, warps * step, warps * step + 32))]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_skinny_bits(target):
+    for seed, (m, n, k) in seeded_bits(shapes_of_bits()):
+        check_skinny(module(NAME, target), m, n, k, torch.bool, seed=seed, flipped=seed % 4 > 0)
 
 
 @pytest.mark.parametrize("tiles", SHAPES)
@@ -181,9 +198,27 @@ def test_mutants_of_skinny_are_caught():
         ("kRegister = kWarp + kWarp / 2", "kRegister = kWarp"),
         ("+ kWarp / 2 / Tiles", ""),
     ]
-    text = compiled(float32_source(NAME), "sm_80")
-    mutants = edited(float32_source(NAME), edits)
+    text = compiled(source_of_type(NAME), "sm_80")
+    mutants = edited(source_of_type(NAME), edits)
     name = kernel(Module.from_ptx(text), "ShapeILi2E")
     barriers, fragments = remove_barriers(text, name), swap_fragments(text, name)[:13]  # registers of one instruction
     assert (len(barriers), len(fragments)) == (2, 13)
     assert_caught(text, [*mutants, *barriers, *fragments], run_small, seeds=range(2))
+
+
+def test_mutants_of_bits_are_caught():
+    def run(module: Module, seed: int) -> None:
+        check = functools.partial(check_skinny, module, out=torch.bool, seed=seed)
+        check(m=13, n=45, k=8 * 1024 + 65)
+        check(m=16, n=70, k=33)
+        check(m=1, n=31, k=0, flipped=False)
+
+    edits = [
+        *BIT_EDITS,
+        ("x_bits[row] + weight_bits[j]", "x_bits[row] + weight_bits[j ^ 1]"),
+        ("product, row, column, different, channels", "product, row, column, different + 1, channels"),
+        ("channels.limits[lane]", "channels.limits[lane ^ 1]"),
+        ("if (lane == 0) write_word", "if (lane < 2) write_word"),
+    ]
+    cxx = source_of_type(NAME, "boolean")
+    assert_caught(compiled(cxx, "sm_80"), edited(cxx, edits), run, seeds=range(2))
