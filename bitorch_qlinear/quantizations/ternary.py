@@ -24,8 +24,8 @@ def _ternarize(x: Tensor) -> Tensor:
     length = x.shape[-1] if x.dim() else 1
     rows = x.reshape(math.prod(x.shape[:-1]), length)  # torch cannot infer -1 if the length is 0
     limits = _limits(rows)
-    # A comparison with NaN is false. torch compares values of a half type with the float32 limits in float32. Written in
-    # place, a comparison gives 0 and 1 as floats, in a tenth of the time that a bool result and its conversion take.
+    # A comparison with NaN is false. torch compares values of a half type with the float32 limits in float32. A
+    # comparison in place gives 0 and 1 as floats, in a sixth of the time that a bool result and its conversion take.
     return rows.clone().gt_(limits).sub_(rows.clone().lt_(-limits)).reshape(x.shape)
 
 
@@ -33,9 +33,9 @@ class Ternary(Quantization):
     """sign(w) if ``|w| > Δ``, else 0, with Δ = 0.7 · mean ``|w|`` of each output channel; times a scale, if asked.
 
     The gradient passes unchanged to all weights, also to those that become 0. With a scale α the values are α · t,
-    where t is -1, 0 or +1. If G is the gradient of α · t, the gradient of w is ``α · G + t / c · dL/dα``, where c is the
-    number of weights of the channel that do not become 0 and ``dL/dα = Σ G · t``. So α is differentiated as QLinear's
-    other scales are, and Δ is a constant.
+    where t is -1, 0 or +1. If G is the gradient of α · t, the gradient of w is ``α · G + t / c · dL/dα``, where c is
+    the number of weights of the channel that do not become 0 and ``dL/dα = Σ G · t``. So α is differentiated as
+    QLinear's other scales are, and Δ is a constant.
 
     The paper (Ternary Weight Networks, https://arxiv.org/abs/1605.04711) has one Δ and one α for a layer, and passes G
     itself to w. Here each output channel has a Δ and an α of its own, like QLinear's other scales: a layer multiplies

@@ -54,6 +54,7 @@ NAMES = [
     "sign",
     "steheaviside",
     "swishsign",
+    "ternary",
     "weightdorefa",
 ]
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, 1.0, -1.0, 1e-40, -1e-40, 5e-324, -5e-324, 6e4, -6e4, 0.5, 0.25, 1.5]
