@@ -63,7 +63,7 @@ format:  ## rewrite the code in the style that lint checks
 	$(PY) -m ruff check --select I --fix
 	$(PY) -m ruff format
 	@$(VENV)/bin/clang-format -i $(CXX_FILES)
-benchmark:  ## measure for some three minutes and write the tables and plots of README.md and docs
+benchmark:  ## measure for some six minutes and write the tables and plots of README.md and docs
 	@$(SETUP) benchmark
 	@$(PY) -c 'import bnn' 2>/dev/null || $(PY) -m pip install -q --no-deps bnn-lab==1.0.0 || echo "make: going on without bnn-lab"
 	$(PY) -m benchmarks tables --measure

@@ -9,6 +9,7 @@ COMMANDS = {
     "cpu": ("benchmarks.cpu", "time inference on the CPU against nn.Linear, bitorch, bnn-lab and int8"),
     "train": ("benchmarks.train", "time training steps and count saved bytes, or time a whole training run"),
     "memory": ("benchmarks.memory", "measure the resident weights and the peak memory of a packed model"),
+    "models": ("benchmarks.models", "time whole models in float32, packed and fused, and measure their activations"),
     "targets": ("benchmarks.targets", "measure the targets of the CPU path and say which ones are met"),
     "check": ("benchmarks.check", "compare the committed results with a fresh run"),
     "tables": ("benchmarks.tables", "write the tables in README.md and docs/ from the committed results"),

@@ -21,7 +21,7 @@ from tabulate import tabulate
 from bitorch_qlinear import kernels
 from examples.digits import report as demo
 
-from . import cpu, memory, targets, train
+from . import cpu, memory, models, targets, train
 from .gpu.plot import plot as plot_gpu
 from .gpu.tables import read as read_gpu
 from .measuring import (
@@ -72,6 +72,7 @@ def measure() -> None:
         write_json(RESULTS / f"{name}.json", figures)
     cpu.draw(inference, RESULTS)
     measure_avx2(where)
+    measure_models(where)
     print(f"measured in {time.monotonic() - start:.0f} s")
 
 
@@ -86,6 +87,18 @@ def measure_avx2(where: Figures) -> None:
         figures = targets.measure(targets.measure_runs(ROUNDS))
     write_json(path, {"targets": figures, "setting": where | {"kernel": "avx2"}})
     print(targets.table(figures), flush=True)
+
+
+def measure_models(where: Figures) -> None:
+    """Time whole models with the best kernel, and with AVX2 if that is another one."""
+    for kernel, name in ((None, "models"), ("avx2", "models_avx2")):
+        path = RESULTS / f"{name}.json"
+        path.unlink(missing_ok=True)
+        if kernel is None or kernel in kernels.available()[1:]:
+            figures = models.measure(models.CASES, models.PROCESSES, ROUNDS, kernel)
+            figures["setting"] = where | ({"kernel": kernel} if kernel else {})
+            write_json(path, figures)
+            print(models.report(figures), flush=True)
 
 
 def draw() -> None:
@@ -216,6 +229,46 @@ def inference_table(inference: Figures) -> str:
     )
 
 
+MODELS_MISSING = "Not measured yet: `python -m benchmarks models --json benchmarks/results/models.json`."
+
+
+def models_table(figures: Figures | None) -> str:
+    """Return the times of all whole models, and the memory between their layers."""
+    if figures is None:
+        return MODELS_MISSING
+    return f"{models.table(figures, 'pipe')}\n\n{models.memory_text(figures)} {models.where_text(figures)}"
+
+
+def models_avx2_table(figures: Figures | None) -> str:
+    """Return the times of all whole models with AVX2, if it was measured beside a better kernel."""
+    if figures is None:
+        return "AVX2 is the best kernel of the machine above, or it has no AVX2."
+    return f"{models.table(figures, 'pipe')}\n\n{models.where_text(figures)}"
+
+
+def models_summary(figures: Figures | None) -> str:
+    """Return the README's table of whole models: the usual modules between the layers, one row and many."""
+    if figures is None:
+        return MODELS_MISSING
+    rows = []
+    for result in figures["results"]:
+        if result["variant"] == models.HARDTANH and result["batch"] in (1, 256):
+            gain = statistics.median(models.ratios(result, models.FLOAT, models.FUSED))
+            rows.append(
+                [
+                    f"{figures['layers']} × {result['size']}",
+                    str(result["batch"]),
+                    *(milliseconds(models.seconds(result, name)) for name in models.NAMES),
+                    f"**{gain:.3g}**" if gain > 1 else f"{gain:.3g}",
+                ]
+            )
+    headers = ["whole model", "batch", "`nn.Linear`", "`pack(model)`", "`pack(model, fuse=True)`"]
+    return (
+        f"{markdown(rows, [*headers, 'fused, times as fast as `nn.Linear`'])}\n\n"
+        f"Square layers with {models.HARDTANH.replace(', ', ' and ')} between them. {models.where_text(figures)}"
+    )
+
+
 def training_run(figures: Figures | None) -> str:
     """Return both training runs, which make benchmark does not repeat."""
     if figures is None:
@@ -298,6 +351,9 @@ def blocks() -> dict[str, str]:
         "training steps": train.table(training["results"], "pipe"),
         "memory": memory.table(resident, "pipe"),
         "training run": training_run(load("train_run")),
+        "models": models_table(load("models")),
+        "models avx2": models_avx2_table(load("models_avx2")),
+        "models summary": models_summary(load("models")),
         "demo accuracy": demo_accuracy(load("demo")),
         "demo": demo_output(load("demo")),
     }

@@ -205,7 +205,8 @@ def _cuda_devices() -> list[torch.device]:
 CONVERT = """Packs named linear layers of a state dict, without the model.
 
 The weights of the layers become bits, and all other entries stay. The result loads into pack(model), where the model
-has QLinear layers of the same names and quantizations. Nothing is written unless every layer can be packed.
+has QLinear layers of the same names, quantizations and scales. Nothing is written unless every layer can be packed.
+A file does not tell the quantizations, and only one of torch.save tells that a layer had weight_scale="mean".
 """
 
 

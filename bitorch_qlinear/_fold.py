@@ -31,7 +31,6 @@ __all__ = [
     "counts_channels_first",
     "fold_inputs",
     "fold_modules",
-    "promises_channels_alone",
     "reason_against_before",
     "reason_against_between",
 ]
@@ -53,19 +52,7 @@ _EXACT = (
 _SAME_IN_TRAINING = {*_EXACT, ChannelShift, RPReLU} - {nn.Dropout, nn.AlphaDropout, nn.BatchNorm1d}
 # With factors of one sign for each channel, these modules keep the order of a channel's values or reverse it, because
 # rounding keeps the order.
-_MONOTONE = (
-    nn.Identity,
-    nn.Dropout,
-    nn.AlphaDropout,
-    nn.Hardtanh,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.BatchNorm1d,
-    ChannelShift,
-    RPReLU,
-)
+_MONOTONE = (*(cls for cls in _EXACT if cls is not nn.Threshold), ChannelShift, RPReLU)
 FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {cls: cls.forward for cls in (*_EXACT, *_MONOTONE, PackedQLinear)}
 """The forwards of the classes of which more is known than what the modules compute."""
 # A table is computed in parts of about this many values.
@@ -85,7 +72,7 @@ class Limits:
     flips: Tensor
 
 
-def promises_channels_alone(module: nn.Module) -> bool:
+def _promises_channels_alone(module: nn.Module) -> bool:
     """Whether the class that defines the module's forward promises that it computes each channel alone."""
     for cls in type(module).__mro__:
         if "forward" in vars(cls):
@@ -101,7 +88,7 @@ def reason_against_between(module: nn.Module, n: int) -> str:
         n: The number of channels.
     """
     name = type(module).__name__
-    if type(module) not in _EXACT and not promises_channels_alone(module):
+    if type(module) not in _EXACT and not _promises_channels_alone(module):
         return f"{name} follows, which is not one of the modules that can be folded"
     return f"{name} follows, for another number of channels than {n}" if _has_other_channels(module, n) else ""
 
@@ -157,8 +144,7 @@ def fold_modules(
             for module in between:
                 y = module(y)
         except Exception as error:
-            said = (str(error).splitlines() or [""])[0]
-            return f"what follows cannot be computed in {dtype} ({type(error).__name__}: {said:.80})"
+            return f"what follows cannot be computed in {dtype} ({_summary(error)})"
         if y.shape != (counts.numel(), n) or y.dtype != dtype:
             return "what follows changes the shape or the dtype"
         bits = functional.unpack_bits(functional.pack_bits(y, strict), n, torch.bool)
@@ -174,6 +160,12 @@ def fold_modules(
         return f"the signs of {several} of {n} channels change more than once: {names}"
     flips = functional.pack_bits(torch.where(first[0], -1.0, 1.0))
     return Limits((place - 1).contiguous(), flips)
+
+
+def _summary(error: Exception) -> str:
+    """Return the class of an error and the beginning of its message."""
+    said = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {said:.80}"
 
 
 def _reason_now(between: tuple[nn.Module, ...]) -> str:
@@ -266,8 +258,7 @@ def fold_inputs(before: Iterable[nn.Module], layer: PackedQLinear, dtype: torch.
     try:
         return _bisect(output_of, k, dtype, strict)
     except Exception as error:
-        said = (str(error).splitlines() or [""])[0]
-        return f"what precedes cannot be computed in {dtype} ({type(error).__name__}: {said:.80})"
+        return f"what precedes cannot be computed in {dtype} ({_summary(error)})"
 
 
 def _reason_of_order(before: tuple[nn.Module, ...]) -> str:

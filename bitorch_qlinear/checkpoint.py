@@ -15,6 +15,10 @@ before the format had a version lack the last three entries; they load as well. 
 a layer that rounds its input to levels, has format 2, because a reader of format 1 knows neither; one of ternary
 weights has format 3; all others have format 1. The words of ternary weights have 2n rows: first those of the signs
 "+1 unless w < 0", and then those of the signs "+1 if w > 0", and a weight is the mean of its two signs.
+
+A state dict of float weights has no entry for a scale that is computed from them. The kind of the scale is recorded
+beside the entries, in the metadata where torch keeps the versions of modules. ``torch.save`` writes the metadata, and
+safetensors does not.
 """
 
 from __future__ import annotations
@@ -37,9 +41,12 @@ __all__ = [
     "TERNARY_WEIGHT",
     "WEIGHT_RULES",
     "format_of",
+    "problem_of_lost_scale",
     "problem_of_packed",
     "problem_of_scale_in_float",
     "problem_of_words_in_float",
+    "record_scale",
+    "recorded_scale",
     "word_rows",
     "words_for",
 ]
@@ -121,6 +128,45 @@ def problem_of_scale_in_float(prefix: str, state_dict: Mapping[str, Any], has_sc
             "bitorch_qlinear.binarize"
         )
     return None
+
+
+def record_scale(prefix: str, state_dict: Mapping[str, Any], kind: str) -> None:
+    """Write the kind of a layer's scale into the metadata of a state dict, if it has some for the layer."""
+    metadata = _metadata(prefix, state_dict)
+    if metadata is not None:
+        metadata["weight_scale"] = kind
+
+
+def recorded_scale(prefix: str, state_dict: Mapping[str, Any]) -> str | None:
+    """Return the kind of a layer's scale that the metadata of a state dict tells, or None."""
+    return (_metadata(prefix, state_dict) or {}).get("weight_scale")
+
+
+def _metadata(prefix: str, state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
+    found: dict[str, Any] | None = (getattr(state_dict, "_metadata", None) or {}).get(prefix.removesuffix("."))
+    return found
+
+
+def problem_of_lost_scale(
+    prefix: str, state_dict: Mapping[str, Any], metadata: Mapping[str, Any], scaled: bool
+) -> str | None:
+    """Return the error message for a layer that would load float weights without the scale computed from them, or None.
+
+    Args:
+        prefix: Prefix of the entries' names.
+        state_dict: The checkpoint.
+        metadata: What torch keeps of the layer beside its entries.
+        scaled: Whether the layer has a scale.
+    """
+    weight = state_dict.get(f"{prefix}weight")
+    if scaled or metadata.get("weight_scale") != "mean" or not isinstance(weight, Tensor):
+        return None
+    if not weight.is_floating_point():
+        return None
+    return (
+        f"{prefix}weight: expected weights that have no scale, got those of a layer with weight_scale='mean': load "
+        "them into such a layer, or load dict(state_dict) to leave out the scale"
+    )
 
 
 def problem_of_packed(

@@ -668,7 +668,7 @@ def _fusions_of(root: nn.Module) -> dict[int, Fusion]:
     plan = root._current_plan() if isinstance(root, FusedSequential) else Plan(root)
     for chain in plan.chains:
         folded = chain.folded(_dtype_of(chain.layers[0]))
-        why = _NOW if Snapshot.of(chain.modules) is not None else _STATE
+        why = _STATE if folded is None and Snapshot.of(chain.modules) is None else _NOW
         limits = [why] * len(chain.layers[1:]) if folded is None else folded.limits
         for layer, between, outcome in zip(chain.layers, chain.between, limits, strict=False):
             found[id(layer)] = Fusion(found[id(layer)].input, report(outcome, _WORDS, between))

@@ -27,7 +27,12 @@ from ._product import (
 )
 from ._sign_gemm import beats_blas
 from ._torch import called_from, has_hooks, is_dtensor, is_plain
-from .checkpoint import problem_of_scale_in_float, problem_of_words_in_float
+from .checkpoint import (
+    problem_of_lost_scale,
+    problem_of_scale_in_float,
+    problem_of_words_in_float,
+    record_scale,
+)
 from .quantizations import (
     BinaryRule,
     binary_rule,
@@ -543,12 +548,18 @@ class QLinear(nn.Linear):
             )
         super().register_parameter(name, param)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight_scale is not None:
+            record_scale(prefix, destination, self.weight_scale)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A subclass may have a parameter or buffer of this name for something else.
         has_scale = "scale" in self._parameters or "scale" in self._buffers
         learned = has_scale and self.weight_scale == "learned"
         problem = problem_of_words_in_float(prefix, state_dict)
         problem = problem or problem_of_scale_in_float(prefix, state_dict, has_scale, learned)
+        problem = problem or problem_of_lost_scale(prefix, state_dict, args[0], self.weight_scale is not None)
         if problem:
             args[-1].append(problem)  # error_msgs
             return

@@ -35,6 +35,7 @@ from .checkpoint import (
     STRICT_INPUT,
     TERNARY_WEIGHT,
     format_of,
+    problem_of_lost_scale,
     problem_of_packed,
     word_rows,
     words_for,
@@ -174,7 +175,7 @@ class PackedQLinear(nn.Module):
     weight_prepared: Tensor | None
     scale: Tensor | None
     weight_scale: WeightScale | None = None
-    _level_bits: int | None
+    _level_bits: int | None = None
 
     def __init__(
         self,
@@ -485,6 +486,7 @@ class PackedQLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the state and prepare the words for this process's kernel."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._buffers.setdefault("scale", None)  # older pickles lack it
         self.prepare()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -534,6 +536,8 @@ class PackedQLinear(nn.Module):
             scaled=self._buffers.get("scale") is not None,
             computes_scale=self.weight_scale != "learned",
         )
+        scaled = self.weight_scale is not None
+        problem = problem or problem_of_lost_scale(prefix, state_dict, local_metadata, scaled)
         if problem:
             error_msgs.append(problem)
             return
@@ -542,8 +546,13 @@ class PackedQLinear(nn.Module):
         may_miss = {f"{prefix}{name}" for name in ("empty", "format", "input_rule", "weight_rule")}
         if isinstance(weight, Tensor) and weight.is_floating_point():
             try:
-                state_dict[key] = pack_weight(weight, self.weight_quantization)
-                scale = self._scale_of(weight)
+                quantization = self._loaded_quantization(state_dict, prefix, local_metadata)
+            except RuntimeError as error:
+                error_msgs.append(f"{prefix}weight_quantization: {error}")
+                return
+            try:
+                state_dict[key] = pack_weight(weight, quantization)
+                scale = self._scale_of(weight, quantization)
                 if scale is not None:
                     state_dict[f"{prefix}scale"] = scale
             except ValueError as error:
@@ -557,12 +566,31 @@ class PackedQLinear(nn.Module):
         missing_keys.extend(name for name in missing if name not in may_miss)
         self.prepare()
 
-    def _scale_of(self, weight: Tensor) -> Tensor | None:
-        """Return the scale that the layer computes from float weights, or None."""
+    def _loaded_quantization(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+    ) -> nn.Module:
+        """Return the weight quantization with the parameters and buffers that a checkpoint holds for it.
+
+        torch loads them into the layer's own quantization only after the layer, whose weights depend on them.
+
+        Raises:
+            RuntimeError: They do not fit the quantization.
+        """
+        start = f"{prefix}weight_quantization."
+        entries = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
+        if not entries:
+            return self.weight_quantization
+        quantization = copy.deepcopy(self.weight_quantization)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        quantization.load_state_dict(entries, strict=False, assign=assign)
+        return quantization
+
+    def _scale_of(self, weight: Tensor, quantization: nn.Module) -> Tensor | None:
+        """Return the scale that the layer computes from float weights and their quantization, or None."""
         with torch.inference_mode(False), torch.no_grad():
             if self.weight_scale == "mean":
                 return row_means(weight)
-            return own_scale(self.weight_quantization, weight.detach())
+            return own_scale(quantization, weight.detach())
 
     def _complete(self) -> None:
         """Replace the entries that a loader which assigned the words left on meta, as its checkpoint lacks them."""

@@ -12,10 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitorch_qlinear import kernels
+from bitorch_qlinear import explain, kernels, pack
 from examples.digits.model import Digits, check_equal, positive, predict
 
-__all__ = ["accuracy", "check_parity", "make_parser", "median_seconds", "print_speed", "setting", "start", "train"]
+__all__ = [
+    "accuracy",
+    "check_parity",
+    "make_parser",
+    "median_seconds",
+    "pack_and_compare",
+    "print_speed",
+    "setting",
+    "start",
+    "train",
+]
 
 TRAINING_BATCH = 64
 
@@ -135,6 +145,20 @@ def print_speed(twin: nn.Module, packed: nn.Module, x: Tensor, batches: Sequence
             seconds = median_seconds(calls)
             shown.append(f"{seconds['twin'] / seconds['packed']:.1f} × at batch {batch}")
     print(f"The packed model against float32: {', '.join(shown)} ({setting()})")
+
+
+def pack_and_compare(model: nn.Module, twin: nn.Module, x: Tensor) -> None:
+    """Pack a trained model, print what became of its layers, and compare it with the model and with its float twin.
+
+    Args:
+        model: The trained model.
+        twin: The float32 model, in eval mode.
+        x: Test images, at least 256.
+    """
+    packed = pack(model, fuse=True)
+    print(f"\n{explain(packed)}\n")
+    check_parity(model, packed, x)
+    print_speed(twin, packed, x, (16, 64, 256))
 
 
 def setting() -> str:

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from bitorch_qlinear import ChannelShift, QLinear, RPReLU, explain, pack
-from examples.common import accuracy, check_parity, make_parser, print_speed, start, train
+from bitorch_qlinear import ChannelShift, QLinear, RPReLU
+from examples.common import accuracy, make_parser, pack_and_compare, start, train
 from examples.digits.model import load_digits, positive
 
 PATCHES, PIXELS, CLASSES = 16, 4, 10
@@ -118,10 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train(model, digits, arguments.epochs, BINARY_RATE)
     print(f"binary: test accuracy {accuracy(model, digits):.1%}")
 
-    packed = pack(model, fuse=True)
-    print(f"\n{explain(packed)}\n")
-    check_parity(model, packed, digits.x_test)
-    print_speed(twin, packed, digits.x_test, (16, 64, 256))
+    pack_and_compare(model, twin, digits.x_test)
 
 
 if __name__ == "__main__":

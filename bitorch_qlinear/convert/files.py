@@ -15,13 +15,14 @@ from torch import Tensor
 
 from .._inputs import FLOATS
 from .._torch import is_plain
+from ..checkpoint import recorded_scale
 from ..linear import QLinear
 from ..packed import PackedQLinear
 from .report import _size, reason_against
 
 __all__ = ["OPTIONS", "ConvertReport", "ConvertedLayer", "convert_file", "pack_entries"]
 
-OPTIONS = ("input_quantization", "weight_quantization")
+OPTIONS = ("input_quantization", "weight_quantization", "weight_scale")
 """The options of QLinear that change a packed layer's entries, each of which is an option of the command line."""
 _TORCH, _SAFETENSORS = (".pt", ".pth", ".bin"), ".safetensors"
 _MANY = 8
@@ -143,7 +144,8 @@ def pack_entries(
     weights = {_entry(name, "weight") for name in names}
     # These are all entries that a layer may have, whatever its sizes are.
     known = list(QLinear(1, 1, device="meta", **options).state_dict())
-    problems = [problem for name in names for problem in _problems(name, state, known, weights, overlapping)]
+    scale = options.get("weight_scale")
+    problems = [problem for name in names for problem in _problems(name, state, known, weights, overlapping, scale)]
     if problems:
         more = [f"and {len(problems) - _MANY} more"] if len(problems) > _MANY else []
         raise ValueError("\n".join([*problems[:_MANY], *more]))
@@ -201,7 +203,12 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _problems(
-    name: str, state: Mapping[str, Any], known: list[str], weights: set[str], overlapping: Mapping[str, list[str]]
+    name: str,
+    state: Mapping[str, Any],
+    known: list[str],
+    weights: set[str],
+    overlapping: Mapping[str, list[str]],
+    weight_scale: str | None,
 ) -> list[str]:
     """Return why a layer cannot be packed, as sentences.
 
@@ -211,6 +218,7 @@ def _problems(
         known: The entries that a QLinear with the same options may have.
         weights: The names of the weights of all layers that are packed.
         overlapping: The entries whose memory an entry shares.
+        weight_scale: The scale of each layer's weights.
     """
     prefix, key = _entry(name, ""), _entry(name, "weight")
     weight, bias = state[key], state.get(f"{prefix}bias")
@@ -226,10 +234,14 @@ def _problems(
         return [f"{prefix}bias: expected a dense tensor of floats, got {getattr(bias, 'dtype', type(bias).__name__)}"]
     if bias is not None and bias.shape != weight.shape[:1]:
         return [f"{prefix}bias: expected shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}"]
+    if recorded_scale(prefix, state) == "mean" and weight_scale != "mean":
+        return [f"{key}: expected weights without weight_scale='mean', got such weights: give --weight-scale mean"]
     own = [other for other in state if other.startswith(prefix) and other.removeprefix(prefix) not in known]
     if own:
+        hint = ": a learned scale needs --weight-scale learned" if f"{prefix}scale" in own else ""
         return [
             f"{key}: expected the weight of a linear layer, which has no entry except its bias, got {_some(own)} too"
+            f"{hint}"
         ]
     parent = name.removesuffix("out_proj")
     if parent != name and {f"{parent}in_proj_weight", f"{parent}q_proj_weight"} & state.keys():

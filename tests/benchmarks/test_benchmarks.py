@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import check, cpu, measuring, memory, peers, plots, tables, targets, train
+from benchmarks import check, cpu, measuring, memory, models, models_process, peers, plots, tables, targets, train
 from benchmarks.measuring import Shape
 from bitorch_qlinear import _kernels
 
@@ -315,6 +315,94 @@ def test_the_text_about_the_training_run_has_its_accuracy():
     assert "98.00%" in said and "absent: no module" in said and "Not measured yet" in tables.training_run(None)
 
 
+def model_result(variant, size, batch, *processes):
+    """Make a result of whole models from the seconds of the float, the packed and the fused form in each process."""
+    runs = [
+        {name: [0.9 * value, value, 1.1 * value] for name, value in zip(models.NAMES, each, strict=True)}
+        for each in processes
+    ]
+    return {"variant": variant, "size": size, "batch": batch, "processes": runs}
+
+
+MODELS = {
+    "layers": 4,
+    "rounds": 2,
+    "results": [
+        model_result(models.HARDTANH, 1024, 1, (8.0, 4.0, 1.0), (9.0, 3.0, 2.0), (6.0, 4.0, 2.0)),
+        model_result(models.HARDTANH, 4096, 16, (8.0, 4.0, 4.0)),
+        model_result(models.NORM, 1024, 1, (8.0, 4.0, 4.0)),
+    ],
+    "memory": {"size": 1024, "batch": 32, "bytes": dict(zip(models.NAMES, (1 << 21, 1 << 21, 1 << 16), strict=True))},
+    "setting": SETTING,
+}
+
+
+def cells_of(table):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")][2:]
+
+
+def test_whole_models_have_the_medians_of_all_processes():
+    first, second, third = cells_of(models.table(MODELS, "pipe"))
+    # The ratios of fused to packed are 4, 1.5 and 2.
+    assert first[1:] == ["1", "8,000,000", "2", "4.5", "2.00", "1.50 to 4.00", "2", "pass"]
+    assert second[5:] == third[5:] == ["1.00", "1.00 to 1.00", "", ""]
+
+
+def test_avx2_must_reach_a_share_of_the_bounds_of_whole_models():
+    faster, slower = (
+        MODELS | {"setting": SETTING | {"kernel": kernel}, "results": [model_result(models.HARDTANH, 1024, 1, each)]}
+        for kernel, each in (("avx2", (8.0, 1.91, 1.0)), ("k", (8.0, 1.91, 1.0)))
+    )
+    assert cells_of(models.table(faster, "pipe"))[0][-2:] == ["1.9", "pass"]
+    assert cells_of(models.table(slower, "pipe"))[0][-2:] == ["2", "missed"]
+
+
+def test_the_summary_of_whole_models_has_one_row_and_many():
+    (row,) = cells_of(tables.models_summary(MODELS))
+    assert row == ["4 × 1024", "1", "8e+03 ms", "4e+03 ms", "2e+03 ms", "**4.5**"]
+    assert "2.0 MiB" not in models.memory_text(MODELS) and "0.1 MiB fused: 1/32.0 of packed" in models.memory_text(
+        MODELS
+    )
+
+
+def test_tables_of_whole_models_say_what_was_not_measured():
+    assert "Not measured yet" in tables.models_table(None) and "Not measured yet" in tables.models_summary(None)
+    assert "has no AVX2" in tables.models_avx2_table(None)
+
+
+def test_the_memory_between_fused_layers_is_that_of_words():
+    found = models.measure_memory(size=256, batch=512)["bytes"]
+    floats, words = 512 * 256 * 4, 512 * 256 // 8
+    assert 2 * floats <= found[models.FLOAT] <= 2.1 * floats and 2 * floats <= found[models.PACKED] <= 2.1 * floats
+    assert 2 * words <= found[models.FUSED] <= 2.2 * words
+
+
+@pytest.mark.parametrize("variant", models_process.VARIANTS)
+def test_all_layers_of_the_whole_models_are_fused(variant):
+    torch.manual_seed(0)
+    model, x = models_process.make(variant, 96, binary=True), torch.randn(3, 96)
+    assert torch.equal(models_process.fuse(model, models.pack(model), x)(x), model(x))
+
+
+def test_whole_models_that_are_not_fused_are_an_error():
+    model = models_process.make(models.HARDTANH, 32, binary=True)
+    model[2] = torch.nn.Tanh()
+    with pytest.raises(RuntimeError, match="expected words between all layers"):
+        models_process.fuse(model, models.pack(model), torch.randn(2, 32))
+
+
+@pytest.mark.slow
+def test_models_from_end_to_end(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(models, "QUICK", [(models.NORM, 64, [1, 2])])
+    monkeypatch.setattr(models, "MEMORY", {"size": 64, "batch": 32})
+    options = ["--quick", "--processes", "2", "--rounds", "2", "--kernel", "scalar"]
+    models.main([*options, "--json", str(tmp_path / "models.json")])
+    figures = json.loads((tmp_path / "models.json").read_text())
+    assert [(each["batch"], len(each["processes"])) for each in figures["results"]] == [(1, 2), (2, 2)]
+    said = capsys.readouterr().out
+    assert "4 × 64, BatchNorm" in said and "2 processes of 2 turns each" in said and "kernel scalar" in said
+
+
 def test_make_benchmark_writes_figures_of_one_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(tables, "setting", lambda: SETTING)
@@ -328,9 +416,10 @@ def test_make_benchmark_writes_figures_of_one_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(tables.targets, "collect", lambda *_: None)
     monkeypatch.setattr(tables.targets, "measure_runs", lambda rounds: None)
     monkeypatch.setattr(tables.targets, "measure", lambda *_: [])
+    monkeypatch.setattr(tables.models, "measure", lambda *_: dict(MODELS))
     tables.measure()
     written = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert set(written) >= {"cpu", "train", "memory", "targets"}
+    assert set(written) >= {"cpu", "train", "memory", "targets", "models"}
     assert {figures["setting"]["commit"] for figures in written.values()} == {"c"}
 
 

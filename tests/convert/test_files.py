@@ -90,6 +90,8 @@ OPTIONS = [
     {"input_quantization": "steheaviside", "weight_quantization": "approxsign"},
     {"input_quantization": "identity", "weight_quantization": "steheaviside"},
     {"input_quantization": "progressive_sign", "weight_quantization": "weightdorefa"},
+    {"weight_scale": "mean"},
+    {"input_quantization": "inputdorefa", "weight_quantization": "steheaviside", "weight_scale": "mean"},
 ]
 
 
@@ -108,6 +110,28 @@ def test_the_file_holds_what_pack_makes(extensions, options, tmp_path):
     other.load_state_dict(read(target))
     assert_equal(other(X), packed(X))
     assert_same_state(read(source), model.state_dict())
+
+
+@pytest.mark.parametrize("extension", [".pt", ".safetensors"])
+@pytest.mark.parametrize("kind", ["mean", "learned"])
+def test_layers_with_a_scale(kind, extension, tmp_path):
+    model = binarize(Model(), weight_scale=kind).eval()
+    for layer in model.modules():
+        if isinstance(layer, QLinear) and kind == "learned":
+            layer.scale.data.uniform_(-1, 1)
+    source = write(model.state_dict(), tmp_path / f"a{extension}")
+    assert convert(source, tmp_path / "b.pt", "--weight-scale", kind) == 0
+    assert_same_state(read(tmp_path / "b.pt"), pack(model).state_dict())
+    other = pack(binarize(Model(), weight_scale=kind).eval())
+    other.load_state_dict(read(tmp_path / "b.pt"))
+    assert_equal(other(X), pack(model)(X))
+
+
+def test_a_scale_is_not_left_out(tmp_path, capsys):
+    for kind, other in (("mean", None), ("mean", "learned"), ("learned", None), ("learned", "mean")):
+        source = write(binarize(Model(), weight_scale=kind).state_dict(), tmp_path / f"{kind}.pt")
+        error = refused(capsys, source, tmp_path / "b.pt", *(["--weight-scale", other] if other else []))
+        assert f"--weight-scale {kind}" in error, error
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -301,6 +325,8 @@ def test_the_projection_of_an_attention_is_refused(sizes, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--input-quantization", "sing"], "input_quantization: expected one of "),
+        (["--weight-scale", "max"], "weight_scale: expected None, 'mean' or 'learned', got 'max'"),
+        (["--weight-scale", "learned"], "blocks.0.fc1: "),
         (
             ["--input-quantization", "weightdorefa"],
             "blocks.0.fc1: cannot be packed: input_quantization: expected a sign-like",

@@ -666,6 +666,55 @@ def test_float_state_dicts_are_packed(kind, dtype, assign):
     assert_equal(other(x), layer(x).detach())
 
 
+class Stretched(BinaryQuantization):
+    """Signs times a multiple of the mean magnitude of each row; the factor is a parameter."""
+
+    name = "stretched"
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor))
+
+    def rule(self):
+        return BinaryRule()
+
+    def weight_scale(self, weight):
+        return row_means(weight) * self.factor
+
+
+class Shifted(quantizations.Quantization):
+    """+1 unless the weight is below a parameter, else -1."""
+
+    name, bit_width = "shifted", 1
+
+    def __init__(self, limit=0.0):
+        super().__init__()
+        self.limit = nn.Parameter(torch.tensor(limit))
+
+    def quantize(self, x):
+        return torch.where(x < self.limit, -1.0, 1.0)
+
+
+@pytest.mark.parametrize("assign", [True, False], ids=["assign", "copy"])
+@pytest.mark.parametrize("prefix", ["", "0."])
+@pytest.mark.parametrize("make", [Stretched, Shifted])
+def test_float_state_dicts_are_packed_by_the_quantization_that_they_hold(make, prefix, assign):
+    layer, x = QLinear(K, N, weight_quantization=make(0.05)).eval(), torch.randn(3, K)
+    other = PackedQLinear(K, N, weight_quantization=make())
+    state = {prefix + name: value for name, value in layer.state_dict().items()}
+    (nn.Sequential(other) if prefix else other).load_state_dict(state, assign=assign)
+    assert_equal(other(x).detach(), pack(layer)(x).detach())
+
+
+@pytest.mark.parametrize("make", [Stretched, Shifted])
+def test_a_quantization_that_does_not_fit_is_refused_before_the_layer_changes(make):
+    layer, other = QLinear(K, N, weight_quantization=make(0.05)), PackedQLinear(K, N, weight_quantization=make())
+    name = next(name for name in layer.state_dict() if "weight_quantization" in name)
+    with pytest.raises(RuntimeError, match=rf"size mismatch for {name}"):
+        other.load_state_dict(layer.state_dict() | {name: torch.ones(2)})
+    assert not other.weight.any()
+
+
 def unchanged(layer, x, state, match, assign=False, strict=True):
     """Assert that the layer refuses the state dict and stays as it was."""
     before, tensors = (
@@ -716,6 +765,26 @@ def test_float_checkpoints_of_another_kind_are_refused(assign, strict):
     unchanged(layer, x, mean, "scale: expected the learned scale of each output", **kinds)
     assert layer.load_state_dict({}, strict=False).missing_keys == ["weight", "bias", "scale"]
     layer.load_state_dict(learned, assign=assign)
+
+
+@pytest.mark.parametrize("assign", [True, False], ids=["assign", "copy"])
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not-strict"])
+@pytest.mark.parametrize("cls", [QLinear, PackedQLinear])
+def test_a_state_dict_remembers_that_its_layer_computed_the_scale(cls, strict, assign, tmp_path):
+    kinds = {"assign": assign, "strict": strict}
+    model, x = nn.Sequential(layer_like("mean")).eval(), torch.randn(3, K)
+    state = through_torch_save(model.state_dict(), tmp_path / "model.pt")
+    assert list(state) == ["0.weight", "0.bias"]
+    with pytest.raises(
+        RuntimeError, match=r"0\.weight: expected weights that have no scale, got those of a layer with"
+    ):
+        nn.Sequential(cls(K, N)).load_state_dict(state, **kinds)
+    other = nn.Sequential(cls(K, N, weight_scale="mean")).eval()
+    other.load_state_dict(state, **kinds)
+    assert_equal(other(x).detach(), model(x).detach())
+    nn.Sequential(cls(K, N)).load_state_dict(dict(state), **kinds)  # which drops what torch keeps beside the entries
+    nn.Sequential(cls(K, N, weight_scale="mean")).load_state_dict(nn.Sequential(QLinear(K, N)).state_dict(), **kinds)
+    nn.Sequential(nn.Linear(K, N)).load_state_dict(state, **kinds)
 
 
 def test_a_subclass_may_have_a_scale_of_its_own():
@@ -773,11 +842,16 @@ def test_old_pickles_have_no_scale():
     for each in (layer, packed):
         want = each(x).detach()
         each.__dict__.pop("weight_scale")
+        each.__dict__.pop("_level_bits", None)
         each._buffers.pop("scale", None)
         other = copy.deepcopy(each)
         assert_equal(other(x).detach(), want)
         assert "scale" not in repr(other)
     packed.state_dict()
+    last = pack(QLinear(N, 8))
+    last._buffers.pop("scale")
+    chain = copy.deepcopy(nn.Sequential(packed, nn.BatchNorm1d(N).eval(), last))
+    assert_equal(pack(chain, fuse=True)(x), chain(x))
 
 
 @every_kind
