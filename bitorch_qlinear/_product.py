@@ -32,7 +32,8 @@ from torch.nn import Parameter
 from . import _library, functional
 from ._sign_gemm import beats_blas, differentiable_sign_gemm, multiply_signs, sign_gemm
 from ._torch import any_autocast, apply, functorch_active, is_dtensor, operator_entry, transforms_active
-from .quantizations import BinaryRule, Ternary, cancel_gradient, quantize
+from .quantizations import BinaryRule, cancel_gradient, quantize
+from .quantizations.ternary import is_eager, ternary_limits, ternary_plane
 
 __all__ = [
     "autocast_dtype",
@@ -46,7 +47,9 @@ __all__ = [
     "scaled",
     "scaled_in_float",
     "sign_linear",
+    "ternary_in_float",
     "ternary_linear",
+    "ternary_scale",
     "ternary_words",
     "train_linear",
     "wants_gradient",
@@ -199,32 +202,62 @@ def real_linear(
 
 
 # A block of so many weights stays in cache until its words are written.
-_PACKED_BLOCK = 1 << 16
+_PACKED_BLOCK = 1 << 17
 
 
-def ternary_words(weight: Tensor, quantization: Ternary) -> Tensor:
+def ternary_words(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the words of ternary weights t, two signs for each: +1 unless t < 0, and +1 only if t > 0.
 
     Args:
-        weight: Real weights, shape ``(n, k)``, any strides.
-        quantization: What makes them ternary.
+        weight: Real weights, shape ``(n, k)``, any strides, on any device; without kernels there, the CPU packs them.
 
     Returns:
-        int32, shape ``(2n, ceil(k / 32))``: the first signs of all rows, and then the second ones.
+        The words: int32, shape ``(2n, ceil(k / 32))``, first the first signs of all rows, and then the second ones.
+        The limits Δ, shape ``(n, 1)``: the words of a row whose limit is not finite have no meaning.
     """
     weight = weight.detach()
-    whole = _compiling() or not weight.is_cpu
-    rows = max(1, len(weight) if whole else _PACKED_BLOCK // max(weight.shape[1], 1))
-    planes: tuple[list[Tensor], list[Tensor]] = ([], [])
+    n, k = weight.shape
+    if not is_eager(weight):
+        limits = ternary_limits(weight)
+        planes = [ternary_plane(weight, limits, positive) for positive in (False, True)]
+        if not has_kernels(weight):
+            planes = [plane.cpu() for plane in planes]
+        return torch.cat([functional.pack_bits(plane, True) for plane in planes]).to(weight.device), limits
+    rows = max(1, _PACKED_BLOCK // max(k, 1))
+    memory = weight.new_empty(min(rows, n), k)
+    lower: list[Tensor] = []
+    upper: list[Tensor] = []
+    all_limits: list[Tensor] = []
     for block in weight.split(rows):
-        values = quantization.ternarize(block)
-        for strict, plane in enumerate(planes):
-            plane.append(functional.pack_bits(values, bool(strict)))
-    return torch.cat([*planes[0], *planes[1]])
+        # Δ is computed here, because the block is then in the cache when it is compared.
+        limits = ternary_limits(block)
+        for words, positive in ((lower, False), (upper, True)):
+            words.append(functional.pack_bits(ternary_plane(block, limits, positive, memory[: len(block)]), True))
+        all_limits.append(limits)
+    return torch.cat(lower + upper), torch.cat(all_limits)
 
 
-# Up to this K the sum of two products, at most 2K, is exact in float32.
-_MOST_IN_FLOAT32 = 1 << 23
+def ternary_scale(limits: Tensor, scale: Tensor | None) -> Tensor:
+    """Return the scale, or 1, of each output, and NaN for those whose limit is not finite.
+
+    So the output shows NaN in the weights without a question about their values, which would take time on CUDA and
+    cannot be compiled.
+
+    Args:
+        limits: The limits Δ, shape ``(n, 1)``.
+        scale: Shape ``(n,)`` or None.
+    """
+    ones = (limits - limits).squeeze(1) + 1
+    return ones if scale is None else scale * ones
+
+
+# float32 holds all whole numbers up to this one.
+_MOST_IN_FLOAT32 = 1 << 24
+
+
+def _exact_dtype(dtype: torch.dtype, k: int) -> torch.dtype:
+    """Return the dtype in which products of k signs are exact: this one, or float64 if float32 does not hold them."""
+    return dtype if k <= _MOST_IN_FLOAT32 else torch.float64
 
 
 def ternary_linear(
@@ -244,7 +277,7 @@ def ternary_linear(
 
     Args:
         x: Shape ``(..., k)``, any strides.
-        words: The result of :func:`ternary_words`, shape ``(2n, ceil(k / 32))``.
+        words: The words of :func:`ternary_words`, shape ``(2n, ceil(k / 32))``.
         k: Number of values in a row.
         bias: Shape ``(n,)`` or None.
         prepared: The prepared form of the words, or None.
@@ -261,7 +294,7 @@ def ternary_linear(
     """
     out_dtype = autocast_dtype(x) or x.dtype
     dtype = _sum_dtype(out_dtype)
-    exact = dtype if k <= _MOST_IN_FLOAT32 else torch.float64
+    exact = _exact_dtype(dtype, k)
     if is_differentiated(x, bias, scale):
         rules = rule, BinaryRule()
         products = differentiable_linear(x, None, None, words, prepared, k, rules, threshold, out_dtype=exact)
@@ -269,7 +302,7 @@ def ternary_linear(
         operator = _linear if _compiling() else _linear_entry
         products = operator(x, words, k, None, weight_prepared=prepared, out_dtype=exact, strict=rule.strict)
     n = words.shape[0] // 2
-    # One pass computes a + (b - a) / 2, which is exact because b - a is even.
+    # One pass computes a + (b - a) / 2. It is exact, because b - a is even and at most 2k.
     y = torch.lerp(products[..., :n], products[..., n:], 0.5).to(dtype)
     return _scaled_sum(y, scale, bias).to(out_dtype)
 
@@ -307,8 +340,71 @@ def scaled_in_float(
     """
     dtype = _sum_dtype(out_dtype)
     with torch.autocast(x_signs.device.type, enabled=False):
-        y = torch.nn.functional.linear(x_signs.to(dtype), weight_signs.to(dtype))
+        exact = _exact_dtype(dtype, x_signs.shape[-1])
+        y = torch.nn.functional.linear(x_signs.to(exact), weight_signs.to(exact)).to(dtype)
         return _scaled_sum(y, scale, bias).to(out_dtype)
+
+
+def _whole_numbers(x_signs: Tensor, values: Tensor) -> Tensor:
+    """Return ``x_signs · valuesᵀ``; the addition turns -0, the product of -1 and 0 if k is 1, into 0."""
+    return torch.nn.functional.linear(x_signs, values) + 0.0
+
+
+class TernaryProduct(torch.autograd.Function):
+    """Computes ``(x · tᵀ) · scale``, and passes the gradient of ``scale · t`` unchanged to t."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+        return _whole_numbers(x, values).to(scale.dtype) * scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, values, scale = ctx.saved_tensors
+        grad_x = grad_values = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad * scale).to(values.dtype) @ values
+        if ctx.needs_input_grad[1]:
+            rows = math.prod(grad.shape[:-1])  # torch cannot infer -1 if n is 0
+            grad_values = grad.reshape(rows, grad.shape[-1]).t().to(x.dtype) @ x.reshape(rows, x.shape[-1])
+        return grad_x, grad_values, None
+
+
+def ternary_in_float(
+    x_signs: Tensor,
+    values: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    scale_is_mean: bool = False,
+) -> Tensor:
+    """Compute what :func:`ternary_linear` does by torch's own operators, with the same values.
+
+    Args:
+        x_signs: ±1, shape ``(..., k)``.
+        values: -1, 0 or +1, shape ``(n, k)``.
+        scale: Shape ``(n,)`` or None.
+        bias: Shape ``(n,)`` or None.
+        out_dtype: The dtype of the output.
+        scale_is_mean: The scale was computed from the weights. Then the gradient of ``scale · values`` passes unchanged
+            to `values`, and the scale has none.
+
+    Returns:
+        Shape ``(..., n)``.
+    """
+    dtype = _sum_dtype(out_dtype)
+    exact = _exact_dtype(dtype, x_signs.shape[-1])
+    with torch.autocast(x_signs.device.type, enabled=False):
+        x_signs, values = x_signs.to(exact), values.to(exact)
+        if scale is not None and scale_is_mean:
+            y: Tensor = apply(TernaryProduct, x_signs, values, scale.to(dtype))
+            return _scaled_sum(y, None, bias).to(out_dtype)
+        return _scaled_sum(_whole_numbers(x_signs, values).to(dtype), scale, bias).to(out_dtype)
 
 
 def level_linear(

@@ -200,17 +200,15 @@ def problem_of_packed(
     numbers = {name: state_dict[f"{prefix}{name}"] for name in NUMBERS if f"{prefix}{name}" in state_dict}
     problems = [_problem_of_number(f"{prefix}{name}", number, expected[name]) for name, number in numbers.items()]
     for name in ("weight", "bias", "scale"):
-        tensor = state_dict.get(f"{prefix}{name}")
-        if isinstance(tensor, Tensor):
-            key = f"{prefix}{name}"
-            of_weight = name == "weight"
-            problems.insert(
-                0,
-                _problem_of_words(key, tensor, n, k, word_rows(n, weight_rule))
-                if of_weight
-                else _problem_of_vector(key, tensor, n),
-            )
+        key = f"{prefix}{name}"
+        tensor = state_dict.get(key)
+        if isinstance(tensor, Tensor) and name == "weight":
+            problems.insert(0, _problem_of_words(key, tensor, n, k, weight_rule))
+        elif isinstance(tensor, Tensor):
+            problems.insert(0, _problem_of_vector(key, tensor, n))
     problems.insert(0, _problem_of_presence(prefix, state_dict, scaled, computes_scale))
+    # A newer format explains all other differences.
+    problems.insert(0, _problem_of_newer_format(f"{prefix}format", numbers.get("format")))
     return next(filter(None, problems), None)
 
 
@@ -220,7 +218,7 @@ def _problem_of_layout(key: str, tensor: Tensor) -> str | None:
     return None
 
 
-def _problem_of_words(key: str, words: Tensor, n: int, k: int, rows: int) -> str | None:
+def _problem_of_words(key: str, words: Tensor, n: int, k: int, weight_rule: int) -> str | None:
     if problem := _problem_of_layout(key, words):
         return problem
     if words.is_floating_point():
@@ -229,8 +227,11 @@ def _problem_of_words(key: str, words: Tensor, n: int, k: int, rows: int) -> str
         return None
     if words.dtype not in (torch.int32, torch.uint32):
         return f"{key}: expected packed words of dtype int32 or uint32, or float weights, got {words.dtype}"
-    if words.shape != (rows, words_for(k)):
-        return f"{key}: expected words of shape {(rows, words_for(k))}, got {tuple(words.shape)}"
+    shape = word_rows(n, weight_rule), words_for(k)
+    if words.shape != shape:
+        twice = words.shape == (word_rows(n, TERNARY_WEIGHT), words_for(k)) or weight_rule == TERNARY_WEIGHT
+        why = ": ternary weights have two rows of words for each output, and others one" if twice else ""
+        return f"{key}: expected words of shape {shape}, got {tuple(words.shape)}{why}"
     used = k % 32
     if used and not words.is_meta and bool((words.view(torch.int32)[:, -1] & (-1 << used)).any()):
         return f"{key}: expected zero bits past k = {k} in the last word of each row, got others"
@@ -264,6 +265,13 @@ def _problem_of_vector(key: str, vector: Tensor, n: int) -> str | None:
     return None
 
 
+def _problem_of_newer_format(key: str, number: Any) -> str | None:
+    readable = isinstance(number, Tensor) and not number.is_meta and number.dim() == 0 and number.dtype is torch.int64
+    if not readable or (got := int(number)) <= FORMAT:
+        return None
+    return f"{key}: expected a checkpoint of format 1 to {FORMAT}, got {got}: a newer bitorch_qlinear wrote it"
+
+
 def _problem_of_number(key: str, number: Any, expected: int) -> str | None:
     if not isinstance(number, Tensor) or number.is_meta:
         return None
@@ -271,9 +279,8 @@ def _problem_of_number(key: str, number: Any, expected: int) -> str | None:
         return f"{key}: expected a 0-dim int64 tensor, got {number.dtype} with {number.dim()} dimensions"
     got, name = int(number), key.rpartition(".")[2]
     if name == "format":
-        if not 1 <= got <= FORMAT:
-            why = ": a newer bitorch_qlinear wrote it" if got > FORMAT else ""
-            return f"{key}: expected a checkpoint of format 1 to {FORMAT}, got {got}{why}"
+        if got < 1:
+            return f"{key}: expected a checkpoint of format 1 to {FORMAT}, got {got}"
         if got != expected:
             return (
                 f"{key}: expected {expected}, got {got}: layers of ternary weights have format 3, others with a scale, "

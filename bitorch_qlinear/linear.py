@@ -20,7 +20,9 @@ from ._product import (
     real_linear,
     scaled_in_float,
     sign_linear,
+    ternary_in_float,
     ternary_linear,
+    ternary_scale,
     ternary_words,
     train_linear,
     wants_gradient,
@@ -35,19 +37,21 @@ from .checkpoint import (
 )
 from .quantizations import (
     BinaryRule,
+    Ternary,
     binary_rule,
     cancel_gradient,
     get_quantization,
-    has_own_scale,
     is_identity,
     is_ternary,
+    kept_means,
     level_bits,
     mean_magnitude,
+    mean_scale,
     own_scale,
     quantize,
-    row_means,
     scaled_rule,
 )
+from .quantizations.ternary import all_finite, is_eager, scale_values
 
 __all__ = ["QLinear"]
 
@@ -109,7 +113,7 @@ def check_weight_scale(weight_scale: WeightScale | None, quantization: nn.Module
     """
     if weight_scale is not None and weight_scale not in get_args(WeightScale):
         raise ValueError(f"weight_scale: expected None, 'mean' or 'learned', got {weight_scale!r}")
-    if weight_scale is not None and has_own_scale(quantization):
+    if weight_scale is not None and scaled_rule(quantization) is not None:
         raise ValueError(
             f"weight_scale: expected None, because {type(quantization).__name__} has a scale of its own; "
             f"got {weight_scale!r}"
@@ -245,14 +249,14 @@ class QLinear(nn.Linear):
         )
         self.weight_scale = check_weight_scale(weight_scale, self.weight_quantization)
         if weight_scale == "learned":
-            self.scale = nn.Parameter(row_means(self.weight).to(self.weight.dtype))
+            self.scale = nn.Parameter(mean_scale(self.weight_quantization, self.weight).to(self.weight.dtype))
 
     def reset_parameters(self) -> None:
         """Initialise the weight and the bias as ``nn.Linear`` does, and a learned scale by the weight's magnitudes."""
         super().reset_parameters()
         if self.weight_scale == "learned":
             with torch.no_grad():
-                self.scale.copy_(row_means(self.weight))
+                self.scale.copy_(mean_scale(self.weight_quantization, self.weight))
 
     @classmethod
     def from_linear(
@@ -298,7 +302,7 @@ class QLinear(nn.Linear):
         )
         layer.weight, layer.bias = linear.weight, linear.bias
         if weight_scale == "learned":
-            layer.scale = nn.Parameter(row_means(linear.weight).to(linear.weight.dtype))
+            layer.scale = nn.Parameter(mean_scale(layer.weight_quantization, linear.weight).to(linear.weight.dtype))
         return layer.train(linear.training)
 
     @property
@@ -372,7 +376,7 @@ class QLinear(nn.Linear):
         if self.weight_scale is None:
             return own_scale(self._modules["weight_quantization"], weight)  # type: ignore[arg-type]
         if self.weight_scale == "mean":
-            return row_means(weight)
+            return mean_scale(self._modules["weight_quantization"], weight)  # type: ignore[arg-type]
         parameters: dict[str, Any] = self._parameters
         return parameters["scale"] if "scale" in parameters else self.scale  # noqa: SIM401
 
@@ -406,7 +410,9 @@ class QLinear(nn.Linear):
             if rules is not None and (self.weight_scale or scaled_rule(self.weight_quantization)):
                 return self._signs_in_float(x, weight, bias, rules[1])
             quantized = self.weight_quantization(weight)
-            if self.weight_scale is not None:
+            if self.weight_scale == "mean" and isinstance(self.weight_quantization, Ternary):
+                quantized = scale_values(quantized, kept_means(weight))
+            elif self.weight_scale is not None:
                 rule = self._weight_rule()
                 strict = rule is not None and rule.strict
                 scale = mean_magnitude(weight, strict) if self.weight_scale == "mean" else self.scale
@@ -491,34 +497,28 @@ class QLinear(nn.Linear):
 
     def _ternary(self, x: Tensor, weight: Tensor, bias: Tensor | None, rule: BinaryRule) -> Tensor:
         """Compute the output from the signs of x and ternary weights: by bits if no gradient is needed."""
-        quantization = self.weight_quantization
-        assert is_ternary(quantization)
-        if self._takes_ternary(x, weight, bias):
+        if x.dtype not in FLOATS:
+            raise_of_dtype(x)
+        if not x.dim() or x.shape[-1] != weight.shape[1]:
+            raise RuntimeError(f"x: expected shape (..., {weight.shape[1]}), got {tuple(x.shape)}")
+        scale = self._scale(weight)
+        if self._takes_ternary(x, weight, bias, scale):
             if not (_compiling() or _warned_of_packing) and weight.numel() >= _MANY_WEIGHTS:
                 self._consider_warning(x, weight, bias)
-            words = ternary_words(weight, quantization)
-            return ternary_linear(x, words, weight.shape[1], bias, None, rule, self._scale(weight))
-        scale = mean_magnitude(weight) if self.weight_scale == "mean" else self._scale(weight)
-        values = quantization.ternarize(weight)
-        return scaled_in_float(self.activation(x), values, scale, bias, autocast_dtype(x) or x.dtype)
+            words, limits = ternary_words(weight)
+            if not is_eager(limits):
+                scale = ternary_scale(limits, scale)
+            if not is_eager(limits) or all_finite(limits):
+                return ternary_linear(x, words, weight.shape[1], bias, None, rule, scale)
+        values = self.weight_quantization(weight)
+        dtype = autocast_dtype(x) or x.dtype
+        return ternary_in_float(self.activation(x), values, scale, bias, dtype, self.weight_scale == "mean")
 
-    def _takes_ternary(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    def _takes_ternary(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> bool:
         """Whether the kernels take these tensors, and no gradient is needed."""
-        return (
-            x.device == weight.device
-            and all(
-                t.dtype in FLOATS and has_kernels(t) and (_compiling() or is_plain(t))
-                for t in (x, weight, bias)
-                if t is not None
-            )
-            and x.dim() > 0
-            and x.shape[-1] == weight.shape[1]
-            and not is_differentiated(x, weight, bias, self._scale_parameter())
-        )
-
-    def _scale_parameter(self) -> Tensor | None:
-        """Return the learned scale, or None; a computed one needs a gradient only if the weight does."""
-        return self._scale(self.weight) if self.weight_scale == "learned" else None
+        return all(
+            has_kernels(t) and (_compiling() or is_plain(t)) for t in (x, weight, bias) if t is not None
+        ) and not is_differentiated(x, weight, bias, scale)
 
     # ---- state ----
 

@@ -22,6 +22,7 @@ from ._product import (
     real_linear,
     scaled,
     scaled_in_float,
+    ternary_in_float,
     ternary_linear,
     ternary_words,
 )
@@ -48,14 +49,14 @@ from .quantizations import (
     binary_rule,
     depends_on_mode,
     get_quantization,
-    has_own_scale,
     is_identity,
     is_ternary,
     level_bits,
+    mean_scale,
     own_scale,
-    row_means,
     scaled_rule,
 )
+from .quantizations.ternary import all_finite
 
 __all__ = ["PackedQLinear"]
 
@@ -113,13 +114,19 @@ def pack_weight(weight: Tensor, quantization: nn.Module) -> Tensor:
     """Return the words of the quantized weights, on the weights' device; without kernels there, the CPU packs them.
 
     Raises:
-        ValueError: The quantization gives other values than ±1, and declares no scale.
+        ValueError: The quantization gives other values than ±1, and declares no scale; or it is ternary, and gives NaN.
     """
     with torch.inference_mode(False), torch.no_grad():
         values, strict = weight.detach(), False
         if is_ternary(quantization):
-            device = values.device if has_kernels(values) else torch.device("cpu")
-            return ternary_words(values.to(device), quantization).to(weight.device)
+            words, limits = ternary_words(values)
+            if not limits.is_meta and not all_finite(limits):
+                row = int(limits.isfinite().logical_not().flatten().nonzero()[0])
+                raise ValueError(
+                    "weight: expected finite values whose magnitudes have a finite sum, because others become NaN if "
+                    f"they are made ternary; row {row} has such values"
+                )
+            return words
         rule = binary_rule(quantization) or scaled_rule(quantization)
         if rule is not None:
             strict = rule.strict
@@ -230,7 +237,7 @@ class PackedQLinear(nn.Module):
         self._weight_rule = weight_rule_of(self.weight_quantization)
         check_rules(self._input_rule, self._weight_rule)
         self.weight_scale = check_weight_scale(weight_scale, self.weight_quantization)
-        scaled = weight_scale is not None or has_own_scale(self.weight_quantization)
+        scaled = weight_scale is not None or scaled_rule(self.weight_quantization) is not None
         self.activation = Activation(quantization, gradient_cancellation_threshold)
         with torch.inference_mode(False):
             rows = word_rows(out_features, self._weight_rule)
@@ -409,7 +416,8 @@ class PackedQLinear(nn.Module):
             return levels_in_float(x, self._signs(torch.float32), scale, bias, self._level_bits, threshold)
         if self._input_rule != REAL_INPUT:
             signs = self._signs(torch.float64 if x.dtype is torch.float64 else torch.float32)
-            return scaled_in_float(self.activation(x), signs, scale, bias, dtype)
+            in_float = ternary_in_float if self._weight_rule == TERNARY_WEIGHT else scaled_in_float
+            return in_float(self.activation(x), signs, scale, bias, dtype)
         if scale is not None:
             return scaled(F.linear(x, self._signs(x.dtype)), scale, bias)
         return F.linear(x, self._signs(x.dtype), None if bias is None else bias.to(x.dtype)).to(dtype)
@@ -589,7 +597,7 @@ class PackedQLinear(nn.Module):
         """Return the scale that the layer computes from float weights and their quantization, or None."""
         with torch.inference_mode(False), torch.no_grad():
             if self.weight_scale == "mean":
-                return row_means(weight)
+                return mean_scale(quantization, weight)
             return own_scale(quantization, weight.detach())
 
     def _complete(self) -> None:

@@ -11,10 +11,10 @@ from .progressive_sign import ProgressiveSign, progressive_sign_scale, set_progr
 from .recognition import (
     binary_rule,
     depends_on_mode,
-    has_own_scale,
     is_identity,
     is_ternary,
     level_bits,
+    mean_scale,
     own_scale,
     scaled_rule,
 )
@@ -22,7 +22,7 @@ from .registry import get_quantization, quantization_names, register_quantizatio
 from .rule import BinaryRule, cancel_gradient, quantize
 from .scale import mean_magnitude, row_means
 from .sign_family import ApproxSign, Sign, SteHeaviside, SwishSign
-from .ternary import Ternary
+from .ternary import Ternary, kept_means
 
 __all__ = [
     "ApproxSign",
@@ -41,11 +41,12 @@ __all__ = [
     "cancel_gradient",
     "depends_on_mode",
     "get_quantization",
-    "has_own_scale",
     "is_identity",
     "is_ternary",
+    "kept_means",
     "level_bits",
     "mean_magnitude",
+    "mean_scale",
     "own_scale",
     "progressive_sign_scale",
     "quantization_names",

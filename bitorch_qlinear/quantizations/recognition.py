@@ -15,16 +15,17 @@ from .base import BinaryQuantization, Identity, Quantization, checked_scale, has
 from .dorefa import InputDoReFa
 from .progressive_sign import ProgressiveSign
 from .rule import BinaryRule
+from .scale import row_means
 from .sign_family import ApproxSign, Sign, SteHeaviside, SwishSign
-from .ternary import Ternary
+from .ternary import Ternary, kept_means
 
 __all__ = [
     "binary_rule",
     "depends_on_mode",
-    "has_own_scale",
     "is_identity",
     "is_ternary",
     "level_bits",
+    "mean_scale",
     "own_scale",
     "scaled_rule",
 ]
@@ -137,19 +138,25 @@ def is_ternary(quantization: nn.Module) -> TypeGuard[Ternary]:
     return type(quantization) is Ternary and not has_hooks(quantization)
 
 
-def has_own_scale(quantization: nn.Module) -> bool:
-    """Whether the packed path computes this quantization's values as small integers times a scale for each row."""
-    return scaled_rule(quantization) is not None or (is_ternary(quantization) and quantization.scale)
+def mean_scale(quantization: nn.Module, weight: Tensor) -> Tensor:
+    """Return the scale of each row that a layer computes with ``weight_scale="mean"``, without a gradient.
+
+    Args:
+        quantization: The layer's weight quantization.
+        weight: Shape ``(n, k)``.
+
+    Returns:
+        Shape ``(n,)``: the mean magnitude of the row, or with ternary weights of those that do not become 0.
+    """
+    return kept_means(weight) if isinstance(quantization, Ternary) else row_means(weight)
 
 
 def own_scale(quantization: nn.Module, weight: Tensor) -> Tensor | None:
-    """Return the scale of a quantization that `has_own_scale`, and None for all others.
+    """Return the scale of a quantization that has a `scaled_rule`, and None for all others.
 
     Raises:
         ValueError: The scale is no float tensor with one value for each row of the weight.
     """
-    if is_ternary(quantization):
-        return quantization.weight_scale(weight) if quantization.scale else None
     if scaled_rule(quantization) is None:
         return None
     return checked_scale(cast(BinaryQuantization, quantization), weight)

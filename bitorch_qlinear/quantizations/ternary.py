@@ -1,92 +1,176 @@
-"""Ternary weights: -1, 0 or +1 (https://arxiv.org/abs/1605.04711)."""
+"""Ternary weights: -1, 0 or +1 (Ternary Weight Networks, Li and Liu 2016, https://arxiv.org/abs/1605.04711)."""
 
 import math
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import Function
 
+from .._torch import apply, functorch_active, modes_active
 from .base import Quantization
 from .rule import quantize
-from .scale import mean_magnitude, row_means
+from .scale import row_means
 
-__all__ = ["Ternary"]
+__all__ = [
+    "Ternary",
+    "all_finite",
+    "is_eager",
+    "kept_means",
+    "scale_values",
+    "ternary_limits",
+    "ternary_plane",
+]
 
-# The paper's factor: nearly the best one both for uniform and for normally distributed weights.
+# Looked up once, because a name in a module of a module costs 20 ns in every call.
+_compiling = torch.compiler.is_compiling
+
+# The paper's factor: nearly the best one both for uniformly and for normally distributed weights.
 _FACTOR = 0.7
 
+# A block of so many values stays in cache until it has been compared with both limits.
+_BLOCK = 1 << 17
 
-def _limits(rows: Tensor) -> Tensor:
-    """Return the magnitude that a value of each row must exceed not to become 0, shape ``(n, 1)``."""
+
+def is_eager(tensor: Tensor) -> bool:
+    """Whether this is an ordinary CPU tensor that nothing traces or transforms, so that its values can be asked for."""
+    ordinary = tensor.is_cpu and (type(tensor) is Tensor or type(tensor) is nn.Parameter)
+    return ordinary and not (_compiling() or functorch_active() or modes_active())
+
+
+def ternary_limits(rows: Tensor) -> Tensor:
+    """Return Δ, the magnitude that a value must exceed to be kept, of each row.
+
+    Args:
+        rows: Shape ``(n, k)``.
+
+    Returns:
+        Shape ``(n, 1)``; float64 for float64 rows and float32 for all others.
+    """
     return (_FACTOR * row_means(rows)).unsqueeze(1)
+
+
+def ternary_plane(rows: Tensor, limits: Tensor, positive: bool, out: Tensor | None = None) -> Tensor:
+    """Return 1 if a value is above Δ (`positive`), or if it is not below -Δ, and else 0.
+
+    Values of a half type are compared in float32. The results for a row whose Δ is not finite have no meaning.
+
+    Args:
+        rows: Shape ``(n, k)``.
+        limits: The result of :func:`ternary_limits`.
+        positive: Which comparison.
+        out: Memory for the result, of the shape and dtype of `rows`; it makes the call faster.
+    """
+    if out is None:
+        return (rows > limits if positive else rows >= -limits).to(rows.dtype)
+    return torch.gt(rows, limits, out=out) if positive else torch.ge(rows, -limits, out=out)
+
+
+def all_finite(limits: Tensor) -> bool:
+    """Whether all limits are finite, so that no row becomes NaN."""
+    return bool(limits.isfinite().all())
 
 
 def _ternarize(x: Tensor) -> Tensor:
     length = x.shape[-1] if x.dim() else 1
     rows = x.reshape(math.prod(x.shape[:-1]), length)  # torch cannot infer -1 if the length is 0
-    limits = _limits(rows)
-    # A comparison with NaN is false. torch compares values of a half type with the float32 limits in float32. A
-    # comparison in place gives 0 and 1 as floats, in a sixth of the time that a bool result and its conversion take.
-    return rows.clone().gt_(limits).sub_(rows.clone().lt_(-limits)).reshape(x.shape)
+    limits = ternary_limits(rows)
+    if not is_eager(rows):
+        values = ternary_plane(rows, limits, True) + ternary_plane(rows, limits, False) - 1
+        return (values + (limits - limits).to(rows.dtype)).reshape(x.shape)
+    # Comparisons that write 0 and 1 as floats take a sixth of the time of bool results and their conversion.
+    values = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    step = max(1, _BLOCK // max(length, 1))
+    memory = values.new_empty(min(step, len(rows)), length)
+    for result, block, limit in zip(values.split(step), rows.split(step), limits.split(step), strict=True):
+        ternary_plane(block, limit, True, result)
+        result.add_(ternary_plane(block, limit, False, memory[: len(block)])).sub_(1)
+    if not all_finite(limits):
+        values.add_(limits - limits)  # NaN for the rows whose limit is not finite
+    return values.reshape(x.shape)
+
+
+def _kept_means(weight: Tensor) -> Tensor:
+    k = weight.shape[1]
+    kept = weight.abs() > ternary_limits(weight)
+    means = row_means(torch.where(kept, weight, 0))
+    return means * (k / kept.sum(1).clamp(min=1).to(means.dtype))
+
+
+# An operator, because a compiler may round the quotient in another way than eager mode.
+_kept_means_operator = torch.library.custom_op("bitorch_qlinear_internal::kept_means", _kept_means, mutates_args=())
+
+
+@_kept_means_operator.register_fake
+def _(weight: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape[0], dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
+def kept_means(weight: Tensor) -> Tensor:
+    """Return the paper's scale α of each row: the mean magnitude of the values that do not become 0.
+
+    It has no gradient, because the paper passes that of the scaled values unchanged to the weights.
+
+    Args:
+        weight: Shape ``(n, k)``.
+
+    Returns:
+        Shape ``(n,)``; float64 for float64 weights and float32 for all others. It is 0 for a row that keeps no value.
+    """
+    weight = weight.detach()
+    return _kept_means_operator(weight) if _compiling() else _kept_means(weight)
+
+
+class ScaledValues(Function):
+    """Multiplies each row by a factor, and passes the gradient unchanged."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, scale: Tensor) -> Tensor:
+        return values * scale.to(values.dtype).unsqueeze(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def scale_values(values: Tensor, scale: Tensor) -> Tensor:
+    """Return ``values · scale``, with a factor for each row; the gradient of the product passes unchanged to `values`.
+
+    Args:
+        values: Shape ``(n, k)``.
+        scale: Shape ``(n,)``.
+    """
+    return cast(Tensor, apply(ScaledValues, values, scale))
 
 
 class Ternary(Quantization):
-    """sign(w) if ``|w| > Δ``, else 0, with Δ = 0.7 · mean ``|w|`` of each output channel; times a scale, if asked.
+    """The ternary weights of Ternary Weight Networks: sign(w) if ``|w| > Δ``, and else 0, with Δ = 0.7 · mean ``|w|``.
 
-    The gradient passes unchanged to all weights, also to those that become 0. With a scale α the values are α · t,
-    where t is -1, 0 or +1. If G is the gradient of α · t, the gradient of w is ``α · G + t / c · dL/dα``, where c is
-    the number of weights of the channel that do not become 0 and ``dL/dα = Σ G · t``. So α is differentiated as
-    QLinear's other scales are, and Δ is a constant.
+    Δ is computed for each output channel, as published code for PyTorch does it (the paper has one for a layer): in
+    float64 for float64 weights, and in float32 for all others. The gradient passes unchanged to all weights, also to
+    those that become 0, and Δ is a constant.
 
-    The paper (Ternary Weight Networks, https://arxiv.org/abs/1605.04711) has one Δ and one α for a layer, and passes G
-    itself to w. Here each output channel has a Δ and an α of its own, like QLinear's other scales: a layer multiplies
-    each output by a factor anyway, and the values are at least as close to the weights.
+    With ``weight_scale="mean"`` a layer multiplies the values of each channel by the paper's scale α, the mean
+    magnitude of the weights that do not become 0. The gradient of the weights is then that of α · t, where t is -1, 0
+    or +1, as in the paper. With ``weight_scale="learned"`` the scale is a parameter that begins as this α, and the
+    weights get α times that gradient.
 
-    Δ is computed in float64 for float64 weights and in float32 for all others. A row whose Δ is infinite or NaN becomes
-    zeros, as a row of zeros does: such a row has an infinite weight or NaN, or the sum of its magnitudes overflows.
-
-    Attributes:
-        scale: Whether the values are multiplied by α, the mean magnitude of the row's weights that are not 0.
+    A channel becomes NaN if one of its weights is infinite or NaN, or if the sum of its magnitudes is infinite. So the
+    outputs show it, and such a layer is not packed.
     """
 
     name = "ternary"
     bit_width = 2
-    scale: bool
-
-    def __init__(self, scale: bool = False) -> None:
-        """Choose between -1, 0, +1 and -α, 0, +α.
-
-        Args:
-            scale: Multiply the values of each row by α. A layer's own ``weight_scale`` must then be None.
-        """
-        super().__init__()
-        self.scale = scale
-
-    def ternarize(self, x: Tensor) -> Tensor:
-        """Return -1, 0 and +1 in the shape and dtype of `x`; the gradient passes unchanged."""
-        return quantize(x, _ternarize)
-
-    def weight_scale(self, weight: Tensor) -> Tensor:
-        """Return α; it is differentiable.
-
-        Args:
-            weight: Shape ``(n, k)``.
-
-        Returns:
-            Shape ``(n,)``; float64 for float64 weights and float32 for all others. It is 0 for rows that become zeros.
-        """
-        values = weight.detach()
-        kept = values.abs() > _limits(values)
-        means = mean_magnitude(torch.where(kept, weight, 0))
-        return means * (weight.shape[-1] / kept.sum(1).clamp(min=1).to(means.dtype))
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Return the values, in the shape and dtype of `x`; each slice along the last dimension is a row."""
-        values = self.ternarize(x)
-        if not self.scale:
-            return values
-        scale = self.weight_scale(x.reshape(math.prod(x.shape[:-1]), x.shape[-1])).reshape(x.shape[:-1])
-        return values * scale.to(x.dtype).unsqueeze(-1)
+        """Return the values, in the shape and dtype of `x`; each slice along the last dimension is a channel."""
+        return quantize(x, _ternarize)
 
     def extra_repr(self) -> str:
-        """Return whether the values are scaled."""
-        return f"scale={self.scale}"
+        """Return an empty text, because there are no options."""
+        return ""
