@@ -501,18 +501,21 @@ class QLinear(nn.Linear):
             raise_of_dtype(x)
         if not x.dim() or x.shape[-1] != weight.shape[1]:
             raise RuntimeError(f"x: expected shape (..., {weight.shape[1]}), got {tuple(x.shape)}")
-        scale = self._scale(weight)
+        mean = self.weight_scale == "mean"
+        scale = None if mean else self._scale(weight)
         if self._takes_ternary(x, weight, bias, scale):
             if not (_compiling() or _warned_of_packing) and weight.numel() >= _MANY_WEIGHTS:
                 self._consider_warning(x, weight, bias)
-            words, limits = ternary_words(weight)
+            words, limits, means = ternary_words(weight, mean)
+            scale = means if mean else scale
             if not is_eager(limits):
                 scale = ternary_scale(limits, scale)
             if not is_eager(limits) or all_finite(limits):
                 return ternary_linear(x, words, weight.shape[1], bias, None, rule, scale)
         values = self.weight_quantization(weight)
         dtype = autocast_dtype(x) or x.dtype
-        return ternary_in_float(self.activation(x), values, scale, bias, dtype, self.weight_scale == "mean")
+        scale = kept_means(weight) if mean else scale
+        return ternary_in_float(self.activation(x), values, scale, bias, dtype, mean)
 
     def _takes_ternary(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> bool:
         """Whether the kernels take these tensors, and no gradient is needed."""

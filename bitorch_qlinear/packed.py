@@ -119,7 +119,7 @@ def pack_weight(weight: Tensor, quantization: nn.Module) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         values, strict = weight.detach(), False
         if is_ternary(quantization):
-            words, limits = ternary_words(values)
+            words, limits, _ = ternary_words(values)
             if not limits.is_meta and not all_finite(limits):
                 row = int(limits.isfinite().logical_not().flatten().nonzero()[0])
                 raise ValueError(

@@ -1,6 +1,7 @@
 """Ternary weights: -1, 0 or +1 (Ternary Weight Networks, Li and Liu 2016, https://arxiv.org/abs/1605.04711)."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -10,16 +11,17 @@ from torch.autograd.function import Function
 from .._torch import apply, functorch_active, modes_active
 from .base import Quantization
 from .rule import quantize
-from .scale import row_means
+from .scale import magnitude_blocks, row_means, row_sums
 
 __all__ = [
     "Ternary",
     "all_finite",
     "is_eager",
     "kept_means",
+    "kept_quotients",
     "scale_values",
+    "ternary_blocks",
     "ternary_limits",
-    "ternary_plane",
 ]
 
 # Looked up once, because a name in a module of a module costs 20 ns in every call.
@@ -27,9 +29,6 @@ _compiling = torch.compiler.is_compiling
 
 # The paper's factor: nearly the best one both for uniformly and for normally distributed weights.
 _FACTOR = 0.7
-
-# A block of so many values stays in cache until it has been compared with both limits.
-_BLOCK = 1 << 17
 
 
 def is_eager(tensor: Tensor) -> bool:
@@ -50,20 +49,14 @@ def ternary_limits(rows: Tensor) -> Tensor:
     return (_FACTOR * row_means(rows)).unsqueeze(1)
 
 
-def ternary_plane(rows: Tensor, limits: Tensor, positive: bool, out: Tensor | None = None) -> Tensor:
-    """Return 1 if a value is above Δ (`positive`), or if it is not below -Δ, and else 0.
+def ternary_blocks(weight: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield blocks of the rows of an eager tensor, with the limits and the magnitudes of each.
 
-    Values of a half type are compared in float32. The results for a row whose Δ is not finite have no meaning.
-
-    Args:
-        rows: Shape ``(n, k)``.
-        limits: The result of :func:`ternary_limits`.
-        positive: Which comparison.
-        out: Memory for the result, of the shape and dtype of `rows`; it makes the call faster.
+    So the weights are read from memory once, although they are needed twice. The limits are those of
+    :func:`ternary_limits`, and the magnitudes are those of :func:`~.scale.magnitude_blocks`.
     """
-    if out is None:
-        return (rows > limits if positive else rows >= -limits).to(rows.dtype)
-    return torch.gt(rows, limits, out=out) if positive else torch.ge(rows, -limits, out=out)
+    for block, magnitudes in magnitude_blocks(weight):
+        yield block, (_FACTOR * (row_sums(magnitudes) / max(weight.shape[1], 1))).unsqueeze(1), magnitudes
 
 
 def all_finite(limits: Tensor) -> bool:
@@ -74,30 +67,42 @@ def all_finite(limits: Tensor) -> bool:
 def _ternarize(x: Tensor) -> Tensor:
     length = x.shape[-1] if x.dim() else 1
     rows = x.reshape(math.prod(x.shape[:-1]), length)  # torch cannot infer -1 if the length is 0
-    limits = ternary_limits(rows)
     if not is_eager(rows):
-        values = ternary_plane(rows, limits, True) + ternary_plane(rows, limits, False) - 1
+        limits = ternary_limits(rows)
+        values = (rows > limits).to(rows.dtype) - (rows < -limits).to(rows.dtype)
         return (values + (limits - limits).to(rows.dtype)).reshape(x.shape)
-    # Comparisons that write 0 and 1 as floats take a sixth of the time of bool results and their conversion.
-    values = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    step = max(1, _BLOCK // max(length, 1))
-    memory = values.new_empty(min(step, len(rows)), length)
-    for result, block, limit in zip(values.split(step), rows.split(step), limits.split(step), strict=True):
-        ternary_plane(block, limit, True, result)
-        result.add_(ternary_plane(block, limit, False, memory[: len(block)])).sub_(1)
-    if not all_finite(limits):
-        values.add_(limits - limits)  # NaN for the rows whose limit is not finite
+    values, start = torch.empty_like(rows, memory_format=torch.contiguous_format), 0
+    for block, limits, magnitudes in ternary_blocks(rows):
+        # Comparisons that write 0 and 1 as floats take a sixth of the time of bool results and their conversion.
+        result = torch.gt(block, limits, out=values[start : start + len(block)])
+        result.sub_(torch.lt(block, -limits, out=magnitudes))
+        if not all_finite(limits):
+            result.add_(limits - limits)  # NaN for the rows whose limit is not finite
+        start += len(block)
     return values.reshape(x.shape)
 
 
+def kept_quotients(magnitudes: Tensor, kept: Tensor) -> Tensor:
+    """Return for each row the sum of its magnitudes, those that become 0 left out, divided by how many are kept."""
+    return row_sums(magnitudes) / row_sums(kept).clamp(min=1)
+
+
 def _kept_means(weight: Tensor) -> Tensor:
-    k = weight.shape[1]
-    kept = weight.abs() > ternary_limits(weight)
-    means = row_means(torch.where(kept, weight, 0))
-    return means * (k / kept.sum(1).clamp(min=1).to(means.dtype))
+    if is_eager(weight):
+        means = [weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))]
+        memory = None
+        for block, limits, magnitudes in ternary_blocks(weight):
+            memory = torch.empty_like(magnitudes) if memory is None else memory
+            kept = torch.gt(magnitudes, limits, out=memory[: len(block)])
+            means.append(kept_quotients(magnitudes.mul_(kept), kept))
+        return torch.cat(means)
+    limits = ternary_limits(weight)
+    magnitudes = weight.to(limits.dtype).abs()
+    kept = (magnitudes > limits).to(limits.dtype)
+    return kept_quotients(magnitudes * kept, kept)
 
 
-# An operator, because a compiler may round the quotient in another way than eager mode.
+# An operator, because a compiler would add the magnitudes in another order than eager mode.
 _kept_means_operator = torch.library.custom_op("bitorch_qlinear_internal::kept_means", _kept_means, mutates_args=())
 
 
