@@ -174,15 +174,17 @@ class QLinear(nn.Linear):
     the device has kernels, the product is computed exactly by XNOR and popcount on packed bits. All other cases compute
     in float, with the same interface; ``repr`` says which path is taken. (In inference on the CPU the weights are also
     packed if they are sign-like and the input is ``identity``. This is several times faster than ``F.linear``, and adds
-    the floats in another order.)
+    the floats in another order. With a sign-like input, ``ternary`` weights are computed with bits in inference, and
+    exactly in both modes.)
 
-    With two sign-like factors and T = float64 for a float64 output and float32 otherwise,
-    ``y = cast(T(integer product) + T(bias))``. The output's dtype is that of x, or autocast's.
+    With two sign-like factors, or a sign-like input and ternary weights, let T be float64 for a float64 output and
+    float32 otherwise. Then ``y = cast(T(integer product) + T(bias))``. The output's dtype is that of x, or autocast's.
 
     ``weight_scale`` multiplies the quantized weights of each output channel by a factor α, as XNOR-Net
     (https://arxiv.org/abs/1603.05279) does: ``y = cast(T(integer product) · T(α) + T(bias))``. With "mean", α is the
     mean of ``|w|`` over the channel's weights, computed in float64 for float64 weights and in float32 for all others,
-    in training and in eval mode. With "learned", α is a parameter, ``scale``, which begins as that mean.
+    in training and in eval mode; with ternary weights it is the mean over those that do not become 0. With "learned", α
+    is a parameter, ``scale``, which begins as that mean.
 
     Gradients are those of the straight-through estimator (https://arxiv.org/abs/1602.02830), times the derivative of
     the quantization if it has one, and zero for inputs with ``|x| > gradient_cancellation_threshold``. With a scale,
@@ -190,7 +192,8 @@ class QLinear(nn.Linear):
     ``dL/dW = α · G`` for "learned", where the weight quantization's derivative or limit applies to ``α · G`` alone.
     This is the chain rule as the reference implementation applies it (github.com/jiecaoyu/XNOR-Net-PyTorch,
     ``updateBinaryGradWeight``), without its constant factor K - 1. Its mask ``|w| <= 1`` is that of a
-    ``"steheaviside"`` weight quantization.
+    ``"steheaviside"`` weight quantization. Ternary weights have the gradients of their own paper
+    (:class:`.quantizations.Ternary`).
 
     The layer caches nothing: every forward packs the present weights. :func:`bitorch_qlinear.pack` makes layers that
     hold packed weights, for fast inference.
@@ -235,7 +238,8 @@ class QLinear(nn.Linear):
                 against 83.7 % on generated data of 54 features and 7 classes, with Adam at 1e-3: docs/training.md).
             weight_quantization: A name, a module, or None for sign.
             weight_scale: The factor of each output channel's quantized weights: None for none, "mean" for the mean
-                magnitude of the channel's weights, or "learned" for a parameter.
+                magnitude of the channel's weights (if they are ternary, of those that do not become 0), or "learned"
+                for a parameter.
 
         Raises:
             ValueError: A name or a kind of scale is unknown, the threshold is negative or NaN, or a scale is given

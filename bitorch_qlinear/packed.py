@@ -157,7 +157,8 @@ class PackedQLinear(nn.Module):
     The words may be written in any way, at any time, because the operator compares them with their form in every call.
 
     With an ``identity`` input quantization x stays real: ``y = x · Wᵀ + b``. With ``inputdorefa`` of 1 or 2 bits x is
-    rounded to levels from 0 to 1 (:func:`bitorch_qlinear.functional.dorefa_linear`).
+    rounded to levels from 0 to 1 (:func:`bitorch_qlinear.functional.dorefa_linear`). With a sign-like one, W may be
+    ternary (:class:`.quantizations.Ternary`): its words are two signs for each weight, 2/32 of the bytes of float32.
 
     Gradients flow to x and to the bias, as through the QLinear with frozen weights.
 
