@@ -347,8 +347,9 @@ def test_weights_of_any_strides(strides):
             assert_equal(each(x), want)
 
 
-def test_the_number_of_threads_does_not_matter():
-    layer, x = ternary_layer("mean", 4096, 130), torch.randn(70, 4096)
+@pytest.mark.parametrize(("n", "k"), [(130, 4096), (3, 140_001)], ids=str)  # the second has one row in a block
+def test_the_number_of_threads_does_not_matter(n, k):
+    layer, x = ternary_layer("mean", k, n), torch.randn(70, k)
     before = torch.get_num_threads()
     results = []
     try:
