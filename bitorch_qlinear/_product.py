@@ -241,7 +241,7 @@ def ternary_words(weight: Tensor, with_means: bool = False) -> tuple[Tensor, Ten
         kept[rows] = functional.pack_bits(ones, True)
         means[rows] = kept_quotients(magnitudes.mul_(ones), ones)
     valid = functional.pack_bits(weight.new_zeros(1, k))  # ones, and zeros past k
-    words = torch.empty(2 * n, kept.shape[1], dtype=torch.int32)
+    words = kept.new_empty(2 * n, kept.shape[1])
     above = torch.bitwise_and(signs, kept, out=words[n:])
     torch.bitwise_xor(above, kept.bitwise_xor_(valid), out=words[:n])
     return words, limits, means if with_means else None
@@ -250,8 +250,8 @@ def ternary_words(weight: Tensor, with_means: bool = False) -> tuple[Tensor, Ten
 def ternary_scale(limits: Tensor, scale: Tensor | None) -> Tensor:
     """Return the scale, or 1, of each output, and NaN for those whose limit is not finite.
 
-    So the output shows NaN in the weights without a question about their values, which would take time on CUDA and
-    cannot be compiled.
+    With this scale the output shows weights that are not finite, and no values are read back, which would wait for a
+    CUDA device and could not be compiled.
 
     Args:
         limits: The limits Δ, shape ``(n, 1)``.

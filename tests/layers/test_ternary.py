@@ -818,6 +818,22 @@ def test_moved_and_cast_layers(kind, dtype):
     assert layer.to("meta")(torch.empty(3, K, device="meta")).shape == (3, N)
 
 
+@every_kind
+def test_the_default_device_does_not_matter(kind):
+    layer, x = ternary_layer(kind), inputs(3)
+    results = []
+    with torch.device("meta"):
+        packed = pack(layer)
+        for each in (layer, packed):
+            for training in (True, False):
+                each.train(training)
+                for enabled in (True, False):
+                    with torch.set_grad_enabled(enabled):
+                        results.append(each(x).detach())
+    for y in results:
+        assert_equal(y, reference(layer, x))
+
+
 def test_words_that_are_written_later_are_used():
     first, second = ternary_layer("mean", 1024, 64), ternary_layer("mean", 1024, 64)
     x, packed, other = torch.randn(3, 1024), pack(first), pack(second)
