@@ -539,6 +539,28 @@ def test_accuracy_of_the_demo_is_the_mean_over_its_seeds():
     assert "3 splits" in tables.demo_accuracy(figures) and "Not measured" in tables.demo_accuracy(None)
 
 
+def test_outputs_of_examples_lack_only_the_table_of_explain():
+    printed = "layer  kind  weights  binarize()\n1\n\nlayer  computed by  pack()\n2\n\nfloat32: 98.0%\n"
+    figures = {"outputs": {"mixer": printed}, "setting": SETTING}
+    shown = "```text\nlayer  kind  weights  binarize()\n1\n\nfloat32: 98.0%\n```"
+    assert tables.example_output(figures, "mixer") == shown
+    assert "P, capability C" in tables.examples_setting(figures)
+    assert tables.example_output(None, "mixer") == tables.examples_setting(None) == tables.EXAMPLES_MISSING
+
+
+def test_examples_are_run_and_kept_as_they_print(monkeypatch, tmp_path):
+    def run(command, **_):
+        return subprocess.CompletedProcess(command, 0, stdout=f"output of {command[-1]}\n")
+
+    monkeypatch.setattr(tables.subprocess, "run", run)
+    monkeypatch.setattr(tables, "setting", lambda: SETTING)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    tables.run_examples()
+    figures = tables.load("examples")
+    assert figures["setting"] == SETTING and list(figures["outputs"]) == list(tables.EXAMPLES)
+    assert tables.example_output(figures, "serving") == "```text\noutput of examples.serving\n```"
+
+
 def test_tables_are_filled_in_between_their_markers():
     page = "a\n<!-- x: written by y -->\nold\n<!-- /x -->\nb <!-- z: checked by t -->\n"
     filled = tables.fill(page, {"x": "new"})
