@@ -212,7 +212,7 @@ EXTENSIONS = [
     ),
     Extension(
         "bitorch_qlinear._C",
-        ["csrc/module.cpp", "csrc/sources.cpp", "csrc/cpu/cpu_features.cpp"],
+        ["csrc/module.cpp", "csrc/module_state.cpp", "csrc/sources.cpp", "csrc/cpu/cpu_features.cpp"],
         depends=[*HEADERS, "setup.py"],
         include_dirs=["csrc", GENERATED, pybind11.get_include()],
         define_macros=[

@@ -1,11 +1,13 @@
 """FusedSequential and pack(model, fuse=True): the output is that of nn.Sequential bit for bit, whatever has changed."""
 
 import copy
+import gc
 import io
 import itertools
 import math
 import re
 import threading
+import weakref
 
 import pytest
 import torch
@@ -646,6 +648,10 @@ CHANGES = {
     "in-place": lambda model: model[1].bias.data.add_(3),
     "new-data": lambda model: setattr(model[1].weight, "data", -model[1].weight.data),
     "numpy": lambda model: model[1].running_mean.numpy().__imul__(-1),
+    "negative-view": lambda model: setattr(model[1].weight, "data", torch._neg_view(model[1].weight.data)),
+    "same-values-elsewhere": lambda model: setattr(model[1].weight, "data", model[1].weight.data.clone()),
+    "same-attribute": lambda model: setattr(model[1], "eps", float(repr(model[1].eps))),
+    "other-order": lambda model: setattr(model[1], "eps", model[1].__dict__.pop("eps")),
     "new-parameter": lambda model: setattr(model[1], "weight", nn.Parameter(-model[1].weight.detach())),
     "no-parameter": lambda model: setattr(model[1], "weight", None),
     "strided-parameter": lambda model: setattr(model[1].weight, "data", torch.randn(N, 2)[:, 0] * 0 - 1),
@@ -685,8 +691,17 @@ CHANGES = {
 }
 
 
+# These changes leave the output as it is.
+WITHOUT_EFFECT = ("nothing", "delete", "inplace", "dropout-p", "float16", "double", "float64-and-back")
+WITHOUT_EFFECT += ("same-values-elsewhere", "same-attribute", "other-order")
+
+
+@pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("name", CHANGES)
-def test_changes_are_seen(name):
+def test_changes_are_seen(name, exchange, monkeypatch):
+    """Also by a torch without DLPack's interface in C, where Python compares everything."""
+    if not exchange:
+        monkeypatch.setattr(bitorch_qlinear.fused, "_EXCHANGE", None)
     torch.manual_seed(1)
     packed = pack(usual())
     fused = pack(packed, fuse=True)
@@ -702,8 +717,35 @@ def test_changes_are_seen(name):
         want = packed(x)
         for _ in range(4):
             assert_equal(fused(x), want)
-    if name not in ("nothing", "delete", "inplace", "dropout-p", "float16", "double", "float64-and-back"):
+    if name not in WITHOUT_EFFECT:
         assert before.shape != want.shape or not torch.equal(before, want)
+
+
+@pytest.mark.skipif(bitorch_qlinear.fused._EXCHANGE is None, reason="this torch has no __dlpack_c_exchange_api__")
+@pytest.mark.parametrize("name", ["nothing", "same-values-elsewhere", "same-attribute"])
+def test_values_that_are_the_same_are_compared_in_cpp(name, monkeypatch, runs):
+    """One call may compare in Python, after a tensor has moved."""
+    fused, x = pack(usual(), fuse=True), torch.randn(3, K)
+    with torch.no_grad():
+        fused(x)
+        CHANGES[name](fused)
+        fused(x)
+        for cls, method in ((bitorch_qlinear.fused.Snapshot, "_is_same"), (bitorch_qlinear.fused.Plan, "_fits")):
+            monkeypatch.setattr(cls, method, lambda self: pytest.fail("was compared in Python"))
+        fused(x)
+    assert len(runs) == 3
+
+
+def test_a_model_is_collected_as_garbage():
+    fused = pack(usual(), fuse=True)
+    fused[1].parent = [fused]
+    fused[0].parent = [fused]
+    with torch.no_grad():
+        fused(torch.randn(3, K))
+    alive = weakref.ref(fused)
+    del fused
+    gc.collect()
+    assert alive() is None
 
 
 NESTED = {
