@@ -369,12 +369,14 @@ class Segment:
         layers: The layers.
         limits: What each layer except the last compares its counts with.
         flips: The bits that are negated after that.
+        toggles: The bits of single channels that are negated again, or None if there are none.
         after: The modules that follow.
     """
 
     layers: list[PackedQLinear]
     limits: list[Tensor]
     flips: list[Tensor]
+    toggles: list[Tensor] | None
     after: tuple[nn.Module, ...]
 
     def run(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -400,6 +402,7 @@ class Segment:
                 out_dtype=dtype,
                 strict=first._input_rule == STRICT_INPUT,
                 scale=last._buffers["scale"],
+                toggles=self.toggles,
             )
         for module in self.after:
             x = module(x)
@@ -443,7 +446,8 @@ class Folded:
         for place, outcome in enumerate([*limits, ""]):
             if isinstance(outcome, str):
                 inner = [each for each in limits[begin:place] if not isinstance(each, str)]
-                tables = [each.limits for each in inner], [each.flips for each in inner]
+                toggles = [each.toggles for each in inner] if any(each.toggles.numel() for each in inner) else None
+                tables = [each.limits for each in inner], [each.flips for each in inner], toggles
                 self._segments.append(Segment(self._layers[begin : place + 1], *tables, chain.between[place]))
                 begin = place + 1
 
@@ -768,7 +772,11 @@ def _fusions_of(root: nn.Module) -> dict[int, Fusion]:
         why = _STATE if folded is None and Snapshot.of(chain.modules) is None else _NOW
         limits = [why] * len(chain.layers[1:]) if folded is None else folded.limits
         for layer, between, outcome in zip(chain.layers, chain.between, limits, strict=False):
-            found[id(layer)] = Fusion(found[id(layer)].input, report(outcome, _WORDS, between))
+            text = report(outcome, _WORDS, between)
+            if isinstance(outcome, Limits) and outcome.toggles.numel():
+                count = outcome.toggles[0].unique().numel()
+                text += f" (the signs of {count} of {layer.out_features} channels change more than once)"
+            found[id(layer)] = Fusion(found[id(layer)].input, text)
         for layer in chain.layers[1:]:
             found[id(layer)] = Fusion("", found[id(layer)].output)
         if chain.before:
