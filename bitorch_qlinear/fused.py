@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
@@ -66,7 +66,8 @@ class FusedSequential(nn.Sequential):
     A :class:`PackedQLinear` whose outputs only reach the signs of the next PackedQLinear, through modules that compute
     each channel alone, writes these signs itself: ``popcount <= limit`` for each channel. The limits come from the
     modules themselves, evaluated for each of the K + 1 values that a product can have, so the output is that of
-    ``nn.Sequential`` bit for bit.
+    ``nn.Sequential`` bit for bit. A channel whose sign changes more than once, as that of a ``PReLU`` with a negative
+    slope does, has several limits, unless more than one in four channels would need a further one.
 
     The modules stay what they are: indexing, slicing, iteration, ``state_dict`` and gradients are those of
     ``nn.Sequential``. Each call compares everything that the limits were computed from (the values of parameters and
@@ -165,6 +166,29 @@ def _ids_of_children(module: nn.Module) -> list[int]:
     return [id(child) for child in module._modules.values()]
 
 
+class _State(_C.ModuleState):
+    """A ModuleState together with everything of which it only has the addresses."""
+
+    def __init__(
+        self,
+        modules: list[tuple[nn.Module, list[Any]]],
+        pinned: Sequence[tuple[object, str, object]] = (),
+        tensors: Sequence[Tensor] = (),
+        record: Tensor = _NO_FORM,
+    ) -> None:
+        """Keep the present state.
+
+        Args:
+            modules: The modules, and for each of them the rules by which its attributes are compared.
+            pinned: Objects, names and values of other attributes.
+            tensors: The tensors to which the rules refer.
+            record: Their values, from `record_values`.
+        """
+        super().__init__(modules, list(pinned), list(tensors), record.data_ptr(), _EXCHANGE, _IS_NEGATIVE)
+        types = [type(module) for module, _ in modules], [type(tensor) for tensor in tensors]
+        self._kept = modules, pinned, types, record
+
+
 class Plan:
     """The order of a FusedSequential's calls, with its chains of packed layers.
 
@@ -184,8 +208,7 @@ class Plan:
         containers = [root, *(module for module in found if is_sequential(module))]
         # The chains and steps keep the children, so their ids belong to no other objects.
         self._containers = [(module, _ids_of_children(module)) for module in containers]
-        self._state: _C.ModuleState | None = None
-        self._kept: list[Any] = []
+        self._state: _State | None = None
         self.steps: list[Any] = []
         self.chains: list[Chain] = []
         modules = [module for module in found if not is_sequential(module)]
@@ -216,10 +239,10 @@ class Plan:
             (module, [_rule_of_container(module is self._root, *each) for each in list(module.__dict__.items())])
             for module, _ in self._containers
         ]
-        state = _C.ModuleState(rules, [], [], 0, None, None)
+        state = _State(rules)
         # The two agree only if they are of the same state, although another thread may write meanwhile.
         if state.same() and self._fits():
-            self._state, self._kept = state, rules  # the state has only their addresses
+            self._state = state
 
     def _fits(self) -> bool:
         for module, children in self._containers:
@@ -520,7 +543,7 @@ def _dtype_of(layer: nn.Module) -> torch.dtype:
 class Snapshot:
     """Everything that the limits of a chain are computed from, to be compared with in each call.
 
-    A ``_C.ModuleState`` compares most of it, in a sixth of the time that Python takes. What it does not find to be the
+    A ``_C.ModuleState`` compares it in less than half of the time that Python takes. What it does not find to be the
     same, Python compares again, because it may be the same in another way, such as in memory of another address.
     """
 
@@ -545,8 +568,7 @@ class Snapshot:
         tensors = self.tensors()
         self._tensor_types = [type(tensor) for tensor in tensors]
         self._record = _record_values(tensors)
-        self._state: _C.ModuleState | None = None
-        self._kept: tuple[object, ...] = ()
+        self._state: _State | None = None
 
     @classmethod
     def of(cls, modules: list[nn.Module]) -> Snapshot | None:
@@ -574,18 +596,16 @@ class Snapshot:
         if _EXCHANGE is None:
             return
         places = {(id(module), table, name): place for place, (module, table, name) in enumerate(self._read)}
-        # The order is that in which most changes are seen early.
         pinned: list[tuple[object, str, object]] = [
             (nn.Module, name, getattr(nn.Module, name)) for name in MODULE_CALLS
         ]
         pinned += [(cls, "forward", cls.forward) for cls in self._classes]
         modules = [(module, _rules_of(module, places)) for module in self._modules]
         try:
-            state = _C.ModuleState(modules, pinned, self.tensors(), self._record.data_ptr(), _EXCHANGE, _IS_NEGATIVE)
+            state = _State(modules, pinned, self.tensors(), self._record)
             # The two agree only if they are of the same state, although another thread may write meanwhile.
             if state.same() and self._is_same():
-                # The state has only their addresses.
-                self._state, self._kept = state, (modules, pinned)
+                self._state = state
         except Exception:
             return  # a tensor that DLPack cannot describe
 

@@ -23,8 +23,8 @@ enum class Rule {
 // The state of some modules, as far as rules say what matters.
 //
 // same() only returns true if nothing has changed. It may return false for other reasons, such as a tensor that was
-// moved, so the caller then compares in another way. A call takes about 1 us for ten modules; the same in Python takes
-// 7 us, and 25 us if other work has filled the caches.
+// moved, so the caller then compares in another way. A call takes 4.5 us for 11 modules with 64 KB of values. Python and
+// an operator took 11 us for the same.
 class ModuleState {
   public:
     // Takes (module, rules) pairs, where rules are (name, number of the Rule, value) for each attribute in the order of
