@@ -864,36 +864,6 @@ def test_a_model_is_collected_as_garbage():
     assert alive() is None
 
 
-def test_threads_while_a_plan_compares_anew():
-    """Attributes that come and go make the plan keep another state, while other threads compare with the old one."""
-    fused = FusedSequential(nn.Identity(), nn.Sequential(nn.Identity()), *pack(usual()))
-    fused.eval().fuse()
-    x = torch.randn(2, K)
-    want = pack(fused)(x).detach()
-    wrong, done = [], threading.Event()
-
-    def call():
-        with torch.no_grad():
-            for _ in range(150):
-                if not torch.equal(fused(x), want):
-                    wrong.append(1)
-
-    def change():
-        while not done.is_set():
-            fused.label = "x" * 3
-            del fused.label
-
-    threads = [threading.Thread(target=call) for _ in range(3)]
-    changing = threading.Thread(target=change)
-    for thread in (changing, *threads):
-        thread.start()
-    for thread in threads:
-        thread.join()
-    done.set()
-    changing.join()
-    assert not wrong
-
-
 NESTED = {
     "hook": lambda part: part.register_forward_hook(lambda module, args, output: -output),
     "pre-hook": lambda part: part.register_forward_pre_hook(lambda module, args: (-args[0],)),

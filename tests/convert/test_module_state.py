@@ -1,14 +1,16 @@
 """ModuleState finds modules to be the same only if nothing that a rule names has changed."""
 
 import collections
+import gc
 import struct
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 from bitorch_qlinear import _C
-from bitorch_qlinear.fused import _ANYTHING, _EMPTY, _EXCHANGE, _IS_NEGATIVE, _SAME, _TABLE, _TENSOR
+from bitorch_qlinear.fused import _ANYTHING, _EMPTY, _EXCHANGE, _IS_NEGATIVE, _SAME, _TABLE, _TENSOR, _State
 
 pytestmark = pytest.mark.skipif(_EXCHANGE is None, reason="this torch has no __dlpack_c_exchange_api__")
 record_values = torch.ops.bitorch_qlinear.record_values
@@ -231,3 +233,22 @@ def test_arguments_that_do_not_fit():
         _C.ModuleState([], [], [torch.zeros(2)], 0, 3, _IS_NEGATIVE)
     with pytest.raises(IndexError, match="no such tensor"):
         _C.ModuleState([(box_of(a=1), [("a", _TENSOR, 0)])], [], [], 0, _EXCHANGE, _IS_NEGATIVE)
+
+
+def test_what_a_state_points_to_stays_alive():
+    """Another thread may have replaced the state while one compares with it."""
+    module, owner, tensor = nn.Identity(), type("Owner", (), {"forward": len}), torch.zeros(3)
+    module.value, module.tensor = nn.Identity(), tensor
+    rules = [(name, _ANYTHING, None) for name in module.__dict__ if name != "_modules"]
+    rules.insert(list(module.__dict__).index("_modules"), ("_modules", _TABLE, [("value", _SAME, module.value)]))
+    record = record_values([tensor])
+    alive = [weakref.ref(each) for each in (module, owner, module.value, record)]
+    state = _State([(module, rules)], [(owner, "forward", len)], [tensor], record)
+    assert state.same()
+    module.__dict__["_modules"].clear()
+    del module, owner, rules, record
+    gc.collect()
+    assert all(each() is not None for each in alive)
+    del state
+    gc.collect()
+    assert all(each() is None for each in alive)
