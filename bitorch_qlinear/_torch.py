@@ -33,6 +33,7 @@ __all__ = [
     "is_known",
     "is_plain",
     "is_proxy",
+    "modes_active",
     "operator_entry",
     "own_attributes",
     "shares_data",
@@ -131,6 +132,17 @@ any_global_hook: Callable[[], Any] = getattr(nn.modules.module, "_has_any_global
 
 MODULE_CALLS = tuple(name for name in ("__call__", "_call_impl") if hasattr(nn.Module, name))
 """The functions of nn.Module that lead from a call of a module to its forward."""
+
+
+def modes_active() -> bool:
+    """Whether a mode sees, and may change, what torch's functions or operators compute.
+
+    The mode of ``torch.set_default_device`` does not count: it changes only where new tensors are made.
+    """
+    if _dispatch_modes():
+        return True
+    functions = _function_modes()
+    return bool(functions) and (functions > 1 or not _is_default_device())
 
 
 def does_more() -> bool:
