@@ -95,7 +95,7 @@ int32_t write_row(const uint32_t* planes, int64_t stride, int64_t k, int bits, i
             const uint32_t* from = planes + p * stride + 2 * step;
             const uint64_t plane = from[0] | (2 * step + 1 < words ? uint64_t{from[1]} << 32 : 0);
             const Vector value = _mm512_set1_epi8(static_cast<char>(1 << p));
-            levels = _mm512_mask_or_epi32(levels, 0xFFFF, levels, _mm512_maskz_mov_epi8(plane, value));
+            levels = _mm512_or_si512(levels, _mm512_maskz_mov_epi8(plane, value));
             sum += int64_t{__builtin_popcountll(plane)} << p;
         }
         _mm512_storeu_si512(to, levels);
