@@ -880,14 +880,19 @@ def test_a_reader_that_does_not_know_the_format_says_so(monkeypatch):
             layer.load_state_dict(state | ({"scale": torch.ones(N)} if layer.weight_scale else {}))
 
 
-@pytest.mark.parametrize("kind", ["plain", "mean"])
-def test_the_words_of_older_checkpoints_are_no_ternary_weights(kind):
-    """A layer of ternary weights has always had the entries that say so."""
-    packed = pack(ternary_layer(kind))
-    state = packed.state_dict()
+@every_kind
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not-strict"])
+@pytest.mark.parametrize("assign", [True, False], ids=["assign", "copy"])
+def test_words_that_nothing_says_to_be_ternary_are_refused(kind, strict, assign):
+    """The signs of twice the outputs have the same shape, and older checkpoints do not say what their words are."""
+    packed, x = pack(ternary_layer(kind, bias=False)), inputs(3)
+    y, state = packed(x), packed.state_dict()
+    state["weight"] = pack(QLinear(K, 2 * N, bias=False)).weight
     for name in ("format", "input_rule", "weight_rule"):
         del state[name]
-    packed.load_state_dict(state)  # the number of rows says it, too
+    with pytest.raises(RuntimeError, match="weight_rule: expected the entry that says that the weights are ternary"):
+        packed.load_state_dict(state, strict=strict, assign=assign)
+    assert_equal(packed(x), y)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
