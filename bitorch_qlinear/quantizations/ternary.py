@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 # Looked up once, because a name in a module of a module costs 20 ns in every call.
-_compiling = torch.compiler.is_compiling
+_compiling, _tracing = torch.compiler.is_compiling, torch.jit.is_tracing  # type: ignore[attr-defined]
 
 # The paper's factor: nearly the best one both for uniformly and for normally distributed weights.
 _FACTOR = 0.7
@@ -34,7 +34,7 @@ _FACTOR = 0.7
 def is_eager(tensor: Tensor) -> bool:
     """Whether this is an ordinary CPU tensor that nothing traces or transforms, so that its values can be asked for."""
     ordinary = tensor.is_cpu and (type(tensor) is Tensor or type(tensor) is nn.Parameter)
-    return ordinary and not (_compiling() or functorch_active() or modes_active())
+    return ordinary and not (_compiling() or _tracing() or functorch_active() or modes_active())
 
 
 def ternary_limits(rows: Tensor) -> Tensor:

@@ -667,6 +667,18 @@ def test_export(kind, strict, make):
             assert_equal(each.module()(x), layer(x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@every_kind
+@both_modes
+def test_a_traced_layer_asks_for_the_values_of_each_call(kind, training):
+    layer, x = ternary_layer(kind, 70, 9, training).requires_grad_(False), torch.randn(3, 70)
+    traced = torch.jit.trace(layer, x)
+    layer.weight.copy_(torch.randn(9, 70))
+    assert_equal(traced(x), reference(layer, x))
+    layer.weight[6, 1] = math.nan
+    assert traced(x)[:, 6].isnan().all()
+
+
 # ---- other quantizations ----
 
 
