@@ -386,12 +386,11 @@ class PackedQLinear(nn.Module):
                 threshold = activation.gradient_cancellation_threshold
                 return level_linear(x, words, self.in_features, bias, form, bits, scale, threshold)
             if self._weight_rule == TERNARY_WEIGHT:
-                rule = binary_rule(activation.activation_function) or BinaryRule(self._input_rule == STRICT_INPUT)
-                threshold = activation.gradient_cancellation_threshold
+                rule, threshold = self._sign_rule(), activation.gradient_cancellation_threshold
                 return ternary_linear(x, words, self.in_features, bias, form, rule, scale, threshold)
             if not is_differentiated(x, bias, scale):
                 return packed_linear(x, words, self.in_features, bias, form, self._input_rule == STRICT_INPUT, scale)
-            rules = binary_rule(activation.activation_function) or _SIGN, _SIGN
+            rules = self._sign_rule(), _SIGN
             threshold = activation.gradient_cancellation_threshold
             return differentiable_linear(x, None, bias, words, form, self.in_features, rules, threshold, scale)
         except NotImplementedError:
@@ -406,6 +405,15 @@ class PackedQLinear(nn.Module):
                 ) from error
             raise_of_dtype(x, error)
             raise
+
+    def _sign_rule(self) -> BinaryRule:
+        """Return the rule of the input's signs that the checkpoint names, with the gradient of the activation.
+
+        The activation may have been replaced or got hooks since the layer was made, which the packed path skips.
+        """
+        strict = self._input_rule == STRICT_INPUT
+        rule = binary_rule(self.activation.activation_function)
+        return rule if rule is not None and rule.strict == strict else BinaryRule(strict)
 
     def _in_float(self, x: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
         """Compute the same values by torch's own operators, on any device."""
