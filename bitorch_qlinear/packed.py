@@ -386,6 +386,7 @@ class PackedQLinear(nn.Module):
                 threshold = activation.gradient_cancellation_threshold
                 return level_linear(x, words, self.in_features, bias, form, bits, scale, threshold)
             if self._weight_rule == TERNARY_WEIGHT:
+                self._check_rows(words)
                 rule, threshold = self._sign_rule(), activation.gradient_cancellation_threshold
                 return ternary_linear(x, words, self.in_features, bias, form, rule, scale, threshold)
             if not is_differentiated(x, bias, scale):
@@ -441,7 +442,21 @@ class PackedQLinear(nn.Module):
             signs = (2 * bits.flatten(1)[:, : self.in_features] - 1).to(dtype)
         if self._weight_rule != TERNARY_WEIGHT:
             return signs
+        self._check_rows(self.weight)
         return torch.lerp(signs[: self.out_features], signs[self.out_features :], 0.5)
+
+    def _check_rows(self, words: Tensor) -> None:
+        """Check that words of ternary weights have two rows for each output, because half of others have no meaning.
+
+        Raises:
+            RuntimeError: They have not.
+        """
+        rows = word_rows(self.out_features, TERNARY_WEIGHT)
+        if words.shape[0] != rows:
+            shape = rows, words_for(self.in_features)
+            raise RuntimeError(
+                f"weight: expected words of shape {shape}, two rows for each output, got {tuple(words.shape)}"
+            )
 
     # ---- the prepared form ----
 

@@ -762,6 +762,32 @@ def test_wrong_inputs_are_errors(x, message, training):
         pack(layer)(x)
 
 
+@both_modes
+@with_and_without_kernels
+@pytest.mark.parametrize("make", [lambda layer: layer, pack], ids=["QLinear", "PackedQLinear"])
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (8,)], ids=str)
+@pytest.mark.parametrize("name", ["scale", "bias"])
+def test_a_scale_and_a_bias_are_not_broadcast(name, shape, make, kernels, training, monkeypatch):
+    layer, x = make(ternary_layer("learned", 45, 7, training)), torch.randn(3, 45)
+    if not kernels:
+        take_kernels_away(monkeypatch)
+    is_buffer = type(layer) is PackedQLinear and name == "scale"
+    setattr(layer, name, torch.ones(shape) if is_buffer else nn.Parameter(torch.ones(shape), requires_grad=False))
+    for each in (x, x.clone().requires_grad_()):
+        with pytest.raises(RuntimeError, match=rf"{name}: expected shape \(7,\), got "):
+            layer(each)
+
+
+@with_and_without_kernels
+def test_words_of_another_number_of_outputs_are_errors(kernels, monkeypatch):
+    if not kernels:
+        take_kernels_away(monkeypatch)
+    packed = pack(ternary_layer(k=45, n=8, bias=False))
+    packed.weight = packed.weight[:8]
+    with pytest.raises(RuntimeError, match=r"weight: expected words of shape \(16, 2\), two rows for each output, got"):
+        packed(torch.randn(3, 45))
+
+
 def test_nested_and_sparse_inputs():
     layer, x = ternary_layer(), torch.randn(5, K)
     packed = pack(layer)
