@@ -720,6 +720,29 @@ def hooked():
     return quantization
 
 
+class Opaque(torch.Tensor):
+    """A tensor that no operator takes, like those of other libraries for quantization."""
+
+    @staticmethod
+    def __new__(cls, like):
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return Opaque(args[0])
+        raise NotImplementedError(function)
+
+
+@every_kind
+@both_modes
+def test_weights_of_an_unknown_class_are_errors(kind, training):
+    layer = ternary_layer(kind, 45, 7, training)
+    layer.weight = nn.Parameter(Opaque(layer.weight), requires_grad=False)
+    with pytest.raises(TypeError, match="weight: expected a plain tensor, got Opaque"):
+        layer(torch.randn(3, 45))
+
+
 def overridden(name):
     quantization = Ternary()
     computed = getattr(quantization, name)
