@@ -12,9 +12,10 @@ The entries of a packed layer are
 
 All of them are tensors, so that torch.save, safetensors and distributed checkpoints can hold them. Checkpoints from
 before the format had a version lack the last three entries; they load as well, except into layers of ternary weights,
-which such a checkpoint cannot hold. A checkpoint with a scale, or of a layer that rounds its input to levels, has format
-2, because a reader of format 1 knows neither; one of ternary weights has format 3; all others have format 1. The words of ternary weights have 2n rows: first those of the signs
-"+1 unless w < 0", and then those of the signs "+1 if w > 0", and a weight is the mean of its two signs.
+which such a checkpoint cannot hold. A checkpoint with a scale, or of a layer that rounds its input to levels, has
+format 2, because a reader of format 1 knows neither; one of ternary weights has format 3; all others have format 1. The
+words of ternary weights have 2n rows: first those of the signs "+1 unless w < 0", and then those of the signs "+1 if w
+> 0", and a weight is the mean of its two signs.
 
 A state dict of float weights has no entry for a scale that is computed from them. The kind of the scale is recorded
 beside the entries, in the metadata where torch keeps the versions of modules. ``torch.save`` writes the metadata, and

@@ -272,14 +272,15 @@ class PackedQLinear(nn.Module):
 
     @classmethod
     def from_float(cls, layer: QLinear, words: Tensor | None = None) -> PackedQLinear:
-        """Pack a QLinear whose input is sign-like or real and whose weights are quantized to ±1.
+        """Pack a QLinear whose quantizations a packed layer can have.
 
         Args:
             layer: The layer to pack.
             words: Its packed weights if it shares them with another layer; None packs them.
 
         Raises:
-            ValueError: A quantization is of another kind, as progressive_sign is in training mode.
+            ValueError: A quantization is of another kind, as progressive_sign is in training mode, or the weights are
+                ternary and not finite.
         """
         weight, bias = layer.weight, layer.bias
         n, k = weight.shape

@@ -1,7 +1,7 @@
 """Ternary weights: -1, 0 or +1 (Ternary Weight Networks, Li and Liu 2016, https://arxiv.org/abs/1605.04711)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -25,7 +25,8 @@ __all__ = [
 ]
 
 # Looked up once, because a name in a module of a module costs 20 ns in every call.
-_compiling, _tracing = torch.compiler.is_compiling, torch.jit.is_tracing  # type: ignore[attr-defined]
+_compiling = torch.compiler.is_compiling
+_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 # The paper's factor: nearly the best one both for uniformly and for normally distributed weights.
 _FACTOR = 0.7
