@@ -61,8 +61,10 @@ const std::vector<Gpu>& devices() {
 
 void check_supported(int32_t device_index) { value_of(decide(nullptr, devices().at(device_index), 0, 0, 0)); }
 
-Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k) {
-    return choose_kernel(devices().at(device_index), m, n, k);
+const Gpu& gpu_of(int32_t device_index) { return devices().at(device_index); }
+
+Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, const Operands& operands) {
+    return choose_kernel(gpu_of(device_index), m, n, k, operands);
 }
 
 void force_kernel(const std::string& name) { forced().store(value_of(find_kernel(name))); }
@@ -72,8 +74,8 @@ std::string forced_kernel() {
     return kernel ? kernel->name : "";
 }
 
-Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
-    return value_of(decide(forced().load(std::memory_order_relaxed), gpu, m, n, k));
+Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, const Operands& operands) {
+    return value_of(decide(forced().load(std::memory_order_relaxed), gpu, m, n, k, operands));
 }
 
 }  // namespace bitorch_qlinear::cuda
