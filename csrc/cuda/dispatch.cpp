@@ -63,8 +63,8 @@ void check_supported(int32_t device_index) { value_of(decide(nullptr, devices().
 
 const Gpu& gpu_of(int32_t device_index) { return devices().at(device_index); }
 
-Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, const Operands& operands) {
-    return choose_kernel(gpu_of(device_index), m, n, k, operands);
+Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, int64_t value_bytes) {
+    return choose_kernel(gpu_of(device_index), m, n, k, value_bytes);
 }
 
 void force_kernel(const std::string& name) { forced().store(value_of(find_kernel(name))); }
@@ -74,8 +74,8 @@ std::string forced_kernel() {
     return kernel ? kernel->name : "";
 }
 
-Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, const Operands& operands) {
-    return value_of(decide(forced().load(std::memory_order_relaxed), gpu, m, n, k, operands));
+Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes) {
+    return value_of(decide(forced().load(std::memory_order_relaxed), gpu, m, n, k, value_bytes));
 }
 
 }  // namespace bitorch_qlinear::cuda

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) multiply_fused(const FusedPr
     fetch(first_column(0) + own, begin);
     if (thread == 0) check_prepared(product.prepared, product.n, product.k);
     for (int i = thread; i < static_cast<int>(sizeof sums / sizeof(uint32_t)); i += kFusedThreads) sums[0].words[i] = 0;
-    if (plan.vectors) {
+    if (plan.whole) {
         pack_rows<true>(job, plan.width, plan.pitch, x);
     } else {
         pack_rows<false>(job, plan.width, plan.pitch, x);

@@ -149,38 +149,30 @@ struct Choice {
 // number of rows. But it needs the set bits of each row, and with up to 4 rows three quarters of its work are wasted.
 
 
-// Microseconds by which two launches are slower than one, and bytes of real x that a block packs in one of them.
-//   kMicrosOfPack       packing x in a launch of its own, measured on an H200 in a CUDA graph: 1.6 for one row of 4096
-//                       values, 1.9 of 8192
+// What a launch of its own for packing x costs, and how long a block takes to pack x instead.
+//   kMicrosOfPack       measured on an H200 in a CUDA graph: 1.6 us for one row of 4096 values, 1.9 for one of 8192
 //   kMicrosHidden       the part of it that the product's launch hides if it depends on pack's (launch.cuh)
-//   kMicrosOfCount      counting the set bits of weights that are not prepared, measured there for 16 rows: 1.5 at
-//                       1024 x 1024, 2.4 at 4096 x 4096 and 3.6 at 8192 x 8192, which is 1.5 and what it takes to read
-//                       the weights once more at kWeightBytesAMicro
-//   kPackedBytesAMicro  gemm_fused_skinny.cu: 47 bytes a clock at 1.75 GHz
-constexpr double kMicrosOfPack = 1.6, kMicrosHidden = 0.8, kMicrosOfCount = 1.5;
-constexpr double kWeightBytesAMicro = 4e6, kPackedBytesAMicro = 82e3;
+//   kPackedBytesAMicro  of x, from the instructions of gemm_fused_skinny.cu: 28 bytes a clock at 1.75 GHz
+constexpr double kMicrosOfPack = 1.6, kMicrosHidden = 0.8, kPackedBytesAMicro = 49e3;
 
-// Returns whether a fused kernel is faster than a launch that packs x and one that multiplies. Only the kernels that
-// multiply 5 rows or more on tensor cores need the weights' set bits, and so a third launch if they are not known. For 2
-// to 4 rows the bound is the same as for one, although the product on tensor cores is faster than gemm_skinny's: at 8192
-// x 8192 one by 1 us for 2 rows and 1.5 us for 4 (measured, without the launch that counts bits).
-static inline bool fused_is_faster(const Gpu& gpu, int64_t m, int64_t n, int64_t k, const Operands& operands) {
-    double saved = kMicrosOfPack - (launches_depend(gpu.capability) ? kMicrosHidden : 0);
-    if (m > kCountedRows && !operands.counted) {
-        saved += kMicrosOfCount + static_cast<double>(n) * static_cast<double>(k) / 8 / kWeightBytesAMicro;
-    }
-    return static_cast<double>(m * k * operands.value_bytes) <= saved * kPackedBytesAMicro;
+// Returns whether a fused kernel is faster than a launch that packs x and one that multiplies: up to 39 KB of x on 9.0,
+// and 78 KB on others. (For 2 to 4 rows at 8192 x 8192 the product on tensor cores is also faster than gemm_skinny's, by
+// about 1 us, measured without the counting of bits. The bound leaves that out.)
+static inline bool fused_is_faster(const Gpu& gpu, int64_t m, int64_t k, int64_t value_bytes) {
+    const double saved = kMicrosOfPack - (launches_depend(gpu.capability) ? kMicrosHidden : 0);
+    return static_cast<double>(m * k * value_bytes) <= saved * kPackedBytesAMicro;
 }
 
-// Returns the automatic choice. Without binary tensor cores gemm_skinny is best for all the rows that it takes. On 7.5,
+// Returns the automatic choice for real x with values of so many bytes, or 0 if x is given as words, or if its words are
+// a result too. Without binary tensor cores gemm_skinny is best for all the rows that it takes. On 7.5,
 // a T4's memory brings 1.3 words per clock, which for 16 rows are 20 to count. From 10.0 on, a B200's memory brings
 // 7.3, so that 4 rows hardly keep up, and an RTX 5090's 1.1; but gemm_mma_int8_sm80 always multiplies 64 rows, in 1
 // clock for a word of weights (2 on 12.0), while 16 rows of gemm_skinny take 0.6.
-static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k, const Operands& operands = {}) {
-    const auto takes = [&](GemmKernel kernel) { return legal(kernel, gpu, m, k, operands); };
+static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes = 0) {
+    const auto takes = [&](GemmKernel kernel) { return legal(kernel, gpu, m, k, value_bytes); };
     const auto choice = [](GemmKernel kernel, const char* reason) { return Choice{kernel, Tile::m64n64, reason}; };
     const bool on_tensor_cores = m > 1 && takes(GemmKernel::fused_skinny_mma_sm80);
-    if ((on_tensor_cores || takes(GemmKernel::fused_skinny)) && fused_is_faster(gpu, m, n, k, operands)) {
+    if ((on_tensor_cores || takes(GemmKernel::fused_skinny)) && fused_is_faster(gpu, m, k, value_bytes)) {
         if (on_tensor_cores) {
             return choice(GemmKernel::fused_skinny_mma_sm80, "one launch that packs x and multiplies on tensor cores");
         }
@@ -211,17 +203,17 @@ static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k, con
 // an error. A product that the kernel does not take gets the automatic choice, because the layers of a model multiply
 // different numbers of rows.
 static inline OrError<Choice> decide(const KernelRecord* forced, const Gpu& gpu, int64_t m, int64_t n, int64_t k,
-                                     const Operands& operands = {}) {
+                                     int64_t value_bytes = 0) {
     if (!supported(gpu.capability)) {
         return in_words(gpu.capability) + " is not supported: the CUDA kernels need 7.5 or later";
     }
-    if (!forced) return choose(gpu, m, n, k, operands);
+    if (!forced) return choose(gpu, m, n, k, value_bytes);
     if (!runs_on(*forced, gpu.capability)) {
         return std::string(kKernelVariable) + ": expected one of the kernels that " + in_words(gpu.capability) +
                " has (" + kernel_names(gpu.capability) + "), got \"" + forced->name + "\"";
     }
-    if (!legal(forced->kernel, gpu, m, k, operands)) {
-        Choice choice = choose(gpu, m, n, k, operands);
+    if (!legal(forced->kernel, gpu, m, k, value_bytes)) {
+        Choice choice = choose(gpu, m, n, k, value_bytes);
         choice.reason = forced->fused ? "the automatic choice: the kernel that is forced takes few values of real x"
                                       : "the automatic choice: the kernel that is forced takes at most 16 rows";
         return choice;

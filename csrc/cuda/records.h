@@ -80,21 +80,15 @@ struct Gpu {
 // have this too, but captures into graphs have been seen to fail on 12.0 (sglang, issue 18596).
 static constexpr bool launches_depend(int capability) { return capability == 90; }
 
-// What is known of a product's operands beside its sizes.
-struct Operands {
-    int64_t value_bytes = 0;  // of a real value of x; 0 if x is given as words, or its words are a result too
-    bool counted = true;      // whether the set bits of the weights' rows are known, from a prepared form
-};
-
 // Returns whether a block of a fused kernel has place for x.
 static inline bool fits_fused(int64_t m, int64_t k) {
     return m <= kSkinnyRows && m * aligned_words_for(k) * kWordBits <= kFusedValues;
 }
 
-static inline bool legal(GemmKernel kernel, const Gpu& gpu, int64_t m, int64_t k = 0, const Operands& operands = {}) {
+static inline bool legal(GemmKernel kernel, const Gpu& gpu, int64_t m, int64_t k = 0, int64_t value_bytes = 0) {
     const KernelRecord& found = record(kernel);
     return runs_on(found, gpu.capability) && m <= found.most_rows &&
-           (!found.fused || (operands.value_bytes > 0 && fits_fused(m, k)));
+           (!found.fused || (value_bytes > 0 && fits_fused(m, k)));
 }
 
 #ifndef __CUDACC__  // kernels do not need strings, which would cost nvcc two seconds for each file and target

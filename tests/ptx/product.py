@@ -98,7 +98,7 @@ def layout(name: str) -> str:
     """
     program = Path(__file__).with_name("layouts.cpp")
     # A program is made again if what it includes has changed.
-    key = hashlib.sha256(repr((program.read_text(), source("kernels.h"), nvcc_release())).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((program.read_text(), source("fused_plan.h"), nvcc_release())).encode()).hexdigest()[:16]
 
     def make(path: Path) -> None:
         subprocess.run([nvcc(), "-std=c++20", f"-I{CUDA}", str(program), "-o", str(path)], check=True)
