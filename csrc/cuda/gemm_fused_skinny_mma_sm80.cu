@@ -55,6 +55,7 @@ struct Sums {
     }
 };
 
+#ifdef BITORCH_QLINEAR_MMA_SM80
 // Returns the set bits of a packed row of x to all lanes of a warp.
 __device__ __forceinline__ uint32_t count_row(const uint32_t* words, int width) {
     uint32_t count = 0;
@@ -62,6 +63,7 @@ __device__ __forceinline__ uint32_t count_row(const uint32_t* words, int width) 
     for (int i = lane_index(); i < width; i += kWarp) count += __popc(words[i]);
     return __reduce_add_sync(kAllLanes, count);
 }
+#endif
 
 template <class As>
 __global__ void __launch_bounds__(kFusedThreads, 1) multiply_fused(const FusedProduct job, const FusedPlan plan) {

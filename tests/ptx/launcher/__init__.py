@@ -41,7 +41,7 @@ from ..product import CUDA, module, source
 
 HERE = Path(__file__).parent
 NAMES = ["pack", "unpack", "align", "gemm_popc", "gemm_skinny", "gemm_skinny_mma_sm80", "gemm_mma_sm75"]
-NAMES += ["gemm_mma_sm80", "gemm_mma_int8_sm80"]
+NAMES += ["gemm_mma_sm80", "gemm_mma_int8_sm80", "gemm_fused_skinny", "gemm_fused_skinny_mma_sm80"]
 SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION = 0, 1, 9  # cudaError_t
 # Host code is the same for all targets. For this one the tensor-core kernels of sm_80 are empty, which saves seconds.
 FLAGS = [
@@ -253,6 +253,8 @@ class Launcher:
         what = (launch.kernel, launch.grid, launch.block, launch.shared_bytes, launch.stream)
         assert what == (kernel, dim3(grid), dim3(block), shared_bytes, stream), args
         for actual, expected in zip(launch.arguments[1:], args[1:], strict=True):
-            if isinstance(expected, int):
+            if isinstance(expected, Struct):
+                assert actual == struct.pack(expected.format, *expected.values), args
+            elif isinstance(expected, int):
                 assert int.from_bytes(actual, "little", signed=not isinstance(expected, bool)) == expected, args
         return launch.run(seed) if self.execute else None
