@@ -26,6 +26,7 @@
 
 #include "check_prepared.cuh"
 #include "epilogue.cuh"
+#include "launch.cuh"
 #include "load.cuh"
 #include "popcount.cuh"
 
@@ -93,7 +94,7 @@ __device__ __forceinline__ void count_differences(const Product& product, int wi
     // A step's words are loaded at the end of the step before it: within one, ptxas puts each load next to its use, and
     // they are in flight one after the other.
     uint4 w[kLines][kEach], a[kLines][kLoads];
-    const auto fetch = [&](int left) {
+    const auto fetch_weights = [&](int left) {
         const uint32_t* row = weight;
 #pragma unroll
         for (int j = 0; j < kEach; ++j, row += product.weight.stride) {
@@ -102,7 +103,9 @@ __device__ __forceinline__ void count_differences(const Product& product, int wi
                 w[line][j] = load_once(row + kLine * line, j < weight_rows && kLine * line + kWords * place < left);
             }
         }
-        row = x;
+    };
+    const auto fetch_x = [&](int left) {
+        const uint32_t* row = x;
 #pragma unroll
         for (int i = 0; i < kLoads; ++i, row += x_next) {
 #pragma unroll
@@ -114,8 +117,10 @@ __device__ __forceinline__ void count_differences(const Product& product, int wi
     };
     uint32_t counts[kRows * kEach] = {};
     int left = width - index * kStep;
-    fetch(left);
+    fetch_weights(left);
     meanwhile();
+    wait_for_kernel_before();
+    fetch_x(left);
     while (left > 0) {
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
@@ -133,7 +138,8 @@ __device__ __forceinline__ void count_differences(const Product& product, int wi
             }
         }
         left -= warps * kStep, x += warps * kStep, weight += warps * kStep;
-        fetch(left);
+        fetch_weights(left);
+        fetch_x(left);
     }
     constexpr int kValues = kRows * kEach;
     add_lanes<1>(counts, lane);
@@ -177,38 +183,38 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skin
 }
 
 template <class As, class Shape>
-cudaError_t launch(const Product& product, cudaStream_t stream) {
+cudaError_t launch(const Product& product, cudaStream_t stream, bool behind_pack) {
     using Block = Block<As, Shape>;
     const int64_t blocks = ceil_div(product.n, Block::kColumns), width = aligned_words_for(product.k);
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
     const int64_t parts = std::clamp<int64_t>(ceil_div(width, Shape::kStep), 1, Shape::kWarps / Block::kAcross);
     const int64_t warps = parts * Block::kAcross;
-    multiply_skinny<As, Shape><<<static_cast<unsigned>(blocks), static_cast<unsigned>(kWarp * warps), 0, stream>>>(
-        product, static_cast<int>(width));
-    return cudaGetLastError();
+    return launch_kernel(multiply_skinny<As, Shape>, blocks, static_cast<int>(kWarp * warps), 0, stream, behind_pack,
+                         product, static_cast<int>(width));
 }
 
 // Launches the shape for the least power of two that holds the rows of x. One or two rows have two shapes: with many
 // columns, blocks load x less often; if that leaves too few blocks, few columns and more of K in a block keep the loads
 // in flight.
 template <class As>
-cudaError_t launch_rows(const Product& product, cudaStream_t stream) {
+cudaError_t launch_rows(const Product& product, cudaStream_t stream, bool behind_pack) {
     const bool wide = product.n >= kManyBlocks * kGroups * 4;
-    if (product.m > 8) return launch<As, Shape<16, 2, 2, 8, 2>>(product, stream);
-    if (product.m > 4) return launch<As, Shape<8, 2, 2, 8, 2>>(product, stream);
-    if (product.m > 2) return launch<As, Shape<4, 2, 2, 8, 3>>(product, stream);
-    if (product.m > 1 && wide) return launch<As, Shape<2, 4, 1, 8, 3>>(product, stream);
-    if (product.m > 1) return launch<As, Shape<2, 1, 4, 16, 1>>(product, stream);
-    if (wide) return launch<As, Shape<1, 4, 1, 8, 4>>(product, stream);
-    return launch<As, Shape<1, 1, 4, 16, 1>>(product, stream);
+    if (product.m > 8) return launch<As, Shape<16, 2, 2, 8, 2>>(product, stream, behind_pack);
+    if (product.m > 4) return launch<As, Shape<8, 2, 2, 8, 2>>(product, stream, behind_pack);
+    if (product.m > 2) return launch<As, Shape<4, 2, 2, 8, 3>>(product, stream, behind_pack);
+    if (product.m > 1 && wide) return launch<As, Shape<2, 4, 1, 8, 3>>(product, stream, behind_pack);
+    if (product.m > 1) return launch<As, Shape<2, 1, 4, 16, 1>>(product, stream, behind_pack);
+    if (wide) return launch<As, Shape<1, 4, 1, 8, 4>>(product, stream, behind_pack);
+    return launch<As, Shape<1, 1, 4, 16, 1>>(product, stream, behind_pack);
 }
 
 }  // namespace
 
-cudaError_t gemm_skinny(const Product& product, cudaStream_t stream) {
+cudaError_t gemm_skinny(const Product& product, cudaStream_t stream, bool behind_pack) {
     if (product.m == 0 || product.n == 0) return cudaSuccess;
     if (product.m > kSkinnyRows || product.k > kMaxValues || !are_aligned(product)) return cudaErrorInvalidValue;
-    return with_output_type(product.y.dtype, [&](auto as) { return launch_rows<decltype(as)>(product, stream); });
+    return with_output_type(product.y.dtype,
+                            [&](auto as) { return launch_rows<decltype(as)>(product, stream, behind_pack); });
 }
 
 }  // namespace bitorch_qlinear::cuda

@@ -117,11 +117,14 @@ cudaError_t gemm_popc(const Product&, cudaStream_t);
 
 // The other kernels read the aligned form, and return cudaErrorInvalidValue for operands or sizes that they do not
 // take.
-cudaError_t gemm_skinny(const Product&, cudaStream_t);           // any compute capability; no popcounts needed
-cudaError_t gemm_skinny_mma_sm80(const Product&, cudaStream_t);  // compute capability 8.0 to 9.0
-cudaError_t gemm_mma_sm80(const Product&, Tile, cudaStream_t);   // compute capability 8.0 to 9.0
-cudaError_t gemm_mma_sm75(const Product&, cudaStream_t);         // compute capability 7.5 to 8.9; no popcounts needed
-cudaError_t gemm_mma_int8_sm80(const Product&, cudaStream_t);    // compute capability 8.0 and later
+//
+// With `behind_pack` they are launched while pack, which must be the kernel before them in the stream, still runs
+// (launch.cuh; compute capability 9.0).
+cudaError_t gemm_skinny(const Product&, cudaStream_t, bool behind_pack = false);  // any capability; without popcounts
+cudaError_t gemm_skinny_mma_sm80(const Product&, cudaStream_t, bool behind_pack = false);  // capability 8.0 to 9.0
+cudaError_t gemm_mma_sm80(const Product&, Tile, cudaStream_t, bool behind_pack = false);   // capability 8.0 to 9.0
+cudaError_t gemm_mma_int8_sm80(const Product&, cudaStream_t, bool behind_pack = false);    // capability 8.0 and later
+cudaError_t gemm_mma_sm75(const Product&, cudaStream_t);  // capability 7.5 to 8.9; without popcounts
 
 // The fused kernels pack x in the launch of the product. They return cudaErrorInvalidValue for weights that are not in
 // the aligned form and for sizes that they do not take (fits_fused in records.h).

@@ -11,6 +11,7 @@
 // in a clock, 72 clocks, so memory is the limit. With in-range bits they take 144 clocks and memory 111, so these units
 // are, at 77 % of the memory's rate.
 #include "kernels.h"
+#include "launch.cuh"
 #include "row_grid.cuh"
 #include "sign_tests.cuh"
 
@@ -127,6 +128,7 @@ __device__ __forceinline__ int32_t pack_segment(const Pack& job, int64_t row, in
 template <class T, bool Strict, class Step>
 __global__ void __launch_bounds__(kRowThreads, 2) pack_rows(const Pack job) {
     constexpr int kWords = kSteps * kVector<T>;
+    let_next_kernel_start();
     const int64_t row = row_of_warp();
     const auto limit = job.in_range ? range_limit<T>(job.threshold) : 0;
     int32_t count = 0;
