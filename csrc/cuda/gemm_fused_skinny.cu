@@ -9,13 +9,15 @@
 // one row of bfloat16 by a launch of its own takes 1.6 us of 3.95 at n = k = 4096, and 1.9 of 5.1 at 8192. All else here
 // is an estimate. A block packs all of x for itself, so x is read from L2 by each of 132 blocks, one to a
 // multiprocessor: at k = 8192, 16 KB for one row and 64 KB for 4, where the weights are 64 KB. L1 takes 64 bytes a clock
-// from L2, and packing takes 34 instructions of a warp for 512 bytes of bfloat16, of which 22 take the units of logic:
-// 11 clocks, 47 bytes a clock. That is 0.2 us for 16 KB and 0.8 us for 64 KB at 1.75 GHz, and part of it passes while
+// from L2, but packing takes 45 instructions of a warp for 512 bytes of bfloat16, of which 37 take the units of logic:
+// 18 clocks, 28 bytes a clock. That is 0.3 us for 16 KB and 1.3 us for 64 KB at 1.75 GHz, and part of it passes while
 // the weights are on their way. heuristics.h has the bound from which two launches are faster.
 //
-// A block has 32 KB of weights in flight, 4 MB on 132 multiprocessors, where 3 MB keep an H200's memory busy. For 4 rows
-// the adders take 10 / 64 clocks of a lane for 4 words: at n = k = 8192, 2500 clocks of a multiprocessor, more than
-// memory takes (1.1 us at 4.3 TB/s, 1900 clocks): gemm_fused_skinny_mma_sm80.cu is better from 2 rows on where it runs.
+// A block has 32 KB of weights in flight, 4 MB on 132 multiprocessors, where 3 MB keep an H200's memory busy. The loop
+// over K takes 35 clocks of the units of logic for 2 KB of weights and one row, 56 for 2 rows and 94 for 4, and an
+// H200's memory takes 99 for them (tools/gpu_model.py). At n = k = 8192 that is 1100, 1800 and 3000 clocks of a
+// multiprocessor; with weights in L2, which brings 2 KB in 32 clocks or more, gemm_fused_skinny_mma_sm80.cu, whose
+// loop takes 48 for any number of rows, is faster from 2 rows on.
 #include "fused.cuh"
 #include "popcount.cuh"
 
@@ -86,12 +88,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) multiply_fused(const FusedPr
             }
 #pragma unroll
             for (int i = 0; i < Rows; ++i) counts[i] += counters[i].total();
-            const bool last = word + kStep >= end;
-            if (!last) {
-                fetch(column + own, word + kStep);
-            } else if (round + 1 < plan.rounds) {
-                fetch(first_column(round + 1) + own, begin);
-            }
+            const bool last = word + kStep >= end;  // the next words are those of the next round, which may have none
+            fetch((last ? first_column(round + 1) : column) + own, last ? begin : word + kStep);
         }
         tile.load(product.y, product.n, column);
         add_lanes<1>(counts, lane);

@@ -15,15 +15,14 @@
 // A slice is what one such load takes of a row, 16 words. A warp has kSlices loads of weights in flight, and the first of
 // them leave before x is read. fused.cuh says how columns and K are divided among warps and blocks.
 //
-// Measured on an H200 in a CUDA graph with warm caches, 16 rows of bfloat16 at n = k = 4096 take 8.04 us by three
-// launches: packing, counting the weights' bits, and the product. At 8192 they take 10.6 us (csrc/DESIGN.md). All else
-// here is an estimate. A block packs all of x for itself, 47 bytes a clock (gemm_fused_skinny.cu): at k = 4096 the 128 KB
-// of 16 rows take 1.6 us at 1.75 GHz, at 8192 they take 3.2 us. heuristics.h compares that with the launches it saves.
+// These are estimates, not measured. A block packs all of x for itself, 28 bytes a clock (gemm_fused_skinny.cu): the 32
+// KB of 16 rows of 1024 values of bfloat16 take 0.7 us at 1.75 GHz, but the 128 KB of 4096 values take 2.7 us, more than
+// the launch that is saved (heuristics.h has the bound). Clusters of blocks that pack a part each would lift that bound;
+// the kernel does without, so that it serves 8.0 to 8.9 too.
 //
 // At n = k = 8192 a multiprocessor has 16384 words of weights. On an H100 or H200 the tensor cores take 64 of them in 4
-// clocks, 1024 clocks in all, and shared memory, which gives a warp 1 KB of x for every 512 bytes of weights in 8 clocks,
-// as long. The adders count 26 words a clock, 630 clocks, beside them. Memory takes 1.9 us, 3300 clocks, and L2 at 64
-// bytes a clock 1024.
+// clocks, 1024 clocks in all. Shared memory takes 1500: it gives a warp 1 KB of x for every 512 bytes of weights. The
+// adders take 1000, beside them. Memory takes 3200 (1.9 us), and L2 at 64 bytes a clock 1024.
 #include "fused.cuh"
 #include "mma.cuh"
 #include "popcount.cuh"
@@ -131,12 +130,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) multiply_fused(const FusedPr
                 counter.add_difference(b, uint4{});
             }
             weight_bits += counter.total();
-            const bool last = word + kStep >= end;
-            if (!last) {
-                fetch(column + own, word + kStep);
-            } else if (round + 1 < plan.rounds) {
-                fetch(first_column(round + 1) + own, begin);
-            }
+            const bool last = word + kStep >= end;  // the next words are those of the next round, which may have none
+            fetch((last ? first_column(round + 1) : column) + own, last ? begin : word + kStep);
         }
         tile.load(product.y, product.n, column);
         // popcount(a ^ b) = popcount(a) + popcount(b) - 2 popcount(a & b). The four lanes of a weight row add up its bits;

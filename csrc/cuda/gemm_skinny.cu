@@ -83,8 +83,7 @@ __device__ __forceinline__ void count_differences(const Product& product, int wi
     const int begin = index * kStep + kWords * place;
     const uint32_t* x = product.x.words + first_row * product.x.stride + begin;
     const uint32_t* weight = product.weight.words + (column + group * kEach) * product.weight.stride + begin;
-    // The rows that exist. Blocks that write bits count them in 32 bits, because ptxas would spill two registers on 12.0;
-    // those that write numbers keep the machine code that was measured.
+    // The rows that exist. Blocks that write bits count them in 32 bits, because ptxas would spill two registers on 12.0.
     using Count = std::conditional_t<Block::kAcross == 1, int64_t, int>;
     const int64_t columns = product.n - column;
     const bool all_columns = Block::kAcross > 1 && columns > Shape::kColumns;

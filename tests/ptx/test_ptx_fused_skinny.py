@@ -168,10 +168,10 @@ def test_mutants_of_fused_are_caught():
         ("min(i, m - 1) * plan.pitch", "i * plan.pitch"),
         ("i < m * columns", "i < m * columns - 1"),
         ("if (row < Rows) atomicAdd", "atomicAdd"),
-        ("round + 1 < plan.rounds", "round + 2 < plan.rounds"),
         # These change which words a lane reads, and which sums it adds to.
-        ("first_column(round + 1) + own, begin", "first_column(round + 1) + own, begin + kLine"),
-        ("fetch(column + own, word + kStep)", "fetch(column + own, word)"),
+        ("first_column(round + 1) : column", "first_column(round + 2) : column"),
+        ("last ? begin : word + kStep", "last ? begin + kLine : word + kStep"),
+        ("last ? begin : word + kStep", "last ? begin : word"),
         ("unit * kUnit + group", "unit * kUnit + group % 2"),
         ("part = thread / kWarp % plan.parts", "part = thread / kWarp / units"),
         ("row = lane % kGroupLanes", "row = lane / kGroupLanes"),
