@@ -130,6 +130,11 @@ def _unpack(kernel: Kernel) -> Work:
     return Work("STG", 4 * (1 if kernel.flags[0] else values), "memory", memory=4 * (WARP * 16 + 4 * values))
 
 
+def _pack_limited(kernel: Kernel) -> Work:
+    size = {"float64": 8, "float32": 4}.get(kernel.type, 2)
+    return Work("VOTE", 8, "memory", memory=8 * (WARP * size + 4))  # limits come from a cache
+
+
 def _align(_: Kernel) -> Work:
     return Work("STG", 8, "memory", memory=8 * 2 * 4 * WARP)
 
@@ -144,6 +149,7 @@ WORKS: dict[str, dict[str, Callable[[Kernel], Work]]] = {
     "gemm_fused_skinny": {"": _fused_skinny},
     "gemm_fused_skinny_mma_sm80": {"": _fused_skinny_mma},
     "pack": {"": _pack, ", in range": _pack_with_range},
+    "pack_limited": {"": _pack_limited},
     "unpack": {"": _unpack},
     "align": {"": _align},
 }

@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) multiply_fused(const FusedPr
     __shared__ __align__(16) uint32_t x[kFusedWords];
     __shared__ uint32_t sums[2][Rows * (kMostColumns + kUnit)];
     __shared__ ChannelTile<As, kMostColumns> channels[2];
+    __shared__ bool wrong_form;
     const Product& product = job.product;
     const int thread = static_cast<int>(threadIdx.x), lane = lane_index();
     const int group = lane / kGroupLanes, place = lane % kGroupLanes * kWords;
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) multiply_fused(const FusedPr
     const auto first_column = [&](int64_t round) { return (round * gridDim.x + blockIdx.x) * columns; };
     const int own = unit * kUnit + group;
     fetch(first_column(0) + own, begin);
-    if (thread == 0) check_prepared(product.prepared, product.n, product.k);
+    if (thread == 0) wrong_form = has_wrong_form(product);
     for (int i = thread; i < 2 * Rows * (kMostColumns + kUnit); i += kFusedThreads) sums[0][i] = 0;
     if (plan.whole) {
         pack_rows<true>(job, plan.width, plan.pitch, x);
@@ -66,6 +67,12 @@ __global__ void __launch_bounds__(kFusedThreads, 1) multiply_fused(const FusedPr
         pack_rows<false>(job, plan.width, plan.pitch, x);
     }
     __syncthreads();
+    if (wrong_form) {
+        for (int round = 0; round < plan.rounds; ++round) {
+            write_no_result<As>(product, 0, static_cast<int>(product.m), first_column(round), columns);
+        }
+        return;
+    }
 #pragma unroll 1
     for (int round = 0; round < plan.rounds; ++round) {
         const int64_t column = first_column(round);

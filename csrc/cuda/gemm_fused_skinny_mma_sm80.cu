@@ -71,6 +71,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) multiply_fused(const FusedPr
     __shared__ Sums sums[2];
     __shared__ uint32_t x_bits[kSkinnyRows];
     __shared__ ChannelTile<As, kMostColumns> channels[2];
+    __shared__ bool wrong_form;
     const Product& product = job.product;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = lane_index();
     const int g = lane / 4, q = lane % 4, place = q * kWords;
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) multiply_fused(const FusedPr
     const auto first_column = [&](int64_t round) { return (round * gridDim.x + blockIdx.x) * columns; };
     const int own = unit * kUnit + g;
     fetch(first_column(0) + own, begin);
-    if (thread == 0) check_prepared(product.prepared, product.n, product.k);
+    if (thread == 0) wrong_form = has_wrong_form(product);
     for (int i = thread; i < static_cast<int>(sizeof sums / sizeof(uint32_t)); i += kFusedThreads) sums[0].words[i] = 0;
     if (plan.whole) {
         pack_rows<true>(job, plan.width, plan.pitch, x);
@@ -97,6 +98,12 @@ __global__ void __launch_bounds__(kFusedThreads, 1) multiply_fused(const FusedPr
         pack_rows<false>(job, plan.width, plan.pitch, x);
     }
     __syncthreads();
+    if (wrong_form) {
+        for (int round = 0; round < plan.rounds; ++round) {
+            write_no_result<As>(product, 0, static_cast<int>(product.m), first_column(round), columns);
+        }
+        return;
+    }
     if (warp < m) {
         const uint32_t bits = count_row(x + warp * plan.pitch, plan.width);
         if (lane == 0) x_bits[warp] = bits;
@@ -158,7 +165,11 @@ __global__ void __launch_bounds__(kFusedThreads, 1) multiply_fused(const FusedPr
         }
     }
 #else
-    __trap();  // instead of leaving y unwritten
+    const int columns = kUnit * kFusedWarps / plan.parts;  // y is not left unwritten
+    for (int64_t round = 0; round < plan.rounds; ++round) {
+        const int64_t column = (round * gridDim.x + blockIdx.x) * columns;
+        write_no_result<As>(job.product, 0, static_cast<int>(job.product.m), column, columns);
+    }
 #endif
 }
 

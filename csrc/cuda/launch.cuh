@@ -3,6 +3,7 @@
 // the weights and all else that is not x, and wait for it only then.
 //
 // A product may do so only directly behind pack, and pack itself is launched as usual. This is why it is safe:
+//   - pack makes nothing but x: a launch that also aligns the weights is followed by a product as usual.
 //   - What ran before pack has ended, and its writes are visible, before the first block of pack starts. So whatever
 //     wrote the weights, their prepared form, scale, bias, limits or flips, such as an optimizer's step or a launch that
 //     aligns the weights, has ended before a block of the product starts and loads them.

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from support.reference import pack, random_values, signs
 
-from tools.ptx.machine import In, Struct
+from tools.ptx.machine import In, InOut, Struct
 
 from .product import (
     DTYPES,
@@ -104,8 +104,8 @@ def fused_call(
 ) -> FusedCall:
     """Return random values of x, rows of k + padding, random weights in the aligned form, and their product.
 
-    Between the rows of the weights lie `weight_padding` arbitrary words. Kernels check `header`, which is that of a
-    prepared form. Outputs that are bits have random limits and, if `flipped`, random flips.
+    Between the rows of the weights lie `weight_padding` arbitrary words. Kernels check `header`, which is that of the
+    prepared form that the weights are said to come from. Outputs that are bits have random limits and, if `flipped`, random flips.
     """
     generator = np.random.default_rng(seed)
     x = random_values((m, k + padding), dtype, torch.Generator().manual_seed(1000 * k + seed))
@@ -128,10 +128,14 @@ def fused_call(
     channels = [
         value for v in (scale, bias) for value in ((None, 0) if v is None else (In(numpy(v)), DTYPES[v.dtype][0]))
     ]
-    memory = None if header is None else In(header)
     operands = [None, 0, None, In(aligned, "weight"), aligned.shape[1], None]
+    wrong_form, memory = np.zeros(5, np.int64), None
+    if header is not None:  # popcounts of the weights would lie behind it
+        operands[5] = In(header).at(len(header))
+        memory = InOut(wrong_form)
     fields = Struct(layout("Product"), *operands, m, n, k, output, OUT_TYPES[out][0], *channels, memory)
     stride = k + padding
     whole = misalign % 16 == 0 and k % 128 == 0 and (stride * dtype.itemsize % 16 == 0 or m == 1)
     rows = values, DTYPES[dtype][0], stride, strict
-    return FusedCall(fields, output, y, out, expected, (m, n, k, out, dtype, strict, padding, misalign), whole, rows)
+    what = (m, n, k, out, dtype, strict, padding, misalign)
+    return FusedCall(fields, output, y, out, expected, what, wrong_form, whole, rows)

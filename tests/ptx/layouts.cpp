@@ -36,6 +36,11 @@ int main() {
     FIELD(Pack, threshold), FIELD(Pack, words), FIELD(Pack, word_stride), FIELD(Pack, in_range), FIELD(Pack, popcounts);
     END(Pack);
 
+    FIELD(PackLimited, x), FIELD(PackLimited, dtype), FIELD(PackLimited, m), FIELD(PackLimited, k);
+    FIELD(PackLimited, stride), FIELD(PackLimited, strict), FIELD(PackLimited, limits), FIELD(PackLimited, flips);
+    FIELD(PackLimited, words);
+    END(PackLimited);
+
     FIELD(Unpack, words), FIELD(Unpack, m), FIELD(Unpack, k), FIELD(Unpack, values), FIELD(Unpack, dtype);
     END(Unpack);
 
@@ -47,7 +52,7 @@ int main() {
     FIELD(Product, weight.words), FIELD(Product, weight.stride), FIELD(Product, weight.popcounts);
     FIELD(Product, m), FIELD(Product, n), FIELD(Product, k), FIELD(Product, y.data), FIELD(Product, y.dtype);
     FIELD(Product, y.scale.data), FIELD(Product, y.scale.dtype), FIELD(Product, y.bias.data);
-    FIELD(Product, y.bias.dtype), FIELD(Product, prepared);
+    FIELD(Product, y.bias.dtype), FIELD(Product, wrong_form);
     END(Product);
 
     FIELD(FusedProduct, product.x.words), FIELD(FusedProduct, product.x.stride);
@@ -57,7 +62,7 @@ int main() {
     FIELD(FusedProduct, product.y.data), FIELD(FusedProduct, product.y.dtype);
     FIELD(FusedProduct, product.y.scale.data), FIELD(FusedProduct, product.y.scale.dtype);
     FIELD(FusedProduct, product.y.bias.data), FIELD(FusedProduct, product.y.bias.dtype);
-    FIELD(FusedProduct, product.prepared), FIELD(FusedProduct, x.data), FIELD(FusedProduct, x.dtype);
+    FIELD(FusedProduct, product.wrong_form), FIELD(FusedProduct, x.data), FIELD(FusedProduct, x.dtype);
     FIELD(FusedProduct, x.stride), FIELD(FusedProduct, x.strict), FIELD(FusedProduct, multiprocessors);
     END(FusedProduct);
 

@@ -28,7 +28,7 @@ def fused_job(m: int, n: int, k: int, dtype: int = 1, out: int = 4, **changes: o
     fields = {"x_words": None, "x_stride": 0, "x_popcounts": None}
     fields |= {"weight": ADDRESS, "weight_stride": aligned_words_for(k), "weight_popcounts": None}
     fields |= {"m": m, "n": n, "k": k, "y": ADDRESS, "out": out}
-    fields |= {"scale": None, "scale_dtype": 0, "bias": None, "bias_dtype": 0, "prepared": None}
+    fields |= {"scale": None, "scale_dtype": 0, "bias": None, "bias_dtype": 0, "wrong_form": None}
     fields |= {"x": ADDRESS, "dtype": dtype, "stride": k, "strict": False, "multiprocessors": 5}
     assert set(changes) <= set(fields)
     return Struct(layout("FusedProduct"), *(fields | changes).values())

@@ -18,6 +18,7 @@ from .product import (
     FULL,
     TARGETS,
     channels_of,
+    check_wrong_forms,
     compiled,
     edited,
     kernel,
@@ -142,6 +143,12 @@ def test_fused_moves_whole_sectors():
         if opcode.startswith("ld.global.v4")
     )
     assert loads == 8 * 4 * 4096 * 2 // 16
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_fused_reports_weights_prepared_for_another_product(target):
+    run = functools.partial(launch, module(NAME, target), multiprocessors=1)
+    check_wrong_forms(run, 3, 70, 700, fused_call)
 
 
 def run_small(module: Module, seed: int) -> None:
