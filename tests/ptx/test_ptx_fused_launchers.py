@@ -124,7 +124,8 @@ def test_any_size(name):
 
 
 MUTANTS = [
-    ("fused_plan.h: job.x.data", "reinterpret_cast<uintptr_t>(job.x.data) % 16 == 0 && ", ""),
+    ("pitch", "(width + 15) / 32 * 32 + 16", "(width + 31) / 32 * 32"),
+    ("x", "reinterpret_cast<uintptr_t>(job.x.data) % 16 == 0 && ", ""),
     ("k", "product.k % (kWordBits * kAlignedWords) == 0 &&", "product.k % kWordBits == 0 &&"),
     ("stride", "(row_bytes % 16 == 0 || product.m == 1)", "true"),
     ("bits", "if (bits && unit * units < static_cast<int>(kWordBits)) break;", ""),

@@ -148,7 +148,7 @@ def test_mutants_of_fused_are_caught():
     edits = [
         # These change edges.
         ("column < n && word + kSlice * slice + place < end", "word + kSlice * slice + place < end"),
-        ("word + kSlice * slice + place < end)", "word + kSlice * slice + place < plan.width)"),
+        ("word + kSlice * slice + place < end)", "word + kSlice * slice + place <= end)"),
         ("if (at >= end) break;", "if (at >= end - kSlice) break;"),
         ("at + place < end;", "true;"),
         ("word < end; word += kStep", "word < end - kStep; word += kStep"),
@@ -182,7 +182,6 @@ def test_mutants_of_fused_are_caught():
         # These cause bank conflicts.
         ("kRegister = kWarp + kWarp / 2", "kRegister = kWarp"),
         ("(units == 2 ? 2 * kWords : kWords)", "(units == 2 ? 2 * kWords : 0)"),
-        ("(width + 15) / 32 * 32 + 16", "(width + 31) / 32 * 32"),
     ]
     cxx = source_of_type(NAME)
     text = compiled(cxx, "sm_80")
