@@ -76,7 +76,8 @@ def shapes() -> list[tuple[int, int, int, int, int]]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_fused(target):
-    for seed, (m, n, k, parts, multiprocessors) in enumerate(shapes()) if not FULL else seeded(shapes()):
+    few = list(enumerate(shapes()))[TARGETS.index(target) % 2 :: 2]  # the targets differ in little
+    for seed, (m, n, k, parts, multiprocessors) in seeded(shapes()) if FULL else few:
         more = {"parts": parts, "multiprocessors": multiprocessors, "seed": seed}
         check_fused(module(NAME, target), m, n, k, dtype=FLOATS[seed % 4], strict=seed % 3 == 1, **more)
 
