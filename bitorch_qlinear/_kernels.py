@@ -116,9 +116,7 @@ def available_cuda_kernels(capability: tuple[int, int]) -> list[str]:
     return names.split(", ") if names else []
 
 
-def cuda_choice(
-    capability: tuple[int, int], multiprocessors: int, m: int, n: int, k: int, value_bytes: int = 0
-) -> str:
+def cuda_choice(capability: tuple[int, int], multiprocessors: int, m: int, n: int, k: int, value_bytes: int = 0) -> str:
     """Return which CUDA kernel computes a product on such a device and why, or what is wrong, in words.
 
     ``value_bytes`` is the size of a value of x, or 0 if x is packed.

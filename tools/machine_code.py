@@ -270,10 +270,15 @@ def loops(instructions: list[Instruction]) -> list[Loop]:
 
 
 def main_loops(instructions: list[Instruction], kind: str, inner: bool = False) -> list[Loop]:
-    """Return the loops with the most instructions of a kind; of nested loops, the outer one, or with `inner` the inner."""
+    """Return the loops with the most instructions of a kind.
+
+    Of nested loops, that is the outer one, or with `inner` the innermost.
+    """
     counts = {loop: sum(i.kind == kind for i in loop.of(instructions)) for loop in loops(instructions)}
     if inner:
-        around = {loop for loop in counts for other in counts if other != loop and counts[other] and other.first in loop}
+        around = {
+            loop for loop in counts for other in counts if other != loop and counts[other] and other.first in loop
+        }
         counts = {loop: count for loop, count in counts.items() if loop not in around}
     most = [loop for loop, count in counts.items() if count == max(counts.values()) > 0]
     return [loop for loop in most if not any(loop != other and loop.first in other for other in most)]

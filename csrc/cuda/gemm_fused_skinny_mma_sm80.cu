@@ -49,8 +49,7 @@ struct Sums {
         return words[unit * (kOfUnit + (units == 2 ? 2 * kWords : kWords)) + number * kRegister + lane];
     }
     __device__ __forceinline__ uint32_t& of_output(int units, int row, int column) {
-        return of_register(units, column / kUnit, row / kUnit * 2 + column % 2,
-                           row % kUnit * 4 + column % kUnit / 2);
+        return of_register(units, column / kUnit, row / kUnit * 2 + column % 2, row % kUnit * 4 + column % kUnit / 2);
     }
 };
 
@@ -129,8 +128,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) multiply_fused(const FusedPr
                 if (at >= end) break;  // the whole warp
                 const bool inside = at + place < end;
                 const uint4 top = inside ? *reinterpret_cast<const uint4*>(top_row + at) : uint4{};
-                const uint4 bottom =
-                    inside && two_halves ? *reinterpret_cast<const uint4*>(bottom_row + at) : uint4{};
+                const uint4 bottom = inside && two_halves ? *reinterpret_cast<const uint4*>(bottom_row + at) : uint4{};
                 const uint4& b = w[slice];
                 mma_and_popc(counts, {top.x, bottom.x, top.y, bottom.y}, {b.x, b.y});
                 mma_and_popc(counts, {top.z, bottom.z, top.w, bottom.w}, {b.z, b.w});

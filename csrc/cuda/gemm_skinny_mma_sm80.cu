@@ -221,7 +221,8 @@ cudaError_t launch(const Product& product, cudaStream_t stream, bool behind_pack
 // flight. Blocks that write bits have the 32 columns of a word.
 template <class As>
 cudaError_t launch_tiles(const Product& product, cudaStream_t stream, bool behind_pack) {
-    if (kBits<As> || product.n >= kManyBlocks * 4 * kSide) return launch<As, Shape<4, 2, 8, 2>>(product, stream, behind_pack);
+    if (kBits<As> || product.n >= kManyBlocks * 4 * kSide)
+        return launch<As, Shape<4, 2, 8, 2>>(product, stream, behind_pack);
     if constexpr (!kBits<As>) {
         if (product.n >= kManyBlocks * 2 * kSide) return launch<As, Shape<2, 2, 8, 3>>(product, stream, behind_pack);
         return launch<As, Shape<1, 4, 16, 1>>(product, stream, behind_pack);
@@ -232,8 +233,7 @@ cudaError_t launch_tiles(const Product& product, cudaStream_t stream, bool behin
 
 cudaError_t gemm_skinny_mma_sm80(const Product& product, cudaStream_t stream, bool behind_pack) {
     if (product.m == 0 || product.n == 0) return cudaSuccess;
-    if (product.m > kSkinnyRows || product.k > kMaxValues || !are_aligned(product))
-        return cudaErrorInvalidValue;
+    if (product.m > kSkinnyRows || product.k > kMaxValues || !are_aligned(product)) return cudaErrorInvalidValue;
     return with_output_type(product.y.dtype,
                             [&](auto as) { return launch_tiles<decltype(as)>(product, stream, behind_pack); });
 }

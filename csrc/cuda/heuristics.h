@@ -157,7 +157,6 @@ struct Choice {
 // A tensor core's instruction takes 64 words by 16 rows in 4 clocks (H100; 2 on an A100): 16 words per clock for any
 // number of rows. But it needs the set bits of each row, and with up to 4 rows three quarters of its work are wasted.
 
-
 // What a launch of its own for packing x costs, and how long a block takes to pack x instead.
 //   kMicrosOfPack       measured on an H200 in a CUDA graph: 1.6 us for one row of 4096 values, 1.9 for one of 8192
 //   kMicrosHidden       the part of it that the product's launch hides if it depends on pack's (launch.cuh)

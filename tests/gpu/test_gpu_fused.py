@@ -87,7 +87,7 @@ def test_weights_that_change_right_before_the_call(kernel, in_a_graph):
             return F.linear(x, words, k, bias)  # noqa: B023
 
         def run() -> torch.Tensor:
-            return torch.stack([call(step) for step in range(steps)])  # noqa: B023
+            return torch.stack([call(step) for step in range(steps)])
 
         with forced(kernel):
             if in_a_graph:

@@ -29,7 +29,8 @@ const char* decide_in_words(const char* name, int capability, int multiprocessor
     static std::string text;
     const auto kernel = find_kernel(name);
     if (const auto* error = std::get_if<std::string>(&kernel)) return (text = "error: " + *error).c_str();
-    const auto choice = decide(std::get<const KernelRecord*>(kernel), {capability, multiprocessors}, m, n, k, value_bytes);
+    const auto choice =
+        decide(std::get<const KernelRecord*>(kernel), {capability, multiprocessors}, m, n, k, value_bytes);
     if (const auto* error = std::get_if<std::string>(&choice)) return (text = "error: " + *error).c_str();
     return (text = describe(std::get<Choice>(choice))).c_str();
 }

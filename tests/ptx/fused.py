@@ -105,7 +105,8 @@ def fused_call(
     """Return random values of x, rows of k + padding, random weights in the aligned form, and their product.
 
     Between the rows of the weights lie `weight_padding` arbitrary words. Kernels check `header`, which is that of the
-    prepared form that the weights are said to come from. Outputs that are bits have random limits and, if `flipped`, random flips.
+    prepared form that the weights are said to come from. Outputs that are bits have random limits and, if `flipped`,
+    random flips.
     """
     generator = np.random.default_rng(seed)
     x = random_values((m, k + padding), dtype, torch.Generator().manual_seed(1000 * k + seed))

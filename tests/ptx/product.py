@@ -267,9 +267,10 @@ def check_wrong_forms(
     m: int,
     n: int,
     k: int,
-    make: Callable[..., Call] = functools.partial(product_call, aligned=True),
+    make: Callable[..., Call] | None = None,
 ) -> None:
     """Check that a kernel reports weights that were prepared for another product, and writes no result."""
+    make = make or functools.partial(product_call, aligned=True)
     right = prepared_header(n, k)
     wrong = [(prepared_header(n, k + 1), (n, k + 1)), (prepared_header(n - 1, k), (n - 1, k))]
     for byte in (0, 7, 8):  # bytes of the magic number, and one of the layout

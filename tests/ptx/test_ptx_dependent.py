@@ -84,7 +84,9 @@ def test_mutants_of_the_wait_are_caught(name):
     if name.startswith("gemm_skinny"):
         old = "@exist ld.global.v4.b32 {"
         assert old in text
-        mutants.append(Mutant("x through the path for constant data", text.replace(old, "@exist ld.global.nc.v4.b32 {")))
+        mutants.append(
+            Mutant("x through the path for constant data", text.replace(old, "@exist ld.global.nc.v4.b32 {"))
+        )
     assert_caught(text, mutants, run, seeds=range(1))
 
 

@@ -17,7 +17,7 @@ int with(const void* job, uint64_t bytes, Function function) {
 }  // namespace
 
 // All have one signature, with a `tile` that only gemm_mma_sm80 uses, and `behind_pack`, which some products use.
-#define LAUNCHER(name, Job, ...)                                                                                  \
+#define LAUNCHER(name, Job, ...)                                                                                 \
     EXPORT int launch_##name(const void* bytes, uint64_t size, int tile, int behind_pack, cudaStream_t stream) { \
         static_cast<void>(tile), static_cast<void>(behind_pack);                                                 \
         return with<Job>(bytes, size, [&](const Job& job) { return name(__VA_ARGS__); });                        \
