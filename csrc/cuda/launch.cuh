@@ -13,6 +13,9 @@
 //     can still read memory that the allocator gave to y.
 //   - Every block waits. So the product ends after pack, and the kernel behind it, which is launched as usual, starts
 //     after both. It may write to x, to the words, or to the weights.
+// Another thread of the program may launch a kernel into the same stream between pack and the product. If that kernel
+// writes the weights, the call sees old or new words, as it would with usual launches, and perhaps some of both.
+//
 // A captured graph keeps the same order, as an edge of its own kind.
 #pragma once
 
