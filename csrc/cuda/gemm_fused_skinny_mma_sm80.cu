@@ -32,10 +32,12 @@ namespace {
 
 constexpr int kWords = 4;  // of a load, the widest: 16 bytes
 constexpr int kUnit = 8;   // columns of an instruction, and half of its rows
-constexpr int kSlice = 4 * kWords, kSlices = 4, kStep = kSlices * kSlice;
-constexpr int kMostUnits = 8, kMostColumns = kUnit * kMostUnits;
+constexpr int kSlice = 4 * kWords, kMostUnits = 8;
 static_assert(kSkinnyRows == 2 * kUnit, "the rows of x are those of one instruction");
 static_assert(kSkinnyRows == kFusedWarps, "each warp counts the bits of a row of x");
+
+#ifdef BITORCH_QLINEAR_MMA_SM80
+constexpr int kSlices = 4, kStep = kSlices * kSlice, kMostColumns = kUnit * kMostUnits;
 
 // The sums of a round's outputs, as they lie in the instructions' registers: [unit][register][lane], so that a register
 // of all lanes is 32 consecutive words. Outputs are read by rows, 32 lanes 4 / units rows of 8 units columns (at least
@@ -53,7 +55,6 @@ struct Sums {
     }
 };
 
-#ifdef BITORCH_QLINEAR_MMA_SM80
 // Returns the set bits of a packed row of x to all lanes of a warp.
 __device__ __forceinline__ uint32_t count_row(const uint32_t* words, int width) {
     uint32_t count = 0;

@@ -83,8 +83,8 @@ def check_any_size(launcher: Launcher, count: int) -> None:
         n, k = (int(2 ** generator.uniform(0, most)) for most in (31, 17))
         multiprocessors = int(generator.integers(0, 200))
         dtype, out = FLOATS[int(generator.integers(4))], OUTPUTS[int(generator.integers(len(OUTPUTS)))]
-        if generator.random() < 0.5:
-            k = max(k // 128, 1) * 128
+        piece = int(generator.choice([1, 32, 128]))
+        k = max(k // piece, 1) * piece
         address = ADDRESS + dtype.itemsize * int(generator.integers(2))
         stride = k + int(generator.choice([0, 1, 16 // dtype.itemsize]))
         job = fused_job(
