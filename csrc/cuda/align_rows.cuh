@@ -45,7 +45,7 @@ __device__ __forceinline__ void align_rows_of_block(const Align& job, int64_t bl
     int32_t count = 0;
     for (int64_t first = 0; first < width; first += kAlignSegment) count += align_segment(job, row, first);
 #pragma unroll
-    for (int distance = 1; distance < kWarp; distance *= 2) count += __shfl_xor_sync(kAllLanes, count, distance);
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) count += __shfl_xor_sync(kAllLanes, count, distance);
     if (lane_index() == 0) job.popcounts[row] = count;
 }
 

@@ -23,17 +23,15 @@ constexpr uint64_t kMagicNumber = magic_number();
 __device__ __forceinline__ bool has_wrong_form(const Product& product) {
     if (!product.wrong_form) return false;
     const auto* header = reinterpret_cast<const PreparedHeader*>(product.weight.popcounts) - 1;
-    // All fields are loaded before the first is compared, so that their latencies overlap.
-    const uint64_t magic = *reinterpret_cast<const uint64_t*>(header->magic);
-    const uint32_t layout = header->layout;
-    const int64_t n = header->n, k = header->k;
-    const bool is_form = (magic == kMagicNumber) & (layout == kPreparedLayout);
-    if (is_form & (n == product.n) & (k == product.k)) return false;
+    // The fields lie in one sector, so the first load brings all of them into the L1 cache.
+    const bool is_form =
+        *reinterpret_cast<const uint64_t*>(header->magic) == kMagicNumber && header->layout == kPreparedLayout;
+    if (is_form && header->n == product.n && header->k == product.k) return false;
     if (blockIdx.x == 0) {
         // Two kernels that report at the same time may mix their numbers, which only an error message shows.
         volatile WrongForm* report = product.wrong_form;
         report->n = product.n, report->k = product.k;
-        report->form_n = is_form ? n : -1, report->form_k = is_form ? k : -1;
+        report->form_n = is_form ? header->n : -1, report->form_k = is_form ? header->k : -1;
         __threadfence_system();
         report->seen = 1;
     }

@@ -165,13 +165,15 @@ __device__ __forceinline__ void multiply_tile(const Product& product, const Plac
                                               typename Shape::Stage (&stages)[kStages], Sums<Shape>& sums,
                                               Function meanwhile) {
     const int count = static_cast<int>((product.k + kStageBits - 1) / kStageBits);
-    if (count == 0) return meanwhile();
+    if (count > 0) {
 #pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) {
-        fetch_stage<Shape>(product, at, stage, stages[stage]);
-        commit_copies();
+        for (int stage = 0; stage < kStages; ++stage) {
+            fetch_stage<Shape>(product, at, stage, stages[stage]);
+            commit_copies();
+        }
     }
     meanwhile();
+    if (count == 0) return;
     Fragments<Shape, Vector> fragments;
     wait_for_stage<kStages - 1>();
 #pragma unroll

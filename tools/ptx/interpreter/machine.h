@@ -155,7 +155,7 @@ struct WarpgroupProduct {
     std::vector<s32> registers;  // accumulators, and the fragments of A
 };
 
-// What a lane of Warp::at_wait waits for.
+// The reason for which a lane of Warp::at_wait is blocked.
 enum class Wait : u8 { kMbarrier, kCluster, kRegisters };
 
 struct Warp {
@@ -281,7 +281,7 @@ struct TensorMap {
     u32 box[5], unused2;
 };
 
-// What belongs to one block of the cluster that runs.
+// A block of the cluster that runs.
 struct Block {
     u32 ctaid[3];
     std::array<Barrier, 16> barriers;
@@ -308,6 +308,7 @@ struct Proxied {
 
 struct Machine {
     const Program* program = nullptr;
+    bool asynchronous = false, warpgroups = false;  // as in the program
     u32 grid[3], block_size[3];
     u32 cluster[3] = {1, 1, 1}, cluster_blocks = 1;
     s32 block = 0;  // linear index of the cluster that runs; a block is a cluster of one, unless the launch says more
@@ -336,6 +337,7 @@ struct Machine {
     std::vector<TensorMap> tensor_maps;
     u32 registers_at_entry = 0;
     bool yields = false;  // an instruction sets it to end the warp's turn
+    bool polls = false;   // a wait has failed without blocking, so copies must land although some warp can go on
     bool has_dependent = false, explicit_cluster = false;
     bool collectives_order = false;
     std::vector<Count> counts;
