@@ -97,7 +97,7 @@ def _load_cuda_operators() -> ctypes.CDLL:
     library.bitorch_qlinear_cuda_kernels.argtypes = [ctypes.c_int]
     library.bitorch_qlinear_cuda_force_kernel.argtypes = [ctypes.c_char_p]
     library.bitorch_qlinear_cuda_force_tile.argtypes = [ctypes.c_char_p]
-    library.bitorch_qlinear_cuda_choice.argtypes = [ctypes.c_int] * 2 + [ctypes.c_int64] * 3
+    library.bitorch_qlinear_cuda_choice.argtypes = [ctypes.c_int] * 2 + [ctypes.c_int64] * 4
     return library
 
 

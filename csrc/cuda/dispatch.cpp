@@ -72,8 +72,10 @@ const std::vector<Gpu>& devices() {
 
 void check_supported(int32_t device_index) { value_of(decide(nullptr, devices().at(device_index), 0, 0, 0)); }
 
-Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k) {
-    return choose_kernel(devices().at(device_index), m, n, k);
+const Gpu& gpu_of(int32_t device_index) { return devices().at(device_index); }
+
+Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, int64_t value_bytes) {
+    return choose_kernel(gpu_of(device_index), m, n, k, value_bytes);
 }
 
 void force_kernel(const std::string& name) { forced().store(value_of(find_kernel(name))); }
@@ -93,10 +95,10 @@ std::string forced_tile() {
     return number < 0 ? "" : tile_name(static_cast<Tile>(number));
 }
 
-Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
+Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes) {
     const int number = forced_tile_number().load(std::memory_order_relaxed);
     const auto tile = number < 0 ? std::nullopt : std::optional(static_cast<Tile>(number));
-    return with_tile(value_of(decide(forced().load(std::memory_order_relaxed), gpu, m, n, k)), tile);
+    return with_tile(value_of(decide(forced().load(std::memory_order_relaxed), gpu, m, n, k, value_bytes)), tile);
 }
 
 }  // namespace bitorch_qlinear::cuda

@@ -12,8 +12,11 @@ namespace bitorch_qlinear::cuda {
 void check_supported(int32_t device_index);
 
 // Throws std::runtime_error if the device is too old, or lacks the kernel that is forced.
-Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k);
-Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k);
+Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, int64_t value_bytes);
+Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes);
+
+// The properties of a device.
+const Gpu& gpu_of(int32_t device_index);
 
 // Makes the named kernel compute all products that it takes; "" selects the automatic choice. Throws std::runtime_error
 // if there is no kernel of that name. Until the first call, BITORCH_QLINEAR_CUDA_KERNEL decides.

@@ -45,8 +45,9 @@ BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_force_tile(const char* n
     });
 }
 
-// Returns which kernel computes a product on such a device and why, or the error.
+// Returns which kernel computes a product on such a device and why, or the error. The values of x have `value_bytes`
+// each, or x is given as words if it is 0.
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_choice(int capability, int multiprocessors, int64_t m,
-                                                               int64_t n, int64_t k) {
-    return hold([&] { return describe(choose_kernel({capability, multiprocessors}, m, n, k)); });
+                                                               int64_t n, int64_t k, int64_t value_bytes) {
+    return hold([&] { return describe(choose_kernel({capability, multiprocessors}, m, n, k, value_bytes)); });
 }

@@ -32,6 +32,7 @@
 
 #include "check_prepared.cuh"
 #include "epilogue.cuh"
+#include "launch.cuh"
 #include "load.cuh"
 #include "mma.cuh"
 
@@ -95,7 +96,7 @@ __device__ __forceinline__ void count_common(const Product& product, int width, 
     // A step's words are loaded at the end of the step before it: within one, ptxas puts each load next to its use, and
     // they are in flight one after the other.
     uint4 a[kSlices][2], b[kSlices][kTiles];
-    const auto fetch = [&](int left) {
+    const auto fetch_weights = [&](int left) {
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice) {
             const int word = slice * kSlice;
@@ -105,6 +106,13 @@ __device__ __forceinline__ void count_common(const Product& product, int width, 
                 b[slice][tile] =
                     load_once(weight + tile * kSide * weight_stride + word, inside && tile * kSide < columns);
             }
+        }
+    };
+    const auto fetch_x = [&](int left) {
+#pragma unroll
+        for (int slice = 0; slice < kSlices; ++slice) {
+            const int word = slice * kSlice;
+            const bool inside = word + place < left;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 a[slice][half] = load(x + half * kSide * x_stride + word, inside && half * kSide < rows);
@@ -117,8 +125,10 @@ __device__ __forceinline__ void count_common(const Product& product, int width, 
         return static_cast<uint32_t>(__popc(words.x) + __popc(words.y) + __popc(words.z) + __popc(words.w));
     };
     int left = width - index * kStep;
-    fetch(left);
+    fetch_weights(left);
     meanwhile();
+    wait_for_kernel_before();
+    fetch_x(left);
     while (left > 0) {
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice) {
@@ -133,7 +143,8 @@ __device__ __forceinline__ void count_common(const Product& product, int width, 
             }
         }
         left -= warps * kStep, x += warps * kStep, weight += warps * kStep;
-        fetch(left);
+        fetch_weights(left);
+        fetch_x(left);
     }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -198,33 +209,33 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skin
 }
 
 template <class As, class Shape>
-cudaError_t launch(const Product& product, cudaStream_t stream) {
+cudaError_t launch(const Product& product, cudaStream_t stream, bool behind_pack) {
     const int64_t blocks = ceil_div(product.n, Shape::kColumns), width = aligned_words_for(product.k);
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
     const int64_t warps = std::clamp<int64_t>(ceil_div(width, Shape::kStep), 1, Shape::kWarps);
-    multiply_skinny<As, Shape><<<static_cast<unsigned>(blocks), static_cast<unsigned>(kWarp * warps), 0, stream>>>(
-        product, static_cast<int>(width));
-    return cudaGetLastError();
+    return launch_kernel(multiply_skinny<As, Shape>, blocks, static_cast<int>(kWarp * warps), 0, stream, behind_pack,
+                         product, static_cast<int>(width));
 }
 
 // Blocks with many columns load x less often; if that leaves too few blocks, more of K in a block keeps the loads in
 // flight. Blocks that write bits have the 32 columns of a word.
 template <class As>
-cudaError_t launch_tiles(const Product& product, cudaStream_t stream) {
-    if (kBits<As> || product.n >= kManyBlocks * 4 * kSide) return launch<As, Shape<4, 2, 8, 2>>(product, stream);
+cudaError_t launch_tiles(const Product& product, cudaStream_t stream, bool behind_pack) {
+    if (kBits<As> || product.n >= kManyBlocks * 4 * kSide)
+        return launch<As, Shape<4, 2, 8, 2>>(product, stream, behind_pack);
     if constexpr (!kBits<As>) {
-        if (product.n >= kManyBlocks * 2 * kSide) return launch<As, Shape<2, 2, 8, 3>>(product, stream);
-        return launch<As, Shape<1, 4, 16, 1>>(product, stream);
+        if (product.n >= kManyBlocks * 2 * kSide) return launch<As, Shape<2, 2, 8, 3>>(product, stream, behind_pack);
+        return launch<As, Shape<1, 4, 16, 1>>(product, stream, behind_pack);
     }
 }
 
 }  // namespace
 
-cudaError_t gemm_skinny_mma_sm80(const Product& product, cudaStream_t stream) {
+cudaError_t gemm_skinny_mma_sm80(const Product& product, cudaStream_t stream, bool behind_pack) {
     if (product.m == 0 || product.n == 0) return cudaSuccess;
-    if (product.m > kSkinnyRows || product.k > kMaxValues || !are_aligned(product))
-        return cudaErrorInvalidValue;
-    return with_output_type(product.y.dtype, [&](auto as) { return launch_tiles<decltype(as)>(product, stream); });
+    if (product.m > kSkinnyRows || product.k > kMaxValues || !are_aligned(product)) return cudaErrorInvalidValue;
+    return with_output_type(product.y.dtype,
+                            [&](auto as) { return launch_tiles<decltype(as)>(product, stream, behind_pack); });
 }
 
 }  // namespace bitorch_qlinear::cuda

@@ -102,6 +102,22 @@ struct Product {
     WrongForm* wrong_form;
 };
 
+// Rows of real x, which a fused kernel packs itself.
+struct RealRows {
+    const void* data;  // m rows of k contiguous values, `stride` values apart
+    DType dtype;
+    int64_t stride;
+    bool strict;
+};
+
+// A product of real x. `product` has all but x: its x and the popcounts of its weights are not read. A block of a fused
+// kernel packs all of x, so there should be no more blocks than multiprocessors.
+struct FusedProduct {
+    Product product;
+    RealRows x;
+    int multiprocessors;
+};
+
 // Returns whether both operands are in the aligned form, as far as addresses and strides tell.
 static inline bool are_aligned(const Product& product) {
     const auto is_aligned = [&](const Operand& operand) {
@@ -118,10 +134,18 @@ cudaError_t gemm_popc(const Product&, cudaStream_t);
 
 // The other kernels read the aligned form, and return cudaErrorInvalidValue for operands or sizes that they do not
 // take.
-cudaError_t gemm_skinny(const Product&, cudaStream_t);           // any compute capability; no popcounts needed
-cudaError_t gemm_skinny_mma_sm80(const Product&, cudaStream_t);  // compute capability 8.0 to 9.0; no popcounts needed
-cudaError_t gemm_mma_sm80(const Product&, Tile, cudaStream_t);   // compute capability 8.0 to 9.0
-cudaError_t gemm_mma_sm75(const Product&, cudaStream_t);         // compute capability 7.5 to 8.9; no popcounts needed
-cudaError_t gemm_mma_int8_sm80(const Product&, cudaStream_t);    // compute capability 8.0 and later
+//
+// With `behind_pack` they are launched while pack, which must be the kernel before them in the stream, still runs
+// (launch.cuh; compute capability 9.0).
+cudaError_t gemm_skinny(const Product&, cudaStream_t, bool behind_pack = false);  // any capability; without popcounts
+cudaError_t gemm_skinny_mma_sm80(const Product&, cudaStream_t, bool behind_pack = false);  // the same, 8.0 to 9.0
+cudaError_t gemm_mma_sm80(const Product&, Tile, cudaStream_t, bool behind_pack = false);   // capability 8.0 to 9.0
+cudaError_t gemm_mma_int8_sm80(const Product&, cudaStream_t, bool behind_pack = false);    // capability 8.0 and later
+cudaError_t gemm_mma_sm75(const Product&, cudaStream_t);  // capability 7.5 to 8.9; without popcounts
+
+// The fused kernels pack x in the launch of the product. They return cudaErrorInvalidValue for weights that are not in
+// the aligned form and for sizes that they do not take (fits_fused in records.h).
+cudaError_t gemm_fused_skinny(const FusedProduct&, cudaStream_t);           // any compute capability; up to 4 rows
+cudaError_t gemm_fused_skinny_mma_sm80(const FusedProduct&, cudaStream_t);  // compute capability 8.0 to 9.0
 
 }  // namespace bitorch_qlinear::cuda

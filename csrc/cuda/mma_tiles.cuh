@@ -31,6 +31,7 @@
 #include "async_copy.cuh"
 #include "check_prepared.cuh"
 #include "epilogue.cuh"
+#include "launch.cuh"
 #include "mma_square.cuh"
 
 namespace bitorch_qlinear::cuda {
@@ -280,6 +281,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         const Place at = place<Shape>(row_tiles, column_tiles);
         __shared__ bool wrong_form;
         Sums<Shape> sums = {};
+        wait_for_kernel_before();
         EarlyMargins<As, Shape> margins;
         multiply_tile<Instructions, Shape, kVector<As>>(product, at, shared.stages, sums, [&] {
             margins.fetch(product, at);
@@ -301,7 +303,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 }
 
 template <class Instructions, class Shape>
-cudaError_t launch(const Product& product, cudaStream_t stream) {
+cudaError_t launch(const Product& product, cudaStream_t stream, bool behind_pack) {
     const int64_t row_tiles = ceil_div(product.m, Shape::kRows), column_tiles = ceil_div(product.n, Shape::kColumns);
     if (row_tiles > INT32_MAX / column_tiles) return cudaErrorInvalidConfiguration;
     return with_output_type(product.y.dtype, [&](auto as) {
@@ -314,9 +316,8 @@ cudaError_t launch(const Product& product, cudaStream_t stream) {
             const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
             if (error != cudaSuccess) return cudaGetLastError();  // which clears the error, before others see it
         }
-        kernel<<<static_cast<unsigned>(row_tiles * column_tiles), Shape::kThreads, kBytes, stream>>>(
-            product, row_tiles, column_tiles, rows_on_16_bytes(product.y, product.n));
-        return cudaGetLastError();
+        return launch_kernel(kernel, row_tiles * column_tiles, Shape::kThreads, kBytes, stream, behind_pack, product,
+                             row_tiles, column_tiles, rows_on_16_bytes(product.y, product.n));
     });
 }
 

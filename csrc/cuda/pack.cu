@@ -12,6 +12,7 @@
 // are, at 77 % of the memory's rate.
 #include "align_rows.cuh"
 #include "kernels.h"
+#include "launch.cuh"
 #include "row_grid.cuh"
 #include "sign_tests.cuh"
 
@@ -128,6 +129,7 @@ __device__ __forceinline__ int32_t pack_segment(const Pack& job, int64_t row, in
 // three kernels for sm_120.
 template <class T, bool Strict, class Step>
 __global__ void __launch_bounds__(kRowThreads, 2) pack_rows(const Pack job, const Align beside, int64_t blocks) {
+    let_next_kernel_start();
     if (blockIdx.x >= blocks) return align_rows_of_block(beside, blockIdx.x - blocks);
     constexpr int kWords = kSteps * kVector<T>;
     const int64_t row = row_of_warp();

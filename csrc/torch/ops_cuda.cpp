@@ -92,10 +92,10 @@ Factor factor_of_rows(const Rows& x, bool strict, const KernelRecord& kernel, co
     return factor;
 }
 
-// Launches what the factors of a product need, by one launch if it can do both.
+// Launches what the factors of a product need, by one launch if it can do both. The last one packs x, if it is real.
 void make(const Factor& x, const Factor& weight, const Launch& launch) {
-    if (x.pack) check_launch("pack", pack(*x.pack, weight.align, launch.stream()));
     if (weight.pack) check_launch("pack", pack(*weight.pack, kNoAlign, launch.stream()));
+    if (x.pack) check_launch("pack", pack(*x.pack, weight.align, launch.stream()));
     if (!x.pack) check_launch("align", align(x.align, weight.align, launch.stream()));
 }
 
@@ -172,15 +172,22 @@ class AlignedVector {
     std::optional<Tensor> words_;
 };
 
-cudaError_t launch_product(const Choice& choice, const Product& product, cudaStream_t stream) {
+// Launches a product of words; with `behind_pack`, before pack has ended, which made x in the launch before.
+cudaError_t launch_product(const Choice& choice, const Product& product, bool behind_pack, cudaStream_t stream) {
     switch (choice.kernel) {
-        case GemmKernel::skinny: return gemm_skinny(product, stream);
-        case GemmKernel::skinny_mma_sm80: return gemm_skinny_mma_sm80(product, stream);
+        case GemmKernel::skinny: return gemm_skinny(product, stream, behind_pack);
+        case GemmKernel::skinny_mma_sm80: return gemm_skinny_mma_sm80(product, stream, behind_pack);
         case GemmKernel::mma_sm75: return gemm_mma_sm75(product, stream);
-        case GemmKernel::mma_int8_sm80: return gemm_mma_int8_sm80(product, stream);
-        case GemmKernel::mma_sm80: return gemm_mma_sm80(product, choice.tile, stream);
+        case GemmKernel::mma_int8_sm80: return gemm_mma_int8_sm80(product, stream, behind_pack);
+        case GemmKernel::mma_sm80: return gemm_mma_sm80(product, choice.tile, stream, behind_pack);
         default: return gemm_popc(product, stream);
     }
+}
+
+// Launches a product of real x.
+cudaError_t launch_fused(const Choice& choice, const FusedProduct& job, cudaStream_t stream) {
+    if (choice.kernel == GemmKernel::fused_skinny_mma_sm80) return gemm_fused_skinny_mma_sm80(job, stream);
+    return gemm_fused_skinny(job, stream);
 }
 
 // How the outputs are made of the product: the result's sizes and dtype, and bias and scale of numbers or limits and
@@ -193,33 +200,57 @@ struct Outputs {
     const BitArguments& bits = kNoBits;
 };
 
-// Computes y[m][n] from the factors that make_x(record) and make_weight(record) give in the chosen kernel's form.
+// Real x, of which only the product is wanted.
+struct RealX {
+    const Rows& rows;
+    bool strict;
+};
+
+// Computes y[m][n] from the factors that make_x(record) and make_weight(record) give in the chosen kernel's form, or from
+// `real_x`, if it is not null and the kernel packs it. x is packed last, so that nothing is launched between pack and the
+// product, which may start before pack has ended (launch.cuh).
 template <class MakeX, class MakeWeight>
 Tensor multiply(int64_t m, int64_t n, int64_t k, const Outputs& outputs, const Launch& launch, MakeX make_x,
-                MakeWeight make_weight) {
+                MakeWeight make_weight, const RealX* real_x = nullptr) {
     Tensor y = empty(outputs.sizes, outputs.type, launch.device());
-    const Choice choice = choose_kernel(launch.device().index, m, n, k);
+    const int64_t value_bytes = real_x ? element_size(real_x->rows.dtype) : 0;
+    const Choice choice = choose_kernel(launch.device().index, m, n, k, value_bytes);
     const KernelRecord& kernel = record(choice.kernel);
-    const Factor x = make_x(kernel);
-    if (n == 0) make(x, {}, launch);  // x_words of linear_train are an output, too
-    if (m == 0 || n == 0) return y;
+    if (m == 0 || n == 0) {
+        if (n == 0) make(make_x(kernel), {}, launch);  // x_words of linear_train are an output, too
+        return y;
+    }
     const Factor w = make_weight(kernel);
-    make(x, w, launch);
     const ContiguousChannels scale("scale", outputs.scale), bias("bias", outputs.bias);
     const AlignedVector limits("out_limits", outputs.bits.limits), flips("out_flips", outputs.bits.flips);
     const Output numbers{y.data_ptr(), *dtype_of(outputs.type), scale.channels(), bias.channels()};
     const Output bits{y.data_ptr(), DType::boolean, limits.channels(), flips.channels()};
     WrongForm* wrong_form = w.from_form ? wrong_form_of(launch.device().index) : nullptr;
-    const Product product{x.operand, w.operand, m, n, k, outputs.bits.limits ? bits : numbers, wrong_form};
-    check_launch(kernel.name, launch_product(choice, product, launch.stream()));
+    Product product{{}, w.operand, m, n, k, outputs.bits.limits ? bits : numbers, wrong_form};
+    const Gpu& gpu = gpu_of(launch.device().index);
+    if (kernel.fused) {
+        make({}, w, launch);
+        const RealRows rows{real_x->rows.data, real_x->rows.dtype, real_x->rows.stride, real_x->strict};
+        check_launch(kernel.name, launch_fused(choice, {product, rows, gpu.multiprocessors}, launch.stream()));
+        return y;
+    }
+    const Factor x = make_x(kernel);
+    make(x, w, launch);
+    product.x = x.operand;
+    // Nothing may lie between pack and the product, and pack must not make the weights too. (Without values it launches
+    // nothing.)
+    const bool behind_pack = x.pack && w.align.m == 0 && k > 0 && launches_depend(gpu.capability);
+    check_launch(kernel.name, launch_product(choice, product, behind_pack, launch.stream()));
     return y;
 }
 
 // Computes y[m][n] from packed weights.
 template <class MakeX>
-Tensor multiply(int64_t m, const Weights& weights, const Outputs& outputs, const Launch& launch, MakeX make_x) {
-    return multiply(m, weights.n, weights.k, outputs, launch, make_x,
-                    [&](const KernelRecord& kernel) { return factor_of_weights(weights, kernel, launch); });
+Tensor multiply(int64_t m, const Weights& weights, const Outputs& outputs, const Launch& launch, MakeX make_x,
+                const RealX* real_x = nullptr) {
+    return multiply(
+        m, weights.n, weights.k, outputs, launch, make_x,
+        [&](const KernelRecord& kernel) { return factor_of_weights(weights, kernel, launch); }, real_x);
 }
 
 // ---- operators -------------------------------------------------------------------------------------------------------
@@ -305,9 +336,10 @@ Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std:
     const Launch launch(device);
     const Weights weights = read_weights(given.weight);
     const WeightArguments& weight = given.weight;
-    return multiply(given.x.m, weights,
-                    {sizes_with_last(x, weight.out_size()), weight.out_type, bias, scale, weight.bits}, launch,
-                    [&](const KernelRecord& kernel) { return factor_of_rows(given.x, strict, kernel, launch); });
+    const RealX real_x{given.x, strict};
+    return multiply(
+        given.x.m, weights, {sizes_with_last(x, weight.out_size()), weight.out_type, bias, scale, weight.bits}, launch,
+        [&](const KernelRecord& kernel) { return factor_of_rows(given.x, strict, kernel, launch); }, &real_x);
 }
 
 Tensor sign_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -317,10 +349,12 @@ Tensor sign_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
     const SignLinearArguments given = check_sign_linear(x, weight, bias, scale, out_dtype, device);
     const int64_t m = given.x.m, n = given.weight.m, k = given.x.k;
     const Launch launch(device);
+    const RealX real_x{given.x, strict};
     return multiply(
         m, n, k, {sizes_with_last(x, n), given.out_type, bias, scale}, launch,
         [&](const KernelRecord& kernel) { return factor_of_rows(given.x, strict, kernel, launch); },
-        [&](const KernelRecord& kernel) { return factor_of_rows(given.weight, strict_weight, kernel, launch); });
+        [&](const KernelRecord& kernel) { return factor_of_rows(given.weight, strict_weight, kernel, launch); },
+        &real_x);
 }
 
 // The words of x are an output in the interchange form. If the kernel needs another form, it is made of them.

@@ -24,6 +24,7 @@ TENSOR_CORES = {
     "gemm_mma_sm75": ("sm_75", "sm_80", "sm_86", "sm_89"),
     "gemm_mma_sm80": ("sm_80", "sm_86", "sm_89", "sm_90a"),
     "gemm_skinny_mma_sm80": ("sm_80", "sm_86", "sm_89", "sm_90a"),
+    "gemm_fused_skinny_mma_sm80": ("sm_80", "sm_86", "sm_89", "sm_90a"),
     "gemm_mma_int8_sm80": ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"),
 }
 # These kernels use mma_tiles.cuh.
@@ -97,6 +98,8 @@ def test_occupancy():
                 assert blocks == tiles[kernel.sizes[:2]], (target, str(kernel))
             else:
                 assert blocks >= bounds[kernel].blocks, (target, str(kernel))
+            if kernel.source.startswith("gemm_fused"):
+                assert (bounds[kernel].threads, bounds[kernel].blocks) == (512, 1)
             if kernel.source.startswith("gemm_skinny"):
                 assert (bounds[kernel].threads, bounds[kernel].blocks) == (32 * kernel.sizes[-2], kernel.sizes[-1])
 
@@ -123,6 +126,10 @@ def promised_accesses(kernel: Kernel) -> dict[str, int]:
             return {r"LDG\.E\.NA\.128": each * lines, r"LDG\.E\.128": x}
         case Kernel("gemm_skinny_mma_sm80", sizes=(tiles, slices, *_)):
             return {r"LDG\.E\.NA\.128": tiles * slices, r"LDG\.E\.128": 2 * slices}
+        case Kernel("gemm_fused_skinny", sizes=(rows,)):
+            return {r"LDG\.E\.NA\.128": 4, r"LDS.*\.128": 4 * rows}
+        case Kernel("gemm_fused_skinny_mma_sm80"):
+            return {r"LDG\.E\.NA\.128": 4, r"LDS.*\.128": 8}
         case Kernel("pack", vectors=True):
             return {r"LDG\.E\.128": 4}
         case Kernel("unpack", flags=(True,)):

@@ -13,6 +13,8 @@
 #include <cmath>
 #include <cstdlib>
 #include <string>
+#include <tuple>
+#include <vector>
 
 // ---- what torch and CUDA would say of the device --------------------------------------------------------------------
 
@@ -69,6 +71,8 @@ cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
 }
 
 #include "../../csrc/cuda/dispatch.cpp"
+// Products may start before pack has ended, as on compute capability 9.0.
+#define launches_depend(capability) (static_cast<void>(capability), true)
 #include "../../csrc/cuda/wrong_form.cpp"
 #include "../../csrc/torch/ops.cpp"
 #include "../../csrc/torch/ops_cuda.cpp"
@@ -179,9 +183,13 @@ void multiply(const Product& product, bool masks, bool popcounts) {
     }
 }
 
-cudaError_t product(GemmKernel kernel, const Product& job) {
+// A kernel that may start before pack has ended must lie directly behind it, and pack must make nothing but x. Its name
+// then has a star.
+cudaError_t product(GemmKernel kernel, const Product& job, bool behind_pack = false) {
     const KernelRecord& known = record(kernel);
-    return launched(known.name, [&] { multiply(job, !known.aligned, known.popcounts); });
+    if (behind_pack && launches != "pack" && !launches.ends_with(" pack")) return cudaErrorNotSupported;
+    const std::string name = known.name + std::string(behind_pack ? "*" : "");
+    return launched(name.c_str(), [&] { multiply(job, !known.aligned, known.popcounts); });
 }
 
 }  // namespace
@@ -270,11 +278,40 @@ cudaError_t align(const Align& job, const Align& other, cudaStream_t) {
 }
 
 cudaError_t gemm_popc(const Product& job, cudaStream_t) { return product(GemmKernel::popc, job); }
-cudaError_t gemm_skinny(const Product& job, cudaStream_t) { return product(GemmKernel::skinny, job); }
-cudaError_t gemm_skinny_mma_sm80(const Product& job, cudaStream_t) { return product(GemmKernel::skinny_mma_sm80, job); }
-cudaError_t gemm_mma_sm80(const Product& job, Tile, cudaStream_t) { return product(GemmKernel::mma_sm80, job); }
 cudaError_t gemm_mma_sm75(const Product& job, cudaStream_t) { return product(GemmKernel::mma_sm75, job); }
-cudaError_t gemm_mma_int8_sm80(const Product& job, cudaStream_t) { return product(GemmKernel::mma_int8_sm80, job); }
+cudaError_t gemm_skinny(const Product& job, cudaStream_t, bool behind_pack) {
+    return product(GemmKernel::skinny, job, behind_pack);
+}
+cudaError_t gemm_skinny_mma_sm80(const Product& job, cudaStream_t, bool behind_pack) {
+    return product(GemmKernel::skinny_mma_sm80, job, behind_pack);
+}
+cudaError_t gemm_mma_sm80(const Product& job, Tile, cudaStream_t, bool behind_pack) {
+    return product(GemmKernel::mma_sm80, job, behind_pack);
+}
+cudaError_t gemm_mma_int8_sm80(const Product& job, cudaStream_t, bool behind_pack) {
+    return product(GemmKernel::mma_int8_sm80, job, behind_pack);
+}
+
+static cudaError_t fused(GemmKernel kernel, const FusedProduct& job) {
+    return launched(record(kernel).name, [&] {
+        const auto [m, n, k] = std::tuple(job.product.m, job.product.n, job.product.k);
+        const int64_t stride = aligned_words_for(k);
+        std::vector<uint32_t> words(m * stride);
+        for (int64_t i = 0; i < m * k; ++i) {
+            const double value = value_of(job.x.data, job.x.dtype, i / k * job.x.stride + i % k);
+            const bool one = job.x.strict ? value > 0 : !(value < 0);
+            words[i / k * stride + i % k / kWordBits] |= uint32_t{one} << i % k % kWordBits;
+        }
+        Product product = job.product;
+        product.x = {words.data(), stride, nullptr};
+        multiply(product, false, false);
+    });
+}
+
+cudaError_t gemm_fused_skinny(const FusedProduct& job, cudaStream_t) { return fused(GemmKernel::fused_skinny, job); }
+cudaError_t gemm_fused_skinny_mma_sm80(const FusedProduct& job, cudaStream_t) {
+    return fused(GemmKernel::fused_skinny_mma_sm80, job);
+}
 
 }  // namespace bitorch_qlinear::cuda
 

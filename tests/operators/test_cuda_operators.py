@@ -185,6 +185,7 @@ def test_a_wrong_form_is_an_error_of_the_next_call(ops, kernel, out):
 def test_launches_of_products(library, ops, kernel):
     """At most one launch comes before the product's, whatever has to be packed, aligned and counted."""
     counts = kernel in ("mma_sm80", "mma_int8_sm80")
+    early = kernel + "*" * (kernel not in ("popc", "mma_sm75"))  # it starts before pack has ended
     for k, formed in itertools.product((128, 200), (False, True)):
         x, weight, _, _ = problem(3, 5, k)
         words, reals = pack_signs(x), torch.randn(5, k)
@@ -193,7 +194,7 @@ def test_launches_of_products(library, ops, kernel):
         x_needs_it = counts or (kernel != "popc" and k == 200)
         both = x_needs_it and not formed
         ops.linear(x, weight, k, weight_prepared=prepared)
-        assert launches(library) == ["pack+align" if both else "pack", kernel], (k, formed)
+        assert launches(library) == (["pack+align", kernel] if both else ["pack", early]), (k, formed)
         ops.binary_linear(words, weight, k, weight_prepared=prepared)
         before = [] if not x_needs_it else ["align+align" if both else "align"]
         assert launches(library) == [*before, kernel], (k, formed)
@@ -201,6 +202,42 @@ def test_launches_of_products(library, ops, kernel):
         if kernel != "popc" and k == 200:  # the words are an output, too, in another form than the kernel's
             assert launches(library) == ["pack", "align+align" if both else "align", kernel], formed
         else:
-            assert launches(library) == ["pack+align" if both else "pack", kernel], formed
+            assert launches(library) == (["pack+align", kernel] if both else ["pack", early]), formed
         ops.sign_linear(x, reals)
-        assert launches(library) == ["pack", "pack", kernel]
+        assert launches(library) == ["pack", "pack", early]
+
+
+def test_nothing_starts_early_behind_another_kernel_than_pack(library, ops, kernel):
+    """Without values pack launches nothing, and a product behind it would lie behind whatever ran before."""
+    x, weight, bias, _ = problem(3, 5, 0)
+    ops.linear(x, weight, 0, bias)
+    assert launches(library)[-1] == kernel
+
+
+@pytest.mark.parametrize("forced", ["fused_skinny", "fused_skinny_mma_sm80", ""])
+def test_fused(library, ops, forced):
+    """Few values of real x are packed by the product; words of x, or too many values, are not for the fused kernels."""
+    library.cuda_on_cpu_force(forced.encode())
+    for m, k, formed in itertools.product((1, 3, 4, 5, 16, 17), (40, 128, 8192), (False, True)):
+        x, weight, bias, scale = problem(m, 40, k)
+        strided = torch.stack([x, x], 1)[:, 0]
+        more = {"scale": scale, "weight_prepared": ops.prepare_weight(weight, k) if formed else None}
+        launches(library)
+        for rows, strict in ((x, False), (strided, True), (x.bfloat16(), True)):
+            got = ops.linear(rows, weight, k, bias, strict=strict, **more)
+            assert_equal(got, F.linear(rows, weight, k, bias, strict=strict, scale=scale))
+            one, several = "fused_skinny", "fused_skinny_mma_sm80"
+            automatic = one if m == 1 else several if m <= 16 else None
+            automatic = automatic if m * k * rows.element_size() <= 78400 else None
+            takes = forced and m <= (4 if forced == one else 16) and m * -(-k // 128) * 128 <= 131072
+            expected = forced if takes else automatic
+            *before, last = launches(library)
+            assert (last if last in (one, several) else None) == expected
+            assert not expected or before == ["align"] * (k == 40 and not formed)
+        words = ops.pack_bits(x)
+        ops.binary_linear(words, weight, k)
+        ops.linear_train(x, weight, k)
+        assert not {"fused_skinny", "fused_skinny_mma_sm80"} & set(launches(library))
+        reals, limits = torch.randn(40, k), torch.full((40,), k // 2, dtype=torch.int32)
+        assert_equal(ops.sign_linear(x, reals), F.sign_linear(x, reals))
+        assert_equal(ops.linear(x, weight, k, out_limits=limits), F.linear(x, weight, k, out_limits=limits))

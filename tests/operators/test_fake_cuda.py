@@ -58,9 +58,9 @@ def test_info_says_what_a_device_would_choose(monkeypatch):
     assert len(re.findall("Made up, compute capability 8.6: popc", str(info))) == 2
     assert max(map(len, str(info).splitlines())) <= 100
     assert said.startswith("Made up, compute capability 8.6: popc, skinny, ")
-    for choice in ("1 × 4096 → 4096: skinny: up to 4", "16 × 4096 → 4096: skinny_mma_sm80: tensor"):
+    for choice in ("1 × 4096 → 4096 in bfloat16: fused_skinny: one", "16 × 4096 → 4096 in bfloat16: skinny_mma_sm80: "):
         assert f"; {choice}" in said
-    assert re.search(r"; 4096 × 4096 → 4096: mma_sm80 with tiles of \d+ x \d+: ", said)
+    assert re.search(r"; 4096 × 4096 → 4096 in bfloat16: mma_sm80 with tiles of \d+ x \d+: ", said)
     made_up.major, made_up.minor = 7, 0
     assert bitorch_qlinear.info().cuda_devices[0].endswith("7.0: no kernel, 7.5 or later is needed")
 

@@ -98,7 +98,7 @@ def layout(name: str) -> str:
     """
     program = Path(__file__).with_name("layouts.cpp")
     # A program is made again if what it includes has changed.
-    key = hashlib.sha256(repr((program.read_text(), source("kernels.h"), nvcc_release())).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((program.read_text(), source("fused_plan.h"), nvcc_release())).encode()).hexdigest()[:16]
 
     def make(path: Path) -> None:
         subprocess.run([nvcc(), "-std=c++20", f"-I{CUDA}", str(program), "-o", str(path)], check=True)
@@ -262,8 +262,15 @@ def product_call(
     return Call(fields, output, y, out, expected, (m, n, k, out), wrong_form)
 
 
-def check_wrong_forms(launch: Callable[[Call], object], m: int, n: int, k: int) -> None:
+def check_wrong_forms(
+    launch: Callable[[Call], object],
+    m: int,
+    n: int,
+    k: int,
+    make: Callable[..., Call] | None = None,
+) -> None:
     """Check that a kernel reports weights that were prepared for another product, and writes no result."""
+    make = make or functools.partial(product_call, aligned=True)
     right = prepared_header(n, k)
     wrong = [(prepared_header(n, k + 1), (n, k + 1)), (prepared_header(n - 1, k), (n - 1, k))]
     for byte in (0, 7, 8):  # bytes of the magic number, and one of the layout
@@ -271,11 +278,11 @@ def check_wrong_forms(launch: Callable[[Call], object], m: int, n: int, k: int) 
         wrong[-1][0][byte] ^= 1
     for out in (torch.float32, torch.bfloat16, torch.float64, torch.int32, torch.bool):
         for header, form in wrong if out is torch.float32 else wrong[:1]:
-            call = product_call(m, n, k, out, aligned=True, header=header)
+            call = make(m, n, k, out, header=header)
             launch(call)
             call.check_no_result(form)
     for header in (None, right):
-        call = product_call(m, n, k, aligned=True, header=header)
+        call = make(m, n, k, header=header)
         launch(call)
         call.check()
 

@@ -41,7 +41,7 @@ from ..product import CUDA, layout, module, source
 
 HERE = Path(__file__).parent
 NAMES = ["pack", "pack_limited", "unpack", "align", "gemm_popc", "gemm_skinny", "gemm_skinny_mma_sm80", "gemm_mma_sm75"]
-NAMES += ["gemm_mma_sm80", "gemm_mma_int8_sm80"]
+NAMES += ["gemm_mma_sm80", "gemm_mma_int8_sm80", "gemm_fused_skinny", "gemm_fused_skinny_mma_sm80"]
 SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION = 0, 1, 9  # cudaError_t
 # Host code is the same for all targets. For this one the tensor-core kernels of sm_80 are empty, which saves seconds.
 FLAGS = [
@@ -75,7 +75,7 @@ def _object(path: str, text: str, more: Sequence[str] = (), depends: str = "") -
 
 _OnLaunch = ctypes.CFUNCTYPE(
     *(None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_uint32)),
-    *(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)),
+    *(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int),
 )
 
 
@@ -99,7 +99,7 @@ def library(name: str = "", text: str = "") -> ctypes.CDLL:
     found.runtime_errors.argtypes = [ctypes.c_int, ctypes.c_int]
     for each in NAMES:
         getattr(found, f"launch_{each}").argtypes = [
-            *(ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p),
+            *(ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_void_p),
         ]
     return found
 
@@ -128,6 +128,7 @@ class Launch:
     most_dynamic: int  # the limit to which the kernel's dynamic shared memory was raised, or 0
     stream: int
     arguments: list[bytes]
+    behind_pack: bool  # whether it may start before the kernel in front of it has ended
     buffers: list[Buffer] = field(default_factory=list)
 
     def check(self) -> None:
@@ -184,6 +185,7 @@ class Launcher:
         tile: int | None = None,
         stream: int = 0,
         errors: tuple[int, int] = (SUCCESS, SUCCESS),
+        behind_pack: bool = False,
         other: Struct | None = None,
     ) -> tuple[int, list[Launch]]:
         """Return the launcher's error and its launches; the runtime returns `errors` for a launch and an attribute.
@@ -221,7 +223,7 @@ class Launcher:
             nothing = bytes(struct.calcsize(layout("Align")))
             data += struct.pack(other.format, *map(address, other.values)) if other else nothing
         tile = self.tile if tile is None else tile
-        error = getattr(self.library, f"launch_{self.name}")(data, len(data), tile, stream)
+        error = getattr(self.library, f"launch_{self.name}")(data, len(data), tile, behind_pack, stream)
         assert not raised, raised
         assert error >= 0, f"{self.name}: a struct of {len(data)} bytes has the wrong size"
         assert self.library.cudaGetLastError() == SUCCESS, "the launcher does not clear its error"
@@ -238,6 +240,7 @@ class Launcher:
         most_dynamic: int,
         stream: int | None,
         arguments: Any,
+        behind_pack: int,
         buffers: list[Buffer],
     ) -> Launch:
         kernel = _kernels(self.module)[without_file(name.decode())]
@@ -245,7 +248,8 @@ class Launcher:
         sizes = [parameter.size or 0 for parameter in self.ptx.kernels[kernel].params]
         values = [ctypes.string_at(arguments[i], size) for i, size in enumerate(sizes)]
         sides = (tuple(grid[:3]), tuple(block[:3]))
-        return Launch(self.module, kernel, *sides, shared_bytes, most_dynamic, stream or 0, values, buffers)
+        rest = shared_bytes, most_dynamic, stream or 0, values, bool(behind_pack), buffers
+        return Launch(self.module, kernel, *sides, *rest)
 
     def launch(
         self,
@@ -263,8 +267,10 @@ class Launcher:
         assert (error, len(launches)) == (SUCCESS, 1), args
         launch = launches[0]
         what = (launch.kernel, launch.grid, launch.block, launch.shared_bytes, launch.stream)
-        assert what == (kernel, dim3(grid), dim3(block), shared_bytes, stream), args
+        assert what == (kernel, dim3(grid), dim3(block), shared_bytes, stream) and not launch.behind_pack, args
         for actual, expected in zip(launch.arguments[1:], args[1:], strict=True):
-            if isinstance(expected, int):
+            if isinstance(expected, Struct):
+                assert actual == struct.pack(expected.format, *expected.values), args
+            elif isinstance(expected, int):
                 assert int.from_bytes(actual, "little", signed=not isinstance(expected, bool)) == expected, args
         return launch.run(seed) if self.execute else None
