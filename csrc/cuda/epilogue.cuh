@@ -61,11 +61,13 @@ template <class As, int Width>
 struct ChannelTile {
     typename As::Sum scale[Width], bias[Width];
 
-    // All threads of the block must call it, and reach a barrier before the first use.
-    __device__ __forceinline__ void load(const Output& y, int64_t n, int64_t first) {
+    // All of these threads must call it, and reach a barrier before the first use.
+    __device__ __forceinline__ void load(const Output& y, int64_t n, int64_t first,
+                                         int thread = static_cast<int>(threadIdx.x),
+                                         int threads = static_cast<int>(blockDim.x)) {
         if constexpr (!std::is_same_v<typename As::Sum, int32_t>) {
 #pragma unroll 1
-            for (int i = static_cast<int>(threadIdx.x); i < Width; i += static_cast<int>(blockDim.x)) {
+            for (int i = thread; i < Width; i += threads) {
                 using Sum = typename As::Sum;
                 // x * 1 is x and x + (-0) is x, to the bit, so a missing scale or bias needs no case of its own.
                 const bool exists = first + i < n;
@@ -83,12 +85,13 @@ struct ChannelTile<AsBits, Width> {
     int32_t limits[Width];
     uint32_t flips[Width / kWordBits];
 
-    // All threads of the block must call it, and reach a barrier before the first use.
-    __device__ __forceinline__ void load(const Output& y, int64_t n, int64_t first) {
+    // All of these threads must call it, and reach a barrier before the first use.
+    __device__ __forceinline__ void load(const Output& y, int64_t n, int64_t first,
+                                         int thread = static_cast<int>(threadIdx.x),
+                                         int threads = static_cast<int>(blockDim.x)) {
         const auto* all_limits = static_cast<const int32_t*>(y.scale.data);
         const auto* all_flips = static_cast<const uint32_t*>(y.bias.data);
-        const int thread = static_cast<int>(threadIdx.x);
-        for (int i = thread; i < Width; i += static_cast<int>(blockDim.x)) {
+        for (int i = thread; i < Width; i += threads) {
             // No popcount is within the limit of a column that does not exist, so its bit is 0.
             limits[i] = first + i < n ? all_limits[first + i] : -1;
         }

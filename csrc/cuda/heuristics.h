@@ -28,6 +28,7 @@
 
 #include "../packed.h"
 #include "records.h"
+#include "warpgroup_tiles.h"
 
 namespace bitorch_qlinear::cuda {
 

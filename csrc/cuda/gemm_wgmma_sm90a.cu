@@ -1,0 +1,526 @@
+// Binary product on the tensor cores of a warpgroup, wgmma and.popc, for compute capability 9.0. Twin: gemm_popc.cu.
+//
+//     warpgroup 0     producer: one thread copies boxes of x and weight to the stages of a ring, as soon as they are empty
+//     warpgroup 1, 2  consumers: each multiplies what is in the stages of its own tiles of y, and writes the tile
+//
+//     producer      tile 0 | tile 1 | tile 2 | tile 3 | ...
+//     consumer 1             multiply 0 | write 0    | multiply 2 | write 2 ...
+//     consumer 2                        | multiply 1 | write 1    | multiply 3 ...
+//
+// A multiprocessor holds one block, which computes every gridDim.x-th tile, so that the copies of a tile begin while the
+// one before is multiplied. The two consumers take turns with the tensor cores: while one writes, the other multiplies.
+//
+// A stage is one line of 1024 bits of each row of the tile, as a tensor map lays it out (tensor_map.h): 128 rows of x,
+// and 192 or 128 of weight. Each stage has two barriers. `full` ends a phase when the stage's bytes have arrived, `empty`
+// when the four warps of a consumer have read them. The consumers find their way by parities, which tell a phase from the
+// next one, but not from the one two later. So each gives the turn to the other by a third barrier: whoever has it knows
+// that all stages before its own were full.
+//
+// Weights and x are read from the aligned form, and there is no form of their own for this kernel. Tile by tile it would
+// be 1/32 of the float32 weights more for each layer, and a pass over x in each call (12.4 us for 8192 x 8192, measured),
+// to save nothing: the boxes move the same bytes from L2, in whole lines of 128 bytes, and zeros for what does not exist.
+//
+// Columns. wgmma gives lane q of four the columns 8 j + 2 q and 8 j + 2 q + 1, 4 bytes of bfloat16. Any row of weight may
+// feed a column, so the even rows of the tile lie in the first half of a stage's lines and the odd ones in the second:
+//
+//     line i of half h = row 2 i + h of the tile
+//
+// Two maps, whose rows are two rows of weight apart, copy them so. Lane q then has the outputs 16 j + 4 q ... + 3, of
+// which it stores 8 bytes (bfloat16) to 16, and four lanes store whole sectors of 32 bytes. No output passes through shared
+// memory, which the tensor cores read at nearly its full rate.
+//
+// The sums are exact for any k. The steps of 256 bits past k multiply zeros, up to three in a row's last stage.
+#include <algorithm>
+
+#include "check_prepared.cuh"
+#include "epilogue.cuh"
+#include "mma_square.cuh"
+#include "tensor_map.h"
+#include "warpgroup.cuh"
+
+namespace bitorch_qlinear::cuda {
+namespace {
+
+constexpr int kConsumers = 2, kBlockThreads = kWarpgroup * (1 + kConsumers);
+constexpr int kWarps = kWarpgroup / kWarp;
+constexpr int kSteps = kWarpgroupStageBits / kInstructionBits;  // along k in a stage
+constexpr int kHalves = 2;                                      // of the weights' rows, even and odd ones
+constexpr int kOutputs = 4;                                     // neighbouring outputs of a lane
+constexpr int kGroup = 4 * kOutputs;                            // columns of four lanes
+constexpr unsigned kTall = 16;                                  // tile rows of a band
+static_assert(kWarpgroupStageBits == kLineBits, "a stage is one line of each row");
+
+// At its start each of 384 threads gets 168 of the 65,536 registers. The producer needs few, the consumers many.
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 3 * 168, "registers of the block");
+
+template <int Columns, int Stages>
+struct Shape {
+    static constexpr int kRows = kWarpgroupRows, kColumns = Columns, kStages = Stages;
+    static constexpr int kStrips = kRows / kInstructionRows;  // instructions below each other
+    static constexpr int kGroups = kColumns / kGroup;
+    static constexpr int kStageBytes = (kRows + kColumns) * static_cast<int>(kLineBytes);
+    static_assert(kRows <= kMostBoxRows && kColumns / kHalves <= kMostBoxRows, "a box is one copy");
+    static_assert(kColumns / kHalves % 8 == 0, "the second half begins on 1024 bytes");
+
+    struct Stage {
+        uint8_t x[kRows][kLineBytes], weight[kHalves][kColumns / kHalves][kLineBytes];
+    };
+    static_assert(sizeof(Stage) == kStageBytes && kStageBytes % 1024 == 0, "swizzled lines repeat every 1024 bytes");
+};
+
+template <WarpgroupTile tile>
+using ShapeOf = Shape<kWarpgroupColumns[static_cast<int>(tile)], kWarpgroupStages[static_cast<int>(tile)]>;
+
+// Sums of up to so many values are converted to float without a conversion instruction.
+constexpr int64_t kMostShort = int64_t{1} << 20;
+
+// The epilogue's operands beside the products, of one consumer's tile.
+template <class As, class Shape>
+struct alignas(16) Margins {
+    ChannelTile<As, Shape::kColumns> channels;
+    int32_t columns[Shape::kColumns];  // numbers: what a column adds to k - 2 popcount; bits: its set bits
+    int32_t rows[Shape::kRows];        // set bits of the rows of x
+};
+
+template <class As, class Shape>
+struct Shared {
+    typename Shape::Stage stages[Shape::kStages];
+    Margins<As, Shape> margins[kConsumers];
+    uint64_t full[Shape::kStages], empty[Shape::kStages], turn[kConsumers];
+};
+
+// The address space of a block begins at any multiple of 16 bytes, but the swizzle needs one of 1024.
+constexpr int kAlignment = 1024;
+template <class As, class Shape>
+constexpr int kSharedBytes = sizeof(Shared<As, Shape>) + kAlignment;
+
+struct Maps {
+    CUtensorMap x, weight[kHalves];
+};
+
+#ifdef BITORCH_QLINEAR_WGMMA_SM90A
+
+// The first row and column of a tile. Blocks that run at the same time take bands of 16 tile rows, down each column: the
+// nearer they are to a square, the fewer rows of x and weight they bring into L2.
+struct Corner {
+    int64_t row, column;
+};
+
+template <class Shape>
+__device__ __forceinline__ Corner corner(unsigned tile, unsigned row_tiles, unsigned column_tiles) {
+    const unsigned band = tile / (kTall * column_tiles), index = tile % (kTall * column_tiles);
+    const unsigned left = row_tiles - band * kTall, height = left < kTall ? left : kTall;
+    return {int64_t{band * kTall + index % height} * Shape::kRows, int64_t{index / height} * Shape::kColumns};
+}
+
+// A place in the ring of stages, on even and odd rounds, whose number is the parity of the phase that its barriers end.
+template <class Shape>
+struct Turn {
+    int place = 0;  // one number, because the consumers have no register to spare
+
+    __device__ __forceinline__ uint32_t parity() const { return place >= Shape::kStages; }
+    __device__ __forceinline__ int stage() const { return place - (place >= Shape::kStages ? Shape::kStages : 0); }
+    __device__ __forceinline__ void next() { place = place == 2 * Shape::kStages - 1 ? 0 : place + 1; }
+    __device__ __forceinline__ void skip(int count) { place = (place + count) % (2 * Shape::kStages); }
+};
+
+template <class As, class Shape>
+__device__ __forceinline__ void produce(const Maps& maps, unsigned row_tiles, unsigned column_tiles, int stages,
+                                        Shared<As, Shape>& shared) {
+    Turn<Shape> turn;
+    for (unsigned tile = blockIdx.x; tile < row_tiles * column_tiles; tile += gridDim.x) {
+        const Corner at = corner<Shape>(tile, row_tiles, column_tiles);
+        const int row = static_cast<int>(at.row), column = static_cast<int>(at.column / kHalves);
+        for (int index = 0; index < stages; ++index, turn.next()) {
+            auto& stage = shared.stages[turn.stage()];
+            auto& full = shared.full[turn.stage()];
+            const int word = index * static_cast<int>(kLineWords);
+            wait(shared.empty[turn.stage()], turn.parity() ^ 1);
+            arrive_and_expect(full, Shape::kStageBytes);
+            copy_box(stage.x, maps.x, word, row, full);
+            copy_box(stage.weight[0], maps.weight[0], word, column, full);
+            copy_box(stage.weight[1], maps.weight[1], word, column, full);
+        }
+    }
+}
+
+// Returns whether k is so short that an integer of up to 3 k added to kMagic is the float 1.5 * 2^23 + i.
+__device__ __forceinline__ bool is_short(int64_t k) { return k <= kMostShort; }
+constexpr int32_t kMagic = 0x4B400000;
+constexpr float kMagicFloat = 12582912;
+
+template <class As, class Shape>
+__device__ __forceinline__ void load_margins(const Product& product, const Corner& at, int thread,
+                                             Margins<As, Shape>& margins) {
+    margins.channels.load(product.y, product.n, at.column, thread, kWarpgroup);
+    for (int i = thread; i < Shape::kColumns; i += kWarpgroup) {
+        const int64_t column = at.column + i;
+        const int32_t count = column < product.n ? product.weight.popcounts[column] : 0;
+        if constexpr (kBits<As>) {
+            margins.columns[i] = count;
+        } else {
+            const uint32_t origin = std::is_same_v<typename As::Sum, float> && is_short(product.k) ? kMagic : 0;
+            margins.columns[i] =
+                static_cast<int32_t>(origin + static_cast<uint32_t>(product.k) - 2 * static_cast<uint32_t>(count));
+        }
+    }
+    for (int i = thread; i < Shape::kRows; i += kWarpgroup) {
+        const int64_t row = at.row + i;
+        margins.rows[i] = row < product.m ? product.x.popcounts[row] : 0;
+    }
+}
+
+template <class Shape>
+using Sums = int32_t[Shape::kStrips][Shape::kColumns / 2];
+
+// Returns which of a lane's sums of a strip is output e of its four in a group of columns, in the lane's first row; the
+// sum two further on is that of its second row, 8 rows below.
+template <class Shape>
+__device__ __forceinline__ constexpr int sum_of(int group, int e) {
+    return (e % kHalves * (Shape::kColumns / kHalves / 8) + group) * 4 + e / kHalves;
+}
+
+// Multiplies a tile, in the consumer's turn.
+template <class As, class Shape>
+__device__ __forceinline__ void multiply_tile(int stages, bool leads, uint64_t& my_turn, uint64_t& next_turn,
+                                              uint32_t turn_parity, Turn<Shape>& turn, Shared<As, Shape>& shared,
+                                              Sums<Shape>& sums) {
+    int last = 0;
+    wait(my_turn, turn_parity);
+    for (int index = 0; index < stages; ++index) {
+        const auto& stage = shared.stages[turn.stage()];
+        const uint64_t x = describe(stage.x), weight = describe(stage.weight);
+        wait(shared.full[turn.stage()], turn.parity());
+        fence_products();
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+            for (int strip = 0; strip < Shape::kStrips; ++strip) {
+                const int bytes = step * kInstructionBits / 8;
+                multiply_bits(sums[strip], advance(x, strip * kInstructionRows * kLineBytes + bytes),
+                              advance(weight, bytes), index != 0 || step != 0);
+            }
+        }
+        commit_products();
+        if (index == stages - 1 && leads) arrive(next_turn);
+        if (index != 0) {
+            wait_for_products<1>();
+            if (leads) arrive(shared.empty[last]);
+        }
+        last = turn.stage();
+        turn.next();
+    }
+    wait_for_products<0>();
+    if (leads) arrive(shared.empty[last]);
+#pragma unroll
+    for (int strip = 0; strip < Shape::kStrips; ++strip) hold(sums[strip]);
+}
+
+// Narrows two neighbouring outputs, by one instruction if there is one.
+template <class Out>
+__device__ __forceinline__ void narrow_pair(float first, float second, Out (&out)[2]) {
+    if constexpr (std::is_same_v<Out, __nv_bfloat16>) {
+        const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
+        out[0] = both.x, out[1] = both.y;
+    } else if constexpr (std::is_same_v<Out, __half>) {
+        const __half2 both = __floats2half2_rn(first, second);
+        out[0] = both.x, out[1] = both.y;
+    } else {
+        out[0] = first, out[1] = second;
+    }
+}
+
+// Returns how many of a tile's rows or columns exist, of which `left` and more are left.
+__device__ __forceinline__ int existing(int64_t left, int size) { return left < size ? static_cast<int>(left) : size; }
+
+// Stores a lane's outputs, as far as they exist.
+template <class Out>
+__device__ __forceinline__ void store(Out* to, const Out (&values)[kOutputs], bool whole_vectors, int left) {
+    constexpr int kBytes = kOutputs * sizeof(Out), kWidth = kBytes < 16 ? kBytes : 16;
+    using Vector = typename Bytes<kWidth>::Type;
+    if (whole_vectors && left >= kOutputs) {
+        Vector vectors[kBytes / kWidth];
+        memcpy(vectors, values, kBytes);
+#pragma unroll
+        for (int i = 0; i < kBytes / kWidth; ++i) __stcs(reinterpret_cast<Vector*>(to) + i, vectors[i]);
+    } else {
+#pragma unroll
+        for (int e = 0; e < kOutputs; ++e) {
+            if (e < left) to[e] = values[e];
+        }
+    }
+}
+
+// Writes a tile of numbers. Scale and bias take turns in the sums' own registers, because there are no others.
+template <class As, class Shape>
+__device__ __forceinline__ void write_tile(const Product& product, const Corner& at, int thread, bool whole_vectors,
+                                           Sums<Shape>& sums, const Margins<As, Shape>& margins) {
+    using Out = typename As::Out;
+    using Sum = typename As::Sum;
+    const int q = thread % 4, top = thread / kWarp * 16 + thread % kWarp / 4;
+    const bool is_float = std::is_same_v<Sum, float>, magic = is_float && is_short(product.k);
+    const bool has_scale = product.y.scale.data, has_bias = product.y.bias.data;
+    const int left = existing(product.n - at.column, Shape::kColumns) - kOutputs * q,
+              height = existing(product.m - at.row, Shape::kRows) - top;
+    Out* const out = static_cast<Out*>(product.y.data) + (at.row + top) * product.n + at.column + kOutputs * q;
+    int32_t rows[Shape::kStrips][2];
+#pragma unroll
+    for (int strip = 0; strip < Shape::kStrips; ++strip) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int32_t twice = 2 * margins.rows[top + strip * kInstructionRows + 8 * half];
+            rows[strip][half] = magic ? __float_as_int(-kMagicFloat - static_cast<float>(twice)) : -twice;
+        }
+    }
+#pragma unroll
+    for (int group = 0; group < Shape::kGroups; ++group) {
+        const int column = group * kGroup + kOutputs * q;
+        const auto each = [&](auto change) {
+#pragma unroll
+            for (int strip = 0; strip < Shape::kStrips; ++strip) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                    for (int e = 0; e < kOutputs; ++e) {
+                        int32_t& sum = sums[strip][sum_of<Shape>(group, e) + 2 * half];
+                        sum = change(sum, rows[strip][half], e);
+                    }
+                }
+            }
+        };
+        const int4 counts = *reinterpret_cast<const int4*>(margins.columns + column);
+        const int32_t count[] = {counts.x, counts.y, counts.z, counts.w};
+        each([&](int32_t both, int32_t, int e) { return 4 * both + count[e]; });
+        if (magic) {
+            each([&](int32_t sum, int32_t row, int) {
+                return __float_as_int(add(__int_as_float(sum), __int_as_float(row)));
+            });
+        } else {
+            each([&](int32_t sum, int32_t row, int) {
+                return is_float ? __float_as_int(__int2float_rn(sum + row)) : sum + row;
+            });
+        }
+        if constexpr (std::is_same_v<Sum, float>) {
+            if (has_scale) {
+                const float4 scale = *reinterpret_cast<const float4*>(margins.channels.scale + column);
+                const float factor[] = {scale.x, scale.y, scale.z, scale.w};
+                each([&](int32_t v, int32_t, int e) { return __float_as_int(multiply(__int_as_float(v), factor[e])); });
+            }
+            if (has_bias) {
+                const float4 bias = *reinterpret_cast<const float4*>(margins.channels.bias + column);
+                const float summand[] = {bias.x, bias.y, bias.z, bias.w};
+                each([&](int32_t v, int32_t, int e) { return __float_as_int(add(__int_as_float(v), summand[e])); });
+            }
+        }
+#pragma unroll
+        for (int strip = 0; strip < Shape::kStrips; ++strip) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = strip * kInstructionRows + 8 * half;
+                Out values[kOutputs];
+#pragma unroll
+                for (int e = 0; e < kOutputs; e += 2) {
+                    const int32_t first = sums[strip][sum_of<Shape>(group, e) + 2 * half],
+                                  second = sums[strip][sum_of<Shape>(group, e + 1) + 2 * half];
+                    if constexpr (std::is_same_v<Sum, float>) {
+                        Out pair[2];
+                        narrow_pair(__int_as_float(first), __int_as_float(second), pair);
+                        values[e] = pair[0], values[e + 1] = pair[1];
+                    } else if constexpr (std::is_same_v<Sum, double>) {
+                        const auto finish = [&](int32_t dot, int i) {
+                            return add(multiply(static_cast<double>(dot), margins.channels.scale[column + i]),
+                                       margins.channels.bias[column + i]);
+                        };
+                        values[e] = finish(first, e), values[e + 1] = finish(second, e + 1);
+                    } else {
+                        values[e] = first, values[e + 1] = second;
+                    }
+                }
+                if (row < height) {
+                    store(out + row * product.n + group * kGroup, values, whole_vectors, left - group * kGroup);
+                }
+            }
+        }
+    }
+}
+
+// Writes a tile of bits: the lane has 4 neighbouring bits of each row in each group of 16 columns, so a byte of two groups
+// is two quarters of a word. Four lanes exchange the bytes of four rows, after which each has the word of one row.
+template <class Shape>
+__device__ __forceinline__ void write_tile(const Product& product, const Corner& at, int thread, bool,
+                                           Sums<Shape>& sums, const Margins<AsBits, Shape>& margins) {
+    static_assert(2 * kGroup == kWordBits && 2 * Shape::kStrips == 4, "a byte of each of a lane's four rows");
+    const int q = thread % 4, top = thread / kWarp * 16 + thread % kWarp / 4;
+    const int mine = top + q / 2 * kInstructionRows + q % 2 * 8;  // the row whose word the lane stores
+#pragma unroll
+    for (int word = 0; word < Shape::kColumns / kWordBits; ++word) {
+        uint32_t bytes = 0;
+#pragma unroll
+        for (int c = 0; c < 2 * kOutputs; ++c) {
+            const int group = 2 * word + c / kOutputs, e = c % kOutputs, column = group * kGroup + kOutputs * q + e;
+            const auto count = static_cast<uint32_t>(margins.columns[column]);
+            const int32_t limit = margins.channels.limits[column];
+#pragma unroll
+            for (int row = 0; row < 4; ++row) {
+                const auto both = static_cast<uint32_t>(sums[row / 2][sum_of<Shape>(group, e) + row % 2 * 2]);
+                const auto ones = static_cast<uint32_t>(margins.rows[top + row / 2 * kInstructionRows + row % 2 * 8]);
+                bytes |= uint32_t{within(count + ones - 2 * both, limit)} << (8 * row + c);
+            }
+        }
+        bytes = transpose_bytes(bytes, q);
+        // The low halves of the four bytes are the word's first 16 bits, the high halves its last ones.
+        uint32_t low = bytes & 0x0F0F0F0F, high = bytes >> 4 & 0x0F0F0F0F;
+        low |= low >> 4, high |= high >> 4;
+        write_word(product, at.row + mine, at.column + word * kWordBits,
+                   __byte_perm(low, high, 0x6420) ^ margins.channels.flips[word]);
+    }
+}
+
+template <class As, class Shape>
+__device__ __forceinline__ void consume(const Product& product, unsigned row_tiles, unsigned column_tiles,
+                                        bool whole_vectors, int stages, Shared<As, Shape>& shared) {
+    const int which = static_cast<int>(threadIdx.x) / kWarpgroup - 1, other = 1 - which;
+    const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+    const bool leads = thread % kWarp == 0;
+    auto& margins = shared.margins[which];
+    Turn<Shape> turn;
+    turn.skip(which * stages);
+    uint32_t turn_parity = which == 0;  // nobody gives the first consumer its first turn
+    const unsigned step = kConsumers * gridDim.x;
+    for (unsigned tile = blockIdx.x + gridDim.x * which; tile < row_tiles * column_tiles; tile += step) {
+        const Corner at = corner<Shape>(tile, row_tiles, column_tiles);
+        // The margins arrive while the other consumer multiplies.
+        sync_warpgroup(1 + which);  // all have read those of the tile before
+        load_margins<As, Shape>(product, at, thread, margins);
+        sync_warpgroup(1 + which);
+        Sums<Shape> sums;
+        multiply_tile<As, Shape>(stages, leads, shared.turn[which], shared.turn[other], turn_parity, turn, shared, sums);
+        turn_parity ^= 1;
+        turn.skip(stages);  // the other's tile
+        if constexpr (kBits<As>) {
+            write_tile<Shape>(product, at, thread, whole_vectors, sums, margins);
+        } else {
+            write_tile<As, Shape>(product, at, thread, whole_vectors, sums, margins);
+        }
+    }
+}
+
+template <class As, class Shape>
+__device__ __forceinline__ void multiply(const Product& product, const Maps& maps, unsigned row_tiles,
+                                         unsigned column_tiles, bool whole_vectors) {
+    extern __shared__ __align__(16) uint8_t memory[];
+    const uint32_t past = shared_address(memory) % kAlignment;
+    auto& shared = *reinterpret_cast<Shared<As, Shape>*>(memory + (past ? kAlignment - past : 0));
+    const int stages = static_cast<int>((product.k + kWarpgroupStageBits - 1) / kWarpgroupStageBits);
+    if (threadIdx.x == 0) {
+        prefetch(maps.x), prefetch(maps.weight[0]), prefetch(maps.weight[1]);
+#pragma unroll
+        for (int stage = 0; stage < Shape::kStages; ++stage) {
+            init_barrier(shared.full[stage], 1);
+            init_barrier(shared.empty[stage], kWarps);
+        }
+#pragma unroll
+        for (auto& turn : shared.turn) init_barrier(turn, kWarps);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");  // copies must find the barriers initialised
+        check_prepared(product.prepared, product.n, product.k);
+    }
+    __syncthreads();
+    if (threadIdx.x < kWarpgroup) {
+        release_registers<kProducerRegisters>();
+        if (threadIdx.x == 0) produce<As, Shape>(maps, row_tiles, column_tiles, stages, shared);
+    } else {
+        claim_registers<kConsumerRegisters>();
+        consume<As, Shape>(product, row_tiles, column_tiles, whole_vectors, stages, shared);
+    }
+}
+
+#endif
+
+template <class As, class Shape>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    multiply_tiles(const Product product, const __grid_constant__ Maps maps, unsigned row_tiles, unsigned column_tiles,
+                   bool whole_vectors) {
+#ifdef BITORCH_QLINEAR_WGMMA_SM90A
+    multiply<As, Shape>(product, maps, row_tiles, column_tiles, whole_vectors);
+#else
+    __trap();  // instead of leaving y unwritten
+#endif
+}
+
+// Makes the maps of x and of the even and the odd rows of weight. Without odd rows the even ones take their place, and
+// feed a column that does not exist.
+template <class Shape>
+cudaError_t make_maps(const Product& product, Maps* maps) {
+    const int64_t width = aligned_words_for(product.k);
+    const WordMatrix x = {product.x.words, product.m, width, product.x.stride};
+    if (const auto error = encode(x, Shape::kRows, &maps->x); error != cudaSuccess) return error;
+    for (int64_t half = 0; half < kHalves; ++half) {
+        const int64_t first = half < product.n ? half : 0, stride = product.weight.stride;
+        const WordMatrix weight = {product.weight.words + first * stride, ceil_div(product.n - first, kHalves), width,
+                                   kHalves * stride};
+        const auto error = encode(weight, Shape::kColumns / kHalves, &maps->weight[half]);
+        if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+}
+
+// Returns whether every lane's outputs can be stored as vectors.
+static inline bool rows_on_vectors(const Output& y, int64_t n) {
+    const int64_t size = element_size(y.dtype), bytes = kOutputs * size < 16 ? kOutputs * size : 16;
+    return reinterpret_cast<uintptr_t>(y.data) % bytes == 0 && n * size % bytes == 0;
+}
+
+// The sums of the wide tile leave no registers for float64.
+template <class As, WarpgroupTile tile>
+constexpr WarpgroupTile kTileOf = std::is_same_v<typename As::Sum, double> ? WarpgroupTile::m128n128 : tile;
+
+template <class As, class Shape>
+cudaError_t launch(const Product& product, cudaStream_t stream) {
+    int device = 0, multiprocessors = 0;
+    auto error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    }
+    constexpr int kBytes = kSharedBytes<As, Shape>;
+    static_assert(kBytes <= 227 * 1024, "shared memory of a block");
+    const auto kernel = multiply_tiles<As, Shape>;
+    if (error == cudaSuccess) {  // the attribute belongs to the current device, as in mma_tiles.cuh
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    }
+    if (error != cudaSuccess) return cudaGetLastError();  // which clears the error, before others see it
+    Maps maps{};
+    error = make_maps<Shape>(product, &maps);
+    if (error != cudaSuccess) return error;
+    const int64_t row_tiles = ceil_div(product.m, Shape::kRows), column_tiles = ceil_div(product.n, Shape::kColumns);
+    if (row_tiles > INT32_MAX / column_tiles) return cudaErrorInvalidConfiguration;
+    const auto blocks = static_cast<unsigned>(std::min(row_tiles * column_tiles, int64_t{multiprocessors}));
+    kernel<<<blocks, kBlockThreads, kBytes, stream>>>(product, maps, static_cast<unsigned>(row_tiles),
+                                                      static_cast<unsigned>(column_tiles),
+                                                      rows_on_vectors(product.y, product.n));
+    return cudaGetLastError();
+}
+
+template <WarpgroupTile tile>
+cudaError_t launch(const Product& product, cudaStream_t stream) {
+    return with_output_type(product.y.dtype, [&](auto as) {
+        using As = decltype(as);
+        return launch<As, ShapeOf<kTileOf<As, tile>>>(product, stream);
+    });
+}
+
+}  // namespace
+
+cudaError_t gemm_wgmma_sm90a(const Product& product, WarpgroupTile tile, cudaStream_t stream) {
+    if (product.m == 0 || product.n == 0) return cudaSuccess;
+    if (!are_aligned(product) || !have_popcounts(product)) return cudaErrorInvalidValue;
+    if (product.k == 0) return gemm_popc(product, stream);  // a map cannot be empty
+    if (product.m > kMostMapRows || product.n > kMostMapRows) return cudaErrorInvalidValue;
+    switch (tile) {
+        case WarpgroupTile::m128n192: return launch<WarpgroupTile::m128n192>(product, stream);
+        case WarpgroupTile::m128n128: return launch<WarpgroupTile::m128n128>(product, stream);
+    }
+    return cudaErrorInvalidValue;
+}
+
+}  // namespace bitorch_qlinear::cuda
