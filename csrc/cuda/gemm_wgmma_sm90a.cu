@@ -20,14 +20,14 @@
 // be 1/32 of the float32 weights more for each layer, and a pass over x in each call (12.4 us for 8192 x 8192, measured),
 // to save nothing: the boxes move the same bytes from L2, in whole lines of 128 bytes, and zeros for what does not exist.
 //
-// Columns. wgmma gives lane q of four the columns 8 j + 2 q and 8 j + 2 q + 1, 4 bytes of bfloat16. Any row of weight may
-// feed a column, so the even rows of the tile lie in the first half of a stage's lines and the odd ones in the second:
+// Columns. wgmma gives lane q of four the columns 8 j + 2 q and 8 j + 2 q + 1. Outputs of 4 bytes then fill a whole sector
+// of 32 bytes in a store of four lanes, but those of 2 bytes half of one. Any row of weight may feed a column, so for these,
+// and for bits, the even rows of the tile lie in the first half of a stage's lines and the odd ones in the second:
 //
 //     line i of half h = row 2 i + h of the tile
 //
-// Two maps, whose rows are two rows of weight apart, copy them so. Lane q then has the outputs 16 j + 4 q ... + 3, of
-// which it stores 8 bytes (bfloat16) to 16, and four lanes store whole sectors of 32 bytes. No output passes through shared
-// memory, which the tensor cores read at nearly its full rate.
+// Two maps, whose rows are two rows of weight apart, copy them so, and lane q has the outputs 16 j + 4 q ... + 3. No output
+// passes through shared memory, which the tensor cores read at nearly its full rate.
 //
 // The sums are exact for any k. The steps of 256 bits past k multiply zeros, up to three in a row's last stage.
 #include <algorithm>
@@ -44,9 +44,6 @@ namespace {
 constexpr int kConsumers = 2, kBlockThreads = kWarpgroup * (1 + kConsumers);
 constexpr int kWarps = kWarpgroup / kWarp;
 constexpr int kSteps = kWarpgroupStageBits / kInstructionBits;  // along k in a stage
-constexpr int kHalves = 2;                                      // of the weights' rows, even and odd ones
-constexpr int kOutputs = 4;                                     // neighbouring outputs of a lane
-constexpr int kGroup = 4 * kOutputs;                            // columns of four lanes
 constexpr unsigned kTall = 16;                                  // tile rows of a band
 static_assert(kWarpgroupStageBits == kLineBits, "a stage is one line of each row");
 
@@ -54,14 +51,16 @@ static_assert(kWarpgroupStageBits == kLineBits, "a stage is one line of each row
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 3 * 168, "registers of the block");
 
-template <int Columns, int Stages>
+// Halves is 2 if even and odd rows of weight lie apart.
+template <int Columns, int Stages, int Halves>
 struct Shape {
-    static constexpr int kRows = kWarpgroupRows, kColumns = Columns, kStages = Stages;
+    static constexpr int kRows = kWarpgroupRows, kColumns = Columns, kStages = Stages, kHalves = Halves;
     static constexpr int kStrips = kRows / kInstructionRows;  // instructions below each other
-    static constexpr int kGroups = kColumns / kGroup;
+    static constexpr int kOutputs = 2 * kHalves;  // neighbouring outputs of a lane
+    static constexpr int kGroup = 4 * kOutputs;   // columns of four lanes
     static constexpr int kStageBytes = (kRows + kColumns) * static_cast<int>(kLineBytes);
     static_assert(kRows <= kMostBoxRows && kColumns / kHalves <= kMostBoxRows, "a box is one copy");
-    static_assert(kColumns / kHalves % 8 == 0, "the second half begins on 1024 bytes");
+    static_assert(kColumns / kHalves % kGroup == 0, "whole groups, and halves that begin on 1024 bytes");
 
     struct Stage {
         uint8_t x[kRows][kLineBytes], weight[kHalves][kColumns / kHalves][kLineBytes];
@@ -69,17 +68,20 @@ struct Shape {
     static_assert(sizeof(Stage) == kStageBytes && kStageBytes % 1024 == 0, "swizzled lines repeat every 1024 bytes");
 };
 
-template <WarpgroupTile tile>
-using ShapeOf = Shape<kWarpgroupColumns[static_cast<int>(tile)], kWarpgroupStages[static_cast<int>(tile)]>;
+// The sums of the wide tile leave no registers for float64.
+template <class As, WarpgroupTile tile>
+constexpr int kTileOf =
+    static_cast<int>(std::is_same_v<typename As::Sum, double> ? WarpgroupTile::m128n128 : tile);
 
-// Sums of up to so many values are converted to float without a conversion instruction.
-constexpr int64_t kMostShort = int64_t{1} << 20;
+template <class As, WarpgroupTile tile>
+using ShapeOf = Shape<kWarpgroupColumns[kTileOf<As, tile>], kWarpgroupStages[kTileOf<As, tile>],
+                      sizeof(typename As::Out) <= 2 ? 2 : 1>;
 
 // The epilogue's operands beside the products, of one consumer's tile.
 template <class As, class Shape>
 struct alignas(16) Margins {
     ChannelTile<As, Shape::kColumns> channels;
-    int32_t columns[Shape::kColumns];  // numbers: what a column adds to k - 2 popcount; bits: its set bits
+    int32_t columns[Shape::kColumns];  // of bits the set bits b of a column, of numbers k - 2 b
     int32_t rows[Shape::kRows];        // set bits of the rows of x
 };
 
@@ -96,7 +98,7 @@ template <class As, class Shape>
 constexpr int kSharedBytes = sizeof(Shared<As, Shape>) + kAlignment;
 
 struct Maps {
-    CUtensorMap x, weight[kHalves];
+    CUtensorMap x, weight[2];  // of all rows of weight, or of the even and the odd ones
 };
 
 #ifdef BITORCH_QLINEAR_WGMMA_SM90A
@@ -131,7 +133,8 @@ __device__ __forceinline__ void produce(const Maps& maps, unsigned row_tiles, un
     Turn<Shape> turn;
     for (unsigned tile = blockIdx.x; tile < row_tiles * column_tiles; tile += gridDim.x) {
         const Corner at = corner<Shape>(tile, row_tiles, column_tiles);
-        const int row = static_cast<int>(at.row), column = static_cast<int>(at.column / kHalves);
+        const int row = static_cast<int>(at.row), column = static_cast<int>(at.column / Shape::kHalves);
+#pragma unroll 1
         for (int index = 0; index < stages; ++index, turn.next()) {
             auto& stage = shared.stages[turn.stage()];
             auto& full = shared.full[turn.stage()];
@@ -139,16 +142,13 @@ __device__ __forceinline__ void produce(const Maps& maps, unsigned row_tiles, un
             wait(shared.empty[turn.stage()], turn.parity() ^ 1);
             arrive_and_expect(full, Shape::kStageBytes);
             copy_box(stage.x, maps.x, word, row, full);
-            copy_box(stage.weight[0], maps.weight[0], word, column, full);
-            copy_box(stage.weight[1], maps.weight[1], word, column, full);
+#pragma unroll
+            for (int half = 0; half < Shape::kHalves; ++half) {
+                copy_box(stage.weight[half], maps.weight[half], word, column, full);
+            }
         }
     }
 }
-
-// Returns whether k is so short that an integer of up to 3 k added to kMagic is the float 1.5 * 2^23 + i.
-__device__ __forceinline__ bool is_short(int64_t k) { return k <= kMostShort; }
-constexpr int32_t kMagic = 0x4B400000;
-constexpr float kMagicFloat = 12582912;
 
 template <class As, class Shape>
 __device__ __forceinline__ void load_margins(const Product& product, const Corner& at, int thread,
@@ -157,13 +157,7 @@ __device__ __forceinline__ void load_margins(const Product& product, const Corne
     for (int i = thread; i < Shape::kColumns; i += kWarpgroup) {
         const int64_t column = at.column + i;
         const int32_t count = column < product.n ? product.weight.popcounts[column] : 0;
-        if constexpr (kBits<As>) {
-            margins.columns[i] = count;
-        } else {
-            const uint32_t origin = std::is_same_v<typename As::Sum, float> && is_short(product.k) ? kMagic : 0;
-            margins.columns[i] =
-                static_cast<int32_t>(origin + static_cast<uint32_t>(product.k) - 2 * static_cast<uint32_t>(count));
-        }
+        margins.columns[i] = kBits<As> ? count : static_cast<int32_t>(product.k - 2 * int64_t{count});
     }
     for (int i = thread; i < Shape::kRows; i += kWarpgroup) {
         const int64_t row = at.row + i;
@@ -178,7 +172,7 @@ using Sums = int32_t[Shape::kStrips][Shape::kColumns / 2];
 // sum two further on is that of its second row, 8 rows below.
 template <class Shape>
 __device__ __forceinline__ constexpr int sum_of(int group, int e) {
-    return (e % kHalves * (Shape::kColumns / kHalves / 8) + group) * 4 + e / kHalves;
+    return (e % Shape::kHalves * (Shape::kColumns / Shape::kHalves / 8) + group) * 4 + e / Shape::kHalves;
 }
 
 // Multiplies a tile, in the consumer's turn.
@@ -188,6 +182,7 @@ __device__ __forceinline__ void multiply_tile(int stages, bool leads, uint64_t& 
                                               Sums<Shape>& sums) {
     int last = 0;
     wait(my_turn, turn_parity);
+#pragma unroll 1
     for (int index = 0; index < stages; ++index) {
         const auto& stage = shared.stages[turn.stage()];
         const uint64_t x = describe(stage.x), weight = describe(stage.weight);
@@ -219,7 +214,7 @@ __device__ __forceinline__ void multiply_tile(int stages, bool leads, uint64_t& 
 
 // Narrows two neighbouring outputs, by one instruction if there is one.
 template <class Out>
-__device__ __forceinline__ void narrow_pair(float first, float second, Out (&out)[2]) {
+__device__ __forceinline__ void narrow_pair(float first, float second, Out* out) {
     if constexpr (std::is_same_v<Out, __nv_bfloat16>) {
         const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
         out[0] = both.x, out[1] = both.y;
@@ -234,48 +229,51 @@ __device__ __forceinline__ void narrow_pair(float first, float second, Out (&out
 // Returns how many of a tile's rows or columns exist, of which `left` and more are left.
 __device__ __forceinline__ int existing(int64_t left, int size) { return left < size ? static_cast<int>(left) : size; }
 
-// Stores a lane's outputs, as far as they exist.
-template <class Out>
-__device__ __forceinline__ void store(Out* to, const Out (&values)[kOutputs], bool whole_vectors, int left) {
-    constexpr int kBytes = kOutputs * sizeof(Out), kWidth = kBytes < 16 ? kBytes : 16;
-    using Vector = typename Bytes<kWidth>::Type;
-    if (whole_vectors && left >= kOutputs) {
-        Vector vectors[kBytes / kWidth];
-        memcpy(vectors, values, kBytes);
-#pragma unroll
-        for (int i = 0; i < kBytes / kWidth; ++i) __stcs(reinterpret_cast<Vector*>(to) + i, vectors[i]);
+// Stores a lane's outputs, of which `left` exist: all or none if they are vectors.
+template <bool Vectors, class Out, int Count>
+__device__ __forceinline__ void store(Out* to, const Out (&values)[Count], int left) {
+    if constexpr (Vectors) {
+        typename Bytes<sizeof values>::Type vector;
+        memcpy(&vector, values, sizeof values);
+        if (left > 0) __stcs(reinterpret_cast<decltype(vector)*>(to), vector);
     } else {
 #pragma unroll
-        for (int e = 0; e < kOutputs; ++e) {
+        for (int e = 0; e < Count; ++e) {
             if (e < left) to[e] = values[e];
         }
     }
 }
 
+// Reads neighbouring values from shared memory by one load.
+template <class T, int Count>
+__device__ __forceinline__ void read(const T* from, T (&to)[Count]) {
+    const auto vector = *reinterpret_cast<const typename Bytes<sizeof to>::Type*>(from);
+    memcpy(to, &vector, sizeof to);
+}
+
 // Writes a tile of numbers. Scale and bias take turns in the sums' own registers, because there are no others.
-template <class As, class Shape>
-__device__ __forceinline__ void write_tile(const Product& product, const Corner& at, int thread, bool whole_vectors,
-                                           Sums<Shape>& sums, const Margins<As, Shape>& margins) {
+template <class As, class Shape, bool Vectors>
+__device__ __forceinline__ void write_numbers(const Product& product, const Corner& at, int thread, Sums<Shape>& sums,
+                                              const Margins<As, Shape>& margins) {
     using Out = typename As::Out;
     using Sum = typename As::Sum;
+    constexpr int kOutputs = Shape::kOutputs, kGroup = Shape::kGroup;
     const int q = thread % 4, top = thread / kWarp * 16 + thread % kWarp / 4;
-    const bool is_float = std::is_same_v<Sum, float>, magic = is_float && is_short(product.k);
     const bool has_scale = product.y.scale.data, has_bias = product.y.bias.data;
     const int left = existing(product.n - at.column, Shape::kColumns) - kOutputs * q,
               height = existing(product.m - at.row, Shape::kRows) - top;
     Out* const out = static_cast<Out*>(product.y.data) + (at.row + top) * product.n + at.column + kOutputs * q;
-    int32_t rows[Shape::kStrips][2];
+    int32_t ones[Shape::kStrips][2];
 #pragma unroll
     for (int strip = 0; strip < Shape::kStrips; ++strip) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int32_t twice = 2 * margins.rows[top + strip * kInstructionRows + 8 * half];
-            rows[strip][half] = magic ? __float_as_int(-kMagicFloat - static_cast<float>(twice)) : -twice;
-        }
+        for (int half = 0; half < 2; ++half) ones[strip][half] = margins.rows[top + strip * kInstructionRows + 8 * half];
     }
 #pragma unroll
-    for (int group = 0; group < Shape::kGroups; ++group) {
+    for (int group = 0; group < Shape::kColumns / kGroup; ++group) {
         const int column = group * kGroup + kOutputs * q;
+        asm volatile("" ::: "memory");  // there are no registers for the margins of two groups
+        // Calls change(sum, set bits of the row, e) for each of the lane's outputs in the group.
         const auto each = [&](auto change) {
 #pragma unroll
             for (int strip = 0; strip < Shape::kStrips; ++strip) {
@@ -283,34 +281,30 @@ __device__ __forceinline__ void write_tile(const Product& product, const Corner&
                 for (int half = 0; half < 2; ++half) {
 #pragma unroll
                     for (int e = 0; e < kOutputs; ++e) {
-                        int32_t& sum = sums[strip][sum_of<Shape>(group, e) + 2 * half];
-                        sum = change(sum, rows[strip][half], e);
+                        change(sums[strip][sum_of<Shape>(group, e) + 2 * half], ones[strip][half], e);
                     }
                 }
             }
         };
-        const int4 counts = *reinterpret_cast<const int4*>(margins.columns + column);
-        const int32_t count[] = {counts.x, counts.y, counts.z, counts.w};
-        each([&](int32_t both, int32_t, int e) { return 4 * both + count[e]; });
-        if (magic) {
-            each([&](int32_t sum, int32_t row, int) {
-                return __float_as_int(add(__int_as_float(sum), __int_as_float(row)));
-            });
-        } else {
-            each([&](int32_t sum, int32_t row, int) {
-                return is_float ? __float_as_int(__int2float_rn(sum + row)) : sum + row;
-            });
-        }
+        int32_t origin[kOutputs];
+        read(margins.columns + column, origin);
+        each([&](int32_t& sum, int32_t row, int e) {
+            // k - 2 (a + b - 2 both), modulo 2^32 on its way
+            const uint32_t dot = 4 * static_cast<uint32_t>(sum) + static_cast<uint32_t>(origin[e]) -
+                                 2 * static_cast<uint32_t>(row);
+            sum = static_cast<int32_t>(dot);
+            if constexpr (std::is_same_v<Sum, float>) sum = __float_as_int(static_cast<float>(sum));
+        });
         if constexpr (std::is_same_v<Sum, float>) {
             if (has_scale) {
-                const float4 scale = *reinterpret_cast<const float4*>(margins.channels.scale + column);
-                const float factor[] = {scale.x, scale.y, scale.z, scale.w};
-                each([&](int32_t v, int32_t, int e) { return __float_as_int(multiply(__int_as_float(v), factor[e])); });
+                float factor[kOutputs];
+                read(margins.channels.scale + column, factor);
+                each([&](int32_t& v, int32_t, int e) { v = __float_as_int(multiply(__int_as_float(v), factor[e])); });
             }
             if (has_bias) {
-                const float4 bias = *reinterpret_cast<const float4*>(margins.channels.bias + column);
-                const float summand[] = {bias.x, bias.y, bias.z, bias.w};
-                each([&](int32_t v, int32_t, int e) { return __float_as_int(add(__int_as_float(v), summand[e])); });
+                float summand[kOutputs];
+                read(margins.channels.bias + column, summand);
+                each([&](int32_t& v, int32_t, int e) { v = __float_as_int(add(__int_as_float(v), summand[e])); });
             }
         }
 #pragma unroll
@@ -324,9 +318,7 @@ __device__ __forceinline__ void write_tile(const Product& product, const Corner&
                     const int32_t first = sums[strip][sum_of<Shape>(group, e) + 2 * half],
                                   second = sums[strip][sum_of<Shape>(group, e + 1) + 2 * half];
                     if constexpr (std::is_same_v<Sum, float>) {
-                        Out pair[2];
-                        narrow_pair(__int_as_float(first), __int_as_float(second), pair);
-                        values[e] = pair[0], values[e + 1] = pair[1];
+                        narrow_pair(__int_as_float(first), __int_as_float(second), values + e);
                     } else if constexpr (std::is_same_v<Sum, double>) {
                         const auto finish = [&](int32_t dot, int i) {
                             return add(multiply(static_cast<double>(dot), margins.channels.scale[column + i]),
@@ -337,11 +329,20 @@ __device__ __forceinline__ void write_tile(const Product& product, const Corner&
                         values[e] = first, values[e + 1] = second;
                     }
                 }
-                if (row < height) {
-                    store(out + row * product.n + group * kGroup, values, whole_vectors, left - group * kGroup);
-                }
+                const int exist = row < height ? left - group * kGroup : 0;
+                store<Vectors>(out + row * product.n + group * kGroup, values, exist);
             }
         }
+    }
+}
+
+template <class As, class Shape>
+__device__ __forceinline__ void write_tile(const Product& product, const Corner& at, int thread, bool whole_vectors,
+                                           Sums<Shape>& sums, const Margins<As, Shape>& margins) {
+    if (whole_vectors) {
+        write_numbers<As, Shape, true>(product, at, thread, sums, margins);
+    } else {
+        write_numbers<As, Shape, false>(product, at, thread, sums, margins);
     }
 }
 
@@ -350,6 +351,7 @@ __device__ __forceinline__ void write_tile(const Product& product, const Corner&
 template <class Shape>
 __device__ __forceinline__ void write_tile(const Product& product, const Corner& at, int thread, bool,
                                            Sums<Shape>& sums, const Margins<AsBits, Shape>& margins) {
+    constexpr int kOutputs = Shape::kOutputs, kGroup = Shape::kGroup;
     static_assert(2 * kGroup == kWordBits && 2 * Shape::kStrips == 4, "a byte of each of a lane's four rows");
     const int q = thread % 4, top = thread / kWarp * 16 + thread % kWarp / 4;
     const int mine = top + q / 2 * kInstructionRows + q % 2 * 8;  // the row whose word the lane stores
@@ -414,7 +416,7 @@ __device__ __forceinline__ void multiply(const Product& product, const Maps& map
     auto& shared = *reinterpret_cast<Shared<As, Shape>*>(memory + (past ? kAlignment - past : 0));
     const int stages = static_cast<int>((product.k + kWarpgroupStageBits - 1) / kWarpgroupStageBits);
     if (threadIdx.x == 0) {
-        prefetch(maps.x), prefetch(maps.weight[0]), prefetch(maps.weight[1]);
+        prefetch(maps.x), prefetch(maps.weight[0]), prefetch(maps.weight[Shape::kHalves - 1]);
 #pragma unroll
         for (int stage = 0; stage < Shape::kStages; ++stage) {
             init_barrier(shared.full[stage], 1);
@@ -448,32 +450,28 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 #endif
 }
 
-// Makes the maps of x and of the even and the odd rows of weight. Without odd rows the even ones take their place, and
-// feed a column that does not exist.
+// Makes the maps of x and of weight. If there are no odd rows, the even ones take their place and feed columns that do not
+// exist.
 template <class Shape>
 cudaError_t make_maps(const Product& product, Maps* maps) {
     const int64_t width = aligned_words_for(product.k);
     const WordMatrix x = {product.x.words, product.m, width, product.x.stride};
     if (const auto error = encode(x, Shape::kRows, &maps->x); error != cudaSuccess) return error;
-    for (int64_t half = 0; half < kHalves; ++half) {
+    for (int64_t half = 0; half < Shape::kHalves; ++half) {
         const int64_t first = half < product.n ? half : 0, stride = product.weight.stride;
-        const WordMatrix weight = {product.weight.words + first * stride, ceil_div(product.n - first, kHalves), width,
-                                   kHalves * stride};
-        const auto error = encode(weight, Shape::kColumns / kHalves, &maps->weight[half]);
+        const WordMatrix weight = {product.weight.words + first * stride, ceil_div(product.n - first, Shape::kHalves),
+                                   width, Shape::kHalves * stride};
+        const auto error = encode(weight, Shape::kColumns / Shape::kHalves, &maps->weight[half]);
         if (error != cudaSuccess) return error;
     }
     return cudaSuccess;
 }
 
-// Returns whether every lane's outputs can be stored as vectors.
-static inline bool rows_on_vectors(const Output& y, int64_t n) {
-    const int64_t size = element_size(y.dtype), bytes = kOutputs * size < 16 ? kOutputs * size : 16;
+// Returns whether every lane's outputs, which are so many, can be stored as a vector.
+static inline bool rows_on_vectors(const Output& y, int64_t n, int64_t outputs) {
+    const int64_t size = element_size(y.dtype), bytes = outputs * size;
     return reinterpret_cast<uintptr_t>(y.data) % bytes == 0 && n * size % bytes == 0;
 }
-
-// The sums of the wide tile leave no registers for float64.
-template <class As, WarpgroupTile tile>
-constexpr WarpgroupTile kTileOf = std::is_same_v<typename As::Sum, double> ? WarpgroupTile::m128n128 : tile;
 
 template <class As, class Shape>
 cudaError_t launch(const Product& product, cudaStream_t stream) {
@@ -497,7 +495,7 @@ cudaError_t launch(const Product& product, cudaStream_t stream) {
     const auto blocks = static_cast<unsigned>(std::min(row_tiles * column_tiles, int64_t{multiprocessors}));
     kernel<<<blocks, kBlockThreads, kBytes, stream>>>(product, maps, static_cast<unsigned>(row_tiles),
                                                       static_cast<unsigned>(column_tiles),
-                                                      rows_on_vectors(product.y, product.n));
+                                                      rows_on_vectors(product.y, product.n, Shape::kOutputs));
     return cudaGetLastError();
 }
 
@@ -505,7 +503,7 @@ template <WarpgroupTile tile>
 cudaError_t launch(const Product& product, cudaStream_t stream) {
     return with_output_type(product.y.dtype, [&](auto as) {
         using As = decltype(as);
-        return launch<As, ShapeOf<kTileOf<As, tile>>>(product, stream);
+        return launch<As, ShapeOf<As, tile>>(product, stream);
     });
 }
 
