@@ -56,8 +56,8 @@ template <int Columns, int Stages, int Halves>
 struct Shape {
     static constexpr int kRows = kWarpgroupRows, kColumns = Columns, kStages = Stages, kHalves = Halves;
     static constexpr int kStrips = kRows / kInstructionRows;  // instructions below each other
-    static constexpr int kOutputs = 2 * kHalves;  // neighbouring outputs of a lane
-    static constexpr int kGroup = 4 * kOutputs;   // columns of four lanes
+    static constexpr int kOutputs = 2 * kHalves;              // neighbouring outputs of a lane
+    static constexpr int kGroup = 4 * kOutputs;               // columns of four lanes
     static constexpr int kStageBytes = (kRows + kColumns) * static_cast<int>(kLineBytes);
     static_assert(kRows <= kMostBoxRows && kColumns / kHalves <= kMostBoxRows, "a box is one copy");
     static_assert(kColumns / kHalves % kGroup == 0, "whole groups, and halves that begin on 1024 bytes");
@@ -70,8 +70,7 @@ struct Shape {
 
 // The sums of the wide tile leave no registers for float64.
 template <class As, WarpgroupTile tile>
-constexpr int kTileOf =
-    static_cast<int>(std::is_same_v<typename As::Sum, double> ? WarpgroupTile::m128n128 : tile);
+constexpr int kTileOf = static_cast<int>(std::is_same_v<typename As::Sum, double> ? WarpgroupTile::m128n128 : tile);
 
 template <class As, WarpgroupTile tile>
 using ShapeOf = Shape<kWarpgroupColumns[kTileOf<As, tile>], kWarpgroupStages[kTileOf<As, tile>],
@@ -267,7 +266,8 @@ __device__ __forceinline__ void write_numbers(const Product& product, const Corn
 #pragma unroll
     for (int strip = 0; strip < Shape::kStrips; ++strip) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) ones[strip][half] = margins.rows[top + strip * kInstructionRows + 8 * half];
+        for (int half = 0; half < 2; ++half)
+            ones[strip][half] = margins.rows[top + strip * kInstructionRows + 8 * half];
     }
 #pragma unroll
     for (int group = 0; group < Shape::kColumns / kGroup; ++group) {
@@ -290,8 +290,8 @@ __device__ __forceinline__ void write_numbers(const Product& product, const Corn
         read(margins.columns + column, origin);
         each([&](int32_t& sum, int32_t row, int e) {
             // k - 2 (a + b - 2 both), modulo 2^32 on its way
-            const uint32_t dot = 4 * static_cast<uint32_t>(sum) + static_cast<uint32_t>(origin[e]) -
-                                 2 * static_cast<uint32_t>(row);
+            const uint32_t dot =
+                4 * static_cast<uint32_t>(sum) + static_cast<uint32_t>(origin[e]) - 2 * static_cast<uint32_t>(row);
             sum = static_cast<int32_t>(dot);
             if constexpr (std::is_same_v<Sum, float>) sum = __float_as_int(static_cast<float>(sum));
         });
@@ -354,7 +354,10 @@ __device__ __forceinline__ void write_tile(const Product& product, const Corner&
     constexpr int kOutputs = Shape::kOutputs, kGroup = Shape::kGroup;
     static_assert(2 * kGroup == kWordBits && 2 * Shape::kStrips == 4, "a byte of each of a lane's four rows");
     const int q = thread % 4, top = thread / kWarp * 16 + thread % kWarp / 4;
-    const int mine = top + q / 2 * kInstructionRows + q % 2 * 8;  // the row whose word the lane stores
+    const int64_t mine = at.row + top + q / 2 * kInstructionRows + q % 2 * 8;  // the row whose words the lane stores
+    const bool row_exists = mine < product.m;
+    const int width = existing(product.n - at.column, Shape::kColumns);
+    uint32_t* const out = static_cast<uint32_t*>(product.y.data) + mine * word_count(product.n) + at.column / kWordBits;
 #pragma unroll
     for (int word = 0; word < Shape::kColumns / kWordBits; ++word) {
         uint32_t bytes = 0;
@@ -374,15 +377,18 @@ __device__ __forceinline__ void write_tile(const Product& product, const Corner&
         // The low halves of the four bytes are the word's first 16 bits, the high halves its last ones.
         uint32_t low = bytes & 0x0F0F0F0F, high = bytes >> 4 & 0x0F0F0F0F;
         low |= low >> 4, high |= high >> 4;
-        write_word(product, at.row + mine, at.column + word * kWordBits,
-                   __byte_perm(low, high, 0x6420) ^ margins.channels.flips[word]);
+        if (row_exists && word * kWordBits < width) {
+            out[word] = __byte_perm(low, high, 0x6420) ^ margins.channels.flips[word];
+        }
     }
 }
 
 template <class As, class Shape>
 __device__ __forceinline__ void consume(const Product& product, unsigned row_tiles, unsigned column_tiles,
                                         bool whole_vectors, int stages, Shared<As, Shape>& shared) {
-    const int which = static_cast<int>(threadIdx.x) / kWarpgroup - 1, other = 1 - which;
+    // The compiler cannot know that a warp's lanes agree on it, unless they take it from one lane. What depends on it then
+    // needs no registers of lanes: the loop has half as many instructions, none of which moves descriptors.
+    const int which = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0) - 1, other = 1 - which;
     const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
     const bool leads = thread % kWarp == 0;
     auto& margins = shared.margins[which];
@@ -397,7 +403,8 @@ __device__ __forceinline__ void consume(const Product& product, unsigned row_til
         load_margins<As, Shape>(product, at, thread, margins);
         sync_warpgroup(1 + which);
         Sums<Shape> sums;
-        multiply_tile<As, Shape>(stages, leads, shared.turn[which], shared.turn[other], turn_parity, turn, shared, sums);
+        multiply_tile<As, Shape>(stages, leads, shared.turn[which], shared.turn[other], turn_parity, turn, shared,
+                                 sums);
         turn_parity ^= 1;
         turn.skip(stages);  // the other's tile
         if constexpr (kBits<As>) {

@@ -105,7 +105,7 @@ cudaError_t gemm_skinny(const Product&, cudaStream_t);           // any compute 
 cudaError_t gemm_skinny_mma_sm80(const Product&, cudaStream_t);  // compute capability 8.0 to 9.0
 cudaError_t gemm_mma_sm80(const Product&, Tile, cudaStream_t);   // compute capability 8.0 to 9.0
 cudaError_t gemm_wgmma_sm90a(const Product&, WarpgroupTile, cudaStream_t);  // compute capability 9.0
-cudaError_t gemm_mma_sm75(const Product&, cudaStream_t);         // compute capability 7.5 to 8.9; no popcounts needed
-cudaError_t gemm_mma_int8_sm80(const Product&, cudaStream_t);    // compute capability 8.0 and later
+cudaError_t gemm_mma_sm75(const Product&, cudaStream_t);       // compute capability 7.5 to 8.9; no popcounts needed
+cudaError_t gemm_mma_int8_sm80(const Product&, cudaStream_t);  // compute capability 8.0 and later
 
 }  // namespace bitorch_qlinear::cuda

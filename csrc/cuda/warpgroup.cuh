@@ -73,8 +73,8 @@ __device__ __forceinline__ void prefetch(const CUtensorMap& map) {
 // Copies the box of lines that begins at a word and row of the map's matrix. Its bytes arrive at the barrier.
 __device__ __forceinline__ void copy_box(void* shared, const CUtensorMap& map, int word, int row, uint64_t& barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
-            "r"(shared_address(shared)),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+        "[%4];" ::"r"(shared_address(shared)),
         "l"(&map), "r"(word), "r"(row), "r"(shared_address(&barrier))
         : "memory");
 }
@@ -84,7 +84,8 @@ __device__ __forceinline__ void copy_box(void* shared, const CUtensorMap& map, i
 // Returns the descriptor of rows of 128 bytes, swizzled, of which the first begins on 1024 bytes: groups of 8 rows are
 // 1024 bytes apart. (PTX ISA, "Matrix Descriptor Format"; the leading dimension is not used, and CuTe writes a 1.)
 __device__ __forceinline__ uint64_t describe(const void* rows) {
-    constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kGroup = uint64_t{1024 / 16} << 32, kLeading = uint64_t{1} << 16;
+    constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kGroup = uint64_t{1024 / 16} << 32,
+                       kLeading = uint64_t{1} << 16;
     return kSwizzle128 | kGroup | kLeading | (shared_address(rows) & 0x3FFFF) >> 4;
 }
 

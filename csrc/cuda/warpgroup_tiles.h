@@ -42,7 +42,7 @@ static constexpr double warpgroup_clocks(WarpgroupTile tile, int64_t multiproces
 static constexpr WarpgroupTile best_warpgroup_tile(int64_t multiprocessors, int64_t m, int64_t n, int64_t k) {
     const double wide = warpgroup_clocks(WarpgroupTile::m128n192, multiprocessors, m, n, k);
     return wide < warpgroup_clocks(WarpgroupTile::m128n128, multiprocessors, m, n, k) ? WarpgroupTile::m128n192
-                                                                                    : WarpgroupTile::m128n128;
+                                                                                      : WarpgroupTile::m128n128;
 }
 
 // A tensor map's coordinates are 32-bit integers.
