@@ -117,7 +117,7 @@ __device__ __forceinline__ Corner corner(unsigned tile, unsigned row_tiles, unsi
 
 // A place in the ring of stages, on even and odd rounds, whose number is the parity of the phase that its barriers end.
 template <class Shape>
-struct Turn {
+struct Ring {
     int place = 0;  // one number, because the consumers have no register to spare
 
     __device__ __forceinline__ uint32_t parity() const { return place >= Shape::kStages; }
@@ -129,16 +129,16 @@ struct Turn {
 template <class As, class Shape>
 __device__ __forceinline__ void produce(const Maps& maps, unsigned row_tiles, unsigned column_tiles, int stages,
                                         Shared<As, Shape>& shared) {
-    Turn<Shape> turn;
+    Ring<Shape> ring;
     for (unsigned tile = blockIdx.x; tile < row_tiles * column_tiles; tile += gridDim.x) {
         const Corner at = corner<Shape>(tile, row_tiles, column_tiles);
         const int row = static_cast<int>(at.row), column = static_cast<int>(at.column / Shape::kHalves);
 #pragma unroll 1
-        for (int index = 0; index < stages; ++index, turn.next()) {
-            auto& stage = shared.stages[turn.stage()];
-            auto& full = shared.full[turn.stage()];
+        for (int index = 0; index < stages; ++index, ring.next()) {
+            auto& stage = shared.stages[ring.stage()];
+            auto& full = shared.full[ring.stage()];
             const int word = index * static_cast<int>(kLineWords);
-            wait(shared.empty[turn.stage()], turn.parity() ^ 1);
+            wait(shared.empty[ring.stage()], ring.parity() ^ 1);
             arrive_and_expect(full, Shape::kStageBytes);
             copy_box(stage.x, maps.x, word, row, full);
 #pragma unroll
@@ -177,15 +177,15 @@ __device__ __forceinline__ constexpr int sum_of(int group, int e) {
 // Multiplies a tile, in the consumer's turn.
 template <class As, class Shape>
 __device__ __forceinline__ void multiply_tile(int stages, bool leads, uint64_t& my_turn, uint64_t& next_turn,
-                                              uint32_t turn_parity, Turn<Shape>& turn, Shared<As, Shape>& shared,
+                                              uint32_t turn_parity, Ring<Shape>& ring, Shared<As, Shape>& shared,
                                               Sums<Shape>& sums) {
     int last = 0;
     wait(my_turn, turn_parity);
 #pragma unroll 1
     for (int index = 0; index < stages; ++index) {
-        const auto& stage = shared.stages[turn.stage()];
+        const auto& stage = shared.stages[ring.stage()];
         const uint64_t x = describe(stage.x), weight = describe(stage.weight);
-        wait(shared.full[turn.stage()], turn.parity());
+        wait(shared.full[ring.stage()], ring.parity());
         fence_products();
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
@@ -202,8 +202,8 @@ __device__ __forceinline__ void multiply_tile(int stages, bool leads, uint64_t& 
             wait_for_products<1>();
             if (leads) arrive(shared.empty[last]);
         }
-        last = turn.stage();
-        turn.next();
+        last = ring.stage();
+        ring.next();
     }
     wait_for_products<0>();
     if (leads) arrive(shared.empty[last]);
@@ -392,8 +392,8 @@ __device__ __forceinline__ void consume(const Product& product, unsigned row_til
     const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
     const bool leads = thread % kWarp == 0;
     auto& margins = shared.margins[which];
-    Turn<Shape> turn;
-    turn.skip(which * stages);
+    Ring<Shape> ring;
+    ring.skip(which * stages);
     uint32_t turn_parity = which == 0;  // nobody gives the first consumer its first turn
     const unsigned step = kConsumers * gridDim.x;
     for (unsigned tile = blockIdx.x + gridDim.x * which; tile < row_tiles * column_tiles; tile += step) {
@@ -403,10 +403,10 @@ __device__ __forceinline__ void consume(const Product& product, unsigned row_til
         load_margins<As, Shape>(product, at, thread, margins);
         sync_warpgroup(1 + which);
         Sums<Shape> sums;
-        multiply_tile<As, Shape>(stages, leads, shared.turn[which], shared.turn[other], turn_parity, turn, shared,
+        multiply_tile<As, Shape>(stages, leads, shared.turn[which], shared.turn[other], turn_parity, ring, shared,
                                  sums);
         turn_parity ^= 1;
-        turn.skip(stages);  // the other's tile
+        ring.skip(stages);  // the other's tile
         if constexpr (kBits<As>) {
             write_tile<Shape>(product, at, thread, whole_vectors, sums, margins);
         } else {
@@ -416,8 +416,8 @@ __device__ __forceinline__ void consume(const Product& product, unsigned row_til
 }
 
 template <class As, class Shape>
-__device__ __forceinline__ void multiply(const Product& product, const Maps& maps, unsigned row_tiles,
-                                         unsigned column_tiles, bool whole_vectors) {
+__device__ __forceinline__ void run(const Product& product, const Maps& maps, unsigned row_tiles, unsigned column_tiles,
+                                    bool whole_vectors) {
     extern __shared__ __align__(16) uint8_t memory[];
     const uint32_t past = shared_address(memory) % kAlignment;
     auto& shared = *reinterpret_cast<Shared<As, Shape>*>(memory + (past ? kAlignment - past : 0));
@@ -451,7 +451,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     multiply_tiles(const Product product, const __grid_constant__ Maps maps, unsigned row_tiles, unsigned column_tiles,
                    bool whole_vectors) {
 #ifdef BITORCH_QLINEAR_WGMMA_SM90A
-    multiply<As, Shape>(product, maps, row_tiles, column_tiles, whole_vectors);
+    run<As, Shape>(product, maps, row_tiles, column_tiles, whole_vectors);
 #else
     __trap();  // instead of leaving y unwritten
 #endif

@@ -9,13 +9,15 @@
 #include <variant>
 #endif
 
+#include "warpgroup_tiles.h"
+
 namespace bitorch_qlinear::cuda {
 
 // The most rows of x that a skinny kernel takes.
 constexpr int64_t kSkinnyRows = 16;
 
-enum class GemmKernel : int { popc, skinny, skinny_mma_sm80, mma_sm75, mma_sm80, mma_int8_sm80 };
-constexpr int kGemmKernels = 6;
+enum class GemmKernel : int { popc, skinny, skinny_mma_sm80, mma_sm75, mma_sm80, mma_int8_sm80, wgmma_sm90a };
+constexpr int kGemmKernels = 7;
 
 // A kernel and the devices and operands that it takes. A compute capability is one number here: 86 is 8.6, 120 is 12.0.
 struct KernelRecord {
@@ -29,6 +31,14 @@ struct KernelRecord {
 constexpr int kNewest = INT32_MAX;
 constexpr int64_t kAnyRows = INT64_MAX;
 
+// wgmma_sm90a has code for sm_90a alone, where the "a" means that no other device runs it, not even a later one. A build
+// whose chosen targets lack it (setup.py) has the kernel for no device.
+#ifdef BITORCH_QLINEAR_WITHOUT_SM90A
+constexpr int kHopper = 0;
+#else
+constexpr int kHopper = 90;
+#endif
+
 // mma_sm80 stops at 9.0: sm_90 still has the BMMA instruction, but for sm_100 and sm_120 nvcc emulates it by eight IMMA
 // on unpacked bytes. mma_int8_sm80 unpacks in a better way; on devices with BMMA it has an eighth of mma_sm80's rate
 // and exists for tests. mma_sm75 stops before 9.0, where xor is no longer a single instruction (mma.cuh).
@@ -39,6 +49,7 @@ constexpr KernelRecord kKernels[kGemmKernels] = {
     {GemmKernel::mma_sm75, "mma_sm75", 75, 89, true, false, kAnyRows},
     {GemmKernel::mma_sm80, "mma_sm80", 80, 90, true, true, kAnyRows},
     {GemmKernel::mma_int8_sm80, "mma_int8_sm80", 80, kNewest, true, true, kAnyRows},
+    {GemmKernel::wgmma_sm90a, "wgmma_sm90a", kHopper, kHopper, true, true, kMostWarpgroupRows},
 };
 
 static constexpr const KernelRecord& record(GemmKernel kernel) { return kKernels[static_cast<int>(kernel)]; }
