@@ -28,7 +28,7 @@ constexpr int64_t kWarpgroupClocksAColumn = 28;
 
 // Estimates the clocks of a product: rounds of tiles, and the last epilogue. In doubles, because no integer holds all of
 // them.
-static constexpr double warpgroup_clocks(WarpgroupTile tile, int64_t multiprocessors, int64_t m, int64_t n, int64_t k) {
+static inline double warpgroup_clocks(WarpgroupTile tile, int64_t multiprocessors, int64_t m, int64_t n, int64_t k) {
     const int64_t columns = kWarpgroupColumns[static_cast<int>(tile)];
     const int64_t tiles = ceil_div(m, kWarpgroupRows) * ceil_div(n, columns);
     const int64_t stage = (kWarpgroupRows + columns) * kWarpgroupStageBits / 8 / kWarpgroupL2Bytes;
@@ -39,7 +39,7 @@ static constexpr double warpgroup_clocks(WarpgroupTile tile, int64_t multiproces
 
 // Returns the tile of least estimated time. It is 128 x 128 for 2048^3, 4096^3 and 512 x 4096 -> 4096, and 128 x 192 for
 // 8192^3 and 2048 x 8192 -> 8192, as measured.
-static constexpr WarpgroupTile best_warpgroup_tile(int64_t multiprocessors, int64_t m, int64_t n, int64_t k) {
+static inline WarpgroupTile best_warpgroup_tile(int64_t multiprocessors, int64_t m, int64_t n, int64_t k) {
     const double wide = warpgroup_clocks(WarpgroupTile::m128n192, multiprocessors, m, n, k);
     return wide < warpgroup_clocks(WarpgroupTile::m128n128, multiprocessors, m, n, k) ? WarpgroupTile::m128n192
                                                                                       : WarpgroupTile::m128n128;
@@ -59,7 +59,7 @@ constexpr int64_t kLongRow = 8 * kWarpgroupStageBits;
 // Returns whether wgmma_sm90a is faster than mma_sm80. A tensor core of a warpgroup makes a tile of 128 x 128 while
 // mma_sm80 makes one of 64 x 64: as long as the multiprocessors hold all of these at once, four for a tile, both take one
 // round. From 256 rows on the others are: 512 x 4096 -> 4096 takes 5.9 us instead of 11.6, and 4096^3 20 instead of 49.
-static constexpr bool warpgroups_win(int64_t multiprocessors, int64_t m, int64_t n, int64_t k) {
+static inline bool warpgroups_win(int64_t multiprocessors, int64_t m, int64_t n, int64_t k) {
     if (m < kFewestWarpgroupRows || m > kMostWarpgroupRows || n > kMostWarpgroupRows) return false;
     const int64_t tiles = ceil_div(m, kWarpgroupRows) * ceil_div(n, kWarpgroupColumns[1]);
     return k >= kLongRow || (k > 0 && 4 * tiles > multiprocessors);
