@@ -551,7 +551,7 @@ def test_special_registers():
             "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%fd1,%fd2},{%fd3},{%fd4},{%fd1,%fd2};",
             "shape is not known",
         ),
-        ("wgmma.fence.sync.aligned;", "the instruction is not known"),
+        ("tcgen05.fence.sync.aligned;", "the instruction is not known"),
         ("setp.lt.b128 %p1, %r1, %r2;", "not known for this type"),
     ],
 )
