@@ -188,7 +188,7 @@ inline void decode_st(Decoder& d) {
 inline void nothing(Machine&, Warp&, const Instr&, u32) {}
 inline void decode_prefetch(Decoder& d) {  // a hint without a value, whose address need not be valid
     take_space(d);
-    d.take_one({"L1", "L2", "L2::evict_last", "L2::evict_normal"});
+    d.take_one({"L1", "L2", "L2::evict_last", "L2::evict_normal", "tensormap"});
     d.i.run = nothing;
 }
 inline void policy(Machine& m, Warp& w, const Instr& i, u32 mask) {
