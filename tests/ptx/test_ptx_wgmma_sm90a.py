@@ -9,7 +9,7 @@ import torch
 from support.reference import FLOATS
 
 from tools.ptx.machine import In, Module, PtxFault, Report, Struct, TensorMap
-from tools.ptx.mutate import assert_caught, remove, remove_barriers
+from tools.ptx.mutate import Mutant, assert_caught, remove, remove_barriers
 
 from .product import (
     BIT_EDITS,
@@ -121,3 +121,120 @@ def test_shapes(tile):
     for seed, (m, n, k) in seeded(shapes(tile)) if FULL else enumerate(shapes(tile)):
         out = (torch.bfloat16, torch.int32)[seed % 2]
         check_wgmma(built, m, n, k, out, tile, seed, blocks=1 + seed % 3)
+
+
+@pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
+def test_outputs(out):
+    """Rows of y are whole vectors or not, with all kinds of scale and bias."""
+    built = module(NAME, "sm_90a")
+    for index, n in enumerate((80, 67)):
+        for more in channels_of(out, n) if FULL else channels_of(out, n)[index::2]:
+            check_wgmma(built, 20, n, 333, out, (NARROW, WIDE)[index], **more)
+
+
+@pytest.mark.parametrize("tile", STAGES, ids=lambda tile: "m{}n{}".format(*tile))
+def test_bits(tile):
+    rows, columns = tile
+    few = [(rows, columns, 1), (rows + 1, columns + 6, 40), (3, columns + 65, 33), (70, 31, 1100), (2 * rows, 97, 2048)]
+    for seed, shape in enumerate(bit_shapes(*tile) if FULL else few):
+        if shape[2]:  # the launcher leaves a product of no values to another kernel
+            check_wgmma(module(NAME, "sm_90a"), *shape, torch.bool, tile, seed, flipped=seed % 4 > 0)
+
+
+@pytest.mark.parametrize("out", [*FLOATS, torch.int32], ids=lambda dtype: str(dtype)[6:])
+def test_whole_sectors(out):
+    """A warp reads or writes all of each 32 bytes of global memory that an instruction touches."""
+    report = check_wgmma(module(NAME, "sm_90a"), 128, 128, 1024, out)
+    assert report.sectors == report.sectors_needed, report.excess_sectors_by_source()
+
+
+def test_what_lies_behind_a_row_is_ignored():
+    """Words between a row's aligned words and the next row may hold anything."""
+    m, n, k = 66, 71, 700
+    for out in (torch.int32, torch.bfloat16):
+        call = product_call(m, n, k, out, aligned=True)
+        values = list(call.fields.values)
+        for operand in (0, 3):
+            words = values[operand].array
+            values[operand] = In(np.concatenate([words, np.full((len(words), 8), -1, np.int32)], 1))
+            values[operand + 1] += 8
+        call.fields = type(call.fields)(call.fields.format, *values)
+        launch(module(NAME, "sm_90a"), call, NARROW)
+        call.check()
+
+
+def test_it_traps_on_weights_prepared_for_another_product():
+    right, m, n, k = prepared_header(70, 700), 3, 70, 700
+    wrong = [prepared_header(n, k + 1), prepared_header(n - 1, k)]
+    for byte in (0, 7, 8):  # bytes of the magic number, and one of the layout
+        wrong.append(right.copy())
+        wrong[-1][byte] ^= 1
+    for header in wrong:
+        with pytest.raises(PtxFault, match="trap"):
+            launch(module(NAME, "sm_90a"), product_call(m, n, k, aligned=True, header=header), NARROW)
+    launch(module(NAME, "sm_90a"), product_call(m, n, k, aligned=True), NARROW)
+
+
+# ---- Mutants ---------------------------------------------------------------------------------------------------------
+@functools.cache
+def small_source(dtype: str) -> str:
+    """Return the kernel for the narrow tile and one type of outputs alone."""
+    text, tiles = re.subn(r".*case WarpgroupTile::(?!m128n128)\w+: return launch.*\n", "", source_of_type(NAME, dtype))
+    assert tiles == 1
+    return text
+
+
+def run_small(module: Module, seed: int, out: torch.dtype = torch.bfloat16) -> None:
+    rows, columns = NARROW
+    check = functools.partial(check_wgmma, module, out=out, seed=seed)
+    bias = torch.randn(2 * columns, generator=torch.Generator().manual_seed(seed))
+    channels = {} if out is torch.bool else {"bias": bias[: columns + 5], "scale": bias[columns - 5 :]}
+    # The ring goes round twice in a tile, so that parities alone do not tell the consumers' stages from each other.
+    check(2 * rows + 5, 9, 2 * STAGES[NARROW] * STAGE - 5, blocks=1)
+    check(rows + 70, columns + 5, 2 * STAGE + 300, blocks=1, **channels)
+    check(17 * rows + 1, columns + 2, 1, blocks=3)
+
+
+def replaced(text: str, pattern: str, new: str, count: int | None = None) -> list[str]:
+    """Return the text with one match after the other replaced; `count` is the number of matches that must be found."""
+    found = list(re.finditer(pattern, text))
+    assert len(found) == count or count is None and found, (pattern, len(found))
+    return [text[: match.start()] + match.expand(new) + text[match.end() :] for match in found]
+
+
+@functools.cache
+def ptx() -> str:
+    return compiled(small_source("bfloat16"), "sm_90a")
+
+
+def mutants_of_ptx() -> list[Mutant]:
+    """Return mutants of the pipeline: barriers, fences, waits and registers."""
+    text = ptx()
+    name = kernel(Module.from_ptx(text), "multiply_tiles")
+    found = [
+        *remove_barriers(text, name),
+        *remove("barrier without its arrivals", text, name, r"mbarrier\.arrive\.shared.*"),
+        *remove("no fence", text, name, r"wgmma\.fence.*"),
+        *remove("no group", text, name, r"wgmma\.commit_group.*"),
+        *remove("no wait", text, name, r"wgmma\.wait_group.*"),
+        *remove("a box is missing", text, name, r"cp\.async\.bulk\.tensor.*"),
+        *remove("the first barriers are not initialised", text, name, r"mbarrier\.init.*")[:2],
+        *remove("registers are not claimed or released", text, name, r"setmaxnreg.*"),
+    ]
+    edits = [
+        ("a wait is left out", r"@!ended bra AGAIN;", "", 4),
+        ("a wait lets one more group be in flight", r"(wgmma\.wait_group\.sync\.aligned) 1", r"\1 2", 1),
+        ("the last wait lets a group be in flight", r"(wgmma\.wait_group\.sync\.aligned) 0", r"\1 1", 1),
+        ("consumers claim more than there is", r"(setmaxnreg\.inc\.sync\.aligned\.u32) 240", r"\1 248", 1),
+        ("the producer releases too few", r"(setmaxnreg\.dec\.sync\.aligned\.u32) 24", r"\1 40", 1),
+    ]
+    for what, pattern, new, count in edits:
+        changed = replaced(text, pattern, new, count)
+        found += [Mutant(f"{what} ({index})", mutant) for index, mutant in enumerate(changed)]
+    return found
+
+
+def test_mutants_of_the_pipeline_are_caught():
+    mutants = mutants_of_ptx()
+    assert len(mutants) == 3 + 3 + 1 + 1 + 2 + 3 + 2 + 2 + 4 + 1 + 1 + 1 + 1
+    assert_caught(ptx(), mutants, run_small, seeds=range(2))
