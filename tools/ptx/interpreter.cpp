@@ -195,7 +195,8 @@ inline void execute(Machine& m, Warp& w, const Instr& i, u32 mask) {
     ++count.warps;
     count.threads += static_cast<u64>(std::popcount(mask));
     if (!mask) return;
-    if (m.program->warpgroups && i.run != wgmma) name_registers(w, i);
+    if (m.warpgroups && i.run != wgmma) [[unlikely]]
+        name_registers(w, i);
     if (i.copies) {
         i.run(m, w, i, mask);
         return;
@@ -326,7 +327,7 @@ void start_cluster(Machine& m) {
     for (Warp& w : m.warps) known.push_back(w.clock++);
     known.push_back(0);  // the grid before has not been waited for
     known.insert(known.end(), m.agents.begin(), m.agents.end());
-    if (m.program->asynchronous) {
+    if (m.asynchronous) {
         m.mbarriers.clear();
         m.bulk.clear();
         m.agents_used = 0;
@@ -348,11 +349,11 @@ void start_cluster(Machine& m) {
         w.committed.fill(0);
         w.cluster_arrivals.fill(0);
         w.cluster_waits.fill(0);
-        if (m.program->asynchronous) {
+        if (m.asynchronous) {
             w.bulk_committed.fill(0);
             w.per_thread = m.registers_at_entry;
         }
-        if (m.program->warpgroups) {
+        if (m.warpgroups) {
             w.products.clear();
             w.products_committed = w.products_issued = 0;
             w.touched.assign(m.program->bits.size(), 1);
@@ -420,7 +421,7 @@ void run_cluster(Machine& m, Warp*& current) {
     const u32 longest = kBursts[m.random.below(3)];
     // In some runs copies land soon, in others as late as they may.
     static constexpr u32 kPatience[] = {2, 20, 1000000};
-    const u32 patience = m.program->asynchronous ? kPatience[m.random.below(3)] : 0;
+    const u32 patience = m.asynchronous ? kPatience[m.random.below(3)] : 0;
     std::vector<Warp*> ready;
     for (;;) {
         ready.clear();
@@ -484,6 +485,7 @@ std::vector<u8> states(const Region* regions, u64 count, u32 start, u8 state) {
 bool launch(const Program& program, const Launch& a, FaultOut& out) {
     Machine m;
     m.program = &program;
+    m.asynchronous = program.asynchronous, m.warpgroups = program.warpgroups;
     std::copy_n(a.grid, 3, m.grid);
     std::copy_n(a.block, 3, m.block_size);
     m.random.state = a.seed * 0x2545f4914f6cdd1dull + 1;

@@ -46,7 +46,7 @@ inline void exit_lanes(Machine& m, Warp& w, const Instr&, u32 mask) {
     w.at_members = 0;  // lanes that waited for these look again
     complete_barriers(m, w);
     if (m.cluster_blocks > 1) complete_cluster_barrier(m);
-    if (!(w.lanes & ~w.exited) && (m.program->asynchronous || m.cluster_blocks > 1)) leave(m, w);
+    if (!(w.lanes & ~w.exited) && (m.asynchronous || m.cluster_blocks > 1)) leave(m, w);
 }
 inline void decode_exit(Decoder& d) {
     d.take("uni");

@@ -308,6 +308,7 @@ struct Proxied {
 
 struct Machine {
     const Program* program = nullptr;
+    bool asynchronous = false, warpgroups = false;  // as in the program
     u32 grid[3], block_size[3];
     u32 cluster[3] = {1, 1, 1}, cluster_blocks = 1;
     s32 block = 0;  // linear index of the cluster that runs; a block is a cluster of one, unless the launch says more

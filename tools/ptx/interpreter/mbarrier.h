@@ -93,6 +93,7 @@ inline void mbarrier_init(Machine& m, Warp& w, const Instr& i, u32 mask) {
         const u32 agent = static_cast<u32>(m.grid_agent()) + 1 + m.agents_used++;
         if (agent >> kWarpBits) throw std::runtime_error("a cluster has too many mbarriers and warps");
         m.agents.resize(std::max<size_t>(m.agents.size(), m.agents_used));
+        for (Warp& other : m.warps) other.order.known.resize(std::max<size_t>(other.order.known.size(), agent + 1));
         Mbarrier b{};
         b.at = at, b.agent = agent, b.pc = w.now;
         b.expected = b.pending = count;

@@ -6,6 +6,9 @@
 
 #include "machine.h"
 
+// Checks of rare cases are kept out of the path of ordinary accesses.
+#define PTX_OUT_OF_LINE __attribute__((noinline))
+
 namespace ptx {
 
 // A shared address is an offset from kSharedStart (nothing lies at 0, as on sm_90). The generic windows and the buffers
@@ -53,7 +56,7 @@ inline bool ordered(const Machine& m, const Warp& w, int lane, s32 block, int wa
         return other != w.order.blocks.end() && static_cast<size_t>(warp) < other->second.size() &&
                clock <= other->second[warp];
     }
-    if (warp != w.id) return static_cast<size_t>(warp) < w.order.known.size() && clock <= w.order.known[warp];
+    if (warp != w.id) return clock <= w.order.known[warp];
     if (clock <= w.order.all_lanes) return true;
     // For lane -1 all lanes make the access, and each must know.
     for (int i = lane < 0 ? 0 : lane; i < (lane < 0 ? kLanes : lane + 1); ++i) {
@@ -212,7 +215,7 @@ inline const char* name_of(Space space) {
 }
 
 // Checks an access to another block's shared memory: the block must have started, and must not exit before.
-inline void visit(Machine& m, Warp& w, int lane, u32 rank) {
+PTX_OUT_OF_LINE inline void visit(Machine& m, Warp& w, int lane, u32 rank) {
     Block& block = m.blocks[rank];
     const std::string name = block_text({block.ctaid[0], block.ctaid[1], block.ctaid[2]});
     if (block.exited) fault(lane, "cluster", "the shared memory of " + name + " is accessed, which has exited");
@@ -227,22 +230,24 @@ inline void visit(Machine& m, Warp& w, int lane, u32 rank) {
 }
 
 // Returns the place in Machine::shared of `bytes` bytes at a shared address; `space` is kShared or kCluster.
-inline u64 shared_range(Machine& m, Warp& w, int lane, Space space, u64 address, u64 bytes, bool visits = true) {
+inline u64 shared_range(Machine& m, Warp& w, int lane, Space space, u64 address, u64 bytes) {
     u64 rank = static_cast<u64>(w.block), at = address;
-    if (at >> kRankShift) {
+    if (at >> kRankShift) [[unlikely]] {
         const u64 other = (at >> kRankShift) - 1;
         at &= (1u << kRankShift) - 1;
         if (other >= m.cluster_blocks || address >> 32 || (space == Space::kShared && other != rank))
             out_of_bounds(m, lane, space, address, static_cast<u32>(bytes));
-        if (other != rank && visits) visit(m, w, lane, static_cast<u32>(other));
+        if (other != rank) visit(m, w, lane, static_cast<u32>(other));
         rank = other;
     }
     const u64 offset = at - kSharedStart;
     if (offset >= m.shared_stride || offset + bytes > m.shared_stride)
         out_of_bounds(m, lane, space, address, static_cast<u32>(bytes));
     const u64 base = rank * m.shared_stride + offset;
-    for (u64 i = 0; i < bytes; ++i)
-        if (!(m.shared_state[base + i] & kAllocated)) out_of_bounds(m, lane, space, address, static_cast<u32>(bytes));
+    const u8* state = m.shared_state.data() + base;
+    u8 allocated = kAllocated;
+    for (u64 i = 0; i < bytes; ++i) allocated &= state[i];
+    if (!allocated) out_of_bounds(m, lane, space, address, static_cast<u32>(bytes));
     return base;
 }
 
@@ -309,8 +314,8 @@ inline std::string where_text(const Machine& m, const Place& p, u64 at) {
 
 // ---- The asynchronous proxy: PTX ISA, sections "Proxies" and "Async proxy" -----------------------------------------
 // Memory that the kernel before writes may be touched once griddepcontrol.wait is ordered before.
-inline void check_dependent(const Machine& m, const Warp& w, int lane, const Buffer& b, u64 offset, bool write,
-                            bool read_only) {
+PTX_OUT_OF_LINE inline void check_dependent(const Machine& m, const Warp& w, int lane, const Buffer& b, u64 offset,
+                                            bool write, bool read_only) {
     const std::string where = "byte " + std::to_string(offset) + " of '" + b.name + "'";
     if (w.order.known[m.grid_agent()] == 0)
         fault(lane, "dependent launch",
@@ -321,7 +326,8 @@ inline void check_dependent(const Machine& m, const Warp& w, int lane, const Buf
               where + " is read by ld.global.nc, though the kernel before may write it while this one runs");
 }
 // An access to global memory must leave the destinations of bulk stores alone, and a write their sources too.
-inline void check_stores(const Machine& m, int lane, const Buffer& b, u64 offset, u64 bytes, bool write) {
+PTX_OUT_OF_LINE inline void check_stores(const Machine& m, int lane, const Buffer& b, u64 offset, u64 bytes,
+                                         bool write) {
     for (const BulkCopy& copy : m.bulk) {
         if (copy.kind != BulkCopy::kStore && !write) continue;
         for (const Piece& piece : copy.pieces) {
@@ -353,7 +359,7 @@ inline void check_stores(const Machine& m, int lane, const Buffer& b, u64 offset
                               thread_text(m, m.block, w.thread(0)) + " and its warp may still read it");
     throw std::logic_error("an asynchronous reader is missing");
 }
-inline void check_asynchronous(const Machine& m, int lane, u64 at, u64 bytes, bool write) {
+PTX_OUT_OF_LINE inline void check_asynchronous(const Machine& m, int lane, u64 at, u64 bytes, bool write) {
     for (u64 k = at; k < at + bytes; ++k)
         if (m.shared_state[k] & kBarrier)
             fault(lane, "mbarrier", shared_text(m, k) + " belongs to an mbarrier, and is accessed as ordinary memory");
@@ -362,7 +368,7 @@ inline void check_asynchronous(const Machine& m, int lane, u64 at, u64 bytes, bo
         if (m.readers[chunk]) read_in_flight(m, lane, static_cast<u32>(chunk));
 }
 // Reports the bulk copy that writes to these bytes, if there is one.
-inline void pending_copy(const Machine& m, int lane, u64 at, u64 bytes, bool write) {
+PTX_OUT_OF_LINE inline void pending_copy(const Machine& m, int lane, u64 at, u64 bytes, bool write) {
     for (const BulkCopy& copy : m.bulk) {
         if (copy.kind == BulkCopy::kStore || copy.kind == BulkCopy::kArrive) continue;
         if (at < u64{copy.at} + copy.bytes && copy.at < at + bytes)
@@ -427,7 +433,8 @@ inline Place access(Machine& m, Warp& w, int lane, Space space, u64 address, u32
     if (p.buffer) {
         Buffer& b = *p.buffer;
         if (m.has_dependent && b.dependent) check_dependent(m, w, lane, b, p.offset, how.write, how.nc);
-        if (m.program->asynchronous) check_stores(m, lane, b, p.offset, bytes, how.write);
+        if (m.asynchronous) [[unlikely]]
+            check_stores(m, lane, b, p.offset, bytes, how.write);
         if (how.write && !b.writable)
             fault(lane, "read-only", where_text(m, p, p.offset) + " is written, which is an input");
         if (how.read && b.initialised) {
@@ -464,7 +471,7 @@ inline Place access(Machine& m, Warp& w, int lane, Space space, u64 address, u32
         return p;
     }
     if (how.write && p.space == Space::kParam) fault(lane, "read-only", "a kernel parameter is written");
-    if (m.program->asynchronous && p.space == Space::kShared) check_asynchronous(m, lane, p.offset, bytes, how.write);
+    if (m.asynchronous && p.space == Space::kShared) check_asynchronous(m, lane, p.offset, bytes, how.write);
     u8 together = 0xff, any = 0;
     for (u32 i = 0; i < bytes; ++i) {
         together &= p.state[i];

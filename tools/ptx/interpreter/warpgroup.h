@@ -22,7 +22,7 @@ inline void name_register(Warp& w, s32 row) {
     w.touched[static_cast<size_t>(row)] = 1;
 }
 // Every instruction but wgmma itself passes here, in a kernel that has wgmma.
-inline void name_registers(Warp& w, const Instr& i) {
+PTX_OUT_OF_LINE inline void name_registers(Warp& w, const Instr& i) {
     for (const s32 row : i.s) name_register(w, row);
     for (const s32 row : i.d) name_register(w, row);
     name_register(w, i.guard);
