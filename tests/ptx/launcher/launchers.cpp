@@ -16,7 +16,7 @@ int with(const void* job, uint64_t bytes, Function function) {
 
 }  // namespace
 
-// All have one signature, with a `tile` that only gemm_mma_sm80 uses.
+// All have one signature, with a `tile` that only gemm_mma_sm80 and gemm_wgmma_sm90a use.
 #define LAUNCHER(name, Job, ...)                                                                \
     EXPORT int launch_##name(const void* bytes, uint64_t size, int tile, cudaStream_t stream) { \
         static_cast<void>(tile);                                                                \
@@ -32,3 +32,4 @@ LAUNCHER(gemm_skinny_mma_sm80, Product, job, stream)
 LAUNCHER(gemm_mma_sm75, Product, job, stream)
 LAUNCHER(gemm_mma_sm80, Product, job, static_cast<Tile>(tile), stream)
 LAUNCHER(gemm_mma_int8_sm80, Product, job, stream)
+LAUNCHER(gemm_wgmma_sm90a, Product, job, static_cast<WarpgroupTile>(tile), stream)
