@@ -42,9 +42,6 @@ namespace bitorch_qlinear::cuda {
 namespace {
 
 constexpr int kConsumers = 2, kBlockThreads = kWarpgroup * (1 + kConsumers);
-constexpr int kWarps = kWarpgroup / kWarp;
-constexpr int kSteps = kWarpgroupStageBits / kInstructionBits;  // along k in a stage
-constexpr unsigned kTall = 16;                                  // tile rows of a band
 static_assert(kWarpgroupStageBits == kLineBits, "a stage is one line of each row");
 
 // At its start each of 384 threads gets 168 of the 65,536 registers. The producer needs few, the consumers many.
@@ -55,9 +52,8 @@ static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 3 * 168, "
 template <int Columns, int Stages, int Halves>
 struct Shape {
     static constexpr int kRows = kWarpgroupRows, kColumns = Columns, kStages = Stages, kHalves = Halves;
-    static constexpr int kStrips = kRows / kInstructionRows;  // instructions below each other
-    static constexpr int kOutputs = 2 * kHalves;              // neighbouring outputs of a lane
-    static constexpr int kGroup = 4 * kOutputs;               // columns of four lanes
+    static constexpr int kOutputs = 2 * kHalves;  // neighbouring outputs of a lane
+    static constexpr int kGroup = 4 * kOutputs;   // columns of four lanes
     static constexpr int kStageBytes = (kRows + kColumns) * static_cast<int>(kLineBytes);
     static_assert(kRows <= kMostBoxRows && kColumns / kHalves <= kMostBoxRows, "a box is one copy");
     static_assert(kColumns / kHalves % kGroup == 0, "whole groups, and halves that begin on 1024 bytes");
@@ -101,6 +97,11 @@ struct Maps {
 };
 
 #ifdef BITORCH_QLINEAR_WGMMA_SM90A
+
+constexpr int kWarps = kWarpgroup / kWarp;
+constexpr int kSteps = kWarpgroupStageBits / kInstructionBits;  // along k in a stage
+constexpr int kStrips = kWarpgroupRows / kInstructionRows;      // instructions below each other in a tile
+constexpr unsigned kTall = 16;                                  // tile rows of a band
 
 // The first row and column of a tile. Blocks that run at the same time take bands of 16 tile rows, down each column: the
 // nearer they are to a square, the fewer rows of x and weight they bring into L2.
@@ -165,7 +166,7 @@ __device__ __forceinline__ void load_margins(const Product& product, const Corne
 }
 
 template <class Shape>
-using Sums = int32_t[Shape::kStrips][Shape::kColumns / 2];
+using Sums = int32_t[kStrips][Shape::kColumns / 2];
 
 // Returns which of a lane's sums of a strip is output e of its four in a group of columns, in the lane's first row; the
 // sum two further on is that of its second row, 8 rows below.
@@ -190,7 +191,7 @@ __device__ __forceinline__ void multiply_tile(int stages, bool leads, uint64_t& 
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
-            for (int strip = 0; strip < Shape::kStrips; ++strip) {
+            for (int strip = 0; strip < kStrips; ++strip) {
                 const int bytes = step * kInstructionBits / 8;
                 multiply_bits(sums[strip], advance(x, strip * kInstructionRows * kLineBytes + bytes),
                               advance(weight, bytes), index != 0 || step != 0);
@@ -208,7 +209,7 @@ __device__ __forceinline__ void multiply_tile(int stages, bool leads, uint64_t& 
     wait_for_products<0>();
     if (leads) arrive(shared.empty[last]);
 #pragma unroll
-    for (int strip = 0; strip < Shape::kStrips; ++strip) hold(sums[strip]);
+    for (int strip = 0; strip < kStrips; ++strip) hold(sums[strip]);
 }
 
 // Narrows two neighbouring outputs, by one instruction if there is one.
@@ -262,9 +263,9 @@ __device__ __forceinline__ void write_numbers(const Product& product, const Corn
     const int left = existing(product.n - at.column, Shape::kColumns) - kOutputs * q,
               height = existing(product.m - at.row, Shape::kRows) - top;
     Out* const out = static_cast<Out*>(product.y.data) + (at.row + top) * product.n + at.column + kOutputs * q;
-    int32_t ones[Shape::kStrips][2];
+    int32_t ones[kStrips][2];
 #pragma unroll
-    for (int strip = 0; strip < Shape::kStrips; ++strip) {
+    for (int strip = 0; strip < kStrips; ++strip) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             ones[strip][half] = margins.rows[top + strip * kInstructionRows + 8 * half];
@@ -276,7 +277,7 @@ __device__ __forceinline__ void write_numbers(const Product& product, const Corn
         // Calls change(sum, set bits of the row, e) for each of the lane's outputs in the group.
         const auto each = [&](auto change) {
 #pragma unroll
-            for (int strip = 0; strip < Shape::kStrips; ++strip) {
+            for (int strip = 0; strip < kStrips; ++strip) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -308,7 +309,7 @@ __device__ __forceinline__ void write_numbers(const Product& product, const Corn
             }
         }
 #pragma unroll
-        for (int strip = 0; strip < Shape::kStrips; ++strip) {
+        for (int strip = 0; strip < kStrips; ++strip) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = strip * kInstructionRows + 8 * half;
@@ -352,7 +353,7 @@ template <class Shape>
 __device__ __forceinline__ void write_tile(const Product& product, const Corner& at, int thread, bool,
                                            Sums<Shape>& sums, const Margins<AsBits, Shape>& margins) {
     constexpr int kOutputs = Shape::kOutputs, kGroup = Shape::kGroup;
-    static_assert(2 * kGroup == kWordBits && 2 * Shape::kStrips == 4, "a byte of each of a lane's four rows");
+    static_assert(2 * kGroup == kWordBits && 2 * kStrips == 4, "a byte of each of a lane's four rows");
     const int q = thread % 4, top = thread / kWarp * 16 + thread % kWarp / 4;
     const int64_t mine = at.row + top + q / 2 * kInstructionRows + q % 2 * 8;  // the row whose words the lane stores
     const bool row_exists = mine < product.m;
