@@ -44,12 +44,12 @@ def apply_to_no_tensor(layer: Any, x: Any) -> Any:
     return trace_as_leaf(layer, x) if is_proxy(x) else torch.nn.functional.linear(x, layer.weight, layer.bias)
 
 
-def raise_of_dtype(x: Tensor, error: RuntimeError) -> None:
+def raise_of_dtype(x: Tensor, error: RuntimeError | None = None) -> None:
     """Raise an error with a remedy if x has a dtype that the operators refuse; otherwise return.
 
     Args:
         x: The layer's input.
-        error: The operator's error, which becomes the cause.
+        error: The operator's error if it was called, which becomes the cause.
 
     Raises:
         RuntimeError: x does not hold float values of at least 16 bits.

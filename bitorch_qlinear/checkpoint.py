@@ -12,8 +12,9 @@ The entries of a packed layer are
 
 All of them are tensors, so that torch.save, safetensors and distributed checkpoints can hold them. Checkpoints from
 before the format had a version lack the last three entries; they load as well. A checkpoint with a scale, or of
-a layer that rounds its input to levels, has format 2, because a reader of format 1 knows neither; all others have
-format 1.
+a layer that rounds its input to levels, has format 2, because a reader of format 1 knows neither; one of ternary
+weights has format 3; all others have format 1. The words of ternary weights have 2n rows: first those of the signs
+"+1 unless w < 0", and then those of the signs "+1 if w > 0", and a weight is the mean of its two signs.
 
 A state dict of float weights has no entry for a scale that is computed from them. The kind of the scale is recorded
 beside the entries, in the metadata where torch keeps the versions of modules. ``torch.save`` writes the metadata, and
@@ -37,6 +38,7 @@ __all__ = [
     "REAL_INPUT",
     "SIGN_INPUTS",
     "STRICT_INPUT",
+    "TERNARY_WEIGHT",
     "WEIGHT_RULES",
     "format_of",
     "problem_of_lost_scale",
@@ -45,10 +47,11 @@ __all__ = [
     "problem_of_words_in_float",
     "record_scale",
     "recorded_scale",
+    "word_rows",
     "words_for",
 ]
 
-FORMAT = 2
+FORMAT = 3
 """The newest format that this version of the package reads; it also reads all older ones."""
 INPUT_RULES = (
     "+1 unless x < 0, else -1",
@@ -61,15 +64,27 @@ STRICT_INPUT, REAL_INPUT = 1, 2
 SIGN_INPUTS = (0, STRICT_INPUT)
 LEVEL_INPUTS = {1: 3, 2: 4}
 """The indices of the rules that round x to levels, by the bits of a level."""
-WEIGHT_RULES = ("+1 unless w < 0, else -1", "+1 if w > 0, else -1", "the signs of quantized weights")
-QUANTIZED_WEIGHT = 2
+WEIGHT_RULES = (
+    "+1 unless w < 0, else -1",
+    "+1 if w > 0, else -1",
+    "the signs of quantized weights",
+    "ternary: -1, 0 or +1",
+)
+QUANTIZED_WEIGHT, TERNARY_WEIGHT = 2, 3
 NUMBERS = ("k", "format", "input_rule", "weight_rule")
 """The entries that hold a single number."""
 
 
-def format_of(scaled: bool, input_rule: int) -> int:
-    """Return the format in which a layer with or without a scale, and with this rule of its input, is saved."""
+def format_of(scaled: bool, input_rule: int, weight_rule: int) -> int:
+    """Return the format in which a layer with or without a scale, and with these rules, is saved."""
+    if weight_rule == TERNARY_WEIGHT:
+        return 3
     return 2 if scaled or input_rule in LEVEL_INPUTS.values() else 1
+
+
+def word_rows(n: int, weight_rule: int) -> int:
+    """Return the number of rows of words that the weights of n outputs take."""
+    return 2 * n if weight_rule == TERNARY_WEIGHT else n
 
 
 def words_for(k: int) -> int:
@@ -176,15 +191,24 @@ def problem_of_packed(
         scaled: Whether the layer has a scale.
         computes_scale: Whether the layer computes its scale from float weights instead of loading it.
     """
-    expected = {"k": k, "format": format_of(scaled, input_rule), "input_rule": input_rule, "weight_rule": weight_rule}
+    expected = {
+        "k": k,
+        "format": format_of(scaled, input_rule, weight_rule),
+        "input_rule": input_rule,
+        "weight_rule": weight_rule,
+    }
     numbers = {name: state_dict[f"{prefix}{name}"] for name in NUMBERS if f"{prefix}{name}" in state_dict}
     problems = [_problem_of_number(f"{prefix}{name}", number, expected[name]) for name, number in numbers.items()]
     for name in ("weight", "bias", "scale"):
-        tensor = state_dict.get(f"{prefix}{name}")
-        if isinstance(tensor, Tensor):
-            of = _problem_of_words if name == "weight" else _problem_of_vector
-            problems.insert(0, of(f"{prefix}{name}", tensor, n, k))
+        key = f"{prefix}{name}"
+        tensor = state_dict.get(key)
+        if isinstance(tensor, Tensor) and name == "weight":
+            problems.insert(0, _problem_of_words(key, tensor, n, k, weight_rule))
+        elif isinstance(tensor, Tensor):
+            problems.insert(0, _problem_of_vector(key, tensor, n))
     problems.insert(0, _problem_of_presence(prefix, state_dict, scaled, computes_scale))
+    # A newer format explains all other differences.
+    problems.insert(0, _problem_of_newer_format(f"{prefix}format", numbers.get("format")))
     return next(filter(None, problems), None)
 
 
@@ -194,7 +218,7 @@ def _problem_of_layout(key: str, tensor: Tensor) -> str | None:
     return None
 
 
-def _problem_of_words(key: str, words: Tensor, n: int, k: int) -> str | None:
+def _problem_of_words(key: str, words: Tensor, n: int, k: int, weight_rule: int) -> str | None:
     if problem := _problem_of_layout(key, words):
         return problem
     if words.is_floating_point():
@@ -203,8 +227,11 @@ def _problem_of_words(key: str, words: Tensor, n: int, k: int) -> str | None:
         return None
     if words.dtype not in (torch.int32, torch.uint32):
         return f"{key}: expected packed words of dtype int32 or uint32, or float weights, got {words.dtype}"
-    if words.shape != (n, words_for(k)):
-        return f"{key}: expected words of shape {(n, words_for(k))}, got {tuple(words.shape)}"
+    shape = word_rows(n, weight_rule), words_for(k)
+    if words.shape != shape:
+        twice = words.shape == (word_rows(n, TERNARY_WEIGHT), words_for(k)) or weight_rule == TERNARY_WEIGHT
+        why = ": ternary weights have two rows of words for each output, and others one" if twice else ""
+        return f"{key}: expected words of shape {shape}, got {tuple(words.shape)}{why}"
     used = k % 32
     if used and not words.is_meta and bool((words.view(torch.int32)[:, -1] & (-1 << used)).any()):
         return f"{key}: expected zero bits past k = {k} in the last word of each row, got others"
@@ -228,7 +255,7 @@ def _problem_of_presence(prefix: str, state_dict: Mapping[str, Any], scaled: boo
     return None
 
 
-def _problem_of_vector(key: str, vector: Tensor, n: int, k: int) -> str | None:
+def _problem_of_vector(key: str, vector: Tensor, n: int) -> str | None:
     if problem := _problem_of_layout(key, vector):
         return problem
     if vector.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
@@ -238,6 +265,13 @@ def _problem_of_vector(key: str, vector: Tensor, n: int, k: int) -> str | None:
     return None
 
 
+def _problem_of_newer_format(key: str, number: Any) -> str | None:
+    readable = isinstance(number, Tensor) and not number.is_meta and number.dim() == 0 and number.dtype is torch.int64
+    if not readable or (got := int(number)) <= FORMAT:
+        return None
+    return f"{key}: expected a checkpoint of format 1 to {FORMAT}, got {got}: a newer bitorch_qlinear wrote it"
+
+
 def _problem_of_number(key: str, number: Any, expected: int) -> str | None:
     if not isinstance(number, Tensor) or number.is_meta:
         return None
@@ -245,13 +279,12 @@ def _problem_of_number(key: str, number: Any, expected: int) -> str | None:
         return f"{key}: expected a 0-dim int64 tensor, got {number.dtype} with {number.dim()} dimensions"
     got, name = int(number), key.rpartition(".")[2]
     if name == "format":
-        if not 1 <= got <= FORMAT:
-            why = ": a newer bitorch_qlinear wrote it" if got > FORMAT else ""
-            return f"{key}: expected a checkpoint of format 1 to {FORMAT}, got {got}{why}"
+        if got < 1:
+            return f"{key}: expected a checkpoint of format 1 to {FORMAT}, got {got}"
         if got != expected:
             return (
-                f"{key}: expected {expected}, got {got}: layers with a scale, or with an input that is rounded to "
-                "levels, have format 2, and all others have format 1"
+                f"{key}: expected {expected}, got {got}: layers of ternary weights have format 3, others with a scale, "
+                "or with an input that is rounded to levels, have format 2, and all others have format 1"
             )
     elif name == "k":
         if got != expected:

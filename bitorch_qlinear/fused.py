@@ -34,7 +34,7 @@ from ._torch import (
     operator_entry,
     transforms_active,
 )
-from .checkpoint import SIGN_INPUTS, STRICT_INPUT
+from .checkpoint import SIGN_INPUTS, STRICT_INPUT, TERNARY_WEIGHT
 from .packed import FEW_WORDS, PackedQLinear
 
 __all__ = ["FusedSequential", "fuse_sequentials", "fusions"]
@@ -51,6 +51,8 @@ _record_values = _library.operators.record_values
 _OF_TORCH = nn.Module().__dict__.keys() - {"training"}
 # What linear_chain gets in place of the form of a layer that has none.
 _NO_FORM = torch.empty(0, dtype=torch.uint8)
+# The operators that hand on words compute one product of signs, and ternary weights need two.
+_TERNARY = "its weights are ternary"
 # Only attributes of these types are compared.
 _SIMPLE = (bool, int, float, str, type(None))
 # So many calls in turn must find the same values before limits are computed again, however often they changed.
@@ -447,6 +449,8 @@ def _layer_after(modules: list[nn.Module], place: int) -> int | str:
         if type(layer) is PackedQLinear:
             if layer._input_rule not in SIGN_INPUTS:
                 return "its input is not signs"
+            if layer._weight_rule == TERNARY_WEIGHT:
+                return _TERNARY
             reasons = (reason_against_before(module, layer.in_features) for module in modules[place:reader])
             return next(filter(None, reasons), reader)
     return "no packed layer follows"
@@ -459,11 +463,15 @@ def _reader_after(modules: list[nn.Module], place: int) -> int | str:
         return f"{type(layer).__name__} is not a PackedQLinear"
     if layer._input_rule not in SIGN_INPUTS:
         return "its input is not signs, so its product has other values"
+    if layer._weight_rule == TERNARY_WEIGHT:
+        return _TERNARY
     for reader in range(place + 1, len(modules)):
         module = modules[reader]
         if type(module) is PackedQLinear:
             if module.in_features != layer.out_features:
                 return f"the next layer has {module.in_features} inputs instead of {layer.out_features}"
+            if module._weight_rule == TERNARY_WEIGHT:
+                return "the next layer's weights are ternary"
             return reader if module._input_rule in SIGN_INPUTS else "the next layer does not read signs"
         if reason := reason_against_between(module, layer.out_features):
             return reason

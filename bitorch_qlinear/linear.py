@@ -20,6 +20,10 @@ from ._product import (
     real_linear,
     scaled_in_float,
     sign_linear,
+    ternary_in_float,
+    ternary_linear,
+    ternary_scale,
+    ternary_words,
     train_linear,
     wants_gradient,
 )
@@ -33,17 +37,21 @@ from .checkpoint import (
 )
 from .quantizations import (
     BinaryRule,
+    Ternary,
     binary_rule,
     cancel_gradient,
     get_quantization,
     is_identity,
+    is_ternary,
+    kept_means,
     level_bits,
     mean_magnitude,
+    mean_scale,
     own_scale,
     quantize,
-    row_means,
     scaled_rule,
 )
+from .quantizations.ternary import all_finite, is_eager, scale_values
 
 __all__ = ["QLinear"]
 
@@ -166,15 +174,17 @@ class QLinear(nn.Linear):
     the device has kernels, the product is computed exactly by XNOR and popcount on packed bits. All other cases compute
     in float, with the same interface; ``repr`` says which path is taken. (In inference on the CPU the weights are also
     packed if they are sign-like and the input is ``identity``. This is several times faster than ``F.linear``, and adds
-    the floats in another order.)
+    the floats in another order. With a sign-like input, ``ternary`` weights are computed with bits in inference, and
+    exactly in both modes.)
 
-    With two sign-like factors and T = float64 for a float64 output and float32 otherwise,
-    ``y = cast(T(integer product) + T(bias))``. The output's dtype is that of x, or autocast's.
+    With two sign-like factors, or a sign-like input and ternary weights, let T be float64 for a float64 output and
+    float32 otherwise. Then ``y = cast(T(integer product) + T(bias))``. The output's dtype is that of x, or autocast's.
 
     ``weight_scale`` multiplies the quantized weights of each output channel by a factor α, as XNOR-Net
     (https://arxiv.org/abs/1603.05279) does: ``y = cast(T(integer product) · T(α) + T(bias))``. With "mean", α is the
     mean of ``|w|`` over the channel's weights, computed in float64 for float64 weights and in float32 for all others,
-    in training and in eval mode. With "learned", α is a parameter, ``scale``, which begins as that mean.
+    in training and in eval mode; with ternary weights it is the mean over those that do not become 0. With "learned", α
+    is a parameter, ``scale``, which begins as that mean.
 
     Gradients are those of the straight-through estimator (https://arxiv.org/abs/1602.02830), times the derivative of
     the quantization if it has one, and zero for inputs with ``|x| > gradient_cancellation_threshold``. With a scale,
@@ -182,7 +192,8 @@ class QLinear(nn.Linear):
     ``dL/dW = α · G`` for "learned", where the weight quantization's derivative or limit applies to ``α · G`` alone.
     This is the chain rule as the reference implementation applies it (github.com/jiecaoyu/XNOR-Net-PyTorch,
     ``updateBinaryGradWeight``), without its constant factor K - 1. Its mask ``|w| <= 1`` is that of a
-    ``"steheaviside"`` weight quantization.
+    ``"steheaviside"`` weight quantization. Ternary weights have the gradients of their own paper
+    (:class:`.quantizations.Ternary`).
 
     The layer caches nothing: every forward packs the present weights. :func:`bitorch_qlinear.pack` makes layers that
     hold packed weights, for fast inference.
@@ -227,7 +238,8 @@ class QLinear(nn.Linear):
                 against 83.7 % on generated data of 54 features and 7 classes, with Adam at 1e-3: docs/training.md).
             weight_quantization: A name, a module, or None for sign.
             weight_scale: The factor of each output channel's quantized weights: None for none, "mean" for the mean
-                magnitude of the channel's weights, or "learned" for a parameter.
+                magnitude of the channel's weights (if they are ternary, of those that do not become 0), or "learned"
+                for a parameter.
 
         Raises:
             ValueError: A name or a kind of scale is unknown, the threshold is negative or NaN, or a scale is given
@@ -241,14 +253,14 @@ class QLinear(nn.Linear):
         )
         self.weight_scale = check_weight_scale(weight_scale, self.weight_quantization)
         if weight_scale == "learned":
-            self.scale = nn.Parameter(row_means(self.weight).to(self.weight.dtype))
+            self.scale = nn.Parameter(mean_scale(self.weight_quantization, self.weight).to(self.weight.dtype))
 
     def reset_parameters(self) -> None:
         """Initialise the weight and the bias as ``nn.Linear`` does, and a learned scale by the weight's magnitudes."""
         super().reset_parameters()
         if self.weight_scale == "learned":
             with torch.no_grad():
-                self.scale.copy_(row_means(self.weight))
+                self.scale.copy_(mean_scale(self.weight_quantization, self.weight))
 
     @classmethod
     def from_linear(
@@ -294,7 +306,7 @@ class QLinear(nn.Linear):
         )
         layer.weight, layer.bias = linear.weight, linear.bias
         if weight_scale == "learned":
-            layer.scale = nn.Parameter(row_means(linear.weight).to(linear.weight.dtype))
+            layer.scale = nn.Parameter(mean_scale(layer.weight_quantization, linear.weight).to(linear.weight.dtype))
         return layer.train(linear.training)
 
     @property
@@ -368,7 +380,7 @@ class QLinear(nn.Linear):
         if self.weight_scale is None:
             return own_scale(self._modules["weight_quantization"], weight)  # type: ignore[arg-type]
         if self.weight_scale == "mean":
-            return row_means(weight)
+            return mean_scale(self._modules["weight_quantization"], weight)  # type: ignore[arg-type]
         parameters: dict[str, Any] = self._parameters
         return parameters["scale"] if "scale" in parameters else self.scale  # noqa: SIM401
 
@@ -396,11 +408,15 @@ class QLinear(nn.Linear):
             return self._sign_gemm(x, weight, bias)
         if rules is None and (bits := self._level_bits()) is not None and self._takes_levels(x, weight, bias):
             return self._levels(x, weight, bias, bits)
+        if rules is None and is_ternary(self.weight_quantization) and (rule := self._input_sign_rule()) is not None:
+            return self._ternary(x, weight, bias, rule)
         try:
             if rules is not None and (self.weight_scale or scaled_rule(self.weight_quantization)):
                 return self._signs_in_float(x, weight, bias, rules[1])
             quantized = self.weight_quantization(weight)
-            if self.weight_scale is not None:
+            if self.weight_scale == "mean" and isinstance(self.weight_quantization, Ternary):
+                quantized = scale_values(quantized, kept_means(weight))
+            elif self.weight_scale is not None:
                 rule = self._weight_rule()
                 strict = rule is not None and rule.strict
                 scale = mean_magnitude(weight, strict) if self.weight_scale == "mean" else self.scale
@@ -476,6 +492,41 @@ class QLinear(nn.Linear):
         words = functional.pack_bits(weight, rule.strict)
         return level_linear(x, words, weight.shape[1], bias, None, bits, self._scale(weight))
 
+    def _input_sign_rule(self) -> BinaryRule | None:
+        """Return the rule of the input's signs, or None if it has another quantization or hooks."""
+        activation = self.activation
+        if type(activation) is not Activation or has_hooks(activation, do_nothing):
+            return None
+        return binary_rule(activation.activation_function)
+
+    def _ternary(self, x: Tensor, weight: Tensor, bias: Tensor | None, rule: BinaryRule) -> Tensor:
+        """Compute the output from the signs of x and ternary weights: by bits if no gradient is needed."""
+        if x.dtype not in FLOATS:
+            raise_of_dtype(x)
+        if not x.dim() or x.shape[-1] != weight.shape[1]:
+            raise RuntimeError(f"x: expected shape (..., {weight.shape[1]}), got {tuple(x.shape)}")
+        mean = self.weight_scale == "mean"
+        scale = None if mean else self._scale(weight)
+        if self._takes_ternary(x, weight, bias, scale):
+            if not (_compiling() or _warned_of_packing) and weight.numel() >= _MANY_WEIGHTS:
+                self._consider_warning(x, weight, bias)
+            words, limits, means = ternary_words(weight, mean)
+            scale = means if mean else scale
+            if not is_eager(limits):
+                scale = ternary_scale(limits, scale)
+            if not is_eager(limits) or all_finite(limits):
+                return ternary_linear(x, words, weight.shape[1], bias, None, rule, scale)
+        values = self.weight_quantization(weight)
+        dtype = autocast_dtype(x) or x.dtype
+        scale = kept_means(weight) if mean else scale
+        return ternary_in_float(self.activation(x), values, scale, bias, dtype, mean)
+
+    def _takes_ternary(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> bool:
+        """Whether the kernels take these tensors, and no gradient is needed."""
+        return all(
+            has_kernels(t) and (_compiling() or is_plain(t)) for t in (x, weight, bias) if t is not None
+        ) and not is_differentiated(x, weight, bias, scale)
+
     # ---- state ----
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -542,6 +593,8 @@ class QLinear(nn.Linear):
         real = type(self.activation) is Activation and is_identity(self.activation.activation_function)
         if real and not self.training and self._weight_rule() and self.weight.is_cpu:
             return "packed weights, real input (in inference, if that is faster; else float)"
+        if is_ternary(self.weight_quantization) and self._input_sign_rule() and has_kernels(self.weight):
+            return "packed, ternary weights (in inference; else float)"
         bits = self._level_bits()
         if bits is not None and self.weight.is_cpu:
             return f"packed weights, {bits}-bit input (in inference; else float)"

@@ -22,6 +22,9 @@ from ._product import (
     real_linear,
     scaled,
     scaled_in_float,
+    ternary_in_float,
+    ternary_linear,
+    ternary_words,
 )
 from ._torch import called_from, functorch_active, is_plain, shares_data
 from .checkpoint import (
@@ -29,25 +32,31 @@ from .checkpoint import (
     LEVEL_INPUTS,
     QUANTIZED_WEIGHT,
     REAL_INPUT,
+    SIGN_INPUTS,
     STRICT_INPUT,
+    TERNARY_WEIGHT,
     format_of,
     problem_of_lost_scale,
     problem_of_packed,
+    word_rows,
     words_for,
 )
 from .linear import Activation, QLinear, WeightScale, check_weight_scale, path_name
 from .quantizations import (
     BinaryRule,
     Sign,
+    Ternary,
     binary_rule,
     depends_on_mode,
     get_quantization,
     is_identity,
+    is_ternary,
     level_bits,
+    mean_scale,
     own_scale,
-    row_means,
     scaled_rule,
 )
+from .quantizations.ternary import all_finite
 
 __all__ = ["PackedQLinear"]
 
@@ -82,18 +91,42 @@ def input_rule_of(quantization: nn.Module) -> int:
 
 def weight_rule_of(quantization: nn.Module) -> int:
     """Return the index in `checkpoint.WEIGHT_RULES` of the rule by which float weights become a packed layer's bits."""
+    if is_ternary(quantization):
+        return TERNARY_WEIGHT
     rule = binary_rule(quantization) or scaled_rule(quantization)
     return QUANTIZED_WEIGHT if rule is None else int(rule.strict)
+
+
+def check_rules(input_rule: int, weight_rule: int) -> None:
+    """Check that a packed layer can have these rules.
+
+    Raises:
+        ValueError: The weights are ternary and the input is not signs.
+    """
+    if weight_rule == TERNARY_WEIGHT and input_rule not in SIGN_INPUTS:
+        raise ValueError(
+            "input_quantization: expected a sign-like quantization with ternary weights, got one that gives "
+            f"{INPUT_RULES[input_rule]}"
+        )
 
 
 def pack_weight(weight: Tensor, quantization: nn.Module) -> Tensor:
     """Return the words of the quantized weights, on the weights' device; without kernels there, the CPU packs them.
 
     Raises:
-        ValueError: The quantization gives other values than ±1, and declares no scale.
+        ValueError: The quantization gives other values than ±1, and declares no scale; or it is ternary, and gives NaN.
     """
     with torch.inference_mode(False), torch.no_grad():
         values, strict = weight.detach(), False
+        if is_ternary(quantization):
+            words, limits, _ = ternary_words(values)
+            if not limits.is_meta and not all_finite(limits):
+                row = int(limits.isfinite().logical_not().flatten().nonzero()[0])
+                raise ValueError(
+                    "weight: expected finite values whose magnitudes have a finite sum, because others become NaN if "
+                    f"they are made ternary; row {row} has such values"
+                )
+            return words
         rule = binary_rule(quantization) or scaled_rule(quantization)
         if rule is not None:
             strict = rule.strict
@@ -124,14 +157,16 @@ class PackedQLinear(nn.Module):
     The words may be written in any way, at any time, because the operator compares them with their form in every call.
 
     With an ``identity`` input quantization x stays real: ``y = x · Wᵀ + b``. With ``inputdorefa`` of 1 or 2 bits x is
-    rounded to levels from 0 to 1 (:func:`bitorch_qlinear.functional.dorefa_linear`).
+    rounded to levels from 0 to 1 (:func:`bitorch_qlinear.functional.dorefa_linear`). With a sign-like one, W may be
+    ternary (:class:`.quantizations.Ternary`): its words are two signs for each weight, 2/32 of the bytes of float32.
 
     Gradients flow to x and to the bias, as through the QLinear with frozen weights.
 
     Attributes:
         in_features: The number of inputs, K.
         out_features: The number of outputs, N.
-        weight: int32 words of shape ``(N, ceil(K / 32))``, see :mod:`bitorch_qlinear.functional`.
+        weight: int32 words of shape ``(N, ceil(K / 32))``, see :mod:`bitorch_qlinear.functional`; with ternary weights
+            of shape ``(2N, ceil(K / 32))``, see :mod:`bitorch_qlinear.checkpoint`.
         bias: Shape ``(N,)`` or None; a frozen Parameter.
         scale: Shape ``(N,)`` or None; a buffer of float32 or float64.
         weight_scale: None, "mean" or "learned": how a float ``state_dict`` gives the scale.
@@ -179,9 +214,9 @@ class PackedQLinear(nn.Module):
                 the weights, and "learned" expects it as ``scale``. A weight quantization may have a scale of its own.
 
         Raises:
-            ValueError: The input quantization is none of these, a name or a kind of scale is unknown,
-                the threshold is negative or NaN, or a scale is given although the weight quantization has one of its
-                own.
+            ValueError: The input quantization is none of these, or not sign-like with ternary weights, a name or a
+                kind of scale is unknown, the threshold is negative or NaN, or a scale is given although the weight
+                quantization has one of its own.
             TypeError: A quantization is neither a name nor a module, or the threshold is no number.
         """
         super().__init__()
@@ -201,11 +236,13 @@ class PackedQLinear(nn.Module):
         if depends_on_mode(self.weight_quantization):
             self.weight_quantization = Sign()
         self._weight_rule = weight_rule_of(self.weight_quantization)
+        check_rules(self._input_rule, self._weight_rule)
         self.weight_scale = check_weight_scale(weight_scale, self.weight_quantization)
         scaled = weight_scale is not None or scaled_rule(self.weight_quantization) is not None
         self.activation = Activation(quantization, gradient_cancellation_threshold)
         with torch.inference_mode(False):
-            words = torch.zeros(out_features, words_for(in_features), dtype=torch.int32, device=device)
+            rows = word_rows(out_features, self._weight_rule)
+            words = torch.zeros(rows, words_for(in_features), dtype=torch.int32, device=device)
             self.register_buffer("weight", words)
             self._make_parameters(
                 torch.zeros(out_features, device=device, dtype=dtype) if bias else None, device, dtype
@@ -221,7 +258,7 @@ class PackedQLinear(nn.Module):
         """Return the numbers that tell in a checkpoint what the words mean."""
         return {
             "k": self.in_features,
-            "format": format_of(self._buffers.get("scale") is not None, self._input_rule),
+            "format": format_of(self._buffers.get("scale") is not None, self._input_rule, self._weight_rule),
             "input_rule": self._input_rule,
             "weight_rule": self._weight_rule,
         }
@@ -269,10 +306,14 @@ class PackedQLinear(nn.Module):
         """Make a QLinear with the same output, whose float weights are ±1, in the dtype of the bias.
 
         Its weight quantization is sign if the packed weights came from one that is not sign-like, such as weightdorefa,
-        or that has a scale of its own. A scale becomes a learned one.
+        or that has a scale of its own. Ternary weights stay ternary. A scale becomes a learned one.
         """
         scale = self._buffers.get("scale")
-        keeps = self._weight_rule != QUANTIZED_WEIGHT and scaled_rule(self.weight_quantization) is None
+        quantization: nn.Module | None = None
+        if self._weight_rule == TERNARY_WEIGHT:
+            quantization = Ternary()
+        elif self._weight_rule != QUANTIZED_WEIGHT and scaled_rule(self.weight_quantization) is None:
+            quantization = copy.deepcopy(self.weight_quantization)
         layer = QLinear(
             self.in_features,
             self.out_features,
@@ -280,7 +321,7 @@ class PackedQLinear(nn.Module):
             device="meta",
             input_quantization=copy.deepcopy(self.activation.activation_function),
             gradient_cancellation_threshold=self.activation.gradient_cancellation_threshold,
-            weight_quantization=copy.deepcopy(self.weight_quantization) if keeps else None,
+            weight_quantization=quantization,
             weight_scale=None if scale is None else "learned",
         )
         layer.weight = nn.Parameter(self._signs(next(self.parameters()).dtype))
@@ -344,6 +385,10 @@ class PackedQLinear(nn.Module):
             if bits is not None:
                 threshold = activation.gradient_cancellation_threshold
                 return level_linear(x, words, self.in_features, bias, form, bits, scale, threshold)
+            if self._weight_rule == TERNARY_WEIGHT:
+                rule = binary_rule(activation.activation_function) or BinaryRule(self._input_rule == STRICT_INPUT)
+                threshold = activation.gradient_cancellation_threshold
+                return ternary_linear(x, words, self.in_features, bias, form, rule, scale, threshold)
             if not is_differentiated(x, bias, scale):
                 return packed_linear(x, words, self.in_features, bias, form, self._input_rule == STRICT_INPUT, scale)
             rules = binary_rule(activation.activation_function) or _SIGN, _SIGN
@@ -372,18 +417,23 @@ class PackedQLinear(nn.Module):
             return levels_in_float(x, self._signs(torch.float32), scale, bias, self._level_bits, threshold)
         if self._input_rule != REAL_INPUT:
             signs = self._signs(torch.float64 if x.dtype is torch.float64 else torch.float32)
-            return scaled_in_float(self.activation(x), signs, scale, bias, dtype)
+            in_float = ternary_in_float if self._weight_rule == TERNARY_WEIGHT else scaled_in_float
+            return in_float(self.activation(x), signs, scale, bias, dtype)
         if scale is not None:
             return scaled(F.linear(x, self._signs(x.dtype)), scale, bias)
         return F.linear(x, self._signs(x.dtype), None if bias is None else bias.to(x.dtype)).to(dtype)
 
     def _signs(self, dtype: torch.dtype) -> Tensor:
-        """Return the weights as ±1."""
+        """Return the weights as ±1, or as -1, 0 or +1 if they are ternary."""
         if has_kernels(self.weight):
-            return functional.unpack_bits(self.weight, self.in_features, dtype)
-        shifts = torch.arange(32, device=self.weight.device, dtype=torch.int32)
-        bits = (self.weight.unsqueeze(-1) >> shifts) & 1
-        return (2 * bits.reshape(self.out_features, -1)[:, : self.in_features] - 1).to(dtype)
+            signs = functional.unpack_bits(self.weight, self.in_features, dtype)
+        else:
+            shifts = torch.arange(32, device=self.weight.device, dtype=torch.int32)
+            bits = (self.weight.unsqueeze(-1) >> shifts) & 1
+            signs = (2 * bits.flatten(1)[:, : self.in_features] - 1).to(dtype)
+        if self._weight_rule != TERNARY_WEIGHT:
+            return signs
+        return torch.lerp(signs[: self.out_features], signs[self.out_features :], 0.5)
 
     # ---- the prepared form ----
 
@@ -548,7 +598,7 @@ class PackedQLinear(nn.Module):
         """Return the scale that the layer computes from float weights and their quantization, or None."""
         with torch.inference_mode(False), torch.no_grad():
             if self.weight_scale == "mean":
-                return row_means(weight)
+                return mean_scale(quantization, weight)
             return own_scale(quantization, weight.detach())
 
     def _complete(self) -> None:
@@ -579,7 +629,8 @@ class PackedQLinear(nn.Module):
         if self._input_rule == REAL_INPUT:
             return "packed weights, real input"
         if self._level_bits is None:
-            return path_name(self.weight)
+            name = path_name(self.weight)
+            return f"{name}, ternary weights" if self._weight_rule == TERNARY_WEIGHT else name
         if not self.weight.is_cpu:
             return f"float (no kernels for a {self._level_bits}-bit input on {self.weight.device.type})"
         return f"packed weights, {self._level_bits}-bit input"

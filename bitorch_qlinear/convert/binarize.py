@@ -149,8 +149,9 @@ def binarize(
         gradient_cancellation_threshold: Inputs with a larger magnitude get no gradient. The default is 1.0, because
             it trains well; QLinear's default is None, because that is bitorch's.
         weight_scale: The factor of each output channel's signs: None for none, "mean" for the mean magnitude of the
-            channel's weights (XNOR-Net), or "learned" for a new parameter ``scale``, which begins as that mean. An
-            optimizer that was made before must be given the new parameters.
+            channel's weights (XNOR-Net; if they are ternary, of those that do not become 0), or "learned" for a new
+            parameter ``scale``, which begins as that mean. An optimizer that was made before must be given the new
+            parameters.
         filter_fn: Called with each real ``nn.Linear`` and its name; returns whether the layer may be replaced. A shared
             layer has several names, for all of which it must return True.
         rules: Maps regular expressions to options. A layer whose whole name matches an expression gets these options

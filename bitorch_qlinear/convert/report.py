@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .._torch import has_hooks, hook_names, is_dtensor, is_plain
-from ..checkpoint import words_for
+from ..checkpoint import word_rows, words_for
 from ..fused import Fusion, fusions
 from ..linear import Activation, QLinear, check_weight_scale, do_nothing
-from ..packed import PackedQLinear, input_rule_of, pack_weight
+from ..packed import PackedQLinear, check_rules, input_rule_of, pack_weight, weight_rule_of
 from ..quantizations import binary_rule
 from .bitorch_layers import is_bitorch_layer, qlinear_of, reason_against_sharing
 
@@ -116,6 +116,12 @@ def _bytes(*tensors: Tensor | None) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
+def _packed_bytes(layer: nn.Linear) -> int:
+    """Return the bytes of the words of a QLinear, of this package or of bitorch, that can be packed."""
+    quantization = (layer if isinstance(layer, QLinear) else qlinear_of(layer)).weight_quantization
+    return 4 * word_rows(layer.weight.shape[0], weight_rule_of(quantization)) * words_for(layer.weight.shape[1])
+
+
 GATHER = (
     "gather the weights (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True), load "
     "them into a model that is not sharded, and pack that"
@@ -157,7 +163,7 @@ def reason_against(layer: nn.Module, parent: nn.Module | None = None, name: str 
         if has_hooks(module, do_nothing):
             return f"its {what} has hooks"
     try:
-        input_rule_of(layer.input_quantization)
+        check_rules(input_rule_of(layer.input_quantization), weight_rule_of(layer.weight_quantization))
         if binary_rule(layer.weight_quantization) is None:
             pack_weight(layer.weight, layer.weight_quantization)
         check_weight_scale(layer.weight_scale, layer.weight_quantization)
@@ -216,7 +222,7 @@ def _explain_layer(path: str, parent: nn.Module | None, layer: nn.Module, found:
     reason = reason_against(layer, parent, path.rpartition(".")[2])
     assert isinstance(layer, nn.Linear)
     float_bytes = _bytes(layer.weight)
-    packed = 0 if reason else 4 * layer.weight.shape[0] * words_for(layer.weight.shape[1])
+    packed = 0 if reason else _packed_bytes(layer)
     kind = type(layer).__name__ if isinstance(layer, QLinear) else "bitorch QLinear"
     computed = layer.path if isinstance(layer, QLinear) else "float (by bitorch)"
     if "never calls" in reason:

@@ -8,11 +8,21 @@ derivative is written once.
 from .base import BinaryQuantization, Identity, Quantization
 from .dorefa import InputDoReFa, WeightDoReFa
 from .progressive_sign import ProgressiveSign, progressive_sign_scale, set_progressive_sign_scale
-from .recognition import binary_rule, depends_on_mode, is_identity, level_bits, own_scale, scaled_rule
+from .recognition import (
+    binary_rule,
+    depends_on_mode,
+    is_identity,
+    is_ternary,
+    level_bits,
+    mean_scale,
+    own_scale,
+    scaled_rule,
+)
 from .registry import get_quantization, quantization_names, register_quantization
 from .rule import BinaryRule, cancel_gradient, quantize
 from .scale import mean_magnitude, row_means
 from .sign_family import ApproxSign, Sign, SteHeaviside, SwishSign
+from .ternary import Ternary, kept_means
 
 __all__ = [
     "ApproxSign",
@@ -25,14 +35,18 @@ __all__ = [
     "Sign",
     "SteHeaviside",
     "SwishSign",
+    "Ternary",
     "WeightDoReFa",
     "binary_rule",
     "cancel_gradient",
     "depends_on_mode",
     "get_quantization",
     "is_identity",
+    "is_ternary",
+    "kept_means",
     "level_bits",
     "mean_magnitude",
+    "mean_scale",
     "own_scale",
     "progressive_sign_scale",
     "quantization_names",

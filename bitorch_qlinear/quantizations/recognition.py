@@ -15,9 +15,20 @@ from .base import BinaryQuantization, Identity, Quantization, checked_scale, has
 from .dorefa import InputDoReFa
 from .progressive_sign import ProgressiveSign
 from .rule import BinaryRule
+from .scale import row_means
 from .sign_family import ApproxSign, Sign, SteHeaviside, SwishSign
+from .ternary import Ternary, kept_means
 
-__all__ = ["binary_rule", "depends_on_mode", "is_identity", "level_bits", "own_scale", "scaled_rule"]
+__all__ = [
+    "binary_rule",
+    "depends_on_mode",
+    "is_identity",
+    "is_ternary",
+    "level_bits",
+    "mean_scale",
+    "own_scale",
+    "scaled_rule",
+]
 
 _BITORCH_NAMES: dict[type[nn.Module], tuple[str, str]] = {
     cls: (f"bitorch.quantizations.{module}", cls.__qualname__)
@@ -120,6 +131,24 @@ def scaled_rule(quantization: nn.Module) -> BinaryRule | None:
     if type(quantization) in _RULE_BY_CLASS or not _follows_its_rule(quantization):
         return None
     return quantization.rule() if has_scale(quantization) and not has_hooks(quantization) else None
+
+
+def is_ternary(quantization: nn.Module) -> TypeGuard[Ternary]:
+    """Whether this is exactly `Ternary`, without hooks, which the packed path would skip."""
+    return type(quantization) is Ternary and not has_hooks(quantization)
+
+
+def mean_scale(quantization: nn.Module, weight: Tensor) -> Tensor:
+    """Return the scale of each row that a layer computes with ``weight_scale="mean"``, without a gradient.
+
+    Args:
+        quantization: The layer's weight quantization.
+        weight: Shape ``(n, k)``.
+
+    Returns:
+        Shape ``(n,)``: the mean magnitude of the row, or with ternary weights of those that do not become 0.
+    """
+    return kept_means(weight) if isinstance(quantization, Ternary) else row_means(weight)
 
 
 def own_scale(quantization: nn.Module, weight: Tensor) -> Tensor | None:

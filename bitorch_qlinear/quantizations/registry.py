@@ -8,6 +8,7 @@ from .base import Identity
 from .dorefa import InputDoReFa, WeightDoReFa
 from .progressive_sign import ProgressiveSign
 from .sign_family import ApproxSign, Sign, SteHeaviside, SwishSign
+from .ternary import Ternary
 
 __all__ = ["get_quantization", "quantization_names", "register_quantization"]
 
@@ -69,5 +70,5 @@ def get_quantization(quantization: str | nn.Module | None, argument: str = "quan
     return _classes[quantization]()
 
 
-for _cls in (Sign, ApproxSign, SwishSign, SteHeaviside, ProgressiveSign, Identity, InputDoReFa, WeightDoReFa):
+for _cls in (Sign, ApproxSign, SwishSign, SteHeaviside, ProgressiveSign, Identity, InputDoReFa, WeightDoReFa, Ternary):
     register_quantization(_cls)

@@ -1,5 +1,6 @@
 """XNOR-Net's scale: the mean magnitude of each output channel's weights (https://arxiv.org/abs/1603.05279)."""
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -9,7 +10,7 @@ from torch.autograd.function import Function
 from .._torch import apply, functorch_active
 from .rule import BinaryRule
 
-__all__ = ["mean_magnitude", "row_means"]
+__all__ = ["magnitude_blocks", "mean_magnitude", "row_means", "row_sums"]
 
 # Looked up once, because a name in a module of a module costs 20 ns in every call.
 _compiling = torch.compiler.is_compiling
@@ -19,28 +20,42 @@ _compiling = torch.compiler.is_compiling
 _BLOCK = 1 << 17
 
 
-def _row_means(weight: Tensor) -> Tensor:
+def magnitude_blocks(weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield blocks of the rows of a CPU tensor, each with its magnitudes in float64 or float32.
+
+    The magnitudes are in memory that the next block overwrites, and may be changed.
+    """
     dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
     n, k = weight.shape
-    if not weight.is_cpu or type(weight) not in (Tensor, nn.Parameter):
-        means: Tensor = torch.linalg.vector_norm(weight, 1, dim=1, dtype=dtype) / max(k, 1)
-        return means
     rows = min(max(1, _BLOCK // max(k, 1)), n)
     # The memory of the magnitudes is reused, except by vmap, which cannot write the values of a batch into it.
     memory = None if functorch_active() else weight.new_empty(rows, k, dtype=dtype)
-    sums = [weight.new_empty(0, dtype=dtype)]
     for start in range(0, n, max(rows, 1)):
         block = weight[start : start + rows]
         if memory is None:
-            magnitudes = block.to(dtype).abs().contiguous()
+            yield block, block.to(dtype).abs().contiguous()
         elif block.dtype is dtype:
-            magnitudes = torch.abs(block, out=memory[: len(block)])
+            yield block, torch.abs(block, out=memory[: len(block)])
         else:
-            magnitudes = memory[: len(block)].copy_(block).abs_()
-        if len(block) == 1:
-            # torch divides a single sum among its threads, and then the result depends on their number.
-            magnitudes = magnitudes.expand(2, k)
-        sums.append(magnitudes.sum(1)[: len(block)])
+            yield block, memory[: len(block)].copy_(block).abs_()
+
+
+def row_sums(rows: Tensor) -> Tensor:
+    """Return the sum of each row, which does not depend on the number of threads."""
+    if len(rows) == 1:
+        # torch divides a single sum among its threads.
+        return rows.expand(2, rows.shape[1]).sum(1)[:1]
+    return rows.sum(1)
+
+
+def _row_means(weight: Tensor) -> Tensor:
+    dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
+    k = weight.shape[1]
+    if not weight.is_cpu or type(weight) not in (Tensor, nn.Parameter):
+        means: Tensor = torch.linalg.vector_norm(weight, 1, dim=1, dtype=dtype) / max(k, 1)
+        return means
+    sums = [weight.new_empty(0, dtype=dtype)]
+    sums += [row_sums(magnitudes) for _, magnitudes in magnitude_blocks(weight)]
     return torch.cat(sums) / max(k, 1)
 
 

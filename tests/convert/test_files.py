@@ -92,6 +92,8 @@ OPTIONS = [
     {"input_quantization": "progressive_sign", "weight_quantization": "weightdorefa"},
     {"weight_scale": "mean"},
     {"input_quantization": "inputdorefa", "weight_quantization": "steheaviside", "weight_scale": "mean"},
+    {"weight_quantization": "ternary"},
+    {"input_quantization": "steheaviside", "weight_quantization": "ternary", "weight_scale": "mean"},
 ]
 
 
@@ -114,15 +116,17 @@ def test_the_file_holds_what_pack_makes(extensions, options, tmp_path):
 
 @pytest.mark.parametrize("extension", [".pt", ".safetensors"])
 @pytest.mark.parametrize("kind", ["mean", "learned"])
-def test_layers_with_a_scale(kind, extension, tmp_path):
-    model = binarize(Model(), weight_scale=kind).eval()
+@pytest.mark.parametrize("weights", ["sign", "ternary"])
+def test_layers_with_a_scale(kind, extension, weights, tmp_path):
+    options = {"weight_scale": kind, "weight_quantization": weights}
+    model = binarize(Model(), **options).eval()
     for layer in model.modules():
         if isinstance(layer, QLinear) and kind == "learned":
             layer.scale.data.uniform_(-1, 1)
     source = write(model.state_dict(), tmp_path / f"a{extension}")
-    assert convert(source, tmp_path / "b.pt", "--weight-scale", kind) == 0
+    assert convert(source, tmp_path / "b.pt", "--weight-scale", kind, "--weight-quantization", weights) == 0
     assert_same_state(read(tmp_path / "b.pt"), pack(model).state_dict())
-    other = pack(binarize(Model(), weight_scale=kind).eval())
+    other = pack(binarize(Model(), **options).eval())
     other.load_state_dict(read(tmp_path / "b.pt"))
     assert_equal(other(X), pack(model)(X))
 
@@ -305,6 +309,14 @@ def test_entries_that_are_no_linear_layer(entries, message, tmp_path, capsys):
     source = write(changed(**entries), tmp_path / "a.pt")
     said = refused(capsys, source, tmp_path / "b.pt")
     assert said.startswith(message) and said.count("\n") == 1
+
+
+def test_ternary_weights_that_are_not_finite_are_refused(tmp_path, capsys):
+    state = Model().state_dict()
+    state["blocks.1.fc2.weight"][7, 3] = float("nan")
+    source = write(state, tmp_path / "a.pt")
+    said = refused(capsys, source, tmp_path / "b.pt", "--weight-quantization", "ternary")
+    assert said.startswith("blocks.1.fc2: cannot be packed: weight: expected finite values") and "row 7" in said
 
 
 def test_a_packed_layer_is_not_packed_again(tmp_path, capsys):

@@ -98,6 +98,7 @@ OPTIONS = [
     {},
     {"keep_first": False, "keep_last": False, "gradient_cancellation_threshold": 0.5},
     {"input_quantization": "approxsign", "weight_quantization": "steheaviside"},
+    {"weight_quantization": "ternary", "weight_scale": "mean"},
     {"rules": {r".*layers?\.1\..*": None, r".*(query|q_proj)": {"input_quantization": "identity"}}},
     {"rules": [[r".*(dense|up_proj)", {"gradient_cancellation_threshold": None}], [".*", None]]},
 ]
@@ -226,6 +227,19 @@ def test_a_packed_folder_loads_the_same_bits(trained, shards, inplace, tmp_path)
     assert again.get_input_embeddings().weight.requires_grad
     assert repr(again) == repr(packed)
     assert_equal(outputs(loaded(type(trained), saved(again, tmp_path / "again"))), expected)
+
+
+@pytest.mark.parametrize("scale", [None, "mean", "learned"])
+@pytest.mark.parametrize("make", [bert, llama])
+def test_ternary_weights(make, scale, tmp_path):
+    config = BitorchQLinearConfig(weight_quantization="ternary", weight_scale=scale)
+    model = type(make()).from_pretrained(saved(make(), tmp_path / "float"), quantization_config=config)
+    train_step(model)
+    again = loaded(type(model), saved(model, tmp_path / "binary"))
+    assert_equal(outputs(again), outputs(model))
+    packed = loaded(type(model), saved(pack(model), tmp_path / "packed"))
+    assert "ternary weights" in repr(packed)
+    assert_equal(outputs(packed), outputs(model))
 
 
 @pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])

@@ -90,6 +90,23 @@ def test_forward_and_gradients(input_quantization, weight_quantization, training
     assert_as_on_the_cpu(layer, input_like(2, 9, dtype=dtype), exact="swishsign" not in names.values())
 
 
+@every_dtype
+@both_modes
+@pytest.mark.parametrize("scale", [None, "mean", "learned"])
+def test_ternary_weights(scale, training, dtype):
+    layer, x = layer_like(training, dtype=dtype, weight_quantization="ternary", weight_scale=scale), input_like(2, 9)
+    with torch.no_grad():
+        # Sums of whole numbers are exact, so the limits and the means do not depend on the order of addition.
+        layer.weight.copy_(torch.randint(-4, 5, layer.weight.shape))
+        x = x.to(dtype)
+        y = layer(x)
+        for each in (on_gpu(layer), pack(on_gpu(layer)), pack(layer).to(CUDA)):
+            assert_same(each(x.to(CUDA)), y)
+        layer.weight[7, 3] = float("nan")
+        assert on_gpu(layer)(x.to(CUDA))[..., 7].isnan().all()
+        assert type(pack(on_gpu(layer))) is QLinear
+
+
 @every_kernel
 @pytest.mark.parametrize("threshold", [None, 0.0, 0.5])
 @pytest.mark.parametrize(("rows", "k", "n"), [(1, 1, 1), (1, 513, 40), (16, 128, 33), (40, 129, 39), (0, 40, 5)])

@@ -744,7 +744,7 @@ def test_packed_checkpoints_of_another_kind_are_refused(assign, strict):
         unchanged(layer, x, unscaled, "scale: expected the scale of each output, got a checkpoint without", **kinds)
         unchanged(layer, x, scaled | {"format": torch.tensor(1)}, "format: expected 2, got 1", **kinds)
         unchanged(
-            layer, x, scaled | {"format": torch.tensor(3)}, "format: expected a checkpoint of format 1 to 2", **kinds
+            layer, x, scaled | {"format": torch.tensor(4)}, "format: expected a checkpoint of format 1 to 3", **kinds
         )
         unchanged(layer, x, scaled | {"scale": torch.ones(N + 1)}, "scale: expected shape", **kinds)
         unchanged(layer, x, scaled | {"scale": torch.ones(N, dtype=torch.int32)}, "scale: expected float64", **kinds)
