@@ -125,20 +125,6 @@ void fill_special(const Machine& m, Warp& w, s32 reg, const std::string& name) {
             row[l] = m.block_of(w).ctaid[k];
         } else if (k = axis("%nctaid"); k >= 0) {
             row[l] = m.grid[k];
-        } else if (k = axis("%clusterid"); k >= 0) {
-            row[l] = m.block_of(w).ctaid[k] / m.cluster[k];
-        } else if (k = axis("%nclusterid"); k >= 0) {
-            row[l] = m.grid[k] / m.cluster[k];
-        } else if (k = axis("%cluster_ctaid"); k >= 0) {
-            row[l] = m.block_of(w).ctaid[k] % m.cluster[k];
-        } else if (k = axis("%cluster_nctaid"); k >= 0) {
-            row[l] = m.cluster[k];
-        } else if (name == "%cluster_ctarank") {
-            row[l] = static_cast<u64>(w.block);
-        } else if (name == "%cluster_nctarank") {
-            row[l] = m.cluster_blocks;
-        } else if (name == "%is_explicit_cluster") {
-            row[l] = m.explicit_cluster;
         } else if (name == "%laneid") {
             row[l] = static_cast<u64>(l);
         } else if (name == "%warpid") {
@@ -159,6 +145,20 @@ void fill_special(const Machine& m, Warp& w, s32 reg, const std::string& name) {
             row[l] = m.dynamic_shared;
         } else if (name == "%total_smem_size") {
             row[l] = m.total_shared;
+        } else if (int k = axis("%clusterid"); k >= 0) {
+            row[l] = m.block_of(w).ctaid[k] / m.cluster[k];
+        } else if (k = axis("%nclusterid"); k >= 0) {
+            row[l] = m.grid[k] / m.cluster[k];
+        } else if (k = axis("%cluster_ctaid"); k >= 0) {
+            row[l] = m.block_of(w).ctaid[k] % m.cluster[k];
+        } else if (k = axis("%cluster_nctaid"); k >= 0) {
+            row[l] = m.cluster[k];
+        } else if (name == "%cluster_ctarank") {
+            row[l] = static_cast<u64>(w.block);
+        } else if (name == "%cluster_nctarank") {
+            row[l] = m.cluster_blocks;
+        } else if (name == "%is_explicit_cluster") {
+            row[l] = m.explicit_cluster;
         } else if (name == "%gridid") {
             row[l] = 0;
         } else {
@@ -430,7 +430,11 @@ void run_cluster(Machine& m, Warp*& current) {
             if (w.runnable()) ready.push_back(&w);
             living = living || (w.lanes & ~w.exited);
         }
-        if (!m.bulk.empty() && (ready.empty() || m.random.below(patience) == 0) && land_one(m)) continue;
+        if (!m.bulk.empty()) {
+            const bool lands = ready.empty() || m.random.below(m.polls ? std::min(patience, 100u) : patience) == 0;
+            m.polls = false;
+            if (lands && land_one(m)) continue;
+        }
         if (ready.empty()) {
             if (living) deadlock(m, current);
             return;

@@ -640,9 +640,8 @@ class Module:
         buffers = list(self.variables.values())
         maps: list[_TensorMap] = []
         params = self._pack(compiled, args, buffers, maps)
-        for buffer in dependent:
-            if not any(buffer is one for one in buffers):
-                raise ValueError("a dependent buffer is no argument of the launch")
+        if any(not any(buffer is known for known in buffers) for buffer in dependent):
+            raise ValueError("a dependent buffer is no argument of the launch")
         counts = np.zeros((max(len(compiled.kernel.instructions), 1), len(COLUMNS)), np.uint64)
 
         def regions(places: Sequence[tuple[int, int]]) -> Any:
@@ -650,8 +649,8 @@ class Module:
 
         places = [(at, p.size or 0) for at, p in zip(compiled.params, compiled.kernel.params, strict=True)]
         table = (_Buffer * max(len(buffers), 1))(*(self._buffer(k, b) for k, b in enumerate(buffers)))
-        for entry, buffer in zip(table, buffers, strict=False):
-            entry.dependent = any(buffer is one for one in dependent)
+        for buffer in dependent:
+            table[next(k for k, known in enumerate(buffers) if known is buffer)].dependent = True
         # At entry a thread has an equal share of 64 Ki registers, unless .maxnreg says less; setmaxnreg starts from it.
         registers = compiled.kernel.max_registers or min(65536 // _align(threads, 128) // 8 * 8, 255)
         launch = _Launch(

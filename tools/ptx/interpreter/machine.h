@@ -337,6 +337,7 @@ struct Machine {
     std::vector<TensorMap> tensor_maps;
     u32 registers_at_entry = 0;
     bool yields = false;  // an instruction sets it to end the warp's turn
+    bool polls = false;   // a wait has failed without blocking, so copies must land although some warp can go on
     bool has_dependent = false, explicit_cluster = false;
     bool collectives_order = false;
     std::vector<Count> counts;

@@ -188,6 +188,8 @@ inline void mbarrier_wait(Machine& m, Warp& w, const Instr& i, u32 mask) {
             block_lane(w, l, Wait::kMbarrier);
             w.waits_for[l] = b.at;
             w.phase[l] = b.phase;
+        } else {
+            m.polls = true;
         }
         m.row(w, i.d[0])[l] = done;
         if (!done) m.yields = true;

@@ -195,16 +195,16 @@ def load(size: int = 256, bytes: int | None = None, before: str = "", waits: str
 
 
 def test_a_bulk_load():
-    for load_ in (
+    hint = LOAD.replace("bytes [", "bytes.L2::cache_hint [").replace("[%r19];", "[%r19], %rd1;")
+    for body in (
         load(),
         load().replace("shared::cluster", "shared::cta"),
-        load().replace("bytes [", "bytes.L2::cache_hint [").replace("[%r19];\n", "[%r19];"),
+        load().replace(LOAD.format(size=256), hint.format(size=256)),
+        load(waits=wait(name="test_wait")),
     ):
-        if "cache_hint" in load_:
-            load_ = load_.replace("256, [%r19];", "256, [%r19], %rd1;")
         for seed in SEEDS:
             got = np.zeros(64, np.uint32)
-            run(load_ + STORE, [Out(got), In(X)], threads=64, params=TWO, seed=seed)
+            run(body + STORE, [Out(got), In(X)], threads=64, params=TWO, seed=seed)
             assert (got == X[:64]).all()
 
 
