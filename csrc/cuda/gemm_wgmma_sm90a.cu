@@ -87,7 +87,7 @@ struct Shared {
     uint64_t full[Shape::kStages], empty[Shape::kStages], turn[kConsumers];
 };
 
-// The address space of a block begins at any multiple of 16 bytes, but the swizzle needs one of 1024.
+// Dynamic shared memory may begin at any multiple of 16 bytes, but swizzled lines need one of 1024.
 constexpr int kAlignment = 1024;
 template <class As, class Shape>
 constexpr int kSharedBytes = sizeof(Shared<As, Shape>) + kAlignment;
@@ -116,7 +116,7 @@ __device__ __forceinline__ Corner corner(unsigned tile, unsigned row_tiles, unsi
     return {int64_t{band * kTall + index % height} * Shape::kRows, int64_t{index / height} * Shape::kColumns};
 }
 
-// A place in the ring of stages, on even and odd rounds, whose number is the parity of the phase that its barriers end.
+// A place in the ring of stages. Even and odd rounds have places of their own, so that a place tells the parity to wait for.
 template <class Shape>
 struct Ring {
     int place = 0;  // one number, because the consumers have no register to spare
@@ -168,8 +168,8 @@ __device__ __forceinline__ void load_margins(const Product& product, const Corne
 template <class Shape>
 using Sums = int32_t[kStrips][Shape::kColumns / 2];
 
-// Returns which of a lane's sums of a strip is output e of its four in a group of columns, in the lane's first row; the
-// sum two further on is that of its second row, 8 rows below.
+// Returns which of a lane's sums of a strip is its output e in a group of columns, in the lane's first row; the sum two
+// further on is that of its second row, 8 rows below.
 template <class Shape>
 __device__ __forceinline__ constexpr int sum_of(int group, int e) {
     return (e % Shape::kHalves * (Shape::kColumns / Shape::kHalves / 8) + group) * 4 + e / Shape::kHalves;
