@@ -4,7 +4,8 @@ bitorch_qlinear._ops_cpu  has the operators for the CPU, on LibTorch's stable AB
                           C++ programs can load it too, and one binary serves every torch from 2.10.
 bitorch_qlinear._ops_cuda has the same operators for CUDA, and is built if torch and nvcc support it. It is a separate
                           library because it needs torch's CUDA libraries: a CPU-only torch does not load it.
-bitorch_qlinear._C        is a small pybind11 module that reports what was built. It includes no header of torch.
+bitorch_qlinear._C        is a small pybind11 module that reports what was built, and compares modules. It includes no
+                          header of torch.
 """
 
 from __future__ import annotations
@@ -214,7 +215,7 @@ EXTENSIONS = [
     ),
     Extension(
         "bitorch_qlinear._C",
-        ["csrc/module.cpp", "csrc/sources.cpp", "csrc/cpu/cpu_features.cpp"],
+        ["csrc/module.cpp", "csrc/module_state.cpp", "csrc/sources.cpp", "csrc/cpu/cpu_features.cpp"],
         depends=[*HEADERS, "setup.py"],
         include_dirs=["csrc", GENERATED, pybind11.get_include()],
         define_macros=[

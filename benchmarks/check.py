@@ -1,23 +1,27 @@
 """Compares the committed results with a fresh run: ``python -m benchmarks check`` (``make benchmark-check``).
 
 On the processor and with the kernel that the results name, it is an error if QLinear or PackedQLinear lost more than
-30 % of its ratio to nn.Linear at any shape, in inference or training. On another machine the ratios are only printed.
+30 % of its ratio to nn.Linear at any shape, in inference or training, or a packed or fused whole model lost as much of
+its ratio to the float one. On another machine the ratios are only printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 
 from tabulate import tabulate
 from tqdm import tqdm
 
-from . import cpu, train
+from . import cpu, models, train
 from .measuring import RESULTS, Figures, Shape, describe, prepare, ratio, setting
 from .peers import LINEAR, PACKED_LAYER, QLINEAR
 
 TOLERANCE = 0.3
 ROUNDS = 9
+# The placement of memory differs between processes, so whole models are timed in several.
+PROCESSES = 3
 NAMES = [LINEAR, QLINEAR, PACKED_LAYER]
 
 
@@ -34,6 +38,15 @@ def again(inference: Figures, training: Figures) -> tuple[list[Figures], list[Fi
     ]
     prepare(training["setting"]["threads"])
     return forward, train.measure([Shape.of(result) for result in training["results"]], ROUNDS, NAMES)["results"]
+
+
+def models_again(committed: Figures) -> list[Figures]:
+    """Time the whole models of committed results again."""
+    batches: dict[tuple[str, int], list[int]] = {}
+    for result in committed["results"]:
+        batches.setdefault((result["variant"], result["size"]), []).append(result["batch"])
+    cases: list[models.Case] = [(variant, size, each) for (variant, size), each in batches.items()]
+    return models.measure_times(cases, PROCESSES, ROUNDS, None)
 
 
 def title(result: Figures, layer: str) -> str:
@@ -55,6 +68,18 @@ def compare(committed: list[Figures], fresh: list[Figures]) -> list[tuple[str, f
     return rows
 
 
+def compare_models(committed: list[Figures], fresh: list[Figures]) -> list[tuple[str, float, float]]:
+    """Return what :func:`compare` does for whole models, with the median of the processes' ratios."""
+    found = {(new["variant"], new["size"], new["batch"]): new for new in fresh}
+    rows = []
+    for old in committed:
+        variant, size, batch = key = old["variant"], old["size"], old["batch"]
+        for name in (models.PACKED, models.FUSED):
+            before, now = (statistics.median(models.ratios(each, models.FLOAT, name)) for each in (old, found[key]))
+            rows.append((f"{name} model of {size} wide layers, {variant}, batch {batch}", before, now))
+    return rows
+
+
 def fallen(rows: list[tuple[str, float, float]]) -> list[str]:
     """Return the titles of those that lost more than the tolerance."""
     return [name for name, old, new in rows if new < old * (1 - TOLERANCE)]
@@ -64,16 +89,25 @@ def main(argv: list[str] | None = None) -> None:
     argparse.ArgumentParser(
         prog="python -m benchmarks check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args(argv)
-    inference, training = load("cpu"), load("train")
-    prepare(inference["setting"]["threads"])
+    committed = {name: load(name) for name in ("cpu", "train", "models")}
+    prepare(committed["cpu"]["setting"]["threads"])
     here = setting()
-    forward, steps = again(inference, training)
-    rows = compare(inference["results"], forward) + compare(training["results"], steps)
-    print(tabulate(rows, headers=["times as fast as nn.Linear", "committed", "now"], floatfmt=".2f"))
-    print(f"committed: {describe(inference['setting'])}\nnow: {describe(here)}")
-    if any(here[key] != inference["setting"][key] for key in ("processor", "kernel")):
-        print("Another processor or kernel: nothing is judged.")
-    elif lost := fallen(rows):
+    forward, steps = again(committed["cpu"], committed["train"])
+    rows = {
+        "cpu": compare(committed["cpu"]["results"], forward),
+        "train": compare(committed["train"]["results"], steps),
+        "models": compare_models(committed["models"]["results"], models_again(committed["models"])),
+    }
+    shown = [row for each in rows.values() for row in each]
+    print(tabulate(shown, headers=["times as fast as nn.Linear", "committed", "now"], floatfmt=".2f"))
+    print(f"now: {describe(here)}")
+    lost = []
+    for name, figures in committed.items():
+        judged = all(here[key] == figures["setting"][key] for key in ("processor", "kernel"))
+        unjudged = "" if judged else " (another processor or kernel: not judged)"
+        print(f"{name}.json: {describe(figures['setting'])}{unjudged}")
+        lost += fallen(rows[name]) if judged else []
+    if lost:
         raise SystemExit(f"more than {TOLERANCE:.0%} slower than committed: {', '.join(lost)}")
 
 

@@ -23,7 +23,7 @@ from examples.digits.costs import environment
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 # A benchmark writes these paths of the repository.
-WRITTEN = ("benchmarks/results", "README.md", "docs/benchmarks.md")
+WRITTEN = ("benchmarks/results", "README.md", "docs/benchmarks.md", "docs/examples.md")
 
 Call = Callable[[], object]
 Quartiles = list[float]

@@ -113,8 +113,8 @@ def measure_memory(size: int, batch: int) -> Figures:
     return {"size": size, "batch": batch, "bytes": grown}
 
 
-def measure(cases: list[Case], processes: int, rounds: int, kernel: str | None = None) -> Figures:
-    """Time all cases in each of several processes, and measure the memory of each form.
+def measure_times(cases: list[Case], processes: int, rounds: int, kernel: str | None) -> list[Figures]:
+    """Time all cases in each of several processes, and return a result for each case and batch.
 
     Args:
         cases: The models and their batches.
@@ -123,11 +123,16 @@ def measure(cases: list[Case], processes: int, rounds: int, kernel: str | None =
         kernel: The CPU kernel; None lets the processes choose.
     """
     runs = [time_once(cases, rounds, kernel) for _ in tqdm(range(processes), leave=False, unit="process")]
-    results = [
+    return [
         {"variant": variant, "size": size, "batch": batch, "processes": [run[case][place] for run in runs]}
         for case, (variant, size, batches) in enumerate(cases)
         for place, batch in enumerate(batches)
     ]
+
+
+def measure(cases: list[Case], processes: int, rounds: int, kernel: str | None = None) -> Figures:
+    """Time all cases as :func:`measure_times` does, and measure the memory of each form."""
+    results = measure_times(cases, processes, rounds, kernel)
     with kernels.forced(kernel):
         return {"layers": LAYERS, "rounds": rounds, "results": results, "memory": measure_memory(**MEMORY)}
 

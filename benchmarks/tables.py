@@ -1,7 +1,7 @@
 """Writes the tables in README.md and docs/ from the results in ``results/``: ``python -m benchmarks tables``.
 
 A page takes a table between two markers: ``<!-- NAME: written by ... -->`` and ``<!-- /NAME -->``. Nothing is measured
-without ``--measure`` or ``--demo``.
+without ``--measure``, ``--demo`` or ``--examples``.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ from .measuring import (
 from .peers import BITORCH, LINEAR, PACKED, PACKED_LAYER, QLINEAR
 
 ROOT = HERE.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "examples.md"]
 COMMAND = "python -m benchmarks tables"
 RUN = "python -m benchmarks train --run --json benchmarks/results/train_run.json"
 # README.md shows the first of these runs.
 DEMO_SEEDS = range(5)
+# The programs whose output is on a page as they print it.
+EXAMPLES = ("transformer", "mixer", "adapter", "serving")
 
 
 # ---- measuring -------------------------------------------------------------------------------------
@@ -121,6 +123,18 @@ def run_demo() -> None:
             runs.append(json.loads(path.read_text()))
     accuracies = {name: [run["test_accuracy"][name] for run in runs] for name in runs[0]["test_accuracy"]}
     write_json(RESULTS / "demo.json", runs[0] | {"test_accuracy_by_seed": accuracies})
+
+
+def run_examples() -> None:
+    """Run the example programs one after another, and keep what they print."""
+    prepare(1)
+    where = setting()
+    outputs = {}
+    for name in EXAMPLES:
+        command = [sys.executable, "-W", "ignore", "-m", f"examples.{name}"]
+        outputs[name] = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout
+        print(outputs[name], flush=True)
+    write_json(RESULTS / "examples.json", {"outputs": outputs, "setting": where})
 
 
 # ---- tables ----------------------------------------------------------------------------------------
@@ -308,6 +322,23 @@ def demo_output(figures: Figures | None) -> str:
     return DEMO_MISSING if figures is None else f"```text\n{demo.text(figures)}\n```"
 
 
+EXAMPLES_MISSING = f"Not run yet: `{COMMAND} --examples`."
+
+
+def examples_setting(figures: Figures | None) -> str:
+    """Return a sentence that says where the examples ran."""
+    return f"The outputs on this page are from {describe(figures['setting'])}." if figures else EXAMPLES_MISSING
+
+
+def example_output(figures: Figures | None, name: str) -> str:
+    """Return what an example printed, without the wide table of `explain`."""
+    if figures is None:
+        return EXAMPLES_MISSING
+    paragraphs = figures["outputs"][name].strip().split("\n\n")
+    shown = [paragraph for paragraph in paragraphs if "computed by" not in paragraph.partition("\n")[0]]
+    return "```text\n{}\n```".format("\n\n".join(shown))
+
+
 def fill(text: str, contents: dict[str, str]) -> str:
     """Replace what is between the markers of a page.
 
@@ -356,6 +387,8 @@ def blocks() -> dict[str, str]:
         "models summary": models_summary(load("models")),
         "demo accuracy": demo_accuracy(load("demo")),
         "demo": demo_output(load("demo")),
+        "examples setting": examples_setting(load("examples")),
+        **{f"example {name}": example_output(load("examples"), name) for name in EXAMPLES},
     }
 
 
@@ -365,12 +398,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--measure", action="store_true", help="run the benchmarks first")
     parser.add_argument("--demo", action="store_true", help="run the demo first")
+    parser.add_argument("--examples", action="store_true", help="run the other examples first")
     parser.add_argument("--plots", action="store_true", help="draw the plots from the results, too")
     options = parser.parse_args(argv)
     if options.measure:
         measure()
     if options.demo:
         run_demo()
+    if options.examples:
+        run_examples()
     if options.plots:
         draw()
     contents = blocks()

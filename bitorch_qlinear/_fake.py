@@ -346,6 +346,8 @@ def _(a: Any) -> Tensor:
     _check_count("flips", a.flips, layers - 1)
     if a.prepared is not None:
         _check_count("prepared", a.prepared, layers)
+    if a.toggles is not None:
+        _check_count("toggles", a.toggles, layers - 1)
     _check_given("x", a.x)
     y: Tensor = a.x
     k, is_words = a.k, a.x.dtype in _WORDS

@@ -2,7 +2,8 @@
 
 The product of a packed layer has K + 1 possible values, ``K - 2 · popcount``. If the modules up to the next layer's
 sign compute each channel alone, each channel has a table of K + 1 bits. The modules themselves compute that table here.
-If the bits of a channel change at most once, they are ``popcount <= limit`` or its negation.
+If the bits of a channel change at most once, they are ``popcount <= limit`` or its negation. Further changes, such as
+those of a PReLU with a negative slope, are toggles: each negates the bit from another popcount on.
 
 Before a packed layer, modules that keep or reverse the order of each channel's values make of all floats a step, too.
 Its place is found by bisection over the floats' bit patterns.
@@ -55,6 +56,9 @@ _SAME_IN_TRAINING = {*_EXACT, ChannelShift, RPReLU} - {nn.Dropout, nn.AlphaDropo
 _MONOTONE = (*(cls for cls in _EXACT if cls is not nn.Threshold), ChannelShift, RPReLU)
 FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {cls: cls.forward for cls in (*_EXACT, *_MONOTONE, PackedQLinear)}
 """The forwards of the classes of which more is known than what the modules compute."""
+# A layer has at most one toggle for each so many channels, because each costs as much as a further output, but a small
+# layer may have a few. With this share, fused layers of 256 and 1024 channels took 1/1.3 to 1/2.4 of the unfused time.
+_CHANNELS_PER_TOGGLE, _FEW_TOGGLES = 4, 8
 # A table is computed in parts of about this many values.
 _PART = 1 << 20
 
@@ -66,10 +70,13 @@ class Limits:
     Attributes:
         limits: int32, shape ``(N,)``.
         flips: Packed words, shape ``(ceil(N / 32),)``.
+        toggles: int32, shape ``(2, t)``, channels and limits: the bit of such a channel is negated once more if
+            ``popcount <= limit``.
     """
 
     limits: Tensor
     flips: Tensor
+    toggles: Tensor
 
 
 def _promises_channels_alone(module: nn.Module) -> bool:
@@ -136,6 +143,8 @@ def fold_modules(
     changes = torch.zeros(n, dtype=torch.int32)
     place = torch.full((n,), k + 1, dtype=torch.int32)  # the popcount from which on the bit is another
     first = previous = torch.empty(0)
+    most = max(n // _CHANNELS_PER_TOGGLE, _FEW_TOGGLES)
+    toggles = [torch.empty(2, 0, dtype=torch.int32)]
     rows = max(1, _PART // max(n, k, 1))
     for start in range(0, k + 1, rows):
         counts = torch.arange(start, min(start + rows, k + 1), dtype=torch.int32)
@@ -151,15 +160,23 @@ def fold_modules(
         if start == 0:
             first = previous = bits[:1]
         changed = torch.cat([previous, bits[:-1]]) != bits
+        is_new = changed.any(0) & (changes == 0)
+        nth = changed.int().argmax(0)
+        place = torch.where(is_new, counts[nth], place)
         changes += changed.sum(0, dtype=torch.int32)
-        place = torch.where(changed.any(0), counts[changed.int().argmax(0)], place)
+        if int((changes - 1).clamp(min=0).sum()) <= most:
+            changed[nth[is_new], is_new.nonzero()[:, 0]] = False
+            again, channels = changed.nonzero(as_tuple=True)
+            toggles.append(torch.stack([channels.int(), counts[again] - 1]))
         previous = bits[-1:]
-    several = int((changes > 1).sum())
-    if several:
+    extra = (changes - 1).clamp(min=0)
+    if int(extra.sum()) > most:
         names = ", ".join(type(module).__name__ for module in between)
-        return f"the signs of {several} of {n} channels change more than once: {names}"
-    flips = functional.pack_bits(torch.where(first[0], -1.0, 1.0))
-    return Limits((place - 1).contiguous(), flips)
+        several = f"the signs of {int((extra > 0).sum())} of {n} channels change more than once"
+        return f"{several}, {int(extra.sum())} times in all: {names}"
+    # From a toggle's popcount on the bit is another. The toggle negates it up to there, and the flip everywhere.
+    flips = functional.pack_bits(torch.where(first[0] ^ (extra % 2 == 1), -1.0, 1.0))
+    return Limits((place - 1).contiguous(), flips, torch.cat(toggles, 1))
 
 
 def _summary(error: Exception) -> str:

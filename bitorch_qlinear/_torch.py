@@ -16,12 +16,15 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 __all__ = [
+    "CALL_HOOKS",
     "HAS_AMX",
+    "MODULE_CALLS",
     "any_autocast",
     "any_global_hook",
     "any_hooks",
     "apply",
     "called_from",
+    "does_more",
     "functorch_active",
     "has_hooks",
     "has_state_hooks",
@@ -31,7 +34,6 @@ __all__ = [
     "is_plain",
     "is_proxy",
     "modes_active",
-    "module_calls",
     "operator_entry",
     "own_attributes",
     "shares_data",
@@ -58,6 +60,8 @@ functorch_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transfo
 
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 2)
+
+_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: True)
 
 
 def _is_default_device() -> bool:
@@ -110,6 +114,10 @@ def has_hooks(module: nn.Module, allowed: Callable[..., Any] | None = None) -> b
     return False
 
 
+CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""The tables of a module's hooks that run in a call of it."""
+
+
 def any_hooks(modules: list[nn.Module]) -> bool:
     """Whether one of these modules has hooks."""
     # One expression is twice as fast as has_hooks for each module.
@@ -122,9 +130,8 @@ any_global_hook: Callable[[], Any] = getattr(nn.modules.module, "_has_any_global
 """Whether hooks are registered for the calls of all modules."""
 
 
-def module_calls() -> tuple[Any, ...]:
-    """Return the functions of nn.Module that lead from a call of a module to its forward."""
-    return nn.Module.__call__, getattr(nn.Module, "_call_impl", None)
+MODULE_CALLS = tuple(name for name in ("__call__", "_call_impl") if hasattr(nn.Module, name))
+"""The functions of nn.Module that lead from a call of a module to its forward."""
 
 
 def modes_active() -> bool:
@@ -136,6 +143,24 @@ def modes_active() -> bool:
         return True
     functions = _function_modes()
     return bool(functions) and (functions > 1 or not _is_default_device())
+
+
+def does_more() -> bool:
+    """Whether torch does more in an eager call now than to compute an output.
+
+    It may cast for autocast, transform, show a mode what is computed, call hooks of all modules, or trace. The mode of
+    ``torch.set_default_device`` does not count: it changes only where new tensors are made.
+    """
+    # One expression, because each function in Python costs 0.1 us, and 2 us if its code is in no cache.
+    return bool(
+        any_autocast()
+        or functorch_active()
+        or getattr(forward_ad, "_current_level", 0) >= 0
+        or _dispatch_modes()
+        or ((functions := _function_modes()) and (functions > 1 or not _is_default_device()))
+        or any_global_hook()
+        or _is_tracing()
+    )
 
 
 def has_state_hooks(module: nn.Module) -> bool:

@@ -214,6 +214,7 @@ def linear_chain(
     scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     strict: bool = False,
+    toggles: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Multiply by the weights of several layers in turn; each layer except the last writes bits for the next one.
 
@@ -231,6 +232,9 @@ def linear_chain(
         scale: Of the last layer, shape ``(n,)`` or None.
         out_dtype: The dtype of the result; None takes that of x, or float32 for words.
         strict: +1 only if v > 0, instead of +1 unless v < 0; for real values of x.
+        toggles: For each layer except the last int32 of shape ``(2, t)``, channels and limits: after the flips, a bit
+            of such a channel is negated if its popcount is at most the limit. A channel may occur several times. Only
+            on the CPU.
 
     Returns:
         Shape ``(..., n)`` of the last layer.
@@ -246,6 +250,7 @@ def linear_chain(
         scale=scale,
         out_dtype=out_dtype,
         strict=strict,
+        toggles=None if toggles is None else list(toggles),
     )
     return y
 

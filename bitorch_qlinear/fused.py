@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _library
+from . import _C, _library
 from ._fold import (
     FORWARDS,
     InputLimits,
@@ -24,15 +24,13 @@ from ._fold import (
 )
 from ._product import wants_gradient
 from ._torch import (
-    any_autocast,
-    any_global_hook,
+    CALL_HOOKS,
+    MODULE_CALLS,
     any_hooks,
+    does_more,
     has_hooks,
     is_plain,
-    modes_active,
-    module_calls,
     operator_entry,
-    transforms_active,
 )
 from .checkpoint import SIGN_INPUTS, STRICT_INPUT, TERNARY_WEIGHT
 from .packed import FEW_WORDS, PackedQLinear
@@ -40,7 +38,8 @@ from .packed import FEW_WORDS, PackedQLinear
 __all__ = ["FusedSequential", "fuse_sequentials", "fusions"]
 
 # Looked up once, because a name in a module of a module costs 20 ns in every call.
-_compiling, _tracing = torch.compiler.is_compiling, torch.jit.is_tracing  # type: ignore[attr-defined]
+_compiling = torch.compiler.is_compiling
+_STRIDED = torch.strided
 _grad_enabled = torch.is_grad_enabled
 _pack_bits = operator_entry(_library.operators.pack_bits)
 _linear_chain = operator_entry(_library.operators.linear_chain)
@@ -55,6 +54,10 @@ _NO_FORM = torch.empty(0, dtype=torch.uint8)
 _TERNARY = "its weights are ternary"
 # Only attributes of these types are compared.
 _SIMPLE = (bool, int, float, str, type(None))
+# What the numbers of a rule mean is written in csrc/module_state.h.
+_ANYTHING, _SAME, _EMPTY, _TABLE, _TENSOR = range(5)
+# DLPack's interface in C, by which _C reads tensors; an older torch has none.
+_EXCHANGE, _IS_NEGATIVE = getattr(Tensor, "__dlpack_c_exchange_api__", None), Tensor.is_neg
 # So many calls in turn must find the same values before limits are computed again, however often they changed.
 _MOST_SIGHTINGS = 8
 
@@ -65,7 +68,8 @@ class FusedSequential(nn.Sequential):
     A :class:`PackedQLinear` whose outputs only reach the signs of the next PackedQLinear, through modules that compute
     each channel alone, writes these signs itself: ``popcount <= limit`` for each channel. The limits come from the
     modules themselves, evaluated for each of the K + 1 values that a product can have, so the output is that of
-    ``nn.Sequential`` bit for bit.
+    ``nn.Sequential`` bit for bit. A channel whose sign changes more than once, as that of a ``PReLU`` with a negative
+    slope does, has several limits, unless more than one in four channels would need a further one.
 
     The modules stay what they are: indexing, slicing, iteration, ``state_dict`` and gradients are those of
     ``nn.Sequential``. Each call compares everything that the limits were computed from (the values of parameters and
@@ -141,11 +145,6 @@ class FusedSequential(nn.Sequential):
         return {name: value for name, value in self.__dict__.items() if name != "_plan"}
 
 
-def _runs_as_usual() -> bool:
-    """Whether torch does more in this call than to compute an output."""
-    return _compiling() or any_autocast() or transforms_active() or modes_active() or any_global_hook() or _tracing()  # type: ignore[no-untyped-call]
-
-
 def is_sequential(module: nn.Module | None) -> bool:
     """Whether a call of the module calls its children one after another and does nothing else."""
     return type(module) in (nn.Sequential, FusedSequential) and not _has_own_call(module)  # type: ignore[arg-type]
@@ -169,6 +168,29 @@ def _ids_of_children(module: nn.Module) -> list[int]:
     return [id(child) for child in module._modules.values()]
 
 
+class _State(_C.ModuleState):
+    """A ModuleState together with everything of which it only has the addresses."""
+
+    def __init__(
+        self,
+        modules: list[tuple[nn.Module, list[Any]]],
+        pinned: Sequence[tuple[object, str, object]] = (),
+        tensors: Sequence[Tensor] = (),
+        record: Tensor = _NO_FORM,
+    ) -> None:
+        """Keep the present state.
+
+        Args:
+            modules: The modules, and for each of them the rules by which its attributes are compared.
+            pinned: Objects, names and values of other attributes.
+            tensors: The tensors to which the rules refer.
+            record: Their values, from `record_values`.
+        """
+        super().__init__(modules, list(pinned), list(tensors), record.data_ptr(), _EXCHANGE, _IS_NEGATIVE)
+        types = [type(module) for module, _ in modules], [type(tensor) for tensor in tensors]
+        self._kept = modules, pinned, types, record
+
+
 class Plan:
     """The order of a FusedSequential's calls, with its chains of packed layers.
 
@@ -188,6 +210,7 @@ class Plan:
         containers = [root, *(module for module in found if is_sequential(module))]
         # The chains and steps keep the children, so their ids belong to no other objects.
         self._containers = [(module, _ids_of_children(module)) for module in containers]
+        self._state: _State | None = None
         self.steps: list[Any] = []
         self.chains: list[Chain] = []
         modules = [module for module in found if not is_sequential(module)]
@@ -204,12 +227,45 @@ class Plan:
         """Whether the modules are still those of the plan; not so in a shallow copy of the root."""
         if root is not self._root:
             return False
+        state = self._state
+        if state is not None and state.same():
+            return True
+        if not self._fits():
+            return False
+        self._compare_faster()
+        return True
+
+    def _compare_faster(self) -> None:
+        """Let C++ compare from now on, if the modules are still those of the plan."""
+        rules = [
+            (module, [_rule_of_container(module is self._root, *each) for each in list(module.__dict__.items())])
+            for module, _ in self._containers
+        ]
+        state = _State(rules)
+        # The two agree only if they are of the same state, although another thread may write meanwhile.
+        if state.same() and self._fits():
+            self._state = state
+
+    def _fits(self) -> bool:
         for module, children in self._containers:
             if _ids_of_children(module) != children:
                 return False
-            if module is not root and not is_sequential(module):
+            if module is not self._root and not is_sequential(module):
                 return False
         return True
+
+
+def _rule_of_container(is_root: bool, name: str, value: Any) -> tuple[str, int, Any]:
+    """Return the rule by which ``_C.ModuleState`` compares an attribute of a module that calls its children in turn.
+
+    Args:
+        is_root: Whether it is the outermost one, which is being called, so that its hooks do not matter.
+        name: The name of the attribute.
+        value: Its value.
+    """
+    if name == "_modules":
+        return name, _TABLE, [(key, _SAME, child) for key, child in list(value.items())]
+    return name, _EMPTY if name in CALL_HOOKS and not is_root else _ANYTHING, None
 
 
 class Chain:
@@ -256,7 +312,7 @@ class Chain:
 
     def limits_for(self, x: Any) -> Folded | None:
         """Return the limits if they are right for an input and no gradient is asked for."""
-        if not _is_plain_input(x) or _runs_as_usual():
+        if not _is_plain_input(x) or does_more():
             return None
         dtype = x.dtype
         folded = self._folded.get(dtype)
@@ -283,12 +339,13 @@ class Chain:
 
     def fold(self, dtype: torch.dtype) -> Folded | None:
         """Compute the limits, to be used from now on; None if they cannot be computed now, or their origin changes."""
-        snapshot = None if _runs_as_usual() else Snapshot.of(self.modules)
+        snapshot = None if _compiling() or does_more() else Snapshot.of(self.modules)
         if snapshot is None:
             return None
         folded = Folded(snapshot, self, self.input_limits(dtype), self.limits(dtype))
         if not snapshot.holds():
             return None
+        snapshot.compare_faster()
         self._folds += 1
         self._folded[dtype] = folded
         return folded
@@ -322,8 +379,11 @@ def _plainly() -> Iterator[None]:
 
 
 def _is_plain_input(x: Any) -> bool:
-    """Whether x is a strided tensor on the CPU, as a module before may give something else."""
-    return type(x) is Tensor and x.is_cpu and x.layout is torch.strided and not x.is_nested and not x.is_quantized
+    """Whether x is a strided tensor on the CPU, as a module before may give something else.
+
+    A quantized tensor has a dtype for which there are no limits.
+    """
+    return type(x) is Tensor and x.is_cpu and x.layout is _STRIDED and not x.is_nested
 
 
 @dataclass(frozen=True)
@@ -334,12 +394,14 @@ class Segment:
         layers: The layers.
         limits: What each layer except the last compares its counts with.
         flips: The bits that are negated after that.
+        toggles: The bits of single channels that are negated again, or None if there are none.
         after: The modules that follow.
     """
 
     layers: list[PackedQLinear]
     limits: list[Tensor]
     flips: list[Tensor]
+    toggles: list[Tensor] | None
     after: tuple[nn.Module, ...]
 
     def run(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -365,6 +427,7 @@ class Segment:
                 out_dtype=dtype,
                 strict=first._input_rule == STRICT_INPUT,
                 scale=last._buffers["scale"],
+                toggles=self.toggles,
             )
         for module in self.after:
             x = module(x)
@@ -408,7 +471,8 @@ class Folded:
         for place, outcome in enumerate([*limits, ""]):
             if isinstance(outcome, str):
                 inner = [each for each in limits[begin:place] if not isinstance(each, str)]
-                tables = [each.limits for each in inner], [each.flips for each in inner]
+                toggles = [each.toggles for each in inner] if any(each.toggles.numel() for each in inner) else None
+                tables = [each.limits for each in inner], [each.flips for each in inner], toggles
                 self._segments.append(Segment(self._layers[begin : place + 1], *tables, chain.between[place]))
                 begin = place + 1
 
@@ -485,7 +549,11 @@ def _dtype_of(layer: nn.Module) -> torch.dtype:
 
 
 class Snapshot:
-    """Everything that the limits of a chain are computed from, to be compared with in each call."""
+    """Everything that the limits of a chain are computed from, to be compared with in each call.
+
+    A ``_C.ModuleState`` compares it in less than half of the time that Python takes. What it does not find to be the
+    same, Python compares again, because it may be the same in another way, such as in memory of another address.
+    """
 
     def __init__(self, modules: list[nn.Module], read: list[tuple[nn.Module, str, str]]) -> None:
         """Keep the state of the modules.
@@ -508,6 +576,7 @@ class Snapshot:
         tensors = self.tensors()
         self._tensor_types = [type(tensor) for tensor in tensors]
         self._record = _record_values(tensors)
+        self._state: _State | None = None
 
     @classmethod
     def of(cls, modules: list[nn.Module]) -> Snapshot | None:
@@ -530,8 +599,40 @@ class Snapshot:
         """Return the tensors that the modules have now."""
         return [getattr(module, table)[name] for module, table, name in self._read]
 
+    def compare_faster(self) -> None:
+        """Let C++ compare from now on, if nothing has changed."""
+        if _EXCHANGE is None:
+            return
+        places = {(id(module), table, name): place for place, (module, table, name) in enumerate(self._read)}
+        pinned: list[tuple[object, str, object]] = [
+            (nn.Module, name, getattr(nn.Module, name)) for name in MODULE_CALLS
+        ]
+        pinned += [(cls, "forward", cls.forward) for cls in self._classes]
+        modules = [(module, _rules_of(module, places)) for module in self._modules]
+        try:
+            state = _State(modules, pinned, self.tensors(), self._record)
+            # The two agree only if they are of the same state, although another thread may write meanwhile.
+            if state.same() and self._is_same():
+                self._state = state
+        except Exception:
+            return  # a tensor that DLPack cannot describe
+
     def holds(self) -> bool:
         """Whether the modules are in this state."""
+        state = self._state
+        if state is not None and state.same():
+            return True
+        if not self._is_same():
+            return False
+        if state is not None:
+            try:
+                state.locate(self.tensors())
+            except Exception:
+                self._state = None
+        return True
+
+    def _is_same(self) -> bool:
+        """Compare in Python, and the tensors by an operator."""
         modules = self._modules
         if [type(module) for module in modules] != self._types or _forwards_of(self._classes) != self._forwards:
             return False
@@ -551,9 +652,37 @@ class Snapshot:
             return False
 
 
+def _rules_of(module: nn.Module, places: dict[tuple[int, str, str], int]) -> list[tuple[str, int, Any]]:
+    """Return by which rule ``_C.ModuleState`` compares each attribute of a module.
+
+    Args:
+        module: The module.
+        places: The place of each tensor that is compared, by its module's id, its table and its name.
+    """
+    read = _own_attributes(module).keys()
+    rules: list[tuple[str, int, Any]] = []
+    for name, value in list(module.__dict__.items()):
+        if name in CALL_HOOKS:
+            rules.append((name, _EMPTY, None))
+        elif name in ("_parameters", "_buffers"):
+            inner: list[tuple[str, int, Any]] = []
+            for key, tensor in value.items():
+                place = places.get((id(module), name, key))
+                if place is not None:
+                    inner.append((key, _TENSOR, place))
+                else:
+                    inner.append((key, _SAME if tensor is None else _ANYTHING, None))
+            rules.append((name, _TABLE, inner))
+        elif name == "_modules":
+            rules.append((name, _TABLE, [(key, _ANYTHING, None) for key in value]))
+        else:
+            rules.append((name, _SAME, value) if name in read else (name, _ANYTHING, None))
+    return rules
+
+
 def _forwards_of(classes: list[type[nn.Module]]) -> list[Any]:
     """Return the functions that a call of a module runs, because someone may replace a class's, too."""
-    return [*module_calls(), *[cls.forward for cls in classes]]
+    return [*[getattr(nn.Module, name) for name in MODULE_CALLS], *[cls.forward for cls in classes]]
 
 
 def _strictly(modules: list[nn.Module]) -> list[Any]:
@@ -671,7 +800,11 @@ def _fusions_of(root: nn.Module) -> dict[int, Fusion]:
         why = _STATE if folded is None and Snapshot.of(chain.modules) is None else _NOW
         limits = [why] * len(chain.layers[1:]) if folded is None else folded.limits
         for layer, between, outcome in zip(chain.layers, chain.between, limits, strict=False):
-            found[id(layer)] = Fusion(found[id(layer)].input, report(outcome, _WORDS, between))
+            text = report(outcome, _WORDS, between)
+            if isinstance(outcome, Limits) and outcome.toggles.numel():
+                count = outcome.toggles[0].unique().numel()
+                text += f" (the signs of {count} of {layer.out_features} channels change more than once)"
+            found[id(layer)] = Fusion(found[id(layer)].input, text)
         for layer in chain.layers[1:]:
             found[id(layer)] = Fusion("", found[id(layer)].output)
         if chain.before:

@@ -1,9 +1,11 @@
-// bitorch_qlinear._C reports what was built and what the processor supports. It has no torch header and no operator.
+// bitorch_qlinear._C reports what was built and what the processor supports, and compares modules
+// with what they were. It has no torch header and no operator.
 #include <pybind11/pybind11.h>
 
 #include <string>
 
 #include "cpu/cpu_features.h"
+#include "module_state.h"
 #include "sources.h"
 
 namespace {
@@ -29,9 +31,10 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-    module.doc() = "Build and processor information of bitorch_qlinear.";
+    module.doc() = "Build and processor information of bitorch_qlinear, and a comparison of modules.";
     module.def("build_info", &build_info,
                "Version, digest of the sources, compiler, torch built against, CUDA targets.");
     module.def("cpu_capability", &bitorch_qlinear::cpu_capability,
                "What processor and operating system support: AVX512, AVX2, NEON or DEFAULT.");
+    bitorch_qlinear::define_module_state(module);
 }

@@ -49,25 +49,17 @@ inline uint32_t signs(const double* x) {
     return word;
 }
 
-template <bool Negative, int Infinity>
-inline uint32_t signs_16(const void* x) {
+template <bool Negative, class T>
+inline uint32_t signs(const T* x) {
     const __m256i offset = _mm256_set1_epi16(Negative ? -1 : INT16_MAX),
-                  infinity = _mm256_set1_epi16(static_cast<int16_t>(INT16_MIN | Infinity));
+                  infinity = _mm256_set1_epi16(static_cast<int16_t>(INT16_MIN | Pattern<T>::kInfinity));
     const auto inside = [&](const __m256i* from) {
         return _mm256_cmpgt_epi16(infinity, _mm256_add_epi16(_mm256_loadu_si256(from), offset));
     };
-    const __m256i* halves = static_cast<const __m256i*>(x);
+    const __m256i* halves = reinterpret_cast<const __m256i*>(x);
     // The permutation is that of join().
     const __m256i bytes = _mm256_packs_epi16(inside(halves), inside(halves + 1));
     return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xD8)));
-}
-template <bool Negative>
-inline uint32_t signs(const Half* x) {
-    return signs_16<Negative, 0x7C00>(x);
-}
-template <bool Negative>
-inline uint32_t signs(const BFloat16* x) {
-    return signs_16<Negative, 0x7F80>(x);
 }
 
 // in_range() tests |v| <= threshold of 32 values, and above() v > limit; NaN is neither in range nor above.
@@ -221,30 +213,24 @@ inline uint32_t join_16(__m256i low, __m256i high) {
     return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xD8)));
 }
 
-struct Limits16 {
-    explicit Limits16(const void* from) {
+// This one is for the half types.
+template <class T>
+struct Limits {
+    explicit Limits(const T* from) {
         for (int i = 0; i < 2; ++i) {
-            const __m256i bits = load_bits(static_cast<const __m256i*>(from) + i);
+            const __m256i bits = load_bits(from + 16 * i);
             inverted[i] = _mm256_srli_epi16(_mm256_srai_epi16(bits, 15), 1);
             limits[i] = _mm256_xor_si256(bits, inverted[i]);
         }
     }
-    uint32_t reached_by(const void* x) const {
+    uint32_t reached_by(const T* x) const {
         const auto below = [&](int i) {
-            const __m256i bits = load_bits(static_cast<const __m256i*>(x) + i);
+            const __m256i bits = load_bits(x + 16 * i);
             return _mm256_cmpgt_epi16(limits[i], _mm256_xor_si256(bits, inverted[i]));
         };
         return ~join_16(below(0), below(1));
     }
     __m256i inverted[2], limits[2];
-};
-template <>
-struct Limits<Half> : Limits16 {
-    using Limits16::Limits16;
-};
-template <>
-struct Limits<BFloat16> : Limits16 {
-    using Limits16::Limits16;
 };
 inline __m256i magnitudes_16(const void* x) { return _mm256_and_si256(load_bits(x), _mm256_set1_epi16(INT16_MAX)); }
 template <class T>

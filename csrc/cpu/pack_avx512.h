@@ -34,18 +34,11 @@ inline uint32_t signs(const double* x) {
     return inside(x) | inside(x + 8) << 8 | inside(x + 16) << 16 | inside(x + 24) << 24;
 }
 
-template <bool Negative, int Infinity>
-inline uint32_t signs_16(const void* x) {
-    const __m512i first = _mm512_set1_epi16(Negative ? INT16_MIN + 1 : 1), count = _mm512_set1_epi16(Infinity);
+template <bool Negative, class T>
+inline uint32_t signs(const T* x) {
+    const __m512i first = _mm512_set1_epi16(Negative ? INT16_MIN + 1 : 1),
+                  count = _mm512_set1_epi16(Pattern<T>::kInfinity);
     return _mm512_cmplt_epu16_mask(_mm512_sub_epi16(_mm512_loadu_si512(x), first), count);
-}
-template <bool Negative>
-inline uint32_t signs(const Half* x) {
-    return signs_16<Negative, 0x7C00>(x);
-}
-template <bool Negative>
-inline uint32_t signs(const BFloat16* x) {
-    return signs_16<Negative, 0x7F80>(x);
 }
 
 // in_range() tests |v| <= threshold of 32 values, and above() v > limit; NaN is neither in range nor above.
@@ -161,24 +154,18 @@ inline uint32_t nans(const double* x) {
            is_nan(_mm512_loadu_pd(x + 24)) << 24;
 }
 
-struct Limits16 {
-    explicit Limits16(const void* from) {
+// This one is for the half types.
+template <class T>
+struct Limits {
+    explicit Limits(const T* from) {
         const __m512i bits = _mm512_loadu_si512(from);
         inverted = _mm512_srli_epi16(_mm512_srai_epi16(bits, 15), 1);
         limits = _mm512_xor_si512(bits, inverted);
     }
-    uint32_t reached_by(const void* x) const {
+    uint32_t reached_by(const T* x) const {
         return _mm512_cmpge_epi16_mask(_mm512_xor_si512(_mm512_loadu_si512(x), inverted), limits);
     }
     __m512i inverted, limits;
-};
-template <>
-struct Limits<Half> : Limits16 {
-    using Limits16::Limits16;
-};
-template <>
-struct Limits<BFloat16> : Limits16 {
-    using Limits16::Limits16;
 };
 template <class T>
 inline uint32_t nans(const T* x) {

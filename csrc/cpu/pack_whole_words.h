@@ -81,14 +81,14 @@ bool pack_levels_by_words(const void* row, int64_t k, int bits, uint32_t* planes
 // that of plain packing with one row, 1.9 with two and 1.6 with four or eight (AVX-512); eight are slower from memory.
 constexpr int kRowsTogether = 4;
 
-// Packs the whole words of so many rows by their limits. NaNs are rare, so the words are made as if there were none, and
-// are mended if there are.
+// Packs words [begin, end) of so many rows by their limits, and prefetches so many bytes ahead. NaNs are rare, so the
+// words are made as if there were none, and are mended if there are.
 template <class T, int Rows>
-inline void pack_limited_words(const LimitedRows& job, int64_t row) {
-    const int64_t width = words_for(job.k), whole = job.k / kWordBits;
-    const T* x = static_cast<const T*>(job.x) + row * job.stride;
-    uint32_t* words = job.words + row * width;
-    for (int64_t w = 0; w < whole; ++w, x += kWordBits, ++words) {
+inline void pack_limited_words(const LimitedRows& job, int64_t row, int64_t begin, int64_t end, int64_t ahead) {
+    const int64_t width = words_for(job.k);
+    const T* x = static_cast<const T*>(job.x) + row * job.stride + begin * kWordBits;
+    uint32_t* words = job.words + row * width + begin;
+    for (int64_t w = begin; w < end; ++w, x += kWordBits, ++words) {
         const Limits<T> limits(static_cast<const T*>(job.limits) + w * kWordBits);
         const uint32_t flips = job.flips ? job.flips[w] : 0;
         NanTest<T> nan_test;
@@ -96,7 +96,7 @@ inline void pack_limited_words(const LimitedRows& job, int64_t row) {
         for (int r = 0; r < Rows; ++r) {
             const T* from = x + r * job.stride;
             for (int64_t at = 0; at < kWordBits * static_cast<int64_t>(sizeof(T)); at += kLineBytes) {
-                __builtin_prefetch(reinterpret_cast<const uint8_t*>(from) + kPrefetchBytes + at);
+                __builtin_prefetch(reinterpret_cast<const uint8_t*>(from) + ahead + at);
             }
             nan_test.add(from);
             words[r * width] = limits.reached_by(from) ^ flips;
@@ -110,12 +110,25 @@ inline void pack_limited_words(const LimitedRows& job, int64_t row) {
     }
 }
 
+// Packs the whole words of so many rows. What lies ahead of a row's end is the beginning of the next row, which is packed
+// at the same time. What is packed next begins behind all rows, so that is prefetched there.
+template <class T, int Rows>
+inline void pack_limited_rows_together(const LimitedRows& job, int64_t row) {
+    constexpr int64_t kAhead = kPrefetchBytes / (kWordBits * static_cast<int64_t>(sizeof(T)));
+    const int64_t whole = job.k / kWordBits, near = whole > kAhead ? whole - kAhead : 0;
+    const int64_t skipped = (Rows - 1) * job.stride * static_cast<int64_t>(sizeof(T));
+    pack_limited_words<T, Rows>(job, row, 0, near, kPrefetchBytes);
+    pack_limited_words<T, Rows>(job, row, near, whole, kPrefetchBytes + skipped);
+}
+
 // Packs whole words by vectors, and each row's last, partial one by the twin.
 template <class T>
 void pack_limited_rows_by_words(const LimitedRows& job) {
     int64_t row = 0;
-    for (; row + kRowsTogether <= job.rows; row += kRowsTogether) pack_limited_words<T, kRowsTogether>(job, row);
-    for (; row < job.rows; ++row) pack_limited_words<T, 1>(job, row);
+    for (; row + kRowsTogether <= job.rows; row += kRowsTogether) {
+        pack_limited_rows_together<T, kRowsTogether>(job, row);
+    }
+    for (; row < job.rows; ++row) pack_limited_rows_together<T, 1>(job, row);
     const int64_t left = job.k % kWordBits, width = words_for(job.k), last = width - 1, begin = last * kWordBits;
     if (left == 0) return;
     const uint32_t flips = job.flips ? job.flips[last] : 0;

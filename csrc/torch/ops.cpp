@@ -29,7 +29,7 @@ STABLE_TORCH_LIBRARY(bitorch_qlinear, library) {
     library.def(
         "linear_chain(Tensor x, Tensor[] weights, SymInt k, Tensor[] limits, Tensor[] flips, "
         "Tensor? bias=None, *, Tensor[]? prepared=None, Tensor? scale=None, ScalarType? out_dtype=None, "
-        "bool strict=False) -> Tensor");
+        "bool strict=False, Tensor[]? toggles=None) -> Tensor");
     library.def("record_values(Tensor[] tensors) -> Tensor");
     library.def("same_values(Tensor[] tensors, Tensor record) -> bool");
 }

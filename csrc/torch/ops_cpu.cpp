@@ -293,12 +293,52 @@ Tensor multiply_signs(const Tensor& reals, const Tensor& sign_words, int64_t k, 
     return y;
 }
 
+// Computes the words that linear or binary_linear writes with limits, and negates bits of some channels: for each column
+// (channel, limit) of toggles that of each row whose count is at most the limit. A channel's counts are computed again
+// from its row of the weights, because they take K / 32 words, and the kernels write bits by one limit for each output.
+Tensor toggled_linear(const Tensor& x, bool is_real, bool strict, const Tensor& weight_words, int64_t k,
+                      const std::optional<Tensor>& weight_prepared, const Tensor& limits, const Tensor& flips,
+                      const Tensor& toggles) {
+    const std::optional<Tensor> none;
+    const Tensor words = is_real ? pack_bits(x, strict, none, none) : x;
+    Tensor y = binary_linear(words, weight_words, k, none, weight_prepared, none, std::nullopt, limits, flips);
+    const int64_t n = weight_words.size(0), y_words = words_for(n), row_words = words_for(k);
+    if (scalar_type(toggles) != ScalarType::Int || toggles.dim() != 2 || toggles.size(0) != 2 ||
+        !toggles.is_contiguous()) {
+        fail("toggles", "expected contiguous int32 tensors of shape (2, t)");
+    }
+    check_memory("toggles", toggles, kCpu, sizeof(int32_t));
+    const int64_t count = toggles.size(1);
+    const Tensor steps = aligned("toggles", toggles);
+    const Tensor from = aligned("weight_words", weight_words);
+    Tensor rows = empty_on_cpu({count, row_words}, ScalarType::Int);
+    Tensor row_limits = empty_on_cpu({count}, ScalarType::Int),
+           no_flips = empty_on_cpu({words_for(count)}, ScalarType::Int);
+    const auto* channels = static_cast<const int32_t*>(steps.data_ptr());
+    for (int64_t j = 0; j < count; ++j) {
+        if (channels[j] < 0 || channels[j] >= n)
+            fail("toggles", "expected channels from 0 to ", n - 1, ", got ", channels[j]);
+        std::copy_n(words_of(from) + channels[j] * row_words, row_words, words_of(rows) + j * row_words);
+    }
+    std::copy_n(channels + count, count, static_cast<int32_t*>(row_limits.data_ptr()));
+    std::fill_n(words_of(no_flips), words_for(count), 0);
+    const Tensor bits = binary_linear(words, rows, k, none, none, none, std::nullopt, row_limits, no_flips);
+    const uint32_t* bit_row = words_of(bits);
+    uint32_t* row = words_of(y);
+    for (const uint32_t* end = row + y.numel(); row < end; row += y_words, bit_row += words_for(count)) {
+        for (int64_t j = 0; j < count; ++j) {
+            row[channels[j] / 32] ^= (bit_row[j / 32] >> j % 32 & 1u) << channels[j] % 32;
+        }
+    }
+    return y;
+}
+
 Tensor linear_chain(const Tensor& x, std::vector<Tensor> weights, int64_t k, std::vector<Tensor> limits,
                     std::vector<Tensor> flips, const std::optional<Tensor>& bias,
                     std::optional<std::vector<Tensor>> prepared, const std::optional<Tensor>& scale,
-                    std::optional<ScalarType> out_dtype, bool strict) {
-    return multiply_in_turn(linear, binary_linear, x, weights, k, limits, flips, bias, prepared, scale, out_dtype,
-                            strict);
+                    std::optional<ScalarType> out_dtype, bool strict, std::optional<std::vector<Tensor>> toggles) {
+    return multiply_in_turn(linear, binary_linear, toggled_linear, x, weights, k, limits, flips, bias, prepared, scale,
+                            out_dtype, strict, toggles);
 }
 
 }  // namespace

@@ -325,12 +325,17 @@ std::tuple<Tensor, Tensor, Tensor> linear_train(const Tensor& x, const Tensor& w
     return {y, x_words, in_range};
 }
 
+Tensor toggled_linear(const Tensor&, bool, bool, const Tensor&, int64_t, const std::optional<Tensor>&, const Tensor&,
+                      const Tensor&, const Tensor&) {
+    fail("toggles", "expected none on CUDA, where no kernel negates bits of single channels");
+}
+
 Tensor linear_chain(const Tensor& x, std::vector<Tensor> weights, int64_t k, std::vector<Tensor> limits,
                     std::vector<Tensor> flips, const std::optional<Tensor>& bias,
                     std::optional<std::vector<Tensor>> prepared, const std::optional<Tensor>& scale,
-                    std::optional<ScalarType> out_dtype, bool strict) {
-    return multiply_in_turn(linear, binary_linear, x, weights, k, limits, flips, bias, prepared, scale, out_dtype,
-                            strict);
+                    std::optional<ScalarType> out_dtype, bool strict, std::optional<std::vector<Tensor>> toggles) {
+    return multiply_in_turn(linear, binary_linear, toggled_linear, x, weights, k, limits, flips, bias, prepared, scale,
+                            out_dtype, strict, toggles);
 }
 
 }  // namespace

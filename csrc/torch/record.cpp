@@ -4,9 +4,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstring>
-#include <limits>
 #include <vector>
 
+#include "../subnormals.h"
 #include "tensors.h"
 
 namespace bitorch_qlinear {
@@ -57,12 +57,6 @@ Tensor record_values(std::vector<Tensor> tensors) {
         return true;
     });
     return record;
-}
-
-// Returns whether this thread takes subnormal numbers for zero (torch.set_flush_denormal), which changes signs.
-bool flushes_subnormals() {
-    const volatile float smallest = std::numeric_limits<float>::denorm_min();
-    return smallest * 1.0f == 0.0f;
 }
 
 // Returns also false in a thread that flushes subnormal numbers, where the same values give other results.

@@ -52,6 +52,28 @@ CUBES = [
 ]
 
 
+def model_result(variant, size, batch, *processes):
+    """Make a result of whole models from the seconds of the float, the packed and the fused form in each process."""
+    runs = [
+        {name: [0.9 * value, value, 1.1 * value] for name, value in zip(models.NAMES, each, strict=True)}
+        for each in processes
+    ]
+    return {"variant": variant, "size": size, "batch": batch, "processes": runs}
+
+
+MODELS = {
+    "layers": 4,
+    "rounds": 2,
+    "results": [
+        model_result(models.HARDTANH, 1024, 1, (8.0, 4.0, 1.0), (9.0, 3.0, 2.0), (6.0, 4.0, 2.0)),
+        model_result(models.HARDTANH, 4096, 16, (8.0, 4.0, 4.0)),
+        model_result(models.NORM, 1024, 1, (8.0, 4.0, 4.0)),
+    ],
+    "memory": {"size": 1024, "batch": 32, "bytes": dict(zip(models.NAMES, (1 << 21, 1 << 21, 1 << 16), strict=True))},
+    "setting": SETTING,
+}
+
+
 @pytest.fixture(autouse=True)
 def _threads_and_kernel():
     threads = torch.get_num_threads()
@@ -239,29 +261,56 @@ def test_comparison_with_the_committed_figures():
     assert check.fallen(rows) == ["QLinear, one"] and check.fallen(check.compare(RESULTS, RESULTS)) == []
 
 
+LOST = "QLinear, one, QLinear, two, QLinear, training step, one, QLinear, training step, two, fused model of 1024 wide"
+
+
 @pytest.mark.parametrize(
-    ("speed", "kernel", "lost"),
-    [(0.8, "k", None), (0.6, "k", "QLinear, one, QLinear, two, QLinear, training"), (0.6, "other", None)],
+    ("speed", "kernels", "lost"),
+    [
+        (0.8, ("k", "k", "k"), None),
+        (0.6, ("k", "k", "k"), f"{LOST} layers, BatchNorm, Hardtanh, batch 1"),
+        (0.6, ("k", "k", "other"), LOST.partition(", fused")[0] + "$"),
+        (0.6, ("other", "other", "k"), "fused model of 1024 wide"),
+        (0.6, ("other", "other", "other"), None),
+    ],
 )
-def test_check_judges_only_on_the_processor_of_the_committed_figures(monkeypatch, capsys, speed, kernel, lost):
+def test_check_judges_only_on_the_processor_of_each_file(monkeypatch, capsys, speed, kernels, lost):
     steps = [{name: value for name, value in each.items() if name not in ("dtype", "threads")} for each in RESULTS]
-    files = {"cpu": {"results": RESULTS, "setting": SETTING}, "train": {"results": steps, "setting": SETTING}}
+    files = {
+        name: {"results": results, "setting": SETTING | {"kernel": kernel}}
+        for (name, results), kernel in zip(
+            {"cpu": RESULTS, "train": steps, "models": MODELS["results"]}.items(), kernels, strict=True
+        )
+    }
 
-    def slower(results):
-        times = [each["seconds_quartiles"] for each in results]
-        slow = [each | {peers.QLINEAR: [value / speed for value in each[peers.QLINEAR]]} for each in times]
-        return [each | {"seconds_quartiles": found} for each, found in zip(results, slow, strict=True)]
+    def slower(times, name):
+        return times | {name: [value / speed for value in times[name]]}
 
+    def slower_layers(results):
+        return [each | {"seconds_quartiles": slower(each["seconds_quartiles"], peers.QLINEAR)} for each in results]
+
+    fused = [
+        each | {"processes": [slower(times, models.FUSED) for times in each["processes"]]} for each in MODELS["results"]
+    ]
     monkeypatch.setattr(check, "load", files.__getitem__)
-    monkeypatch.setattr(check, "again", lambda inference, training: (slower(RESULTS), slower(steps)))
-    monkeypatch.setattr(check, "setting", lambda: SETTING | {"kernel": kernel})
+    monkeypatch.setattr(check, "again", lambda inference, training: (slower_layers(RESULTS), slower_layers(steps)))
+    monkeypatch.setattr(check, "models_again", lambda committed: fused[::-1])
+    monkeypatch.setattr(check, "setting", lambda: SETTING)
     if lost:
         with pytest.raises(SystemExit, match=f"30% slower than committed: {lost}"):
             check.main([])
     else:
         check.main([])
     said = capsys.readouterr().out
-    assert "training step, two" in said and ("nothing is judged" in said) == (kernel == "other")
+    assert "training step, two" in said and "packed model of 4096 wide layers, BatchNorm, Hardtanh, batch 16" in said
+    assert said.count("not judged") == kernels.count("other")
+
+
+def test_check_times_the_models_and_batches_of_the_figures(monkeypatch):
+    asked = []
+    monkeypatch.setattr(models, "measure_times", lambda cases, *_: asked.extend(cases))
+    check.models_again(MODELS | {"results": [*MODELS["results"], model_result(models.HARDTANH, 1024, 256, (1.0,) * 3)]})
+    assert asked == [(models.HARDTANH, 1024, [1, 256]), (models.HARDTANH, 4096, [16]), (models.NORM, 1024, [1])]
 
 
 def test_check_measures_the_types_and_threads_of_the_figures():
@@ -313,28 +362,6 @@ def test_the_text_about_the_training_run_has_its_accuracy():
     figures = {"run": {"hidden": 8, "wanted_accuracy": 0.97, "runs": runs}, "setting": SETTING}
     said = tables.training_run(figures)
     assert "98.00%" in said and "absent: no module" in said and "Not measured yet" in tables.training_run(None)
-
-
-def model_result(variant, size, batch, *processes):
-    """Make a result of whole models from the seconds of the float, the packed and the fused form in each process."""
-    runs = [
-        {name: [0.9 * value, value, 1.1 * value] for name, value in zip(models.NAMES, each, strict=True)}
-        for each in processes
-    ]
-    return {"variant": variant, "size": size, "batch": batch, "processes": runs}
-
-
-MODELS = {
-    "layers": 4,
-    "rounds": 2,
-    "results": [
-        model_result(models.HARDTANH, 1024, 1, (8.0, 4.0, 1.0), (9.0, 3.0, 2.0), (6.0, 4.0, 2.0)),
-        model_result(models.HARDTANH, 4096, 16, (8.0, 4.0, 4.0)),
-        model_result(models.NORM, 1024, 1, (8.0, 4.0, 4.0)),
-    ],
-    "memory": {"size": 1024, "batch": 32, "bytes": dict(zip(models.NAMES, (1 << 21, 1 << 21, 1 << 16), strict=True))},
-    "setting": SETTING,
-}
 
 
 def cells_of(table):
@@ -510,6 +537,28 @@ def test_accuracy_of_the_demo_is_the_mean_over_its_seeds():
     cells = [[cell.strip() for cell in row.split("|")[2:-1]] for row in tables.demo_accuracy(figures).splitlines()]
     assert cells[2:4] == [["98.00%", "97.00%", "99.00%"], ["95.00%", "90.00%", "98.00%"]]
     assert "3 splits" in tables.demo_accuracy(figures) and "Not measured" in tables.demo_accuracy(None)
+
+
+def test_outputs_of_examples_lack_only_the_table_of_explain():
+    printed = "layer  kind  weights  binarize()\n1\n\nlayer  computed by  pack()\n2\n\nfloat32: 98.0%\n"
+    figures = {"outputs": {"mixer": printed}, "setting": SETTING}
+    shown = "```text\nlayer  kind  weights  binarize()\n1\n\nfloat32: 98.0%\n```"
+    assert tables.example_output(figures, "mixer") == shown
+    assert "P, capability C" in tables.examples_setting(figures)
+    assert tables.example_output(None, "mixer") == tables.examples_setting(None) == tables.EXAMPLES_MISSING
+
+
+def test_examples_are_run_and_kept_as_they_print(monkeypatch, tmp_path):
+    def run(command, **_):
+        return subprocess.CompletedProcess(command, 0, stdout=f"output of {command[-1]}\n")
+
+    monkeypatch.setattr(tables.subprocess, "run", run)
+    monkeypatch.setattr(tables, "setting", lambda: SETTING)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    tables.run_examples()
+    figures = tables.load("examples")
+    assert figures["setting"] == SETTING and list(figures["outputs"]) == list(tables.EXAMPLES)
+    assert tables.example_output(figures, "serving") == "```text\noutput of examples.serving\n```"
 
 
 def test_tables_are_filled_in_between_their_markers():

@@ -1,11 +1,13 @@
 """FusedSequential and pack(model, fuse=True): the output is that of nn.Sequential bit for bit, whatever has changed."""
 
 import copy
+import gc
 import io
 import itertools
 import math
 import re
 import threading
+import weakref
 
 import pytest
 import torch
@@ -55,6 +57,27 @@ def slopes(n):
     return module
 
 
+def with_negative_slopes(module, share=0.1):
+    """Among the slopes of a PReLU or an RPReLU, some are negative, so that the output falls and rises."""
+    slope = module.weight if isinstance(module, nn.PReLU) else module.slope
+    slope.data.uniform_(0, 0.5)
+    slope.data[torch.rand_like(slope) < share] *= -3
+    slope.data[:1] = -0.5
+    if isinstance(module, RPReLU):
+        module.shift_in.data.normal_(0, 3)
+        module.shift_out.data.normal_(0, 1).sub_(1)
+    return module
+
+
+class Waves(nn.Module):
+    """Changes its sign from each few values to the next."""
+
+    computes_channels_alone = True
+
+    def forward(self, x):
+        return x.remainder(8.0) - 3.5
+
+
 def randomized(module):
     for parameter in module.parameters():
         parameter.data.uniform_(0.1, 3)
@@ -87,6 +110,8 @@ BETWEEN = {
     "identity": lambda n: [nn.Identity()],
     "alpha-dropout-hardtanh": lambda n: [nn.AlphaDropout(), nn.Hardtanh()],
     "react": lambda n: [norm(n), randomized(RPReLU(n)), randomized(ChannelShift(n))],
+    "prelu-of-negative-slopes": lambda n: [norm(n), with_negative_slopes(nn.PReLU(n)), norm(n, seed=3)],
+    "react-of-negative-slopes": lambda n: [with_negative_slopes(RPReLU(n)), norm(n, seed=2)],
 }
 NO_STEPS = ("relu-batch-norm", "threshold-batch-norm")
 USUAL = "batch-norm-hardtanh-dropout"
@@ -180,7 +205,10 @@ def test_every_value_of_the_product(n, bias, dtype):
     seed=st.integers(0, 2**20),
     dtype=st.sampled_from(FLOATS),
     rules=st.tuples(*[st.sampled_from(["sign", "steheaviside"])] * 2),
-    names=st.lists(st.sampled_from(["norm", "tanh", "relu", "prelu", "leaky", "threshold", "react"]), max_size=4),
+    names=st.lists(
+        st.sampled_from(["norm", "tanh", "relu", "prelu", "leaky", "threshold", "react", "negative", "waves"]),
+        max_size=4,
+    ),
     special=st.sampled_from([None, 0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-30, 1e-42, -1.0, 1e30]),
 )
 def test_all_inputs_of_small_layers(k, n, seed, dtype, rules, names, special):
@@ -194,6 +222,8 @@ def test_all_inputs_of_small_layers(k, n, seed, dtype, rules, names, special):
         "leaky": lambda: nn.LeakyReLU(-0.2),
         "threshold": lambda: nn.Threshold(1.0, -3.0),
         "react": lambda: randomized(RPReLU(n)),
+        "negative": lambda: with_negative_slopes(RPReLU(n), 0.5),
+        "waves": Waves,
     }
     between = [make[name]() for name in names]
     if special is not None:
@@ -296,9 +326,7 @@ def test_small_sizes(k, n):
 
 
 def test_a_chain_that_is_folded_in_part():
-    model = nn.Sequential(
-        signs(N, K), norm(N), signs(N, N), nn.Threshold(0.0, 50.0), norm(N), signs(9, N), norm(9), signs(4, 9)
-    ).eval()
+    model = nn.Sequential(signs(N, K), norm(N), signs(N, N), Waves(), signs(9, N), norm(9), signs(4, 9)).eval()
     assert_same(model, want=[True, False, True, False])
 
 
@@ -306,6 +334,96 @@ def test_chains_among_other_modules(runs):
     model = nn.Sequential(nn.Linear(20, K), nn.Tanh(), usual(), nn.Tanh(), signs(8, 5), norm(8), signs(7, 8), norm(7))
     assert_same(model.eval(), k=20, want=[True, True, False, True, False])
     assert len(runs) == 30
+
+
+# ---- signs that change more than once ----
+
+
+def toggled(fused):
+    return [each.toggles for each in first_folded(fused).limits if not isinstance(each, str)]
+
+
+@dtypes
+@given(
+    seed=st.integers(0, 2**20),
+    n=st.sampled_from([1, 5, 32, 37, 64]),
+    rule=st.sampled_from(["sign", "steheaviside"]),
+    share=st.sampled_from([0.0, 0.1, 0.2]),
+    norms=st.booleans(),
+)
+@settings(max_examples=25)
+def test_random_slopes_with_negative_ones(dtype, seed, n, rule, share, norms):
+    """Every product of the first layer, and what the second and third make of them."""
+    torch.manual_seed(seed)
+    layers = [signs(n, K, rule), signs(n, n, rule), signs(3, n, rule)]
+    between = [[*([norm(n, seed)] if norms else []), with_negative_slopes(RPReLU(n), share)] for _ in range(2)]
+    model = nn.Sequential(layers[0], *between[0], layers[1], *between[1], layers[2]).to(dtype).eval()
+    packed, fused = pack(model), pack(model, fuse=True)
+    x = torch.cat([every_product(layers[0]), torch.randn(30, K)]).to(dtype)
+    with torch.no_grad():
+        assert_equal(fused(x), packed(x))
+        assert_equal(fused(x[:1]), packed(x[:1]))
+
+
+@pytest.mark.parametrize("name", kernels.available())
+def test_toggles_of_each_kernel(name):
+    with kernels.forced(name):
+        model = chain(BETWEEN["react-of-negative-slopes"], n=64)
+        fused = assert_same(model, want=[True, True, False])
+    assert all(each.numel() for each in toggled(fused))
+
+
+def test_toggles_after_input_limits():
+    model = nn.Sequential(randomized(ChannelShift(K)), *chain(BETWEEN["react-of-negative-slopes"])).eval()
+    assert any(each.numel() for each in toggled(assert_same(model)))
+
+
+def test_toggles_of_several_parts(monkeypatch):
+    model = chain(BETWEEN["react-of-negative-slopes"])
+    want = first_folded(pack(model, fuse=True)).limits[0]
+    assert want.toggles.numel()
+    for size in (1, 2 * N, 5 * N, 71 * N):
+        monkeypatch.setattr("bitorch_qlinear._fold._PART", size)
+        limits = first_folded(pack(model, fuse=True)).limits[0]
+        assert_equal(limits.limits, want.limits)
+        assert_equal(limits.flips, want.flips)
+        assert sorted(limits.toggles.t().tolist()) == sorted(want.toggles.t().tolist())
+
+
+def test_words_that_change_beside_toggles():
+    """A toggled channel's row of weights is read in each call."""
+    packed = pack(chain(BETWEEN["react-of-negative-slopes"]))
+    fused, x = pack(packed, fuse=True), torch.randn(30, K)
+    assert toggled(fused)[0].numel()
+    with torch.no_grad():
+        before = fused(x)
+        for model in (packed, fused):
+            words(model)
+            model[3].weight.bitwise_not_()
+            model[3].weight[:, -1] &= (1 << N % 32) - 1
+        want = packed(x)
+        assert not torch.equal(before, want)
+        for _ in range(3):
+            assert_equal(fused(x), want)
+
+
+def test_explain_counts_toggled_channels():
+    module = RPReLU(N)
+    module.slope.data[3:5] = -1.0
+    module.shift_out.data.fill_(-4)
+    text = explain(pack(of(module), fuse=True)).layers[0].output
+    assert text == "words for the next layer through RPReLU (the signs of 2 of 37 channels change more than once)"
+
+
+def test_the_number_of_toggles_is_limited():
+    n = 64
+    for channels, fuses in ((16, True), (17, False)):
+        module = RPReLU(n)
+        module.slope.data[:channels] = -1.0
+        module.shift_out.data.fill_(-4)
+        model = nn.Sequential(signs(n, K, bias=False), module, signs(3, n)).eval()
+        fused = assert_same(model, want=[fuses, False])
+        assert f"the signs of {channels} of 64 channels" in explain(fused).layers[0].output
 
 
 # ---- modules before the first layer ----
@@ -646,6 +764,10 @@ CHANGES = {
     "in-place": lambda model: model[1].bias.data.add_(3),
     "new-data": lambda model: setattr(model[1].weight, "data", -model[1].weight.data),
     "numpy": lambda model: model[1].running_mean.numpy().__imul__(-1),
+    "negative-view": lambda model: setattr(model[1].weight, "data", torch._neg_view(model[1].weight.data)),
+    "same-values-elsewhere": lambda model: setattr(model[1].weight, "data", model[1].weight.data.clone()),
+    "same-attribute": lambda model: setattr(model[1], "eps", float(repr(model[1].eps))),
+    "other-order": lambda model: setattr(model[1], "eps", model[1].__dict__.pop("eps")),
     "new-parameter": lambda model: setattr(model[1], "weight", nn.Parameter(-model[1].weight.detach())),
     "no-parameter": lambda model: setattr(model[1], "weight", None),
     "strided-parameter": lambda model: setattr(model[1].weight, "data", torch.randn(N, 2)[:, 0] * 0 - 1),
@@ -685,8 +807,17 @@ CHANGES = {
 }
 
 
+# These changes leave the output as it is.
+WITHOUT_EFFECT = ("nothing", "delete", "inplace", "dropout-p", "float16", "double", "float64-and-back")
+WITHOUT_EFFECT += ("same-values-elsewhere", "same-attribute", "other-order")
+
+
+@pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("name", CHANGES)
-def test_changes_are_seen(name):
+def test_changes_are_seen(name, exchange, monkeypatch):
+    """Also by a torch without DLPack's interface in C, where Python compares everything."""
+    if not exchange:
+        monkeypatch.setattr(bitorch_qlinear.fused, "_EXCHANGE", None)
     torch.manual_seed(1)
     packed = pack(usual())
     fused = pack(packed, fuse=True)
@@ -702,8 +833,35 @@ def test_changes_are_seen(name):
         want = packed(x)
         for _ in range(4):
             assert_equal(fused(x), want)
-    if name not in ("nothing", "delete", "inplace", "dropout-p", "float16", "double", "float64-and-back"):
+    if name not in WITHOUT_EFFECT:
         assert before.shape != want.shape or not torch.equal(before, want)
+
+
+@pytest.mark.skipif(bitorch_qlinear.fused._EXCHANGE is None, reason="this torch has no __dlpack_c_exchange_api__")
+@pytest.mark.parametrize("name", ["nothing", "same-values-elsewhere", "same-attribute"])
+def test_values_that_are_the_same_are_compared_in_cpp(name, monkeypatch, runs):
+    """One call may compare in Python, after a tensor has moved."""
+    fused, x = pack(usual(), fuse=True), torch.randn(3, K)
+    with torch.no_grad():
+        fused(x)
+        CHANGES[name](fused)
+        fused(x)
+        for cls, method in ((bitorch_qlinear.fused.Snapshot, "_is_same"), (bitorch_qlinear.fused.Plan, "_fits")):
+            monkeypatch.setattr(cls, method, lambda self: pytest.fail("was compared in Python"))
+        fused(x)
+    assert len(runs) == 3
+
+
+def test_a_model_is_collected_as_garbage():
+    fused = pack(usual(), fuse=True)
+    fused[1].parent = [fused]
+    fused[0].parent = [fused]
+    with torch.no_grad():
+        fused(torch.randn(3, K))
+    alive = weakref.ref(fused)
+    del fused
+    gc.collect()
+    assert alive() is None
 
 
 NESTED = {
@@ -1224,8 +1382,8 @@ NOT_FUSED = {
         "the next layer does not read signs|QLinear follows",
     ),
     "no-step": (
-        lambda: of(nn.Threshold(0.0, 50.0), norm(N)),
-        r"the signs of \d+ of 37 channels change more than once: Threshold, BatchNorm1d",
+        lambda: of(Waves(), nn.Hardtanh()),
+        r"the signs of 37 of 37 channels change more than once, \d+ times in all: Waves, Hardtanh",
     ),
     "nothing-follows": (lambda: nn.Sequential(signs(N, K), norm(N)).eval(), "no packed layer follows"),
 }

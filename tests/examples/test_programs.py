@@ -61,12 +61,12 @@ def test_adapter(capsys):
 
 
 def test_serving(capsys):
-    serving.main(["--hidden", "64", "--layers", "2", "--requests", "50", "--workers", "3"])
+    serving.main(["--hidden", "64", "--layers", "2", "--requests", "50", "--workers", "2"])
     output = capsys.readouterr().out
     assert "The served outputs are identical" in output
-    for workers in ("1 worker", "3 workers"):
-        for name in ("float32", "packed"):
-            assert re.search(rf"^{name}, {workers} ( +[\d,]+){{4}}$", output, re.MULTILINE)
+    names = [f"{name}, {workers}" for name in ("float32", "packed") for workers in ("1 worker", "2 workers")]
+    for name in [*names, "packed, 2 processes"]:
+        assert re.search(rf"^{name} ( +[\d,]+){{4}}$", output, re.MULTILINE)
     assert len(re.findall(r"^packed against float32( +[\d.]+ ×){4}$", output, re.MULTILINE)) == 2
 
 
@@ -83,6 +83,13 @@ def test_every_request_is_answered_once():
     latencies, outputs, seconds = serving.serve(nn.Identity(), requests, workers=4)
     assert all(map(torch.equal, requests, outputs))
     assert len(latencies) == 40 and min(latencies) > 0 and seconds > 0
+
+
+@pytest.mark.slow
+def test_processes_answer_all_requests(tmp_path):
+    torch.save(serving.pack(serving.binarize(serving.build_classifier(32, 2)), fuse=True), tmp_path / "packed.pt")
+    latencies, seconds = serving.serve_from_processes(tmp_path / "packed.pt", list(torch.randn(60, 1, 256)), 2)
+    assert len(latencies) == 120 and min(latencies) > 0 and seconds > 0
 
 
 def test_wrong_output_of_the_served_model_is_an_error(monkeypatch):

@@ -175,3 +175,6 @@ def test_linear_chain(cuda_kernel, dtype):
     gpu_bias = moved(bias)
     y = F.linear_chain(moved(x), weights, sizes[0], limits[:-1], flips[:-1], gpu_bias, scale=gpu_bias)
     assert_same(y, want)
+    toggles = [torch.zeros(2, 1, dtype=torch.int32, device=y.device)] * (len(weights) - 1)
+    with pytest.raises(RuntimeError, match="toggles: expected none on CUDA"):
+        F.linear_chain(moved(x), weights, sizes[0], limits[:-1], flips[:-1], toggles=toggles)

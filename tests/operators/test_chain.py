@@ -32,7 +32,20 @@ def problem(sizes, m=(3,), dtype=torch.float32, seed=0, prepared=True, strict=Fa
         "scale": torch.randn(sizes[-1], generator=generator),
         "out_dtype": out_dtype,
         "strict": strict,
+        "toggles": None,
     }
+
+
+def toggles_for(sizes, seed):
+    """Some for each layer except the last; a layer may have none, and a channel several."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for k, n in list(itertools.pairwise(sizes))[:-1]:
+        count = int(torch.randint(0, 5, (), generator=generator)) * (n > 0)
+        channels = torch.randint(0, n, (count,), generator=generator)
+        limits = torch.randint(k // 2 - 3, k // 2 + 4, (count,), generator=generator)
+        made.append(torch.stack([channels, limits]).int())
+    return made
 
 
 def call(values):
@@ -49,10 +62,19 @@ def in_steps(values):
         options = {"bias": values["bias"], "scale": values["scale"], "out_dtype": dtype}
         if i < last:
             options = {"out_limits": values["limits"][i], "out_flips": values["flips"][i]}
+        inputs = x
         if i or not x.is_floating_point():
             x = F.binary_linear(x, words, k, **options)
         else:
             x = F.linear(x, words, k, strict=values["strict"], **options)
+        if i < last and values["toggles"] and values["toggles"][i].numel():
+            if inputs.is_floating_point():
+                inputs = F.pack_bits(inputs, values["strict"])
+            counts = (k - F.binary_linear(inputs, words, k, out_dtype=torch.int32)) // 2
+            bits = F.unpack_bits(x, len(words), torch.bool)
+            for channel, limit in values["toggles"][i].t().tolist():
+                bits[..., channel] ^= counts[..., channel] <= limit
+            x = F.pack_bits(torch.where(bits, 1.0, -1.0))
         k = len(words)
     return x
 
@@ -67,10 +89,13 @@ sizes = st.lists(st.sampled_from([1, 2, 31, 32, 33, 64, 65, 130]), min_size=2, m
     out_dtype=st.sampled_from([None, *FLOATS]),
     flags=st.tuples(st.booleans(), st.booleans()),
     from_words=st.booleans(),
+    has_toggles=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_equals_its_steps(kernel, sizes, m, dtype, out_dtype, flags, from_words, seed):
+def test_equals_its_steps(kernel, sizes, m, dtype, out_dtype, flags, from_words, has_toggles, seed):
     values = problem(sizes, m, dtype, seed, *flags, out_dtype)
+    if has_toggles:
+        values["toggles"] = toggles_for(sizes, seed)
     if from_words:
         values["x"] = F.pack_bits(values["x"], values["strict"])
     assert_equal(call(values), in_steps(values))
@@ -104,7 +129,7 @@ def test_a_chain_of_one_is_linear():
 def test_opcheck_and_flops():
     from torch.utils.flop_counter import FlopCounterMode
 
-    values = problem([70, 40, 33, 9])
+    values = problem([70, 40, 33, 9]) | {"toggles": toggles_for([70, 40, 33, 9], 1)}
     names = ("x", "weights", "k", "limits", "flips", "bias")
     keywords = {name: value for name, value in values.items() if name not in names}
     torch.library.opcheck(
@@ -157,15 +182,36 @@ def test_wrong_tensors_are_refused(kernel, argument, what):
         call(values)
 
 
-@pytest.mark.parametrize("argument", ["weights", "limits", "flips", "prepared"])
+TOGGLE_FAULTS = {
+    "dtype": lambda t: t.long(),
+    "dimensions": lambda t: t[0],
+    "rows": lambda t: t.repeat(2, 1)[:3],
+    "strided": lambda t: t.t().contiguous().t(),
+    "gone": resized,
+    "negative": lambda t: t * 0 - 1,
+    "beyond": lambda t: t * 0 + 40,
+}
+
+
+@pytest.mark.parametrize("what", TOGGLE_FAULTS)
+def test_wrong_toggles_are_refused(kernel, what):
+    values = problem([70, 40, 9]) | {"toggles": [torch.tensor([[3, 39, 3], [30, 35, 40]], dtype=torch.int32)]}
+    assert_equal(call(values), in_steps(values))
+    values["toggles"] = [TOGGLE_FAULTS[what](values["toggles"][0])]
+    with pytest.raises(RuntimeError, match=r"toggles: (expected|its storage)"):
+        call(values)
+
+
+@pytest.mark.parametrize("argument", ["weights", "limits", "flips", "prepared", "toggles"])
 @pytest.mark.parametrize("change", [lambda v: v[:-1], lambda v: v + v[:1], lambda v: []])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_lists_of_other_lengths_are_refused(argument, change, device):
     values = problem([70, 40, 33, 9])
+    values["toggles"] = [torch.zeros(2, 1, dtype=torch.int32)] * 2
     values = {name: moved(value, lambda tensor: tensor.to(device)) for name, value in values.items()}
     values[argument] = change(values[argument])
     with pytest.raises(
-        RuntimeError, match=r"(weights|limits|flips|prepared): expected (at least )?\d tensors?, got \d"
+        RuntimeError, match=r"(weights|limits|flips|prepared|toggles): expected (at least )?\d tensors?, got \d"
     ):
         call(values)
 
