@@ -149,3 +149,24 @@ def force_cuda_kernel(name: str | None) -> None:
     error = cuda_library.bitorch_qlinear_cuda_force_kernel((name or "").encode()).decode()
     if error:
         raise RuntimeError(error)
+
+
+def forced_cuda_tile() -> str:
+    """Return the name of the forced tile of ``mma_sm80``, or "" if the sizes of each product choose it."""
+    return "" if cuda_library is None else str(cuda_library.bitorch_qlinear_cuda_tile().decode())
+
+
+def force_cuda_tile(name: str | None) -> None:
+    """Make ``mma_sm80`` compute all its products with one tile, in the whole process; for tests and benchmarks.
+
+    Args:
+        name: "128x256", "128x128", "64x64" (rows x columns of y), or None for the automatic choice.
+
+    Raises:
+        RuntimeError: This installation has no CUDA operators, or no tile has that name. Nothing has changed then.
+    """
+    if cuda_library is None:
+        raise RuntimeError(f"bitorch_qlinear has no CUDA kernels here: {no_cuda_reason}.")
+    error = cuda_library.bitorch_qlinear_cuda_force_tile((name or "").encode()).decode()
+    if error:
+        raise RuntimeError(error)

@@ -65,6 +65,7 @@ class Work(NamedTuple):
     whole: Mapping[str, int] = MappingProxyType({})  # the instructions of inner loops, see machine_code.one_pass
     rates: Mapping[str, int] = MappingProxyType({})  # rates of its own instructions instead of the chip's
     inner: bool = False  # whether the main loop is the innermost one with such instructions
+    other: int = 0  # the instructions of the kind in a loop of other work, which is not the main loop
 
 
 def _popc(_: Kernel) -> Work:
@@ -122,7 +123,7 @@ def _wgmma(kernel: Kernel) -> Work:
 
 def _pack(kernel: Kernel) -> Work:
     values = 16 // {"float64": 8, "float32": 4}.get(kernel.type, 2)  # of a lane's 16 bytes
-    return Work("POPC", 4, "memory", memory=4 * (WARP * 16 + 4 * values))
+    return Work("POPC", 4, "memory", memory=4 * (WARP * 16 + 4 * values), other=8)  # which aligns
 
 
 def _pack_with_range(kernel: Kernel) -> Work:
@@ -133,6 +134,11 @@ def _pack_with_range(kernel: Kernel) -> Work:
 def _unpack(kernel: Kernel) -> Work:
     values = 16 // int(kernel.type[0])
     return Work("STG", 4 * (1 if kernel.flags[0] else values), "memory", memory=4 * (WARP * 16 + 4 * values))
+
+
+def _pack_limited(kernel: Kernel) -> Work:
+    size = {"float64": 8, "float32": 4}.get(kernel.type, 2)
+    return Work("VOTE", 8, "memory", memory=8 * (WARP * size + 4))  # limits come from a cache
 
 
 def _align(_: Kernel) -> Work:
@@ -148,6 +154,7 @@ WORKS: dict[str, dict[str, Callable[[Kernel], Work]]] = {
     "gemm_mma_sm75": {"": _mma_sm75},
     "gemm_wgmma_sm90a": {"": _wgmma},
     "pack": {"": _pack, ", in range": _pack_with_range},
+    "pack_limited": {"": _pack_limited},
     "unpack": {"": _unpack},
     "align": {"": _align},
 }
@@ -280,7 +287,7 @@ def main_pass(instructions: list[Instruction], work: Work) -> Counter[str] | Non
             loop for loop in machine_code.loops(instructions) if any(i.kind == work.kind for i in loop.of(instructions))
         ][:1]
     else:
-        found = machine_code.main_loops(instructions, work.kind)
+        found = machine_code.main_loops(instructions, work.kind, work.other)
     passes = [machine_code.one_pass(instructions, loop, kinds, work.whole) for loop in found]
     return max(passes, key=lambda passed: (machine_code.count(passed, *kinds), -passed.total()), default=None)
 

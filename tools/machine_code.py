@@ -269,10 +269,11 @@ def loops(instructions: list[Instruction]) -> list[Loop]:
     return sorted(found, key=lambda loop: loop.last - loop.first)
 
 
-def main_loops(instructions: list[Instruction], kind: str) -> list[Loop]:
-    """Return the loops with the most instructions of a kind; of nested loops, the outer one."""
+def main_loops(instructions: list[Instruction], kind: str, other: int = 0) -> list[Loop]:
+    """Return the loops with the most instructions of a kind, but not with `other`; of nested loops, the outer one."""
     counts = {loop: sum(i.kind == kind for i in loop.of(instructions)) for loop in loops(instructions)}
-    most = [loop for loop, count in counts.items() if count == max(counts.values()) > 0]
+    counts = {loop: count for loop, count in counts.items() if count != other}
+    most = [loop for loop, count in counts.items() if count == max(counts.values())]
     return [loop for loop in most if not any(loop != other and loop.first in other for other in most)]
 
 

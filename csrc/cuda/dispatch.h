@@ -22,4 +22,9 @@ void force_kernel(const std::string& name);
 // The name of the kernel that is forced, or "". Throws if BITORCH_QLINEAR_CUDA_KERNEL names no kernel.
 std::string forced_kernel();
 
+// Does the same for the tile of mma_sm80, such as "128x256"; kernels with one tile ignore it. Until the first call,
+// BITORCH_QLINEAR_CUDA_TILE decides.
+void force_tile(const std::string& name);
+std::string forced_tile();
+
 }  // namespace bitorch_qlinear::cuda

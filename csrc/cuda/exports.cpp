@@ -34,6 +34,17 @@ BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_force_kernel(const char*
     });
 }
 
+// Returns the name of the tile of mma_sm80 that is forced, or "".
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_tile() { return hold(forced_tile); }
+
+// Does for the tile what bitorch_qlinear_cuda_force_kernel does for the kernel.
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_force_tile(const char* name) {
+    return hold([&] {
+        name ? force_tile(name) : static_cast<void>(forced_tile());
+        return "";
+    });
+}
+
 // Returns which kernel computes a product on such a device and why, or the error.
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_choice(int capability, int multiprocessors, int64_t m,
                                                                int64_t n, int64_t k) {

@@ -187,15 +187,19 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skin
     constexpr int kColumns = Block::kColumns, kOutputs = Shape::kRows * Block::kRow;
     __shared__ uint32_t sums[kOutputs];
     __shared__ ChannelTile<As, kColumns> channels;
+    __shared__ bool wrong_form;
     const int64_t column = int64_t{blockIdx.x} * kColumns;
     const int thread = threadIdx.x, threads = blockDim.x;
     for (int i = thread; i < kOutputs; i += threads) sums[i] = 0;
     __syncthreads();
     count_differences<Block, Shape>(product, width, column, sums, [&] {
-        if (thread == 0) check_prepared(product.prepared, product.n, product.k);
+        if (!kBits<As> && thread == 0) wrong_form = has_wrong_form(product);
         channels.load(product.y, product.n, column);
     });
+    // If outputs are bits, ptxas would spill registers on 12.0 for this while weights are on their way.
+    if (kBits<As> && thread == 0) wrong_form = has_wrong_form(product);
     __syncthreads();
+    if (wrong_form) return write_no_result<As>(product, 0, static_cast<int>(product.m), column, kColumns);
     // Each thread writes one output, next to its neighbours': as few sectors as possible, also if rows of y do not
     // start on 16 bytes.
     for (int i = thread; i < product.m * kColumns; i += threads) {

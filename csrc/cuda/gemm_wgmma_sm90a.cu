@@ -85,6 +85,7 @@ struct Shared {
     typename Shape::Stage stages[Shape::kStages];
     Margins<As, Shape> margins[kConsumers];
     uint64_t full[Shape::kStages], empty[Shape::kStages], turn[kConsumers];
+    bool wrong_form;
 };
 
 // Dynamic shared memory may begin at any multiple of 16 bytes, but swizzled lines need one of 1024.
@@ -96,12 +97,7 @@ struct Maps {
     CUtensorMap x, weight[2];  // of all rows of weight, or of the even and the odd ones
 };
 
-#ifdef BITORCH_QLINEAR_WGMMA_SM90A
-
-constexpr int kWarps = kWarpgroup / kWarp;
-constexpr int kSteps = kWarpgroupStageBits / kInstructionBits;  // along k in a stage
-constexpr int kStrips = kWarpgroupRows / kInstructionRows;      // instructions below each other in a tile
-constexpr unsigned kTall = 16;                                  // tile rows of a band
+constexpr unsigned kTall = 16;  // tile rows of a band
 
 // The first row and column of a tile. Blocks that run at the same time take bands of 16 tile rows, down each column: the
 // nearer they are to a square, the fewer rows of x and weight they bring into L2.
@@ -115,6 +111,21 @@ __device__ __forceinline__ Corner corner(unsigned tile, unsigned row_tiles, unsi
     const unsigned left = row_tiles - band * kTall, height = left < kTall ? left : kTall;
     return {int64_t{band * kTall + index % height} * Shape::kRows, int64_t{index / height} * Shape::kColumns};
 }
+
+// Writes tiles for which there is no result. All threads of the block call it.
+template <class As, class Shape>
+__device__ __forceinline__ void write_no_tiles(const Product& product, unsigned row_tiles, unsigned column_tiles) {
+    for (unsigned tile = blockIdx.x; tile < row_tiles * column_tiles; tile += gridDim.x) {
+        const Corner at = corner<Shape>(tile, row_tiles, column_tiles);
+        write_no_result<As>(product, at.row, Shape::kRows, at.column, Shape::kColumns);
+    }
+}
+
+#ifdef BITORCH_QLINEAR_WGMMA_SM90A
+
+constexpr int kWarps = kWarpgroup / kWarp;
+constexpr int kSteps = kWarpgroupStageBits / kInstructionBits;  // along k in a stage
+constexpr int kStrips = kWarpgroupRows / kInstructionRows;      // instructions below each other in a tile
 
 // A place in the ring of stages. Even and odd rounds have places of their own, so that a place tells the parity to wait for.
 template <class Shape>
@@ -210,20 +221,6 @@ __device__ __forceinline__ void multiply_tile(int stages, bool leads, uint64_t& 
     if (leads) arrive(shared.empty[last]);
 #pragma unroll
     for (int strip = 0; strip < kStrips; ++strip) hold(sums[strip]);
-}
-
-// Narrows two neighbouring outputs, by one instruction if there is one.
-template <class Out>
-__device__ __forceinline__ void narrow_pair(float first, float second, Out* out) {
-    if constexpr (std::is_same_v<Out, __nv_bfloat16>) {
-        const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
-        out[0] = both.x, out[1] = both.y;
-    } else if constexpr (std::is_same_v<Out, __half>) {
-        const __half2 both = __floats2half2_rn(first, second);
-        out[0] = both.x, out[1] = both.y;
-    } else {
-        out[0] = first, out[1] = second;
-    }
 }
 
 // Returns how many of a tile's rows or columns exist, of which `left` and more are left.
@@ -433,9 +430,10 @@ __device__ __forceinline__ void run(const Product& product, const Maps& maps, un
 #pragma unroll
         for (auto& turn : shared.turn) init_barrier(turn, kWarps);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");  // copies must find the barriers initialised
-        check_prepared(product.prepared, product.n, product.k);
+        shared.wrong_form = has_wrong_form(product);
     }
     __syncthreads();
+    if (shared.wrong_form) return write_no_tiles<As, Shape>(product, row_tiles, column_tiles);
     if (threadIdx.x < kWarpgroup) {
         release_registers<kProducerRegisters>();
         if (threadIdx.x == 0) produce<As, Shape>(maps, row_tiles, column_tiles, stages, shared);
@@ -454,7 +452,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 #ifdef BITORCH_QLINEAR_WGMMA_SM90A
     run<As, Shape>(product, maps, row_tiles, column_tiles, whole_vectors);
 #else
-    __trap();  // instead of leaving y unwritten
+    write_no_tiles<As, Shape>(product, row_tiles, column_tiles);  // instead of leaving y unwritten
 #endif
 }
 

@@ -24,7 +24,9 @@
 #include <algorithm>
 #include <cstdint>
 #ifndef __CUDACC__
+#include <optional>
 #include <string>
+#include <string_view>
 #endif
 
 #include "../packed.h"
@@ -50,7 +52,8 @@ constexpr Tile kInt8Tile = Tile::m64n64;
 
 // A multiprocessor with binary tensor cores, by its rates per clock.
 //   multiplies    multiply-adds of bits: 8 times those of int8 in the data sheets of the A100, RTX 3090 and RTX 4090. An
-//                 H100 reaches half an A100's rate with this instruction, as its users report. 8.7 is taken to be an 8.0.
+//                 H100 reaches half an A100's rate with this instruction, as its users report. (An H200 reaches 19,600
+//                 if it does nothing else, but the kernel 7,200 at 8192 x 8192 x 8192.) 8.7 is taken to be an 8.0.
 //   l2_bytes      bytes from L2: an A100 has 5120 for 108 multiprocessors (its white paper). NVIDIA gives no figure for the
 //                 others: an H100 is taken to have 5.5 TB/s for 132 at 1.75 GHz, an RTX 3090 2.2 TB/s and an RTX 4090 5
 //   shared_bytes  shared memory of all its blocks (programming guide, "Technical Specifications per Compute Capability")
@@ -70,8 +73,14 @@ constexpr int64_t kSharedBytesAClock = 128;
 constexpr int64_t kReservedBytes = 1024;  // shared memory that the system takes for each block
 
 // The clocks from a block's start to its first multiply and from its last to its end: the latencies of its first
-// copies, of scale, bias and popcounts, and of its stores, about 700 clocks each. Blocks on one multiprocessor wait
-// together.
+// copies, of scale, bias and popcounts, and of its stores, about 700 clocks each.
+//
+// Blocks on one multiprocessor are taken to wait together, as they do at their start. Later they drift apart, and one
+// multiplies while another waits: the estimate for 128 x 128 may be too high, by up to 2000 clocks of every 18,000 at
+// k = 4096. With that, 4096 x 4096 outputs on an H200 would get 128 x 128 instead of 128 x 256. The assumption stays,
+// because all that was measured on an H200 was measured with the tiles that it chooses, and because blocks alone on a
+// multiprocessor were slower than estimated, too: 512 x 4096 x 4096 took 11.6 us, some 2.5 of them for
+// counting bits before it, in 128 blocks of 128 x 128, which are estimated at 6. BITORCH_QLINEAR_CUDA_TILE forces a tile, to measure the others.
 constexpr double kClocksAround = 2000;
 
 // A narrower tile must be estimated 1/16 faster than the next wider one, because the estimate is no finer than that and
@@ -200,6 +209,33 @@ static inline OrError<Choice> decide(const KernelRecord* forced, const Gpu& gpu,
     }
     return Choice{forced->kernel, best_tile(gpu, m, n, k), "forced, by BITORCH_QLINEAR_CUDA_KERNEL or by the program",
                   best_warpgroup_tile(gpu.multiprocessors, m, n, k)};
+}
+
+constexpr char kTileVariable[] = "BITORCH_QLINEAR_CUDA_TILE";
+
+static inline std::string tile_name(Tile tile) {
+    const int i = static_cast<int>(tile);
+    return std::to_string(kTileRows[i]) + "x" + std::to_string(kTileColumns[i]);
+}
+
+// Returns the tile of that name, such as "128x256", or none for "", which is the automatic choice.
+static inline OrError<std::optional<Tile>> find_tile(std::string_view name) {
+    if (name.empty()) return std::nullopt;
+    std::string names;
+    for (const Tile tile : {Tile::m128n256, Tile::m128n128, Tile::m64n64}) {
+        if (name == tile_name(tile)) return tile;
+        names += (names.empty() ? "" : ", ") + tile_name(tile);
+    }
+    return std::string(kTileVariable) + ": expected one of " + names + ", got \"" + std::string(name) + "\"";
+}
+
+// Returns the choice with the forced tile, if there is one and the kernel has several.
+static inline Choice with_tile(Choice choice, const std::optional<Tile>& forced) {
+    if (forced && choice.kernel == GemmKernel::mma_sm80) {
+        choice.tile = *forced;
+        choice.reason = "the tile is forced, by BITORCH_QLINEAR_CUDA_TILE or by the program";
+    }
+    return choice;
 }
 
 // Describes the choice in words.

@@ -25,7 +25,7 @@ struct KernelRecord {
     const char* name;     // for BITORCH_QLINEAR_CUDA_KERNEL; the launcher is gemm_<name>
     int lowest, highest;  // compute capabilities that it runs on
     bool aligned;         // reads the aligned form of the words (kernels.h)
-    bool popcounts;       // counts a & b, and so reads the set bits of each row
+    bool popcounts;       // reads the set bits of each row, because it counts a & b and does not count them itself
     int64_t most_rows;    // of x
 };
 constexpr int kNewest = INT32_MAX;
@@ -45,7 +45,7 @@ constexpr int kHopper = 90;
 constexpr KernelRecord kKernels[kGemmKernels] = {
     {GemmKernel::popc, "popc", 75, kNewest, false, false, kAnyRows},
     {GemmKernel::skinny, "skinny", 75, kNewest, true, false, kSkinnyRows},
-    {GemmKernel::skinny_mma_sm80, "skinny_mma_sm80", 80, 90, true, true, kSkinnyRows},
+    {GemmKernel::skinny_mma_sm80, "skinny_mma_sm80", 80, 90, true, false, kSkinnyRows},
     {GemmKernel::mma_sm75, "mma_sm75", 75, 89, true, false, kAnyRows},
     {GemmKernel::mma_sm80, "mma_sm80", 80, 90, true, true, kAnyRows},
     {GemmKernel::mma_int8_sm80, "mma_int8_sm80", 80, kNewest, true, true, kAnyRows},

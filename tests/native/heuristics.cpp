@@ -47,6 +47,15 @@ const char* decide_in_words(const char* name, int capability, int multiprocessor
     if (const auto* error = std::get_if<std::string>(&choice)) return (text = "error: " + *error).c_str();
     return (text = describe(std::get<Choice>(choice))).c_str();
 }
+// The same with a forced tile.
+const char* decide_tile_in_words(const char* tile, const char* name, int capability, int64_t m, int64_t n, int64_t k) {
+    static std::string text;
+    const auto forced = find_tile(tile);
+    if (const auto* error = std::get_if<std::string>(&forced)) return (text = "error: " + *error).c_str();
+    const auto kernel = std::get<const KernelRecord*>(find_kernel(name));
+    const auto choice = std::get<Choice>(decide(kernel, {capability, 100}, m, n, k));
+    return (text = describe(with_tile(choice, std::get<std::optional<Tile>>(forced)))).c_str();
+}
 const char* names_of(int capability) {
     static std::string text;
     return (text = kernel_names(capability)).c_str();

@@ -49,7 +49,8 @@ def library():
         subprocess.run([*compiler.split(), *flags, f"-I{CSRC}", "-o", str(path), str(HARNESS)], check=True)
 
     lib = ctypes.CDLL(str(build_once(f"heuristics-{key}.so", make)))
-    lib.decide_in_words.restype = lib.names_of.restype = ctypes.c_char_p
+    lib.decide_in_words.restype = lib.names_of.restype = lib.decide_tile_in_words.restype = ctypes.c_char_p
+    lib.decide_tile_in_words.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, *[ctypes.c_int64] * 3]
     lib.decide_in_words.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 3]
     lib.is_legal.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64]
     for function in (lib.choose_all, lib.estimate_all, lib.estimate_warpgroups):
@@ -365,7 +366,7 @@ def test_table_of_kernels():
     assert records() == [
         ("popc", 75, newest, False, False, any_rows),
         ("skinny", 75, newest, True, False, 16),
-        ("skinny_mma_sm80", 80, 90, True, True, 16),
+        ("skinny_mma_sm80", 80, 90, True, False, 16),
         ("mma_sm75", 75, 89, True, False, any_rows),
         ("mma_sm80", 80, 90, True, True, any_rows),
         ("mma_int8_sm80", 80, newest, True, True, any_rows),
@@ -428,6 +429,30 @@ def test_forced_by_a_name_that_does_not_exist(name):
         assert decide(name, capability, 100, 10, 10, 10) == (
             f'error: BITORCH_QLINEAR_CUDA_KERNEL: expected one of {", ".join(KERNELS)}, got "{name}"'
         )
+
+
+def decide_tile(tile, name, capability, m, n, k):
+    return library().decide_tile_in_words(tile.encode(), name.encode(), capability, m, n, k).decode()
+
+
+@pytest.mark.parametrize("tile", ["128x256", "128x128", "64x64"])
+def test_forced_tile(tile):
+    """Every product of mma_sm80 has the tile; those of other kernels do not change."""
+    for name, sizes in (("", (17, 9, 9)), ("", (8192, 8192, 8192)), ("mma_sm80", (1, 1, 1))):
+        assert decide_tile(tile, name, 90, *sizes) == (
+            f"mma_sm80 with tiles of {tile.replace('x', ' x ')}: "
+            "the tile is forced, by BITORCH_QLINEAR_CUDA_TILE or by the program"
+        )
+    for capability, m in ((90, 16), (75, 100), (120, 100)):
+        assert decide_tile(tile, "", capability, m, 300, 300) == decide("", capability, 100, m, 300, 300)
+    assert decide_tile("", "", 90, 8192, 300, 300) == decide("", 90, 100, 8192, 300, 300)
+
+
+@pytest.mark.parametrize("tile", ["128", "128 x 256", "256x128", "m64n64"])
+def test_forced_by_a_tile_that_does_not_exist(tile):
+    assert decide_tile(tile, "", 90, 10, 10, 10) == (
+        f'error: BITORCH_QLINEAR_CUDA_TILE: expected one of 128x256, 128x128, 64x64, got "{tile}"'
+    )
 
 
 @pytest.mark.parametrize("capability", [30, 52, 61, 70, 72])

@@ -34,6 +34,11 @@ int main() {
     FIELD(Pack, threshold), FIELD(Pack, words), FIELD(Pack, word_stride), FIELD(Pack, in_range), FIELD(Pack, popcounts);
     END(Pack);
 
+    FIELD(PackLimited, x), FIELD(PackLimited, dtype), FIELD(PackLimited, m), FIELD(PackLimited, k);
+    FIELD(PackLimited, stride), FIELD(PackLimited, strict), FIELD(PackLimited, limits), FIELD(PackLimited, flips);
+    FIELD(PackLimited, words);
+    END(PackLimited);
+
     FIELD(Unpack, words), FIELD(Unpack, m), FIELD(Unpack, k), FIELD(Unpack, values), FIELD(Unpack, dtype);
     END(Unpack);
 
@@ -45,6 +50,6 @@ int main() {
     FIELD(Product, weight.words), FIELD(Product, weight.stride), FIELD(Product, weight.popcounts);
     FIELD(Product, m), FIELD(Product, n), FIELD(Product, k), FIELD(Product, y.data), FIELD(Product, y.dtype);
     FIELD(Product, y.scale.data), FIELD(Product, y.scale.dtype), FIELD(Product, y.bias.data);
-    FIELD(Product, y.bias.dtype), FIELD(Product, prepared);
+    FIELD(Product, y.bias.dtype), FIELD(Product, wrong_form);
     END(Product);
 }

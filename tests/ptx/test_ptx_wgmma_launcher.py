@@ -24,7 +24,7 @@ def product_job(m: int, n: int, k: int, out: torch.dtype = torch.int32, **change
     fields = {"x": ADDRESS, "x_stride": stride, "x_popcounts": ADDRESS}
     fields |= {"weight": ADDRESS, "weight_stride": stride, "weight_popcounts": ADDRESS}
     fields |= {"m": m, "n": n, "k": k, "y": ADDRESS, "dtype": OUT_TYPES[out][0]}
-    fields |= {"scale": None, "scale_dtype": 0, "bias": None, "bias_dtype": 0, "prepared": None}
+    fields |= {"scale": None, "scale_dtype": 0, "bias": None, "bias_dtype": 0, "wrong_form": None}
     assert set(changes) <= set(fields)
     return Struct(layout("Product"), *(fields | changes).values())
 

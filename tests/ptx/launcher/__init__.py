@@ -38,12 +38,12 @@ from tools.ptx.machine import (
     nvcc_release,
 )
 
-from ..product import CUDA, module, source
+from ..product import CUDA, layout, module, source
 
 HERE = Path(__file__).parent
 MAPS_BYTES = 3 * 128
 """The bytes of the only argument that consists of tensor maps."""
-NAMES = ["pack", "unpack", "align", "gemm_popc", "gemm_skinny", "gemm_skinny_mma_sm80", "gemm_mma_sm75"]
+NAMES = ["pack", "pack_limited", "unpack", "align", "gemm_popc", "gemm_skinny", "gemm_skinny_mma_sm80", "gemm_mma_sm75"]
 NAMES += ["gemm_mma_sm80", "gemm_mma_int8_sm80", "gemm_wgmma_sm90a"]
 SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION = 0, 1, 9  # cudaError_t
 # Host code is the same for all targets. For this one the tensor-core kernels of sm_80 are empty, which saves seconds.
@@ -200,9 +200,17 @@ class Launcher:
         """Whether `launch` executes the kernel that is launched."""
 
     def __call__(
-        self, job: Struct, tile: int | None = None, stream: int = 0, errors: tuple[int, int] = (SUCCESS, SUCCESS)
+        self,
+        job: Struct,
+        tile: int | None = None,
+        stream: int = 0,
+        errors: tuple[int, int] = (SUCCESS, SUCCESS),
+        other: Struct | None = None,
     ) -> tuple[int, list[Launch]]:
-        """Return the launcher's error and its launches; the runtime returns `errors` for a launch and an attribute."""
+        """Return the launcher's error and its launches; the runtime returns `errors` for a launch and an attribute.
+
+        `other` is what pack and align do in the same launch, a struct Align.
+        """
         buffers: list[Buffer] = []
 
         def address(value: Any) -> Any:
@@ -230,6 +238,9 @@ class Launcher:
         self.library.runtime_on_launch(function)
         self.library.runtime_errors(*errors)
         data = struct.pack(job.format, *map(address, job.values))
+        if self.name in ("pack", "align"):
+            nothing = bytes(struct.calcsize(layout("Align")))
+            data += struct.pack(other.format, *map(address, other.values)) if other else nothing
         tile = self.tile if tile is None else tile
         error = getattr(self.library, f"launch_{self.name}")(data, len(data), tile, stream)
         assert not raised, raised
@@ -271,7 +282,8 @@ class Launcher:
     ) -> Report | None:
         """Do as Module.launch, through the launcher, which must launch exactly this in the caller's stream."""
         stream = 4096 + seed
-        error, launches = self(args[0], stream=stream)
+        others = [argument for argument in args[1:] if isinstance(argument, Struct)]
+        error, launches = self(args[0], stream=stream, other=others[0] if others else None)
         assert (error, len(launches)) == (SUCCESS, 1), args
         launch = launches[0]
         what = (launch.kernel, launch.grid, launch.block, launch.shared_bytes, launch.stream)

@@ -23,9 +23,17 @@ int with(const void* job, uint64_t bytes, Function function) {
         return with<Job>(bytes, size, [&](const Job& job) { return name(__VA_ARGS__); });       \
     }
 
-LAUNCHER(pack, Pack, job, stream)
+// Two jobs of one launch.
+template <class Job>
+struct Both {
+    Job job;
+    Align other;
+};
+
+LAUNCHER(pack, Both<Pack>, job.job, job.other, stream)
+LAUNCHER(pack_limited, PackLimited, job, stream)
 LAUNCHER(unpack, Unpack, job, stream)
-LAUNCHER(align, Align, job, stream)
+LAUNCHER(align, Both<Align>, job.job, job.other, stream)
 LAUNCHER(gemm_popc, Product, job, stream)
 LAUNCHER(gemm_skinny, Product, job, stream)
 LAUNCHER(gemm_skinny_mma_sm80, Product, job, stream)
