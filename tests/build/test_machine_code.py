@@ -139,12 +139,13 @@ def check_warpgroups(kernel: Kernel, instructions: list[Instruction], passed: Co
     """The machine code of wgmma_sm90a keeps what its file promises.
 
     The products of a stage are one group and are waited for once in a pass, with one in flight. Each warpgroup stays
-    within the registers that setmaxnreg gives it, descriptors need none, and outputs are stored as vectors.
+    within the registers that setmaxnreg gives it. Descriptors do not pass through registers of lanes, except at most the
+    address that they are made of, and outputs are stored as vectors.
     """
     columns, _, halves = kernel.sizes
     names = Counter(i.name for i in instructions)
     assert passed["WARPGROUP.ARRIVE"] == passed["WARPGROUP.DEPBAR.LE"] == 1 and names["WARPGROUP.DEPBAR.LE"] == 2
-    assert machine_code.count(passed, "R2UR") == 0 and passed.total() <= 80
+    assert machine_code.count(passed, "R2UR") <= 1 and passed.total() <= 80
     (released,) = [i.address for i in instructions if i.name.startswith("USETMAXREG.DEALLOC")]
     # Behind the producer's end lie only the repetitions of both sides' waits.
     end = max(i.address for i in instructions if i.name == "EXIT")

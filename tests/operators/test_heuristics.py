@@ -438,7 +438,7 @@ def decide_tile(tile, name, capability, m, n, k):
 @pytest.mark.parametrize("tile", ["128x256", "128x128", "64x64"])
 def test_forced_tile(tile):
     """Every product of mma_sm80 has the tile; those of other kernels do not change."""
-    for name, sizes in (("", (17, 9, 9)), ("", (8192, 8192, 8192)), ("mma_sm80", (1, 1, 1))):
+    for name, sizes in (("", (17, 9, 9)), ("", (255, 8192, 8192)), ("mma_sm80", (1, 1, 1))):
         assert decide_tile(tile, name, 90, *sizes) == (
             f"mma_sm80 with tiles of {tile.replace('x', ' x ')}: "
             "the tile is forced, by BITORCH_QLINEAR_CUDA_TILE or by the program"
