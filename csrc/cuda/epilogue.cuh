@@ -130,6 +130,20 @@ struct ChannelTile<AsBits, Width> {
     int32_t limits[Width];
     uint32_t flips[Width / kWordBits];
 
+    // No popcount is within the limit of a column that does not exist, so its bit is 0.
+    static __device__ __forceinline__ int32_t limit_of(const Output& y, int64_t n, int64_t column) {
+        const auto* all_limits = static_cast<const int32_t*>(y.scale.data);
+        return column < n ? all_limits[column] : -1;
+    }
+
+    // Returns word i of the flips of the columns from `first` on.
+    static __device__ __forceinline__ uint32_t flips_of(const Output& y, int64_t n, int64_t first, int i) {
+        const auto* all_flips = static_cast<const uint32_t*>(y.bias.data);
+        const int64_t left = n - first - kWordBits * i;
+        const uint32_t exist = valid_bits(left < kWordBits ? static_cast<int>(left) : kWordBits);
+        return all_flips && exist ? all_flips[first / kWordBits + i] & exist : 0;
+    }
+
     // The limit of one column and, for the first columns, the flips of one word, in registers.
     struct Early {
         int32_t limit;
@@ -137,14 +151,8 @@ struct ChannelTile<AsBits, Width> {
 
         // Loads the limit of column first + i, and word i of the block's flips.
         __device__ __forceinline__ void fetch(const Output& y, int64_t n, int64_t first, int i) {
-            const auto* all_limits = static_cast<const int32_t*>(y.scale.data);
-            const auto* all_flips = static_cast<const uint32_t*>(y.bias.data);
-            // No popcount is within the limit of a column that does not exist, so its bit is 0.
-            limit = first + i < n ? all_limits[first + i] : -1;
-            const int64_t left = n - first - kWordBits * i;
-            const uint32_t exist = valid_bits(left < kWordBits ? static_cast<int>(left) : kWordBits);
-            const bool has_flips = i < Width / static_cast<int>(kWordBits) && all_flips && exist;
-            flips = has_flips ? all_flips[first / kWordBits + i] & exist : 0;
+            limit = limit_of(y, n, first + i);
+            flips = i < Width / static_cast<int>(kWordBits) ? flips_of(y, n, first, i) : 0;
         }
         __device__ __forceinline__ void store(const Output&, int i, ChannelTile& tile) const {
             tile.limits[i] = limit;
@@ -152,21 +160,13 @@ struct ChannelTile<AsBits, Width> {
         }
     };
 
-    // All of these threads must call it, and reach a barrier before the first use. This does not go through Early,
-    // for which ptxas would spill registers of gemm_skinny on 12.0.
+    // All of these threads must call it, and reach a barrier before the first use. It does not go through Early, which
+    // takes more registers.
     __device__ __forceinline__ void load(const Output& y, int64_t n, int64_t first,
                                          int thread = static_cast<int>(threadIdx.x),
                                          int threads = static_cast<int>(blockDim.x)) {
-        const auto* all_limits = static_cast<const int32_t*>(y.scale.data);
-        const auto* all_words = static_cast<const uint32_t*>(y.bias.data);
-        for (int i = thread; i < Width; i += threads) {
-            limits[i] = first + i < n ? all_limits[first + i] : -1;
-        }
-        if (thread < Width / kWordBits) {
-            const int64_t left = n - first - kWordBits * thread;
-            const uint32_t exist = valid_bits(left < kWordBits ? static_cast<int>(left) : kWordBits);
-            flips[thread] = all_words && exist ? all_words[first / kWordBits + thread] & exist : 0;
-        }
+        for (int i = thread; i < Width; i += threads) limits[i] = limit_of(y, n, first + i);
+        if (thread < Width / kWordBits) flips[thread] = flips_of(y, n, first, thread);
     }
 };
 

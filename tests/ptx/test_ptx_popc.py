@@ -145,10 +145,10 @@ def test_mutants_of_bits_are_caught():
         *EDGE_EDITS,
         ("static_cast<int32_t>(popcount) <= limit", "static_cast<int32_t>(popcount) > limit"),
         ("static_cast<int32_t>(popcount) <= limit", "popcount <= static_cast<uint32_t>(limit)"),
-        ("all_flips && exist;", "exist;"),
-        ("all_flips && exist;", "all_flips;"),
+        ("all_flips && exist ?", "exist ?"),
+        ("all_flips && exist ?", "all_flips ?"),
         ("all_flips[first / kWordBits + i] & exist", "all_flips[first / kWordBits + i]"),
-        ("first + i < n ? all_limits", "first + i <= n ? all_limits"),
+        ("column < n ? all_limits", "column <= n ? all_limits"),
         ("left < kWordBits ? static_cast<int>(left)", "left < kWordBits ? static_cast<int>(left + 1)"),
         ("row * word_count(product.n) + column", "row * (product.n / 32) + column"),
         # These are mutants of this kernel's own part.

@@ -368,7 +368,7 @@ void start_cluster(Machine& m) {
     }
 }
 
-// What the lanes of `same` wait for, which are blocked at one instruction for one reason.
+// Says what a blocked lane waits for.
 std::string wait_text(const Machine& m, const Warp& w, u32 lane) {
     if (w.at_barrier >> lane & 1) return " wait at barrier " + std::to_string(w.barrier[lane]);
     if (!(w.at_wait >> lane & 1)) return " wait for other lanes";

@@ -68,7 +68,7 @@ inline void land(Machine& m, BulkCopy& copy) {
         }
         std::fill_n(m.shared_state.begin() + copy.at, copy.bytes, static_cast<u8>(kAllocated | kInitialised));
         stamp(m, b, clock, copy.pc, copy.at, copy.bytes, kWritten | kAsyncProxy);
-        if (!copy.chunks.empty()) {  // from shared memory to that of another block: those who see it land may overwrite
+        if (!copy.chunks.empty()) {  // Those who see the end of the phase may overwrite the source in shared memory.
             for (const u32 chunk : copy.chunks) --m.readers[chunk];
             for (const u32 chunk : copy.chunks)
                 for_records(m.shared_shadow.data(), u64{16} * chunk, 16, [&](Record& r, u64) {
@@ -80,7 +80,7 @@ inline void land(Machine& m, BulkCopy& copy) {
     }
     end_phase_if_complete(m, b);
 }
-// Lets one copy land, drawn among those under way; returns false if there is none.
+// Draws one of the copies under way and lets it land; returns false if there is none.
 inline bool land_one(Machine& m) {
     std::vector<size_t> under_way;
     for (size_t k = 0; k < m.bulk.size(); ++k)
@@ -161,7 +161,7 @@ inline void use_mbarrier(Machine& m, Warp& w, int lane, BulkCopy& copy, u32 at) 
     copy.mbarrier = mbarrier_at(m, w, lane, at).at;
 }
 
-// Issues a load once for each destination block of a multicast, or once. `copy` has the run and its pieces.
+// Issues a load, with a multicast once for each destination block. `copy` has the run and its pieces.
 inline void issue_load(Machine& m, Warp& w, int lane, const BulkCopy& copy, u32 barrier, u32 ranks) {
     for (const Piece& piece : copy.pieces) touch_global(m, w, lane, piece, false);
     for (u32 rank = 0; rank < m.cluster_blocks; ++rank) {
@@ -185,7 +185,8 @@ inline void issue_load(Machine& m, Warp& w, int lane, const BulkCopy& copy, u32 
                   std::to_string(m.cluster_blocks));
 }
 
-// s: destination, source, size, mbarrier, then the mask of a multicast if i.b is set. i.a: the source is shared memory.
+// s holds the destination, the source, the size, the mbarrier, and the mask of a multicast if i.b is set. i.a says that
+// the source is shared memory.
 inline void bulk_load(Machine& m, Warp& w, const Instr& i, u32 mask) {
     for_lanes(mask, [&](int l) {
         const u64 to = m.in(w, i.s[0])[l] + static_cast<u64>(i.offset);
@@ -220,7 +221,8 @@ inline void issue_store(Machine& m, Warp& w, int lane, BulkCopy copy) {
     claim_reads(m, copy);
     m.bulk.push_back(std::move(copy));
 }
-inline void bulk_store(Machine& m, Warp& w, const Instr& i, u32 mask) {  // s: destination, source, size
+inline void bulk_store(Machine& m, Warp& w, const Instr& i,
+                       u32 mask) {  // s holds the destination, the source, the size
     for_lanes(mask, [&](int l) {
         const u64 to = m.in(w, i.s[0])[l] + static_cast<u64>(i.offset);
         const u64 from = m.in(w, i.s[1])[l] + static_cast<u64>(i.offset2), size = m.in(w, i.s[2])[l];
@@ -241,7 +243,7 @@ inline void bulk_commit(Machine& m, Warp& w, const Instr&, u32 mask) {
             copy.group = w.bulk_committed[copy.lane];
     for_lanes(mask, [&](int l) { ++w.bulk_committed[l]; });
 }
-// i.a: .read, which waits for the reads only; i.b: the number of groups that may stay under way.
+// i.a is set for .read, which waits for the reads only; i.b is the number of groups that may stay under way.
 inline void bulk_wait(Machine& m, Warp& w, const Instr& i, u32 mask) {
     for (size_t k = 0; k < m.bulk.size();) {
         BulkCopy& copy = m.bulk[k++];
@@ -310,8 +312,8 @@ inline void box_pieces(Machine& m, int lane, BulkCopy& copy, const TensorMap& ma
         }
     }
 }
-// s: destination, map, coordinates, mbarrier, mask of a multicast if i.b is set. i.a is the number of dimensions.
-// With i.is_signed it is a store: source, map, coordinates.
+// s holds the destination, the map, the coordinates, the mbarrier, and the mask of a multicast if i.b is set. i.a is the
+// number of dimensions. i.is_signed marks a store, for which s holds the source, the map and the coordinates.
 inline void tensor_copy(Machine& m, Warp& w, const Instr& i, u32 mask) {
     for_lanes(mask, [&](int l) {
         const u64 shared = m.in(w, i.s[0])[l] + static_cast<u64>(i.offset);
@@ -336,7 +338,7 @@ inline void tensor_copy(Machine& m, Warp& w, const Instr& i, u32 mask) {
 }
 
 // ---- st.async, cp.async.mbarrier.arrive -----------------------------------------------------------------------------
-inline void st_async(Machine& m, Warp& w, const Instr& i, u32 mask) {  // s: address, mbarrier, values
+inline void st_async(Machine& m, Warp& w, const Instr& i, u32 mask) {  // s holds the address, the mbarrier, the values
     for_lanes(mask, [&](int l) {
         const u64 to = m.in(w, i.s[0])[l] + static_cast<u64>(i.offset), bytes = u64{i.bytes} * i.vector;
         need_aligned(l, "the address of st.async", to, bytes);
@@ -352,7 +354,7 @@ inline void st_async(Machine& m, Warp& w, const Instr& i, u32 mask) {  // s: add
         m.bulk.push_back(std::move(copy));
     });
 }
-inline void arrive_after_copies(Machine& m, Warp& w, const Instr& i, u32 mask) {  // i.a: .noinc
+inline void arrive_after_copies(Machine& m, Warp& w, const Instr& i, u32 mask) {  // i.a is set for .noinc
     for_lanes(mask, [&](int l) {
         Mbarrier& b = mbarrier(m, w, l, i);
         if (!i.a) ++b.pending;

@@ -5,7 +5,7 @@
 
 namespace ptx {
 
-// The rank of the block in whose shared memory an address lies; i.a says that addresses are generic.
+// Returns the rank of the block in whose shared memory an address lies; i.a says that addresses are generic.
 inline u32 rank_of(const Warp& w, u64 address) {
     const u32 rank = static_cast<u32>(address) >> kRankShift;
     return rank ? rank - 1 : static_cast<u32>(w.block);
@@ -74,7 +74,7 @@ inline void complete_cluster_barrier(Machine& m) {
         meet(w, goes);
     }
 }
-// i.a: wait; i.release and i.acquire: the semantics.
+// i.a is set for wait; i.release says whether an arrival releases.
 inline void cluster_barrier(Machine& m, Warp& w, const Instr& i, u32 mask) {
     ClusterBarrier& b = m.cluster_barrier;
     if (!i.a) {

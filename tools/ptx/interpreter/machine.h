@@ -155,7 +155,7 @@ struct WarpgroupProduct {
     std::vector<s32> registers;  // accumulators, and the fragments of A
 };
 
-// What a lane of Warp::at_wait waits for.
+// The reason for which a lane of Warp::at_wait is blocked.
 enum class Wait : u8 { kMbarrier, kCluster, kRegisters };
 
 struct Warp {
@@ -281,7 +281,7 @@ struct TensorMap {
     u32 box[5], unused2;
 };
 
-// What belongs to one block of the cluster that runs.
+// A block of the cluster that runs.
 struct Block {
     u32 ctaid[3];
     std::array<Barrier, 16> barriers;

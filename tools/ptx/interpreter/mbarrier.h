@@ -3,8 +3,8 @@
 //
 // An arrival publishes what its warp did before to those who see the phase end, as Barrier does. A phase ends when
 // arrivals and transactions are both zero. A waiter asks for a parity: it passes if the current phase has the other one,
-// so a wait that is two phases late, or early, passes at once. A wait that does not pass blocks its lanes until the phase
-// ends, or lets them go on without success, as the hardware may: at random.
+// so a wait that is two phases late, or early, passes at once. A wait that does not pass either blocks its lanes until the
+// phase ends or lets them go on without success. The hardware may do both, so the choice is random.
 #pragma once
 #include "async_copy.h"
 
@@ -18,7 +18,7 @@ inline std::string state_text(const Machine& m, const Mbarrier& b) {
            std::to_string(b.transactions) + " bytes pending)";
 }
 
-// Lets go the lanes that wait at `at_wait` for a reason.
+// Lets go on those lanes that are blocked for `reason` and for which goes(warp, lane) is true.
 template <class F>
 void let_go(Machine& m, Wait reason, F&& goes) {
     for (Warp& w : m.warps) {
@@ -48,7 +48,7 @@ inline void add_transactions(const Machine& m, Mbarrier& b, int lane, s64 bytes)
         fault(lane, "mbarrier", state_text(m, b) + ": the transaction count leaves its range of 20 bits");
 }
 
-// Resolves an mbarrier's address. `initialises` is true for mbarrier.init.
+// Returns the place in Machine::shared that an mbarrier's address names.
 inline u32 mbarrier_place(Machine& m, Warp& w, int lane, Space space, u64 address) {
     u64 at = address;
     if (space == Space::kGeneric) {
@@ -123,8 +123,8 @@ inline void mbarrier_inval(Machine& m, Warp& w, const Instr& i, u32 mask) {
 
 inline u64 token_of(const Mbarrier& b) { return b.phase << 24 | b.pending; }
 
-// The arrivals of all lanes, each of which releases. i.a: 1 if the expected arrivals become fewer too (arrive_drop);
-// i.b: 1 if s[1] is the number of arrivals, 2 if it is a number of bytes to expect before.
+// Each lane arrives and releases. i.a is 1 if the expected arrivals become fewer too (arrive_drop). i.b is 1 if s[1] is
+// the number of arrivals, and 2 if it is a number of bytes that are expected before the arrival.
 inline void mbarrier_arrive(Machine& m, Warp& w, const Instr& i, u32 mask) {
     Published published;
     if (i.release) {
@@ -146,7 +146,7 @@ inline void mbarrier_arrive(Machine& m, Warp& w, const Instr& i, u32 mask) {
         end_phase_if_complete(m, b);
     });
 }
-inline void mbarrier_expect(Machine& m, Warp& w, const Instr& i, u32 mask) {  // i.a: complete_tx
+inline void mbarrier_expect(Machine& m, Warp& w, const Instr& i, u32 mask) {  // i.a is set for complete_tx
     for_lanes(mask, [&](int l) {
         Mbarrier& b = mbarrier(m, w, l, i);
         const s64 bytes = static_cast<s64>(m.in(w, i.s[1])[l]);
@@ -155,7 +155,7 @@ inline void mbarrier_expect(Machine& m, Warp& w, const Instr& i, u32 mask) {  //
     });
 }
 
-// i.a: whether it may block (try_wait); i.b: whether s[1] is a parity and not a token.
+// i.a says whether it may block (try_wait), i.b whether s[1] is a parity and not a token.
 inline void mbarrier_wait(Machine& m, Warp& w, const Instr& i, u32 mask) {
     const bool gives_up = m.random.below(4) == 0;
     for_lanes(mask, [&](int l) {

@@ -154,7 +154,7 @@ void check_race(const Machine& m, const Warp& w, int lane, Shadow* shadow, u64 o
     }
 }
 
-// The place in the grid of the block `rank` of a cluster.
+// Returns the place in the grid of the block `rank` of a cluster.
 inline std::array<u32, 3> block_index(const Machine& m, s32 cluster, u32 rank) {
     std::array<u32, 3> at{};
     u32 c = static_cast<u32>(cluster);
@@ -313,7 +313,7 @@ inline std::string where_text(const Machine& m, const Place& p, u64 at) {
 }
 
 // ---- The asynchronous proxy: PTX ISA, sections "Proxies" and "Async proxy" -----------------------------------------
-// Memory that the kernel before writes may be touched once griddepcontrol.wait is ordered before.
+// Memory that the kernel before may still use may be touched only after griddepcontrol.wait.
 PTX_OUT_OF_LINE inline void check_dependent(const Machine& m, const Warp& w, int lane, const Buffer& b, u64 offset,
                                             bool write, bool read_only) {
     const std::string where = "byte " + std::to_string(offset) + " of '" + b.name + "'";

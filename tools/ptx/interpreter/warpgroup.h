@@ -34,7 +34,7 @@ inline void wgmma_commit(Machine&, Warp& w, const Instr&, u32) {
         if (product.group == kOpenGroup) product.group = w.products_committed;
     ++w.products_committed;
 }
-inline void wgmma_wait(Machine& m, Warp& w, const Instr& i, u32) {  // i.b: the number of groups that may stay in flight
+inline void wgmma_wait(Machine& m, Warp& w, const Instr& i, u32) {  // i.b groups may stay in flight
     while (!w.products.empty()) {
         const WarpgroupProduct& product = w.products.front();
         if (product.group == kOpenGroup || product.group + i.b >= w.products_committed) return;
@@ -56,7 +56,7 @@ struct Descriptor {
         static constexpr u32 kWidths[] = {0, 128, 64, 32};
         swizzle = kWidths[swizzle];
     }
-    // The shared address of chunk k of row r: 16 bytes along K. The rows of a core matrix, 8 rows, lie `swizzle` bytes
+    // Returns the shared address of chunk k of row r; a chunk is 16 bytes along K. The rows of a core matrix, 8 rows, lie `swizzle` bytes
     // apart (16 without one), core matrices `stride` bytes apart, and chunks `leading` bytes apart if nothing is swizzled.
     // The pattern of a swizzle begins at line `base` of 128 bytes.
     u32 address(u32 r, u32 k) const {
@@ -76,7 +76,7 @@ inline u32 and_popc(const u64* a, const u64* b) {
     return count;
 }
 
-// Adds the chunks of `rows` rows of a matrix, and returns their bytes, 32 a row.
+// Reads `rows` rows of 32 bytes of a matrix into `data`, and appends their places to `chunks`.
 inline void matrix_in_shared(Machine& m, Warp& w, const Descriptor& d, u32 rows, std::vector<u32>& chunks, u64* data) {
     for (u32 r = 0; r < rows; ++r)
         for (u32 k = 0; k < 2; ++k) {
@@ -86,9 +86,9 @@ inline void matrix_in_shared(Machine& m, Warp& w, const Descriptor& d, u32 rows,
             chunks.push_back(static_cast<u32>(at / 16));
         }
 }
-// i.a: columns. i.b: whether A lies in registers. s: A (a descriptor, or four registers), B, whether D is added.
-// A thread holds, of D: register r at row 16 warp + lane / 4 + 8 (r / 2 % 2), column 8 (r / 4) + 2 (lane % 4) + r % 2; of
-// A, what it holds of A for mma.m16n8k256.
+// i.a is the number of columns, i.b says whether A lies in registers. s holds A (a descriptor or four registers), B, and
+// whether D is added. Register r of D lies at row 16 warp + lane / 4 + 8 (r / 2 % 2) and column 8 (r / 4) + 2 (lane % 4)
+// + r % 2. A thread holds of A what it holds for mma.m16n8k256.
 inline void wgmma(Machine& m, Warp& w, const Instr& i, u32 mask) {
     const size_t b_at = i.b ? 4 : 1, add_at = b_at + 1;
     for (size_t k = i.b ? 4 : 0; k < i.s.size(); ++k) need(w, i.s[k], mask);
@@ -129,7 +129,6 @@ inline void wgmma(Machine& m, Warp& w, const Instr& i, u32 mask) {
             need(w, i.s[k], mask);
             take_register(i.s[k], 0);
         }
-    // Sum.
     std::vector<u64> a(64 * 4), b(size_t{i.a} * 4);
     if (i.b) {
         for (int l = 0; l < kLanes; ++l)
@@ -196,7 +195,7 @@ inline void grant(Machine& m, Warp& w, u32 registers) {
     m.block_of(w).free_registers -= static_cast<s64>(registers - w.per_thread) * kLanes;
     w.per_thread = registers;
 }
-inline void setmaxnreg(Machine& m, Warp& w, const Instr& i, u32) {  // i.a: inc; i.b: the number
+inline void setmaxnreg(Machine& m, Warp& w, const Instr& i, u32) {  // i.a is set for .inc; i.b is the number
     if (i.a ? i.b < w.per_thread : i.b > w.per_thread)
         fault(-1, "registers",
               "setmaxnreg asks for " + std::to_string(i.b) + " registers from " + std::to_string(w.per_thread) +
