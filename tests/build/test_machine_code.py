@@ -137,8 +137,8 @@ def check_warpgroups(kernel: Kernel, instructions: list[Instruction], passed: Co
     """The machine code of wgmma_sm90a keeps what its file promises.
 
     The products of a stage are one group and are waited for once in a pass, with one in flight. Each warpgroup stays
-    within the registers that setmaxnreg gives it. Descriptors do not pass through registers of lanes, except at most the
-    address that they are made of, and outputs are stored as vectors.
+    within the registers that setmaxnreg gives it. Descriptors do not pass through registers of lanes; only the address
+    that they are made of may. Outputs are stored as vectors.
     """
     columns, _, halves = kernel.sizes
     names = Counter(i.name for i in instructions)
