@@ -420,7 +420,7 @@ def check_product_of_any_size(launcher: Launcher, generator: np.random.Generator
     fields = product_job(
         m, n, k, OUT_TYPES[out][0], weight_stride=aligned_words_for(k) + 4 * int(generator.integers(9))
     )
-    call = Call(fields, Out(np.zeros(0)), np.zeros(0), out, torch.empty(0), (m, n, k, out))
+    call = Call(fields, Out(np.zeros(0)), np.zeros(0), out, torch.empty(0), (m, n, k, out), None)
     rows, columns = tile(launcher, m, n, out)
     if ceil_div(m, rows) * ceil_div(n, columns) > MOST_BLOCKS:
         nothing(launcher, fields, INVALID_CONFIGURATION)
