@@ -136,6 +136,7 @@ CUDA_ARCHITECTURES = ["75", "80", "86", "89", "90a", "100", "120"]
 CUDA_PTX = "80"
 # torch's own variable counts too: TORCH_CUDA_ARCH_LIST="9.0a" compiles for one machine in a seventh of the time.
 CHOSEN_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+HAS_SM90A = "9.0a" in CHOSEN_ARCHITECTURES  # csrc/cuda/records.h leaves wgmma_sm90a out if a chosen target lacks it
 CUDA_TARGETS = ""  # the targets of the CUDA operators, as _C reports them; "" if they are not built
 if BUILD_CUDA:
     CUDA_TARGETS = CHOSEN_ARCHITECTURES or ", ".join(f"sm_{a}" for a in CUDA_ARCHITECTURES) + f", compute_{CUDA_PTX}"
@@ -191,6 +192,7 @@ def operator_library(name: str, sources: list[str], libraries: list[str], cuda: 
             ("TORCH_TARGET_VERSION", "0x020a000000000000"),
             VERSION_MACRO,
             *([("USE_CUDA", None)] if cuda else []),
+            *([("BITORCH_QLINEAR_WITHOUT_SM90A", None)] if cuda and CHOSEN_ARCHITECTURES and not HAS_SM90A else []),
         ],
         extra_compile_args={"cxx": cxx_flags, "nvcc": NVCC_FLAGS},
         # Undefined symbols are errors, so a Python symbol that slips in stops the link.

@@ -24,6 +24,10 @@ far as these rates hold, and a low share shows where to look.
 A second table has what the end of a product moves: the bytes that a block reads and writes beside the factors, and the
 bytes that pass through memory before the next product has its words. A product that writes numbers leaves it to another
 kernel to read and pack them; one that writes bits has written the words.
+
+A third table estimates products by wgmma_sm90a on an H200, from the rates that were measured there with a prototype of
+that kernel (csrc/DESIGN.md, "What hardware said"). Such a kernel has one block on each multiprocessor, whose copies,
+products and stores overlap, so the slowest of its parts bounds the product.
 """
 
 from __future__ import annotations
@@ -60,6 +64,7 @@ class Work(NamedTuple):
     also: tuple[str, ...] = ("LDG", "LDGSTS")  # kinds whose instructions in the loop are all executed in a pass
     inner: bool = False  # whether the main loop lies in another one, of rounds
     whole: Mapping[str, int] = MappingProxyType({})  # the instructions of inner loops, see machine_code.one_pass
+    rates: Mapping[str, int] = MappingProxyType({})  # rates of its own instructions instead of the chip's
     other: int = 0  # the instructions of the kind in a loop of other work, which is not the main loop
 
 
@@ -116,6 +121,19 @@ def _mma_sm75(_: Kernel) -> Work:
     return Work("BMMA", multiplies // (8 * 8 * 128), "tensor", multiplies, l2=2 * 64 * 64 // 4)
 
 
+def _wgmma(kernel: Kernel) -> Work:
+    columns, stages, _ = kernel.sizes
+    multiplies = 128 * columns * 1024 // 4  # a warp's quarter of a stage
+    stage = (128 + columns) * 128  # bytes
+    return Work(
+        *("BGMMA", 8, "tensor", multiplies, stage // 4),
+        dynamic=stages * stage + 9 * 1024,  # with margins and barriers, at most
+        rates=MappingProxyType({"multiplies": WARPGROUP.multiplies, "l2": WARPGROUP.l2}),
+        also=("WARPGROUP",),
+        inner=True,
+    )
+
+
 def _pack(kernel: Kernel) -> Work:
     values = 16 // {"float64": 8, "float32": 4}.get(kernel.type, 2)  # of a lane's 16 bytes
     return Work("POPC", 4, "memory", memory=4 * (WARP * 16 + 4 * values), other=8)  # which aligns
@@ -149,6 +167,7 @@ WORKS: dict[str, dict[str, Callable[[Kernel], Work]]] = {
     "gemm_mma_sm75": {"": _mma_sm75},
     "gemm_fused_skinny": {"": _fused_skinny},
     "gemm_fused_skinny_mma_sm80": {"": _fused_skinny_mma},
+    "gemm_wgmma_sm90a": {"": _wgmma},
     "pack": {"": _pack, ", in range": _pack_with_range},
     "pack_limited": {"": _pack_limited},
     "unpack": {"": _unpack},
@@ -185,6 +204,8 @@ def epilogue(kernel: Kernel) -> Epilogue | None:
             columns = 64
         case "gemm_fused_skinny_mma_sm80", ():
             rows, columns = 16, 64
+        case "gemm_wgmma_sm90a", (columns, *_):
+            rows = 128
         case _:
             return None
     size = _BYTES[kernel.type]
@@ -197,7 +218,7 @@ def epilogue(kernel: Kernel) -> Epilogue | None:
     return Epilogue(rows, columns, int(columns * channels) + counts, written, sectors, between)
 
 
-_COUNTED = ("gemm_skinny_mma_sm80", "gemm_mma_sm80", "gemm_mma_int8_sm80")
+_COUNTED = ("gemm_skinny_mma_sm80", "gemm_mma_sm80", "gemm_mma_int8_sm80", "gemm_wgmma_sm90a")
 """The kernels that count a & b, and so read the set bits of each row (csrc/cuda/records.h)."""
 
 
@@ -236,13 +257,13 @@ RATES = {
     "sm_120": Rates(_memory(1792, 170, 2.41), 8192, None),  # RTX 5090
 }
 
-TENSOR = re.compile(r"[BIHDQO]MMA")
+TENSOR = re.compile(r"[BIHDQO]G?MMA")
 SLOW = re.compile(r"POPC|FLO|BREV|MUFU|F2F|F2I|I2F$|I2I")
 FUSED = re.compile(r"IMAD|FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2")
 SHARED = re.compile(r"LD|ST|SHFL|ATOM|RED|LDGSTS")
 # Control instructions and those of the uniform datapath occupy an issue slot and none of the units of the table.
 ELSEWHERE = re.compile(
-    r"U[A-Z]|BRA|BAR|BSSY|BSYNC|B2R|BMOV|CALL|CS2R|DEPBAR|EXIT|LDGDEPBAR|NOP|R2UR|S2|WARPSYNC|LDC|YIELD"
+    r"U[A-Z]|SYNCS|WARPGROUP|BRA|BAR|BSSY|BSYNC|B2R|BMOV|CALL|CS2R|DEPBAR|EXIT|LDGDEPBAR|NOP|R2UR|S2|WARPSYNC|LDC|YIELD"
 )
 
 
@@ -263,6 +284,7 @@ PARTS = ["issue", "tensor", "POPC", "ALU", "FMA", "shared", "L2", "memory"]
 def estimate(passed: Counter[str], work: Work, rates: Rates) -> dict[str, float]:
     """Return the clocks for which one pass of a warp through a loop keeps each part of a multiprocessor busy."""
     clocks = dict.fromkeys(PARTS, 0.0)
+    rates = rates._replace(**work.rates)
     clocks["issue"] = passed.total() / 4
     for name, count in passed.items():
         for part, each in clocks_of(name).items():
@@ -282,6 +304,89 @@ def main_pass(instructions: list[Instruction], work: Work) -> Counter[str] | Non
     found = machine_code.main_loops(instructions, work.kind, work.other, work.inner)
     passes = [machine_code.one_pass(instructions, loop, kinds, work.whole) for loop in found]
     return max(passes, key=lambda passed: (machine_code.count(passed, *kinds), -passed.total()), default=None)
+
+
+class Warpgroup(NamedTuple):
+    """Figures of an H200 whose multiprocessors all multiply by wgmma, measured (csrc/DESIGN.md)."""
+
+    multiprocessors: int = 132
+    gigahertz: float = 1.665  # at 8192^3; the clock falls under this load
+    multiplies: int = 32768  # multiply-adds of bits per clock and multiprocessor
+    shared: int = 128  # bytes per clock and multiprocessor
+    l2: int = 40  # the same from L2
+    memory: float = 4.8e12  # bytes a second, of the data sheet
+    pack: float = 3.9e12  # bytes a second that pack_bits reads and writes
+
+
+WARPGROUP = Warpgroup()
+_TILE_ROWS, _STAGE_BITS, _STEP_BITS = 128, 1024, 256
+
+
+class Bound(NamedTuple):
+    """The microseconds for which a product by wgmma_sm90a keeps each part of an H200 busy."""
+
+    columns: int  # of a tile
+    rounds: int  # tiles of the busiest multiprocessor
+    tensor: float
+    shared: float
+    l2: float
+    output: float  # bf16 to memory
+
+    @property
+    def slowest(self) -> str:
+        """The part that bounds the product."""
+        parts = {"tensor": self.tensor, "shared": self.shared, "L2": self.l2, "output": self.output}
+        return max(parts, key=parts.__getitem__)
+
+    @property
+    def time(self) -> float:
+        """The microseconds of the slowest part."""
+        return max(self.tensor, self.shared, self.l2, self.output)
+
+
+def warpgroup_bound(m: int, n: int, k: int, columns: int, chip: Warpgroup = WARPGROUP) -> Bound:
+    """Return the bounds of m x k times k x n by tiles of 128 rows and so many columns."""
+    rounds = -(-(-(-m // _TILE_ROWS) * -(-n // columns)) // chip.multiprocessors)
+    stages = rounds * -(-k // _STAGE_BITS)
+    copied = (_TILE_ROWS + columns) * _STAGE_BITS // 8
+    # Each instruction of 64 rows reads its rows of x and all columns.
+    read = _STAGE_BITS // _STEP_BITS * _TILE_ROWS // 64 * (64 + columns) * _STEP_BITS // 8
+    clocks = (
+        stages * _TILE_ROWS * columns * _STAGE_BITS / chip.multiplies,
+        stages * (copied + read) / chip.shared,
+        stages * copied / chip.l2,
+    )
+    return Bound(columns, rounds, *(each / chip.gigahertz / 1e3 for each in clocks), m * n * 2 / chip.memory * 1e6)
+
+
+PRODUCTS = {
+    **{f"{size}³": (size, size, size) for size in (1024, 2048, 4096, 8192, 16384)},
+    "ViT-B, 256 images, 768 → 2304": (256 * 197, 2304, 768),
+    "ViT-B, 256 images, 768 → 768": (256 * 197, 768, 768),
+    "ViT-B, 256 images, 768 → 3072": (256 * 197, 3072, 768),
+    "ViT-B, 256 images, 3072 → 768": (256 * 197, 768, 3072),
+    "BERT-base, 32 × 128 tokens, 768 → 768": (4096, 768, 768),
+    "BERT-base, 32 × 128 tokens, 768 → 3072": (4096, 3072, 768),
+    "BERT-base, 32 × 128 tokens, 3072 → 768": (4096, 768, 3072),
+    "LLaMA-7B, 2048 tokens, 4096 → 4096": (2048, 4096, 4096),
+    "LLaMA-7B, 2048 tokens, 4096 → 11008": (2048, 11008, 4096),
+    "LLaMA-7B, 2048 tokens, 11008 → 4096": (2048, 4096, 11008),
+}
+
+
+def product_table() -> list[list[object]]:
+    """Return a row for each product, by the tile of which the slowest part takes less time."""
+    found: list[list[object]] = []
+    for name, (m, n, k) in PRODUCTS.items():
+        bound = min((warpgroup_bound(m, n, k, columns) for columns in (192, 128)), key=lambda bound: bound.time)
+        bits = max(bound.tensor, bound.shared, bound.l2, bound.output / 16)
+        pack = m * (2 * k + k / 8) / WARPGROUP.pack * 1e6
+        parts = (bound.tensor, bound.shared, bound.l2, bound.output)
+        tops = 2 * m * n * k / bound.time / 1e6
+        found.append(
+            [name, f"128 x {bound.columns}", bound.rounds, *parts, bound.slowest, bound.time, tops, bits, pack]
+        )
+    return found
 
 
 def shown(kernel: Kernel) -> bool:
@@ -351,7 +456,24 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         "\nBytes at the end of a block with a whole tile: what it reads beside the factors and what it writes, and the "
         "sectors of\n32 bytes that its stores touch; bytes that are moved before the next product has its words, in "
-        "all and of an output."
+        "all and of an output.\n"
+    )
+    headers = [
+        "wgmma_sm90a on an H200",
+        "tile",
+        "rounds",
+        "tensor µs",
+        "shared",
+        "L2",
+        "bf16 out",
+        "bound by",
+        "at least",
+    ]
+    print(tabulate(product_table(), headers=[*headers, "TOPS", "bits out", "packing x"], floatfmt=".3g"))
+    print(
+        "\nAn estimate from rates that a prototype had on an H200: microseconds that each part is busy, and the "
+        "slowest,\nwith outputs in bf16 and with bits. A launch, the first copies and the last epilogue take about "
+        "4 more. Packing x\nfrom bf16 is a launch of its own before it."
     )
 
 

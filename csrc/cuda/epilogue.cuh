@@ -108,11 +108,13 @@ struct ChannelTile {
         }
     };
 
-    // All threads of the block must call it, and reach a barrier before the first use.
-    __device__ __forceinline__ void load(const Output& y, int64_t n, int64_t first) {
+    // All of these threads must call it, and reach a barrier before the first use.
+    __device__ __forceinline__ void load(const Output& y, int64_t n, int64_t first,
+                                         int thread = static_cast<int>(threadIdx.x),
+                                         int threads = static_cast<int>(blockDim.x)) {
         if constexpr (kHasChannels) {
 #pragma unroll 1
-            for (int i = static_cast<int>(threadIdx.x); i < Width; i += static_cast<int>(blockDim.x)) {
+            for (int i = thread; i < Width; i += threads) {
                 Early channels;
                 channels.fetch(y, n, first, i);
                 channels.store(y, i, *this);
@@ -158,11 +160,12 @@ struct ChannelTile<AsBits, Width> {
         }
     };
 
-    // All threads of the block must call it, and reach a barrier before the first use. It does not go through Early, which
+    // All of these threads must call it, and reach a barrier before the first use. It does not go through Early, which
     // takes more registers.
-    __device__ __forceinline__ void load(const Output& y, int64_t n, int64_t first) {
-        const int thread = static_cast<int>(threadIdx.x);
-        for (int i = thread; i < Width; i += static_cast<int>(blockDim.x)) limits[i] = limit_of(y, n, first + i);
+    __device__ __forceinline__ void load(const Output& y, int64_t n, int64_t first,
+                                         int thread = static_cast<int>(threadIdx.x),
+                                         int threads = static_cast<int>(blockDim.x)) {
+        for (int i = thread; i < Width; i += threads) limits[i] = limit_of(y, n, first + i);
         if (thread < Width / kWordBits) flips[thread] = flips_of(y, n, first, thread);
     }
 };

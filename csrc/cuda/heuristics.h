@@ -2,19 +2,21 @@
 // product's sizes, without a CUDA header or state, so that test_heuristics.py can ask about devices that the machine
 // does not have.
 //
-//     rows of x      7.5         8.0 to 9.0         later, known or not
-//     up to 4        skinny      skinny             skinny
-//     5 to 16        skinny      skinny_mma_sm80    skinny
-//     more           mma_sm75    mma_sm80           mma_int8_sm80
+//     rows of x      7.5         8.0 to 8.9         9.0                later, known or not
+//     up to 4        skinny      skinny             skinny             skinny
+//     5 to 16        skinny      skinny_mma_sm80    skinny_mma_sm80    skinny
+//     more           mma_sm75    mma_sm80           mma_sm80           mma_int8_sm80
+//     256 or more    mma_sm75    mma_sm80           wgmma_sm90a        mma_int8_sm80
 //
 // If x is real and a block packs all of it in less time than the launches take that are saved (fused_is_faster):
 //
-//     1              fused_skinny    fused_skinny             fused_skinny
-//     2 to 4         fused_skinny    fused_skinny_mma_sm80    fused_skinny
-//     5 to 16        as above        fused_skinny_mma_sm80    as above
+//     1              fused_skinny    fused_skinny             fused_skinny             fused_skinny
+//     2 to 4         fused_skinny    fused_skinny_mma_sm80    fused_skinny_mma_sm80    fused_skinny
+//     5 to 16        as above        fused_skinny_mma_sm80    fused_skinny_mma_sm80    as above
 //
 // popc runs everywhere, and the others are tested against it. If x is given as words, the kernel does not depend on n and
-// k: a tiny product costs a launch by any kernel. The tile of mma_sm80 is the one of least estimated time. For all sizes:
+// k, because a tiny product costs a launch by any kernel; except that mma_sm80 keeps products of few tiles
+// (warpgroup_tiles.h). The tile of mma_sm80 is the one of least estimated time. For all sizes:
 //   - the kernel is legal, and as m grows, a kernel that was abandoned is never chosen again (for x as words);
 //   - the tile depends on m and n in units of 64 and on k in stages, all rounded up;
 //   - as k grows, a tile that was abandoned is never chosen again; the least estimate never falls as m, n or k grows;
@@ -36,6 +38,7 @@
 
 #include "../packed.h"
 #include "records.h"
+#include "warpgroup_tiles.h"
 
 namespace bitorch_qlinear::cuda {
 
@@ -144,8 +147,9 @@ static inline Tile best_tile(const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
 
 struct Choice {
     GemmKernel kernel;
-    Tile tile;  // for mma_sm80; the other kernels have fixed tiles
+    Tile tile;  // for mma_sm80; the other kernels except wgmma_sm90a have fixed tiles
     const char* reason;
+    WarpgroupTile warpgroup_tile = WarpgroupTile::m128n128;  // for wgmma_sm90a
 };
 
 // gemm_skinny counts up to kCountedRows rows while the weights arrive from memory, on every chip that has another kernel
@@ -195,6 +199,11 @@ static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int
     if (takes(GemmKernel::skinny)) {
         return choice(GemmKernel::skinny, "up to 16 rows, which a tile of more would leave mostly empty");
     }
+    if (takes(GemmKernel::wgmma_sm90a) && warpgroups_win(gpu.multiprocessors, m, n, k)) {
+        return {GemmKernel::wgmma_sm90a, best_tile(gpu, m, n, k),
+                "tensor cores of warpgroups, from 256 rows on if there are many tiles or long rows",
+                best_warpgroup_tile(gpu.multiprocessors, m, n, k)};
+    }
     if (takes(GemmKernel::mma_sm80)) {
         const Tile tile = best_tile(gpu, m, n, k);
         return {GemmKernel::mma_sm80, tile, kTileReasons[static_cast<int>(tile)]};
@@ -223,10 +232,13 @@ static inline OrError<Choice> decide(const KernelRecord* forced, const Gpu& gpu,
     if (!legal(forced->kernel, gpu, m, k, value_bytes)) {
         Choice choice = choose(gpu, m, n, k, value_bytes);
         choice.reason = forced->fused ? "the automatic choice: the kernel that is forced takes few values of real x"
-                                      : "the automatic choice: the kernel that is forced takes at most 16 rows";
+                        : forced->most_rows == kSkinnyRows
+                            ? "the automatic choice: the kernel that is forced takes at most 16 rows"
+                            : "the automatic choice: the kernel that is forced takes at most 2147483647 rows";
         return choice;
     }
-    return Choice{forced->kernel, best_tile(gpu, m, n, k), "forced, by BITORCH_QLINEAR_CUDA_KERNEL or by the program"};
+    return Choice{forced->kernel, best_tile(gpu, m, n, k), "forced, by BITORCH_QLINEAR_CUDA_KERNEL or by the program",
+                  best_warpgroup_tile(gpu.multiprocessors, m, n, k)};
 }
 
 constexpr char kTileVariable[] = "BITORCH_QLINEAR_CUDA_TILE";
@@ -262,6 +274,10 @@ static inline std::string describe(const Choice& choice) {
     if (choice.kernel == GemmKernel::mma_sm80) {
         const int i = static_cast<int>(choice.tile);
         text += " with tiles of " + std::to_string(kTileRows[i]) + " x " + std::to_string(kTileColumns[i]);
+    }
+    if (choice.kernel == GemmKernel::wgmma_sm90a) {
+        const int64_t columns = kWarpgroupColumns[static_cast<int>(choice.warpgroup_tile)];
+        text += " with tiles of " + std::to_string(kWarpgroupRows) + " x " + std::to_string(columns);
     }
     return text + ": " + choice.reason;
 }

@@ -10,6 +10,7 @@
 #endif
 
 #include "prepared.h"
+#include "warpgroup_tiles.h"
 
 namespace bitorch_qlinear::cuda {
 
@@ -29,10 +30,11 @@ enum class GemmKernel : int {
     mma_sm75,
     mma_sm80,
     mma_int8_sm80,
+    wgmma_sm90a,
     fused_skinny,
     fused_skinny_mma_sm80
 };
-constexpr int kGemmKernels = 8;
+constexpr int kGemmKernels = 9;
 
 // A kernel and the devices and operands that it takes. A compute capability is one number here: 86 is 8.6, 120 is 12.0.
 struct KernelRecord {
@@ -47,6 +49,14 @@ struct KernelRecord {
 constexpr int kNewest = INT32_MAX;
 constexpr int64_t kAnyRows = INT64_MAX;
 
+// wgmma_sm90a has code for sm_90a alone, where the "a" means that no other device runs it, not even a later one. A build
+// whose chosen targets lack it (setup.py) has the kernel for no device.
+#ifdef BITORCH_QLINEAR_WITHOUT_SM90A
+constexpr int kHopper = 0;
+#else
+constexpr int kHopper = 90;
+#endif
+
 // mma_sm80 stops at 9.0: sm_90 still has the BMMA instruction, but for sm_100 and sm_120 nvcc emulates it by eight IMMA
 // on unpacked bytes. mma_int8_sm80 unpacks in a better way; on devices with BMMA it has an eighth of mma_sm80's rate
 // and exists for tests. mma_sm75 stops before 9.0, where xor is no longer a single instruction (mma.cuh).
@@ -57,6 +67,7 @@ constexpr KernelRecord kKernels[kGemmKernels] = {
     {GemmKernel::mma_sm75, "mma_sm75", 75, 89, true, false, kAnyRows},
     {GemmKernel::mma_sm80, "mma_sm80", 80, 90, true, true, kAnyRows},
     {GemmKernel::mma_int8_sm80, "mma_int8_sm80", 80, kNewest, true, true, kAnyRows},
+    {GemmKernel::wgmma_sm90a, "wgmma_sm90a", kHopper, kHopper, true, true, kMostWarpgroupRows},
     {GemmKernel::fused_skinny, "fused_skinny", 75, kNewest, true, false, kCountedRows, true},
     {GemmKernel::fused_skinny_mma_sm80, "fused_skinny_mma_sm80", 80, 90, true, false, kSkinnyRows, true},
 };

@@ -26,6 +26,7 @@ TENSOR_CORES = {
     "gemm_skinny_mma_sm80": ("sm_80", "sm_86", "sm_89", "sm_90a"),
     "gemm_fused_skinny_mma_sm80": ("sm_80", "sm_86", "sm_89", "sm_90a"),
     "gemm_mma_int8_sm80": ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"),
+    "gemm_wgmma_sm90a": ("sm_90a",),
 }
 # These kernels use mma_tiles.cuh.
 TILED = ("gemm_mma_sm80", "gemm_mma_int8_sm80")
@@ -108,6 +109,8 @@ def check_tensor_cores(kernel: Kernel, names: Counter[str]) -> None:
     """The code has exactly the tensor core instructions of the source; an inner loop counts with all its passes."""
     kinds = {"gemm_mma_sm75": "BMMA.88128.XOR.POPC", "gemm_mma_int8_sm80": "IMMA.16832.U8.U8"}
     kind = kinds.get(kernel.source, "BMMA.168256.AND.POPC")
+    if kernel.source == "gemm_wgmma_sm90a":
+        kind = f"BGMMA.64x{kernel.sizes[0]}x256.AND.POPC"
     expected = {kind: work_of(kernel).count} if kernel.source in TENSOR_CORES else {}
     assert {name: count for name, count in names.items() if gpu_model.TENSOR.match(name)} == expected
 
@@ -135,6 +138,36 @@ def promised_accesses(kernel: Kernel) -> dict[str, int]:
         case Kernel("unpack", flags=(True,)):
             return {r"STG\.E\.128": 4}
     return {}
+
+
+def check_warpgroups(kernel: Kernel, instructions: list[Instruction], passed: Counter[str]) -> None:
+    """The machine code of wgmma_sm90a keeps what its file promises.
+
+    The products of a stage are one group and are waited for once in a pass, with one in flight. Each warpgroup stays
+    within the registers that setmaxnreg gives it. Descriptors do not pass through registers of lanes; only the address
+    that they are made of may. Outputs are stored as vectors.
+    """
+    columns, _, halves = kernel.sizes
+    names = Counter(i.name for i in instructions)
+    assert passed["WARPGROUP.ARRIVE"] == passed["WARPGROUP.DEPBAR.LE"] == 1 and names["WARPGROUP.DEPBAR.LE"] == 2
+    assert machine_code.count(passed, "R2UR") <= 1 and passed.total() <= 80
+    (released,) = [i.address for i in instructions if i.name.startswith("USETMAXREG.DEALLOC")]
+    # Behind the producer's end lie only the repetitions of both sides' waits.
+    end = max(i.address for i in instructions if i.name == "EXIT")
+    assert released < end
+    for first, last, most in ((released, end, 24), (0, instructions[-1].address, 240)):
+        code = (i.operands for i in instructions if first <= i.address <= last)
+        assert max(int(number) for operands in code for number in re.findall(r"\bR(\d+)\b", operands)) < most
+    assert machine_code.count(names, "UTMALDG") == 1 + halves
+    if kernel.type == "bits":
+        assert names["STG.E"] == columns // 32 + 1, "words of 32 bits, and one without a result"
+        return
+    vectors = sum(
+        count for name, count in names.items() if re.match(rf"STG.*\.{2 * halves * 8 * BYTES[kernel.type]}$", name)
+    )
+    assert vectors == columns // (2 * halves), "results are not stored as whole vectors"
+    if kernel.type in ("float16", "bfloat16"):
+        assert machine_code.count(names, "F2FP") == columns, "pairs are not narrowed together, in both ways to store"
 
 
 def check_memory(kernel: Kernel, names: Counter[str], passed: Counter[str]) -> None:
@@ -178,6 +211,8 @@ def test_instructions(target):
             assert passed and machine_code.count(passed, work_of(kernel).kind) == work_of(kernel).count
             check_tensor_cores(kernel, names if kernel.source != "gemm_mma_int8_sm80" else passed)
             check_memory(kernel, names, passed)
+            if kernel.source == "gemm_wgmma_sm90a":
+                check_warpgroups(kernel, instructions, passed)
         except AssertionError as error:
             error.add_note(f"{kernel} for {target}")
             raise
@@ -371,7 +406,22 @@ def test_epilogues():
     assert [line[-1] for line in lines] == [1 / 8, 4 + 1 / 8]
 
 
+def test_bounds_of_products_by_warpgroups():
+    """8192³ by 128 x 192: 43 x 64 tiles are 21 rounds of 8 stages, of 768 clocks on tensor cores and 1024 from L2."""
+    bound = gpu_model.warpgroup_bound(8192, 8192, 8192, 192)
+    clocks = [part * gpu_model.WARPGROUP.gigahertz * 1e3 for part in (bound.tensor, bound.shared, bound.l2)]
+    assert clocks == pytest.approx([21 * 8 * 768, 21 * 8 * 832, 21 * 8 * 1024])
+    assert (bound.rounds, bound.slowest) == (21, "L2")
+    assert bound.output == pytest.approx(8192**2 * 2 / 4.8e6)
+    assert bound.time == pytest.approx(105, rel=0.02), "this was measured"
+    lines = {line[0]: line for line in gpu_model.product_table()}
+    assert lines["8192³"][1] == "128 x 192" and lines["1024³"][1] == "128 x 128"
+    assert lines["ViT-B, 256 images, 768 → 3072"][7] == "output"
+
+
 def test_rates_are_those_of_the_heuristics():
+    text = (HEURISTICS.parent / "warpgroup_tiles.h").read_text()
+    assert int(re.search(r"kWarpgroupL2Bytes = (\d+)", text)[1]) == gpu_model.WARPGROUP.l2
     rates = {int(case): None for case in re.findall(r"case (\d+):", HEURISTICS.read_text())}
     lines = re.findall(
         r"(?:case (\d+):\s*(?:case \d+: )?|default: )return \{(\d+), (\d+), (\d+) \* 1024\}", HEURISTICS.read_text()

@@ -224,6 +224,24 @@ def test_every_edge_of_every_tile(tile, k):
                 assert_same(F.binary_linear(gpu_x[:m], gpu_words[:n], k, out_dtype=out), want[:m, :n], (m, n, out))
 
 
+@pytest.mark.skipif("wgmma_sm90a" not in KERNELS, reason="there is no kernel of warpgroups")
+@pytest.mark.parametrize("k", [1, 127, 1023, 1024, 1025, 6 * 1024, 12 * 1024 + 1])
+def test_edges_of_tiles_of_warpgroups(k):
+    """Both tiles: the wide one is taken for many of them with long rows."""
+    with forced(available()[0]), forced("wgmma_sm90a"):
+        shapes = [(m, n) for m in (1, 127, 128, 129, 300) for n in (1, 2, 127, 128, 129, 193, 4099)]
+        shapes += [(2049, n) for n in (8191, 8192, 8193)] if k > 6 * 1024 else []
+        most_m, most_n = map(max, zip(*shapes, strict=True))
+        make = generator(k)
+        x, words = (random_words(rows, k, make, stray=True) for rows in (most_m, most_n))
+        gpu_x, gpu_words = moved(x), moved(words)
+        for out in (torch.int32, torch.bfloat16, torch.float64):
+            want = F.binary_linear(x, words, k, out_dtype=out).to(CUDA)
+            for m, n in shapes:
+                poison(m, n, dtype=out)
+                assert_same(F.binary_linear(gpu_x[:m], gpu_words[:n], k, out_dtype=out), want[:m, :n], (m, n, out))
+
+
 @pytest.mark.skipif("mma_sm80" not in KERNELS, reason="there is no kernel with several tiles")
 @pytest.mark.parametrize("tile", ["128x256", "128x128", "64x64"])
 def test_a_forced_tile_computes_any_product(tile):

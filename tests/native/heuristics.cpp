@@ -5,13 +5,15 @@
 using namespace bitorch_qlinear::cuda;
 
 extern "C" {
-void choose_all(int64_t count, const int64_t (*queries)[5], int32_t* kernels, int32_t* tiles, const char** reasons) {
+void choose_all(int64_t count, const int64_t (*queries)[5], int32_t* kernels, int32_t* tiles, int32_t* warpgroup_tiles,
+                const char** reasons) {
     for (int64_t i = 0; i < count; ++i) {
         const auto& [capability, multiprocessors, m, n, k] = queries[i];
         const Gpu gpu{static_cast<int>(capability), static_cast<int>(multiprocessors)};
         const Choice choice = choose(gpu, m, n, k);
         kernels[i] = static_cast<int>(choice.kernel);
         tiles[i] = static_cast<int>(choice.tile);
+        warpgroup_tiles[i] = static_cast<int>(choice.warpgroup_tile);
         reasons[i] = choice.reason;
     }
 }
@@ -23,6 +25,19 @@ void estimate_all(int64_t count, const int64_t (*queries)[5], double (*clocks)[k
             clocks[i][tile] = estimated_clocks(static_cast<Tile>(tile), gpu, m, n, k);
         }
     }
+}
+void estimate_warpgroups(int64_t count, const int64_t (*queries)[5], double (*clocks)[kWarpgroupTiles]) {
+    for (int64_t i = 0; i < count; ++i) {
+        const auto& [capability, multiprocessors, m, n, k] = queries[i];
+        for (int tile = 0; tile < kWarpgroupTiles; ++tile) {
+            clocks[i][tile] = warpgroup_clocks(static_cast<WarpgroupTile>(tile), multiprocessors, m, n, k);
+        }
+    }
+}
+void read_warpgroup_tiles(int64_t* figures) {
+    const int64_t all[] = {kWarpgroupRows,      kWarpgroupStageBits,  kWarpgroupColumns[0],
+                           kWarpgroupStages[0], kWarpgroupColumns[1], kWarpgroupStages[1]};
+    std::memcpy(figures, all, sizeof all);
 }
 const char* decide_in_words(const char* name, int capability, int multiprocessors, int64_t m, int64_t n, int64_t k,
                             int64_t value_bytes) {

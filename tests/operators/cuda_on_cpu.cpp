@@ -59,7 +59,7 @@ const char* cudaGetErrorString(cudaError_t error) {
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-    // Devices of compute capability 8.0 have all kernels.
+    // Devices of compute capability 8.0 have all kernels except wgmma_sm90a.
     *value = which == cudaDevAttrComputeCapabilityMajor ? 8 : which == cudaDevAttrComputeCapabilityMinor ? 0 : 108;
     return cudaSuccess;
 }
@@ -290,6 +290,9 @@ cudaError_t gemm_mma_sm80(const Product& job, Tile, cudaStream_t, bool behind_pa
 }
 cudaError_t gemm_mma_int8_sm80(const Product& job, cudaStream_t, bool behind_pack) {
     return product(GemmKernel::mma_int8_sm80, job, behind_pack);
+}
+cudaError_t gemm_wgmma_sm90a(const Product& job, WarpgroupTile, cudaStream_t) {
+    return product(GemmKernel::wgmma_sm90a, job);
 }
 
 static cudaError_t fused(GemmKernel kernel, const FusedProduct& job) {

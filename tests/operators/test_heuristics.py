@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 CUDA = CSRC / "cuda"
 KERNELS = ["popc", "skinny", "skinny_mma_sm80", "mma_sm75", "mma_sm80", "mma_int8_sm80"]
-KERNELS += ["fused_skinny", "fused_skinny_mma_sm80"]
+KERNELS += ["wgmma_sm90a", "fused_skinny", "fused_skinny_mma_sm80"]
 WIDEST, MIDDLE, SMALLEST = range(3)
 CAPABILITIES = [75, 80, 86, 87, 88, 89, 90, 91, 99, 100, 103, 110, 120, 121, 130, 200]
 TENSOR_CORES = [80, 86, 87, 88, 89, 90]  # the capabilities with mma_sm80
@@ -38,7 +38,11 @@ def library():
     flags += [f"-fsanitize={CHECKS}", "-fsanitize-undefined-trap-on-error", "-ffp-contract=off"]
     sources = b"".join(
         path.read_bytes()
-        for path in (HARNESS, CUDA / "heuristics.h", CUDA / "records.h", CUDA / "prepared.h", CSRC / "packed.h")
+        for path in (
+            HARNESS,
+            *(CUDA / f"{name}.h" for name in ("heuristics", "records", "warpgroup_tiles", "prepared")),
+            CSRC / "packed.h",
+        )
     )
     key = hashlib.sha256(repr((compiler, flags)).encode() + sources).hexdigest()[:16]
 
@@ -53,9 +57,9 @@ def library():
     lib.fits.argtypes = [ctypes.c_int64] * 2
     lib.choose_for_real_x.restype = None
     lib.choose_for_real_x.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
-    for function in (lib.choose_all, lib.estimate_all):
+    for function in (lib.choose_all, lib.estimate_all, lib.estimate_warpgroups):
         function.restype = None
-        function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * (4 if function is lib.choose_all else 2)]
+        function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * (5 if function is lib.choose_all else 2)]
     return lib
 
 
@@ -67,16 +71,16 @@ def queries(capability, multiprocessors, m, n, k):
 class Choices(NamedTuple):
     kernel: np.ndarray
     tile: np.ndarray
+    warpgroup_tile: np.ndarray
     reason: np.ndarray  # addresses of C strings
 
 
 def choose(*arguments):
     """Return the choices for capability, multiprocessors, m, n and k, which are broadcast against each other."""
     asked = queries(*arguments)
-    kernels, tiles = np.full((2, len(asked)), -1, np.int32)
-    reasons = np.zeros(len(asked), np.uint64)
-    library().choose_all(len(asked), asked.ctypes.data, kernels.ctypes.data, tiles.ctypes.data, reasons.ctypes.data)
-    return Choices(kernels, tiles, reasons)
+    found = *np.full((3, len(asked)), -1, np.int32), np.zeros(len(asked), np.uint64)
+    library().choose_all(len(asked), asked.ctypes.data, *(column.ctypes.data for column in found))
+    return Choices(*found)
 
 
 def estimate(*arguments):
@@ -93,6 +97,14 @@ def choose_for_real_x(value_bytes, *arguments):
     kernels = np.full(len(asked), -1, np.int32)
     library().choose_for_real_x(len(asked), asked.ctypes.data, value_bytes, kernels.ctypes.data)
     return kernels
+
+
+def estimate_warpgroups(*arguments):
+    """Return the same of the tiles of wgmma_sm90a, of shape (queries, 2)."""
+    asked = queries(*arguments)
+    clocks = np.full((len(asked), 2), np.nan)
+    library().estimate_warpgroups(len(asked), asked.ctypes.data, clocks.ctypes.data)
+    return clocks
 
 
 def decide(name, capability, multiprocessors, m, n, k, value_bytes=0):
@@ -115,13 +127,20 @@ def random_sizes(seed, count=SHAPES):
     return m, n, np.minimum(k, MOST_K), rng.integers(1, 201, count)
 
 
-def expected_kernel(capability, m):
-    """Return the kernels' indices according to the table at the top of heuristics.h."""
+def expected_kernel(capability, multiprocessors, m, n, k):
+    """Return the kernels' indices according to the table at the top of heuristics.h and to warpgroup_tiles.h."""
+    multiprocessors, m, n, k = np.broadcast_arrays(multiprocessors, m, n, k)
     if capability > 90:
-        return np.where(m <= 16, KERNELS.index("skinny"), KERNELS.index("mma_int8_sm80"))
+        return np.where(m <= 16, KERNELS.index("skinny"), KERNELS.index("mma_int8_sm80")).ravel()
     few, tiles = ("skinny", "mma_sm75") if capability < 80 else ("skinny_mma_sm80", "mma_sm80")
     names = np.where(m <= 4, KERNELS.index("skinny"), KERNELS.index(few))
-    return np.where(m > 16, KERNELS.index(tiles), names)
+    if capability == 90:
+        in_one_round = 4 * (-(-m // 128) * -(-n // 128)) <= multiprocessors
+        warpgroups = (m >= 256) & (np.maximum(m, n) < 2**31) & (k > 0) & (~in_one_round | (k >= 8192))
+        tiles = np.where(warpgroups, KERNELS.index("wgmma_sm90a"), KERNELS.index(tiles))
+    else:
+        tiles = KERNELS.index(tiles)
+    return np.where(m > 16, tiles, names).ravel()
 
 
 # ---- the choice ------------------------------------------------------------------------------------
@@ -132,7 +151,7 @@ def test_random_shapes(capability):
     """Choices are legal, have a reason, do not depend on earlier ones, and follow the documented table."""
     m, n, k, multiprocessors = random_sizes(capability)
     choices = choose(capability, multiprocessors, m, n, k)
-    np.testing.assert_array_equal(choices.kernel, expected_kernel(capability, m))
+    np.testing.assert_array_equal(choices.kernel, expected_kernel(capability, multiprocessors, m, n, k))
     for kernel in np.unique(choices.kernel):
         rows = m[choices.kernel == kernel]
         assert library().is_legal(int(kernel), capability, int(rows.max()), 0, 0)
@@ -151,14 +170,15 @@ def test_every_number_of_multiprocessors(capability):
     m, n, k, _ = random_sizes(capability, 500)
     multiprocessors = np.arange(1, 201)[:, None]
     choices = choose(capability, multiprocessors, m, n, k)
-    np.testing.assert_array_equal(choices.kernel, np.tile(expected_kernel(capability, m), 200))
+    np.testing.assert_array_equal(choices.kernel, expected_kernel(capability, multiprocessors, m, n, k))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_more_rows_never_bring_a_kernel_back(capability):
     m = np.r_[0:300, 2 ** np.arange(9, 30)]
-    kernels = choose(capability, 100, m, 1024, 1024).kernel
-    assert (np.diff(kernels) != 0).sum() == len(np.unique(kernels)) - 1
+    for n, k in ((64, 64), (1024, 1024), (4096, 8191), (64, 8192), (8192, 1)):
+        kernels = choose(capability, 100, m, n, k).kernel
+        assert (np.diff(kernels) != 0).sum() == len(np.unique(kernels)) - 1
 
 
 @pytest.mark.parametrize("value_bytes", [2, 4, 8])
@@ -263,7 +283,74 @@ def test_sizes_at_their_bounds():
                 clocks = estimate(capability, multiprocessors, m, n, k)
                 assert np.isfinite(clocks).all() and (clocks >= 0).all()
                 choices = choose(capability, multiprocessors, m, n, k)
-                np.testing.assert_array_equal(choices.kernel, expected_kernel(capability, m))
+                expected = expected_kernel(capability, multiprocessors, m, n, k)
+                np.testing.assert_array_equal(choices.kernel, expected)
+                assert np.isfinite(estimate_warpgroups(capability, multiprocessors, m, n, k)).all()
+
+
+# ---- warpgroups ------------------------------------------------------------------------------------
+
+WIDE, NARROW = range(2)
+
+
+def test_warpgroup_tile_is_that_of_least_time():
+    m, n, k, multiprocessors = random_tiles(90)
+    clocks = estimate_warpgroups(90, multiprocessors, m, n, k)
+    chosen = choose(90, multiprocessors, m, n, k)
+    warpgroups = chosen.kernel == KERNELS.index("wgmma_sm90a")
+    expected = np.where(clocks[:, WIDE] < clocks[:, NARROW], WIDE, NARROW)
+    np.testing.assert_array_equal(chosen.warpgroup_tile[warpgroups], expected[warpgroups])
+    assert set(expected[warpgroups]) == {WIDE, NARROW}
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile"),
+    [
+        ((2048, 2048, 2048), NARROW),
+        ((4096, 4096, 4096), NARROW),
+        ((512, 4096, 4096), NARROW),
+        ((8192, 8192, 8192), WIDE),
+        ((2048, 8192, 8192), WIDE),
+        ((16384, 16384, 16384), WIDE),
+    ],
+)
+def test_warpgroup_tile_is_the_faster_one_of_those_measured(shape, tile):
+    """The table of csrc/DESIGN.md ("What hardware said") has the times."""
+    chosen = choose(90, 132, *shape)
+    assert (chosen.kernel[0], chosen.warpgroup_tile[0]) == (KERNELS.index("wgmma_sm90a"), tile)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [
+        ((255, 8192, 8192), "mma_sm80"),
+        ((256, 8192, 8192), "wgmma_sm90a"),
+        ((256, 2048, 4096), "mma_sm80"),  # 128 blocks of 64 x 64 fit the multiprocessors
+        ((256, 2176, 4096), "wgmma_sm90a"),
+        ((512, 256, 8191), "mma_sm80"),
+        ((512, 256, 8192), "wgmma_sm90a"),
+        ((2**31 - 1, 128, 1), "wgmma_sm90a"),
+        ((2**31, 128, 1), "mma_sm80"),
+        ((256, 2**31, 1), "mma_sm80"),
+        ((4096, 4096, 0), "mma_sm80"),
+    ],
+)
+def test_bounds_of_warpgroups(shape, kernel):
+    assert KERNELS[choose(90, 132, *shape).kernel[0]] == kernel
+
+
+def test_warpgroup_tiles_fit_their_kernel():
+    """A block has 227 KiB of shared memory: the stages, 1 KiB to align them, and 8 KiB for margins and barriers."""
+    figures = (ctypes.c_int64 * 6)()
+    library().read_warpgroup_tiles(figures)
+    rows, stage_bits, *tiles = figures
+    for columns, stages in (tiles[:2], tiles[2:]):
+        assert stages * (rows + columns) * stage_bits // 8 <= (227 - 9) * 1024 < (stages + 1) * (rows + columns) * 128
+    text = (CUDA / "gemm_wgmma_sm90a.cu").read_text()
+    for name in ("kWarpgroupRows", "kWarpgroupColumns", "kWarpgroupStages", "kWarpgroupStageBits"):
+        assert re.search(rf"\b{name}\b", text), name
+    for columns in (tiles[0], tiles[2]):
+        assert f"case WarpgroupTile::m{rows}n{columns}:" in text
 
 
 # ---- figures that comments and the kernels repeat --------------------------------------------------
@@ -320,6 +407,7 @@ def test_table_of_kernels():
         ("mma_sm75", 75, 89, True, False, any_rows),
         ("mma_sm80", 80, 90, True, True, any_rows),
         ("mma_int8_sm80", 80, newest, True, True, any_rows),
+        ("wgmma_sm90a", 90, 90, True, True, 2**31 - 1),
         ("fused_skinny", 75, newest, True, False, 4),
         ("fused_skinny_mma_sm80", 80, 90, True, False, 16),
     ]
@@ -356,7 +444,7 @@ def test_forced(capability):
     names = library().names_of(capability).decode()
     for name, lowest, highest, _, _, most_rows in records():
         assert (name in names.split(", ")) == (lowest <= capability <= highest)
-        for m in (0, 1, 16, 17, 5000):
+        for m in (0, 1, 16, 17, 5000, 2**31):
             got = decide(name, *device, m, 300, 700)
             if not lowest <= capability <= highest:
                 major, minor = divmod(capability, 10)
@@ -365,8 +453,8 @@ def test_forced(capability):
                     f'{major}.{minor} has ({names}), got "{name}"'
                 )
             elif m > most_rows or name.startswith("fused"):
-                automatic = decide("", *device, m, 300, 700).partition(":")[0]
-                takes = "few values of real x" if name.startswith("fused") else "at most 16 rows"
+                automatic = decide("", *device, m, 300, 700).partition(": ")[0]
+                takes = "few values of real x" if name.startswith("fused") else f"at most {most_rows} rows"
                 assert got == f"{automatic}: the automatic choice: the kernel that is forced takes {takes}"
             else:
                 assert re.match(rf"{name}(?: with tiles of \d+ x \d+)?: forced, by \w+ or by the program$", got)
@@ -387,7 +475,7 @@ def decide_tile(tile, name, capability, m, n, k):
 @pytest.mark.parametrize("tile", ["128x256", "128x128", "64x64"])
 def test_forced_tile(tile):
     """Every product of mma_sm80 has the tile; those of other kernels do not change."""
-    for name, sizes in (("", (17, 9, 9)), ("", (8192, 8192, 8192)), ("mma_sm80", (1, 1, 1))):
+    for name, sizes in (("", (17, 9, 9)), ("", (255, 8192, 8192)), ("mma_sm80", (1, 1, 1))):
         assert decide_tile(tile, name, 90, *sizes) == (
             f"mma_sm80 with tiles of {tile.replace('x', ' x ')}: "
             "the tile is forced, by BITORCH_QLINEAR_CUDA_TILE or by the program"
@@ -420,7 +508,7 @@ def test_a_device_that_is_too_old_is_an_error(capability):
 def test_supported(capability):
     assert library().is_supported(capability)
     for kernel, (name, lowest, highest, _, _, most_rows) in enumerate(records()):
-        for m in (0, 1, 4, 5, 16, 17, MOST_OUTPUTS):
+        for m in (0, 1, 4, 5, 16, 17, 2**31 - 1, 2**31, MOST_OUTPUTS):
             legal = lowest <= capability <= highest and m <= most_rows
             assert bool(library().is_legal(kernel, capability, m, 64, 2)) == legal
             assert bool(library().is_legal(kernel, capability, m, 64, 0)) == (legal and not name.startswith("fused"))
@@ -430,9 +518,13 @@ def test_supported(capability):
 
 def test_words():
     h100 = 90, 132
-    wide, small = (decide("", *h100, size, size, size) for size in (8192, 1024))
+    wide, small = (decide("", 80, 108, size, size, size) for size in (8192, 300))
     assert wide == "mma_sm80 with tiles of 128 x 256: tensor cores, by the tile that moves the fewest bytes"
     assert small.startswith("mma_sm80 with tiles of 64 x 64: tensor cores, by the smallest tile: ")
+    wide, small = (decide("", *h100, size, size, size) for size in (8192, 1024))
+    assert wide.startswith("wgmma_sm90a with tiles of 128 x 192: tensor cores of warpgroups, from 256 rows on")
+    assert small.startswith("wgmma_sm90a with tiles of 128 x 128: ")
+    assert decide("", *h100, 255, 1024, 1024).startswith("mma_sm80 with tiles of 64 x 64: ")
     assert decide("", *h100, 1, 8192, 8192).startswith("skinny: ")
     assert decide("", *h100, 16, 8192, 8192).startswith("skinny_mma_sm80: ")
     assert decide("", 120, 170, 17, 8192, 8192).startswith("mma_int8_sm80: ")

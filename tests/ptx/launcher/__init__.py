@@ -31,6 +31,7 @@ from tools.ptx.machine import (
     Pointer,
     Report,
     Struct,
+    TensorMap,
     build_once,
     dim3,
     nvcc,
@@ -40,8 +41,10 @@ from tools.ptx.machine import (
 from ..product import CUDA, layout, module, source
 
 HERE = Path(__file__).parent
+MAPS_BYTES = 3 * 128
+"""The bytes of the only argument that consists of tensor maps."""
 NAMES = ["pack", "pack_limited", "unpack", "align", "gemm_popc", "gemm_skinny", "gemm_skinny_mma_sm80", "gemm_mma_sm75"]
-NAMES += ["gemm_mma_sm80", "gemm_mma_int8_sm80", "gemm_fused_skinny", "gemm_fused_skinny_mma_sm80"]
+NAMES += ["gemm_mma_sm80", "gemm_mma_int8_sm80", "gemm_wgmma_sm90a", "gemm_fused_skinny", "gemm_fused_skinny_mma_sm80"]
 SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION = 0, 1, 9  # cudaError_t
 # Host code is the same for all targets. For this one the tensor-core kernels of sm_80 are empty, which saves seconds.
 FLAGS = [
@@ -52,7 +55,9 @@ FLAGS = [
     "-Xcompiler=-fPIC",
 ]
 TARGET = "sm_80"
-"""The target whose PTX is executed; all kernels run there."""
+"""The target whose PTX is executed; all kernels but one run there."""
+TARGETS = {"gemm_wgmma_sm90a": "sm_90a"}
+"""The target of a launcher whose kernels do not."""
 ADDRESS_SHIFT = 40
 """The fake addresses of buffers are 2**40 apart, which exceeds any size in a launch that is executed."""
 
@@ -97,6 +102,7 @@ def library(name: str = "", text: str = "") -> ctypes.CDLL:
     found = ctypes.CDLL(str(build_once(f"launchers-{key}.so", make)))
     found.runtime_on_launch.argtypes = [_OnLaunch]
     found.runtime_errors.argtypes = [ctypes.c_int, ctypes.c_int]
+    found.runtime_multiprocessors.argtypes = [ctypes.c_int]
     for each in NAMES:
         getattr(found, f"launch_{each}").argtypes = [
             *(ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_void_p),
@@ -143,17 +149,29 @@ class Launch:
             assert compiled.static_shared + self.shared_bytes <= 48 * 1024, self
         else:
             # The limit is that of sm_86, the smallest of the targets that have such kernels.
-            assert self.shared_bytes <= self.most_dynamic <= 1024 * SHARED_LIMIT[86] - compiled.static_shared, self
+            limit = SHARED_LIMIT[90 if self.module.ptx.target == "sm_90a" else 86]
+            assert self.shared_bytes <= self.most_dynamic <= 1024 * limit - compiled.static_shared, self
 
     def run(self, seed: int = 0) -> Report:
         arguments = [self._with_buffers(argument) for argument in self.arguments]
         return self.module.launch(self.kernel, self.grid, self.block, arguments, self.shared_bytes, seed)
 
     def _with_buffers(self, argument: bytes) -> Struct:
-        """Return the argument with buffers in place of their fake addresses."""
+        """Return the argument with buffers in place of their fake addresses, and tensor maps with buffers."""
+        if len(argument) == MAPS_BYTES:
+            return Struct("128s" * 3, *(self._map(argument[at : at + 128]) for at in range(0, MAPS_BYTES, 128)))
         words, rest = divmod(len(argument), 8)
         *values, tail = struct.unpack(f"={words}Q{rest}s", argument)
         return Struct(f"={words}Q{rest}s", *map(self._pointer, values), tail)
+
+    def _map(self, figures: bytes) -> TensorMap | bytes:
+        """Return the tensor map that runtime.cpp describes, or the bytes of one that is not used."""
+        address, width, rows, stride, *box = struct.unpack_from("=6Q", figures)
+        if not address:
+            return figures
+        memory = self._pointer(address)
+        assert isinstance(memory, Pointer), figures
+        return TensorMap(memory, (width, rows), (stride,), (box[0], box[1]), 4, 128)
 
     def _pointer(self, value: int) -> int | Pointer:
         index = (value >> ADDRESS_SHIFT) - 1
@@ -167,12 +185,15 @@ def _address(index: int, buffer: Buffer) -> int:
 
 
 class Launcher:
-    """A launcher of csrc/cuda; only gemm_mma_sm80 uses `tile`, and `text` takes the place of its file."""
+    """A launcher of csrc/cuda; `text` takes the place of its file.
+
+    Only gemm_mma_sm80 and gemm_wgmma_sm90a use `tile`.
+    """
 
     def __init__(self, name: str, tile: int = 0, text: str = "") -> None:
         self.name, self.tile = name, tile
         self.library = library(name, text) if text else library()
-        self.module = module(f"{name}.cu", TARGET)
+        self.module = module(f"{name}.cu", TARGETS.get(name, TARGET))
         self.ptx = self.module.ptx
         self.launched: set[str] = set()
         """The kernels that were launched so far."""
@@ -243,13 +264,16 @@ class Launcher:
         behind_pack: int,
         buffers: list[Buffer],
     ) -> Launch:
-        kernel = _kernels(self.module)[without_file(name.decode())]
+        found = self.module
+        if "gemm_popc" in name.decode():  # a launcher may leave a product to it
+            found = module("gemm_popc.cu", TARGET)
+        kernel = _kernels(found)[without_file(name.decode())]
         self.launched.add(kernel)
-        sizes = [parameter.size or 0 for parameter in self.ptx.kernels[kernel].params]
+        sizes = [parameter.size or 0 for parameter in found.ptx.kernels[kernel].params]
         values = [ctypes.string_at(arguments[i], size) for i, size in enumerate(sizes)]
         sides = (tuple(grid[:3]), tuple(block[:3]))
         rest = shared_bytes, most_dynamic, stream or 0, values, bool(behind_pack), buffers
-        return Launch(self.module, kernel, *sides, *rest)
+        return Launch(found, kernel, *sides, *rest)
 
     def launch(
         self,

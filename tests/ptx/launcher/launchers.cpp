@@ -16,7 +16,7 @@ int with(const void* job, uint64_t bytes, Function function) {
 
 }  // namespace
 
-// All have one signature, with a `tile` that only gemm_mma_sm80 uses, and `behind_pack`, which some products use.
+// All have one signature, with a `tile` that gemm_mma_sm80 and gemm_wgmma_sm90a use, and `behind_pack`, which some products use.
 #define LAUNCHER(name, Job, ...)                                                                                 \
     EXPORT int launch_##name(const void* bytes, uint64_t size, int tile, int behind_pack, cudaStream_t stream) { \
         static_cast<void>(tile), static_cast<void>(behind_pack);                                                 \
@@ -42,3 +42,4 @@ LAUNCHER(gemm_mma_sm80, Product, job, static_cast<Tile>(tile), stream, behind_pa
 LAUNCHER(gemm_mma_int8_sm80, Product, job, stream, behind_pack != 0)
 LAUNCHER(gemm_fused_skinny, FusedProduct, job, stream)
 LAUNCHER(gemm_fused_skinny_mma_sm80, FusedProduct, job, stream)
+LAUNCHER(gemm_wgmma_sm90a, Product, job, static_cast<WarpgroupTile>(tile), stream)

@@ -1,8 +1,10 @@
 // Implements the part of the CUDA runtime that nvcc's host code calls, for a machine without a GPU: a launch is passed
 // to a Python function, and nothing runs.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <cstring>
 #include <unordered_map>
 #include <utility>
 
@@ -33,6 +35,7 @@ std::unordered_map<const void*, Kernel>& kernels() {
 
 Configuration configuration;
 OnLaunch on_launch;
+int multiprocessors = 132;
 cudaError_t last_error, error_of_launch, error_of_attribute;
 
 cudaError_t remember(cudaError_t error) {
@@ -52,6 +55,8 @@ EXPORT void runtime_errors(int launch, int attribute) {
     last_error = cudaSuccess;
 }
 
+EXPORT void runtime_multiprocessors(int count) { multiprocessors = count; }
+
 // ---- called by launchers --------------------------------------------------------------------------------------------
 
 EXPORT cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
@@ -60,6 +65,40 @@ EXPORT cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute 
     if (error_of_attribute != cudaSuccess) return remember(error_of_attribute);
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return remember(cudaErrorNotSupported);
     kernels().at(function).most_dynamic = value;
+    return cudaSuccess;
+}
+
+EXPORT cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+
+EXPORT cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    if (attribute != cudaDevAttrMultiProcessorCount) return remember(cudaErrorNotSupported);
+    *value = multiprocessors;
+    return cudaSuccess;
+}
+
+// Writes the figures of a tensor map as they are, in place of the driver's encoding.
+static CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+                             const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                             const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+    const bool expected = type == CU_TENSOR_MAP_DATA_TYPE_UINT32 && rank == 2 && steps[0] == 1 && steps[1] == 1 &&
+                          interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && swizzle == CU_TENSOR_MAP_SWIZZLE_128B &&
+                          fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
+    if (!expected) return CUDA_ERROR_INVALID_VALUE;
+    const uint64_t figures[] = {reinterpret_cast<uint64_t>(address), sizes[0], sizes[1], strides[0], box[0], box[1]};
+    std::memset(map, 0, sizeof *map);
+    std::memcpy(map, figures, sizeof figures);
+    return CUDA_SUCCESS;
+}
+
+EXPORT cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version,
+                                                    unsigned long long, cudaDriverEntryPointQueryResult* result) {
+    const bool known = !std::strcmp(symbol, "cuTensorMapEncodeTiled") && version == 12000;
+    *function = known ? reinterpret_cast<void*>(&encode_tiled) : nullptr;
+    *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
     return cudaSuccess;
 }
 

@@ -207,7 +207,8 @@ def test_cache_hints_are_parsed():
     x = np.arange(32, dtype=np.uint32)
     for line in lines:
         body = (
-            f"ld.param.u64 %rd1, [x]; mad.wide.u32 %rd1, %tid, 4, %rd1; prefetch.global.L2 [%rd1]; {line} %r1, [%rd1];"
+            "ld.param.u64 %rd1, [x]; mad.wide.u32 %rd1, %tid, 4, %rd1; prefetch.global.L2 [%rd1]; "
+            f"prefetch.tensormap [%rd1]; {line} %r1, [%rd1];"
         )
         assert words(body, args=[x], params=".param .u64 out, .param .u64 x") == x.tolist(), line
     body = """ld.param.u64 %rd1, [x]; createpolicy.fractional.L2::evict_first.b64 %rd5, 0f3F800000;
