@@ -182,20 +182,22 @@ bool ModuleState::same_tensor(PyObject* tensor, const Form& form) const {
         return false;
     }
     if (form.bytes && std::memcmp(form.data, form.recorded, form.bytes) != 0) return false;
-    // torch negates such a tensor only when it reads it, and DLPack does not tell.
+    // torch negates such a tensor only when it reads it, and DLPack does not tell. The call releases the GIL.
     const py::object negative = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_negative_, tensor));
     if (!negative) PyErr_Clear();
     return negative.ptr() == Py_False;
 }
 
 bool ModuleState::same_table(PyObject* dict, const Table& table) const {
-    // Nothing here runs Python code that could change a dict meanwhile, so borrowed references are enough. A subclass
-    // such as OrderedDict may have another order than PyDict_Next.
+    // A subclass such as OrderedDict may have another order than PyDict_Next.
     if (!PyDict_CheckExact(dict) || PyDict_Size(dict) != static_cast<Py_ssize_t>(table.size())) return false;
     Py_ssize_t place = 0;
-    PyObject *name = nullptr, *found = nullptr;
+    PyObject *name = nullptr, *borrowed = nullptr;
     for (const Entry& entry : table) {
-        if (!PyDict_Next(dict, &place, &name, &found) || name != entry.name) return false;
+        if (!PyDict_Next(dict, &place, &name, &borrowed) || name != entry.name) return false;
+        // same_tensor lets other threads run, which may take the value out of the dict.
+        const py::object value = py::reinterpret_borrow<py::object>(borrowed);
+        PyObject* found = value.ptr();
         switch (entry.rule) {
             case Rule::anything: break;
             case Rule::same:

@@ -3,6 +3,8 @@
 import collections
 import gc
 import struct
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -252,3 +254,42 @@ def test_what_a_state_points_to_stays_alive():
     del state
     gc.collect()
     assert all(each() is None for each in alive)
+
+
+EXCHANGING = """
+import sys, threading
+import torch
+from bitorch_qlinear import _C
+from bitorch_qlinear.fused import _EXCHANGE, _IS_NEGATIVE, _TABLE, _TENSOR
+
+class Box: pass
+
+sys.setswitchinterval(1e-6)
+tensors = {str(i): torch.full((3,), float(i)) for i in range(12)}
+box = Box()
+box.table = dict(tensors)
+record = torch.ops.bitorch_qlinear.record_values(list(tensors.values()))
+modules = [(box, [("table", _TABLE, [(name, _TENSOR, place) for place, name in enumerate(tensors)])])]
+state = _C.ModuleState(modules, [], list(tensors.values()), RECORD, _EXCHANGE, _IS_NEGATIVE)
+ended = False
+
+def exchange():
+    while not ended:
+        box.table = {name: tensor[:] for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            box.table[name] = tensor[:]
+
+threads = [threading.Thread(target=exchange) for _ in range(2)]
+for thread in threads:
+    thread.start()
+found = {state.same() for _ in range(20000)}
+ended = True
+for thread in threads:
+    thread.join()
+assert found == {True}
+"""
+
+
+def test_tables_and_tensors_that_other_threads_exchange():
+    """A process of its own, because a comparison that keeps no reference ends it."""
+    subprocess.run([sys.executable, "-c", EXCHANGING.replace("RECORD", "record.data_ptr()")], check=True)
