@@ -186,7 +186,7 @@ class _State(_C.ModuleState):
             tensors: The tensors to which the rules refer.
             record: Their values, from `record_values`.
         """
-        super().__init__(modules, list(pinned), list(tensors), record.data_ptr(), _EXCHANGE, _IS_NEGATIVE)
+        super().__init__(modules, list(pinned), list(tensors), record, _EXCHANGE, _IS_NEGATIVE)
         types = [type(module) for module, _ in modules], [type(tensor) for tensor in tensors]
         self._kept = modules, pinned, types, record
 
