@@ -758,6 +758,12 @@ def words(model):
     model[0].weight[:, -1] &= (1 << K % 32) - 1
 
 
+def set_forward_for_another_attribute(model):
+    """The number of attributes stays."""
+    del model[1].__dict__["_is_full_backward_hook"]
+    model[1].forward = torch.neg
+
+
 CHANGES = {
     "nothing": lambda model: None,
     "data": lambda model: model[1].weight.data.neg_(),
@@ -788,6 +794,7 @@ CHANGES = {
     "class": set_class,
     "forward": set_forward,
     "forward-of-a-layer": set_forward_of_a_layer,
+    "forward-for-another-attribute": set_forward_for_another_attribute,
     "parametrize": parametrize,
     "layer-bias": lambda model: model[0].bias.data.add_(20),
     "layer-without-bias": lambda model: setattr(model[0], "bias", None),
