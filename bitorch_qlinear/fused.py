@@ -26,6 +26,8 @@ from ._product import wants_gradient
 from ._torch import (
     CALL_HOOKS,
     MODULE_CALLS,
+    any_function_mode,
+    any_global_hook,
     any_hooks,
     does_more,
     has_hooks,
@@ -106,7 +108,8 @@ class FusedSequential(nn.Sequential):
         Raises:
             RuntimeError: A module exchanges modules of this one during the call.
         """
-        if type(input) is not Tensor or _compiling():
+        # A hook of all modules also sees the calls of nested nn.Sequential, which the plan leaves out.
+        if type(input) is not Tensor or _compiling() or any_global_hook():
             return super().forward(input)  # type: ignore[no-any-return, no-untyped-call]
         x, plan = input, self._current_plan()
         for step in plan.steps:
@@ -619,7 +622,8 @@ class Snapshot:
 
     def holds(self) -> bool:
         """Whether the modules are in this state."""
-        state = self._state
+        # A mode, such as that of torch.device, sees each method of a tensor that C++ calls, and one operator here.
+        state = None if any_function_mode() else self._state
         if state is not None and state.same():
             return True
         if not self._is_same():
