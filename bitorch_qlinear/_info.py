@@ -109,7 +109,8 @@ def _cuda_device(index: int) -> str:
     if not kernels:
         return f"{device}: no kernel, 7.5 or later is needed"
     choices = "; ".join(
-        f"{rows} × 4096 → 4096: " + _kernels.cuda_choice(capability, properties.multi_processor_count, rows, 4096, 4096)
+        f"{rows} × 4096 → 4096 in bfloat16: "
+        + _kernels.cuda_choice(capability, properties.multi_processor_count, rows, 4096, 4096, 2)
         for rows in (1, 16, 4096)
     )
     return f"{device}: {kernels}; {choices}"

@@ -103,7 +103,10 @@ def prepared_bytes(device_type: str, n: int, k: int) -> int:
 
 # ---- CUDA kernels ---------------------------------------------------------------------------------------------------
 
-CUDA_KERNELS = ("popc", "skinny", "skinny_mma_sm80", "mma_sm75", "mma_sm80", "mma_int8_sm80")
+CUDA_KERNELS = (
+    *("popc", "skinny", "skinny_mma_sm80", "mma_sm75", "mma_sm80", "mma_int8_sm80"),
+    *("fused_skinny", "fused_skinny_mma_sm80"),
+)
 """Names of all CUDA kernels, which a build without CUDA operators has nowhere else. A test compares them with csrc."""
 
 
@@ -115,8 +118,10 @@ def available_cuda_kernels(capability: tuple[int, int]) -> list[str]:
     return names.split(", ") if names else []
 
 
-def cuda_choice(capability: tuple[int, int], multiprocessors: int, m: int, n: int, k: int) -> str:
+def cuda_choice(capability: tuple[int, int], multiprocessors: int, m: int, n: int, k: int, value_bytes: int = 0) -> str:
     """Return which CUDA kernel computes a product on such a device and why, or what is wrong, in words.
+
+    ``value_bytes`` is the size of a value of x, or 0 if x is packed.
 
     Raises:
         RuntimeError: This installation has no CUDA operators.
@@ -124,7 +129,7 @@ def cuda_choice(capability: tuple[int, int], multiprocessors: int, m: int, n: in
     if cuda_library is None:
         raise RuntimeError(f"bitorch_qlinear has no CUDA kernels here: {no_cuda_reason}.")
     number = 10 * capability[0] + capability[1]
-    return str(cuda_library.bitorch_qlinear_cuda_choice(number, multiprocessors, m, n, k).decode())
+    return str(cuda_library.bitorch_qlinear_cuda_choice(number, multiprocessors, m, n, k, value_bytes).decode())
 
 
 def forced_cuda_kernel() -> str:
@@ -147,5 +152,26 @@ def force_cuda_kernel(name: str | None) -> None:
     if cuda_library is None:
         raise RuntimeError(f"bitorch_qlinear has no CUDA kernels here: {no_cuda_reason}.")
     error = cuda_library.bitorch_qlinear_cuda_force_kernel((name or "").encode()).decode()
+    if error:
+        raise RuntimeError(error)
+
+
+def forced_cuda_tile() -> str:
+    """Return the name of the forced tile of ``mma_sm80``, or "" if the sizes of each product choose it."""
+    return "" if cuda_library is None else str(cuda_library.bitorch_qlinear_cuda_tile().decode())
+
+
+def force_cuda_tile(name: str | None) -> None:
+    """Make ``mma_sm80`` compute all its products with one tile, in the whole process; for tests and benchmarks.
+
+    Args:
+        name: "128x256", "128x128", "64x64" (rows x columns of y), or None for the automatic choice.
+
+    Raises:
+        RuntimeError: This installation has no CUDA operators, or no tile has that name. Nothing has changed then.
+    """
+    if cuda_library is None:
+        raise RuntimeError(f"bitorch_qlinear has no CUDA kernels here: {no_cuda_reason}.")
+    error = cuda_library.bitorch_qlinear_cuda_force_tile((name or "").encode()).decode()
     if error:
         raise RuntimeError(error)

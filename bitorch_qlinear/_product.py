@@ -270,6 +270,17 @@ def _exact_dtype(dtype: torch.dtype, k: int) -> torch.dtype:
     return dtype if k <= _MOST_IN_FLOAT32 else torch.float64
 
 
+def _check_vectors(n: int, scale: Tensor | None, bias: Tensor | None) -> None:
+    """Check that scale and bias have one value for each output, because torch would broadcast others.
+
+    Raises:
+        RuntimeError: One of them has another shape.
+    """
+    for name, vector in (("scale", scale), ("bias", bias)):
+        if vector is not None and vector.shape != (n,):
+            raise RuntimeError(f"{name}: expected shape ({n},), got {tuple(vector.shape)}")
+
+
 def ternary_linear(
     x: Tensor,
     words: Tensor,
@@ -302,6 +313,8 @@ def ternary_linear(
         RuntimeError: An argument is wrong, or, later, a second backward.
         NotImplementedError: torch.compile traces it inside of a transform of torch.func.
     """
+    n = words.shape[0] // 2
+    _check_vectors(n, scale, bias)
     out_dtype = autocast_dtype(x) or x.dtype
     dtype = _sum_dtype(out_dtype)
     exact = _exact_dtype(dtype, k)
@@ -312,7 +325,6 @@ def ternary_linear(
     else:
         operator = _linear if _compiling() else _linear_entry
         products = operator(x, words, k, None, weight_prepared=prepared, out_dtype=exact, strict=rule.strict)
-    n = words.shape[0] // 2
     # One pass computes a + (b - a) / 2. It is exact, because b - a is even and at most 2k.
     y = torch.lerp(products[..., :n], products[..., n:], 0.5).to(dtype)
     if differentiated or _compiling():
@@ -419,7 +431,11 @@ def ternary_in_float(
 
     Returns:
         Shape ``(..., n)``.
+
+    Raises:
+        RuntimeError: The scale or the bias has another shape.
     """
+    _check_vectors(values.shape[0], scale, bias)
     dtype = _sum_dtype(out_dtype)
     exact = _exact_dtype(dtype, x_signs.shape[-1])
     with _without_autocast(x_signs):

@@ -11,10 +11,11 @@ The entries of a packed layer are
     weight_rule  how float weights became bits, int64: an index into `WEIGHT_RULES`
 
 All of them are tensors, so that torch.save, safetensors and distributed checkpoints can hold them. Checkpoints from
-before the format had a version lack the last three entries; they load as well. A checkpoint with a scale, or of
-a layer that rounds its input to levels, has format 2, because a reader of format 1 knows neither; one of ternary
-weights has format 3; all others have format 1. The words of ternary weights have 2n rows: first those of the signs
-"+1 unless w < 0", and then those of the signs "+1 if w > 0", and a weight is the mean of its two signs.
+before the format had a version lack the last three entries; they load as well, except into layers of ternary weights,
+which such a checkpoint cannot hold. A checkpoint with a scale, or of a layer that rounds its input to levels, has
+format 2, because a reader of format 1 knows neither; one of ternary weights has format 3; all others have format 1. The
+words of ternary weights have 2n rows: first those of the signs "+1 unless w < 0", and then those of the signs "+1 if w
+> 0", and a weight is the mean of its two signs.
 
 A state dict of float weights has no entry for a scale that is computed from them. The kind of the scale is recorded
 beside the entries, in the metadata where torch keeps the versions of modules. ``torch.save`` writes the metadata, and
@@ -207,6 +208,8 @@ def problem_of_packed(
         elif isinstance(tensor, Tensor):
             problems.insert(0, _problem_of_vector(key, tensor, n))
     problems.insert(0, _problem_of_presence(prefix, state_dict, scaled, computes_scale))
+    if weight_rule == TERNARY_WEIGHT:
+        problems.append(_problem_of_unmarked_words(prefix, state_dict))
     # A newer format explains all other differences.
     problems.insert(0, _problem_of_newer_format(f"{prefix}format", numbers.get("format")))
     return next(filter(None, problems), None)
@@ -253,6 +256,20 @@ def _problem_of_presence(prefix: str, state_dict: Mapping[str, Any], scaled: boo
             "layer with weight_scale='learned'"
         )
     return None
+
+
+def _problem_of_unmarked_words(prefix: str, state_dict: Mapping[str, Any]) -> str | None:
+    """Return the error message about words that nothing says to be those of ternary weights, or None.
+
+    They may be those of a layer with twice the outputs, whose weights are signs.
+    """
+    key, weight = f"{prefix}weight_rule", state_dict.get(f"{prefix}weight")
+    if key in state_dict or not isinstance(weight, Tensor) or weight.is_floating_point():
+        return None
+    return (
+        f"{key}: expected the entry that says that the weights are ternary, got words without it: every version that "
+        "saves ternary weights writes it"
+    )
 
 
 def _problem_of_vector(key: str, vector: Tensor, n: int) -> str | None:

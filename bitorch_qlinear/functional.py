@@ -76,7 +76,7 @@ def pack_bits(x: Tensor, strict: bool = False, *, limits: Tensor | None = None, 
         strict: +1 only if v > 0, instead of +1 unless v < 0. With `limits` it only decides the bit of a NaN.
         limits: The smallest value of each channel for which the bit is 1, shape ``(k,)``, the dtype of x, contiguous.
             Every bit pattern is a legal limit: one of +NaN is above all numbers and never reached, one of -NaN is
-            below them and always reached. On the CPU only.
+            below them and always reached.
         flips: Packed words, shape ``(ceil(k / 32),)``, contiguous, in which 1 inverts the bit of a channel; bits past k
             are ignored. It needs limits.
 

@@ -3,7 +3,8 @@
 Every kernel computes the same bits; only the time differs. By default the CPU kernel is the best one that the processor
 can run, and the CUDA kernel is chosen by the device and the sizes of each product. The environment variables
 ``BITORCH_QLINEAR_CPU_KERNEL`` and ``BITORCH_QLINEAR_CUDA_KERNEL`` force a kernel for a whole process, and
-:func:`forced` forces one inside a block.
+:func:`forced` forces one inside a block. ``BITORCH_QLINEAR_CUDA_TILE`` (128x256, 128x128 or 64x64) forces the tile of
+the CUDA kernel ``mma_sm80``.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ def forced(name: str | None) -> Iterator[None]:
     """Make one kernel compute inside a ``with`` block, and restore the former choice at its end.
 
     A CPU kernel computes everything on the CPU. A CUDA kernel computes all products on CUDA devices that it can
-    compute: the skinny kernels take at most 16 rows. Blocks can be nested; for each of CPU and CUDA the innermost
-    counts. The choice holds for the whole process, so do not force kernels in several threads at once.
+    compute: the skinny kernels take at most 16 rows, and the fused ones few values of real x, which they pack
+    themselves. Blocks can be nested; for each of CPU and CUDA the innermost counts. The choice holds for the whole
+    process, so do not force kernels in several threads at once.
 
     A prepared weight (:func:`bitorch_qlinear.functional.prepare_weight`) belongs to the CPU kernel that was active when
     it was made; with another CPU kernel the operators prepare the weight in each call. The CUDA kernels share one form.

@@ -408,9 +408,9 @@ class QLinear(nn.Linear):
             return self._sign_gemm(x, weight, bias)
         if rules is None and (bits := self._level_bits()) is not None and self._takes_levels(x, weight, bias):
             return self._levels(x, weight, bias, bits)
-        if rules is None and is_ternary(self.weight_quantization) and (rule := self._input_sign_rule()) is not None:
-            return self._ternary(x, weight, bias, rule)
         try:
+            if rules is None and is_ternary(self.weight_quantization) and (rule := self._input_sign_rule()) is not None:
+                return self._ternary(x, weight, bias, rule)
             if rules is not None and (self.weight_scale or scaled_rule(self.weight_quantization)):
                 return self._signs_in_float(x, weight, bias, rules[1])
             quantized = self.weight_quantization(weight)

@@ -272,14 +272,15 @@ class PackedQLinear(nn.Module):
 
     @classmethod
     def from_float(cls, layer: QLinear, words: Tensor | None = None) -> PackedQLinear:
-        """Pack a QLinear whose input is sign-like or real and whose weights are quantized to ±1.
+        """Pack a QLinear whose quantizations a packed layer can have.
 
         Args:
             layer: The layer to pack.
             words: Its packed weights if it shares them with another layer; None packs them.
 
         Raises:
-            ValueError: A quantization is of another kind, as progressive_sign is in training mode.
+            ValueError: A quantization is of another kind, as progressive_sign is in training mode, or the weights are
+                ternary and not finite.
         """
         weight, bias = layer.weight, layer.bias
         n, k = weight.shape
@@ -386,12 +387,12 @@ class PackedQLinear(nn.Module):
                 threshold = activation.gradient_cancellation_threshold
                 return level_linear(x, words, self.in_features, bias, form, bits, scale, threshold)
             if self._weight_rule == TERNARY_WEIGHT:
-                rule = binary_rule(activation.activation_function) or BinaryRule(self._input_rule == STRICT_INPUT)
-                threshold = activation.gradient_cancellation_threshold
+                self._check_rows(words)
+                rule, threshold = self._sign_rule(), activation.gradient_cancellation_threshold
                 return ternary_linear(x, words, self.in_features, bias, form, rule, scale, threshold)
             if not is_differentiated(x, bias, scale):
                 return packed_linear(x, words, self.in_features, bias, form, self._input_rule == STRICT_INPUT, scale)
-            rules = binary_rule(activation.activation_function) or _SIGN, _SIGN
+            rules = self._sign_rule(), _SIGN
             threshold = activation.gradient_cancellation_threshold
             return differentiable_linear(x, None, bias, words, form, self.in_features, rules, threshold, scale)
         except NotImplementedError:
@@ -406,6 +407,15 @@ class PackedQLinear(nn.Module):
                 ) from error
             raise_of_dtype(x, error)
             raise
+
+    def _sign_rule(self) -> BinaryRule:
+        """Return the rule of the input's signs that the checkpoint names, with the gradient of the activation.
+
+        The activation may have been replaced or got hooks since the layer was made, which the packed path skips.
+        """
+        strict = self._input_rule == STRICT_INPUT
+        rule = binary_rule(self.activation.activation_function)
+        return rule if rule is not None and rule.strict == strict else BinaryRule(strict)
 
     def _in_float(self, x: Tensor, words: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
         """Compute the same values by torch's own operators, on any device."""
@@ -433,7 +443,21 @@ class PackedQLinear(nn.Module):
             signs = (2 * bits.flatten(1)[:, : self.in_features] - 1).to(dtype)
         if self._weight_rule != TERNARY_WEIGHT:
             return signs
+        self._check_rows(self.weight)
         return torch.lerp(signs[: self.out_features], signs[self.out_features :], 0.5)
+
+    def _check_rows(self, words: Tensor) -> None:
+        """Check that words of ternary weights have two rows for each output, because half of others have no meaning.
+
+        Raises:
+            RuntimeError: They have not.
+        """
+        rows = word_rows(self.out_features, TERNARY_WEIGHT)
+        if words.shape[0] != rows:
+            shape = rows, words_for(self.in_features)
+            raise RuntimeError(
+                f"weight: expected words of shape {shape}, two rows for each output, got {tuple(words.shape)}"
+            )
 
     # ---- the prepared form ----
 

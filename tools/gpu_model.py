@@ -58,7 +58,9 @@ class Work(NamedTuple):
     memory: int = 0  # bytes from and to the chip's memory
     dynamic: int = 0  # bytes of dynamic shared memory of a block
     also: tuple[str, ...] = ("LDG", "LDGSTS")  # kinds whose instructions in the loop are all executed in a pass
+    inner: bool = False  # whether the main loop lies in another one, of rounds
     whole: Mapping[str, int] = MappingProxyType({})  # the instructions of inner loops, see machine_code.one_pass
+    other: int = 0  # the instructions of the kind in a loop of other work, which is not the main loop
 
 
 def _popc(_: Kernel) -> Work:
@@ -79,6 +81,19 @@ def _skinny_mma(kernel: Kernel) -> Work:
     multiplies = 16 * 8 * tiles * 8 * row
     weights = 8 * tiles * row
     return Work("BMMA", multiplies // (16 * 8 * 256), "memory", multiplies, l2=weights + 16 * row, memory=weights)
+
+
+def _fused_skinny(kernel: Kernel) -> Work:
+    (rows,), lines = kernel.sizes, 4
+    weights = lines * WARP * 16
+    return Work("POPC", rows * (2 * lines + 1), "memory", l2=weights, memory=weights, also=("LDG", "LDS"), inner=True)
+
+
+def _fused_skinny_mma(_: Kernel) -> Work:
+    row = 4 * 64  # bytes
+    multiplies = 16 * 8 * 8 * row
+    weights = 8 * row
+    return Work("BMMA", 8, "memory", multiplies, l2=weights, memory=weights, also=("LDG", "LDS"), inner=True)
 
 
 def _mma_sm80(kernel: Kernel) -> Work:
@@ -103,7 +118,7 @@ def _mma_sm75(_: Kernel) -> Work:
 
 def _pack(kernel: Kernel) -> Work:
     values = 16 // {"float64": 8, "float32": 4}.get(kernel.type, 2)  # of a lane's 16 bytes
-    return Work("POPC", 4, "memory", memory=4 * (WARP * 16 + 4 * values))
+    return Work("POPC", 4, "memory", memory=4 * (WARP * 16 + 4 * values), other=8)  # which aligns
 
 
 def _pack_with_range(kernel: Kernel) -> Work:
@@ -114,6 +129,11 @@ def _pack_with_range(kernel: Kernel) -> Work:
 def _unpack(kernel: Kernel) -> Work:
     values = 16 // int(kernel.type[0])
     return Work("STG", 4 * (1 if kernel.flags[0] else values), "memory", memory=4 * (WARP * 16 + 4 * values))
+
+
+def _pack_limited(kernel: Kernel) -> Work:
+    size = {"float64": 8, "float32": 4}.get(kernel.type, 2)
+    return Work("VOTE", 8, "memory", memory=8 * (WARP * size + 4))  # limits come from a cache
 
 
 def _align(_: Kernel) -> Work:
@@ -127,7 +147,10 @@ WORKS: dict[str, dict[str, Callable[[Kernel], Work]]] = {
     "gemm_mma_sm80": {"": _mma_sm80},
     "gemm_mma_int8_sm80": {"": _mma_int8_sm80},
     "gemm_mma_sm75": {"": _mma_sm75},
+    "gemm_fused_skinny": {"": _fused_skinny},
+    "gemm_fused_skinny_mma_sm80": {"": _fused_skinny_mma},
     "pack": {"": _pack, ", in range": _pack_with_range},
+    "pack_limited": {"": _pack_limited},
     "unpack": {"": _unpack},
     "align": {"": _align},
 }
@@ -158,6 +181,10 @@ def epilogue(kernel: Kernel) -> Epilogue | None:
             rows, columns = 16, 8 * tiles
         case "gemm_mma_sm80" | "gemm_mma_int8_sm80", (rows, columns, *_):
             pass
+        case "gemm_fused_skinny", (rows,):  # in a round, if each warp has a unit of its own
+            columns = 64
+        case "gemm_fused_skinny_mma_sm80", ():
+            rows, columns = 16, 64
         case _:
             return None
     size = _BYTES[kernel.type]
@@ -252,7 +279,7 @@ def main_pass(instructions: list[Instruction], work: Work) -> Counter[str] | Non
     nvcc makes two loops of one that tests a condition which does not change in it; the one with more work is taken.
     """
     kinds = (work.kind, *work.also)
-    found = machine_code.main_loops(instructions, work.kind)
+    found = machine_code.main_loops(instructions, work.kind, work.other, work.inner)
     passes = [machine_code.one_pass(instructions, loop, kinds, work.whole) for loop in found]
     return max(passes, key=lambda passed: (machine_code.count(passed, *kinds), -passed.total()), default=None)
 

@@ -269,10 +269,17 @@ def loops(instructions: list[Instruction]) -> list[Loop]:
     return sorted(found, key=lambda loop: loop.last - loop.first)
 
 
-def main_loops(instructions: list[Instruction], kind: str) -> list[Loop]:
-    """Return the loops with the most instructions of a kind; of nested loops, the outer one."""
+def main_loops(instructions: list[Instruction], kind: str, other: int = 0, inner: bool = False) -> list[Loop]:
+    """Return the loops with the most instructions of a kind, but not with `other`.
+
+    Of nested loops, that is the outer one, or with `inner` the innermost.
+    """
     counts = {loop: sum(i.kind == kind for i in loop.of(instructions)) for loop in loops(instructions)}
-    most = [loop for loop, count in counts.items() if count == max(counts.values()) > 0]
+    counts = {loop: count for loop, count in counts.items() if count != other}
+    if inner:
+        around = {a for a in counts for b in counts if a != b and counts[b] and b.first in a}
+        counts = {loop: count for loop, count in counts.items() if loop not in around}
+    most = [loop for loop, count in counts.items() if count == max(counts.values())]
     return [loop for loop in most if not any(loop != other and loop.first in other for other in most)]
 
 

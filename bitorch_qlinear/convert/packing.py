@@ -89,7 +89,7 @@ def unpack(model: PackedQLinear, *, inplace: bool = False) -> nn.Module: ...
 @overload
 def unpack(model: _Model, *, inplace: bool = False) -> _Model: ...
 def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Replace each PackedQLinear of a model by a QLinear with the same output, whose weights are ±1.
+    """Replace each PackedQLinear of a model by a QLinear with the same output, whose weights are ±1 or, if ternary, 0.
 
     Args:
         model: Any module; it may be a PackedQLinear itself.

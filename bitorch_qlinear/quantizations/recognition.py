@@ -83,6 +83,11 @@ def _is_exactly(quantization: nn.Module, ours: type[nn.Module]) -> bool:
     return cls is ours or name == _BITORCH_NAMES[ours]
 
 
+def _is_overridden(quantization: nn.Module) -> bool:
+    """Whether this very object has a method of its own that decides about the values."""
+    return bool({"quantize", "forward", "rule", "weight_scale"} & quantization.__dict__.keys())
+
+
 def _follows_its_rule(quantization: nn.Module) -> TypeGuard[BinaryQuantization]:
     """Whether the base class computes the values from `rule` and `weight_scale`, because nothing is overridden."""
     if not isinstance(quantization, BinaryQuantization):
@@ -92,7 +97,7 @@ def _follows_its_rule(quantization: nn.Module) -> TypeGuard[BinaryQuantization]:
         cls.quantize is BinaryQuantization.quantize
         and cls.forward is Quantization.forward
         and cls.__call__ is nn.Module.__call__
-        and not {"quantize", "forward", "rule", "weight_scale"} & quantization.__dict__.keys()
+        and not _is_overridden(quantization)
     )
 
 
@@ -134,8 +139,8 @@ def scaled_rule(quantization: nn.Module) -> BinaryRule | None:
 
 
 def is_ternary(quantization: nn.Module) -> TypeGuard[Ternary]:
-    """Whether this is exactly `Ternary`, without hooks, which the packed path would skip."""
-    return type(quantization) is Ternary and not has_hooks(quantization)
+    """Whether this is exactly `Ternary`, without hooks or methods of its own, which the packed path would skip."""
+    return type(quantization) is Ternary and not has_hooks(quantization) and not _is_overridden(quantization)
 
 
 def mean_scale(quantization: nn.Module, weight: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Ternary weights: -1, 0 or +1 (Ternary Weight Networks, Li and Liu 2016, https://arxiv.org/abs/1605.04711)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
 
 # Looked up once, because a name in a module of a module costs 20 ns in every call.
 _compiling = torch.compiler.is_compiling
+_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 # The paper's factor: nearly the best one both for uniformly and for normally distributed weights.
 _FACTOR = 0.7
@@ -34,7 +35,7 @@ _FACTOR = 0.7
 def is_eager(tensor: Tensor) -> bool:
     """Whether this is an ordinary CPU tensor that nothing traces or transforms, so that its values can be asked for."""
     ordinary = tensor.is_cpu and (type(tensor) is Tensor or type(tensor) is nn.Parameter)
-    return ordinary and not (_compiling() or functorch_active() or modes_active())
+    return ordinary and not (_compiling() or _tracing() or functorch_active() or modes_active())
 
 
 def ternary_limits(rows: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ namespace {
 // Best first. A new kernel is one record in its own file and one line here.
 const Kernel* const kKernels[] = {
 #if defined(__x86_64__)
-    &kAvx512Kernel,
-    &kAvx2Kernel,
-    &kPopcntKernel,
+#if defined(BITORCH_QLINEAR_HAS_AMX)
+    &kAmxKernel,
+#endif
+    &kAvx512Kernel, &kAvx2Kernel, &kPopcntKernel,
 #elif defined(__aarch64__)
     &kNeonKernel,
 #endif

@@ -277,29 +277,42 @@ BITORCH_QLINEAR_TARGET_END
 namespace bitorch_qlinear {
 
 // This is outside the region, because it runs before it is known that the processor has AVX-512.
-static bool runs_on(const CpuFeatures& features) { return features.avx512; }
+static constexpr Kernel record(const char* name, const char* features, bool (*runs_on)(const CpuFeatures&),
+                               const LevelGemm* level_gemm) {
+    return {
+        .name = name,
+        .requires_features = features,
+        .runs_on = runs_on,
+        .pack_row = {pack_row_by_words<double>, pack_row_by_words<float>, pack_row_by_words<Half>,
+                     pack_row_by_words<BFloat16>},
+        .pack_levels = {pack_levels_by_words<double>, pack_levels_by_words<float>, pack_levels_by_words<Half>,
+                        pack_levels_by_words<BFloat16>},
+        .pack_limited_rows = {pack_limited_rows_by_words<double>, pack_limited_rows_by_words<float>,
+                              pack_limited_rows_by_words<Half>, pack_limited_rows_by_words<BFloat16>},
+        .unpack_row = unpack_row_portable,
+        .hash_words = hash_words,
+        .layout = {.id = 4, .panel = kPanel, .unit = kWordBits, .unit_bytes = kUnitBytes},
+        .prepare = prepare,
+        .row_tile = kRows,
+        .column_tile = kPanel,
+        .workspace_bytes = workspace_bytes,
+        .gemm = gemm,
+        // AVX2's way is used: with 512-bit loads 30 bits take 7.9 cycles instead of 7.5 (Zen 4, which splits them).
+        .sign_gemm = &kAvx512SignGemm,
+        .level_gemm = level_gemm,
+    };
+}
 
-const Kernel kAvx512Kernel = {
-    .name = "avx512",
-    .requires_features = "AVX-512 F, BW, DQ, VL and VPOPCNTDQ, AVX2, FMA, F16C and BMI2",
-    .runs_on = runs_on,
-    .pack_row = {pack_row_by_words<double>, pack_row_by_words<float>, pack_row_by_words<Half>,
-                 pack_row_by_words<BFloat16>},
-    .pack_levels = {pack_levels_by_words<double>, pack_levels_by_words<float>, pack_levels_by_words<Half>,
-                    pack_levels_by_words<BFloat16>},
-    .pack_limited_rows = {pack_limited_rows_by_words<double>, pack_limited_rows_by_words<float>,
-                          pack_limited_rows_by_words<Half>, pack_limited_rows_by_words<BFloat16>},
-    .unpack_row = unpack_row_portable,
-    .hash_words = hash_words,
-    .layout = {.id = 4, .panel = kPanel, .unit = kWordBits, .unit_bytes = kUnitBytes},
-    .prepare = prepare,
-    .row_tile = kRows,
-    .column_tile = kPanel,
-    .workspace_bytes = workspace_bytes,
-    .gemm = gemm,
-    // AVX2's way is used: with 512-bit loads 30 bits take 7.9 cycles instead of 7.5 (Zen 4, which splits them).
-    .sign_gemm = &kAvx512SignGemm,
-};
+constinit const Kernel kAvx512Kernel = record(
+    "avx512", "AVX-512 F, BW, DQ, VL and VPOPCNTDQ, AVX2, FMA, F16C and BMI2",
+    [](const CpuFeatures& features) { return features.avx512; }, nullptr);
+
+#if defined(BITORCH_QLINEAR_HAS_AMX)
+// Signs are multiplied by AVX-512 and levels by AMX, from the same form of the weights.
+constinit const Kernel kAmxKernel = record(
+    "amx", "AMX-TILE, AMX-INT8 and AVX512_VBMI, and all that avx512 needs",
+    [](const CpuFeatures& features) { return features.amx; }, &kAmxLevelGemm);
+#endif
 
 }  // namespace bitorch_qlinear
 #endif

@@ -7,9 +7,11 @@
 #include "../epilogue.h"
 #include "../packed.h"
 #include "cpu_features.h"
+#include "level_gemm.h"
 #include "limits.h"
 #include "range.h"
 #include "sign_gemm.h"
+#include "target.h"
 
 namespace bitorch_qlinear {
 
@@ -75,10 +77,15 @@ struct Kernel {
     void (*gemm)(const Product&, Range rows, Range columns, uint8_t* workspace);
     // The product of real values by signs.
     const SignGemm* sign_gemm;
+    // The product of levels as bytes, or null. It reads this record's form of the weights.
+    const LevelGemm* level_gemm = nullptr;
 };
 
 extern const Kernel kScalarKernel;
 #if defined(__x86_64__)
+#if defined(BITORCH_QLINEAR_HAS_AMX)
+extern const Kernel kAmxKernel;
+#endif
 extern const Kernel kAvx512Kernel;
 extern const Kernel kAvx2Kernel;
 extern const Kernel kPopcntKernel;

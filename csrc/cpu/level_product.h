@@ -9,9 +9,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <numeric>
 
+#include "level_epilogue.h"
 #include "levels.h"
 #include "product.h"
 
@@ -22,68 +22,24 @@ constexpr int64_t kMostLevelColumns = 512;
 // Up to this K the sums above fit into an int32.
 constexpr int64_t kMostNarrowValues = INT32_MAX / 16;
 
-// This holds the inputs of one row of a tile's outputs: `count` products of each plane of signs, and as many sums of
+// The sums of levels by weights of one row of a tile's outputs, from the products of each plane of signs and the sums of
 // weights. If levels have one bit, `high` is null.
-struct LevelRow {
-    const int32_t *low, *high, *sums;
-    int64_t count;
+template <class Integer, int Bits>
+struct PlaneSums {
+    const int32_t *low, *high, *weights;
+
+    Integer operator()(int64_t j) const {
+        Integer sum = Integer{low[j]} + Integer{steps_of(Bits)} * weights[j];
+        if constexpr (Bits == 2) sum += Integer{2} * high[j];
+        return sum >> 1;
+    }
 };
 
-// Writes y = narrow(T(sum) * T(1 / steps) * T(scale) + T(bias)), with each operation rounded once.
-template <class T, class Integer, int Bits, bool Scale, bool Bias, class Out>
-void write_level_row(const LevelRow& row, const T* __restrict scale, const T* __restrict bias, Out* __restrict out) {
-    const int32_t* __restrict low = row.low;
-    const int32_t* __restrict high = row.high;
-    const int32_t* __restrict sums = row.sums;
-    constexpr T step = T{1} / steps_of(Bits);
-    for (int64_t j = 0; j < row.count; ++j) {
-        Integer sum = Integer{low[j]} + Integer{steps_of(Bits)} * sums[j];
-        if (Bits == 2) sum += Integer{2} * high[j];
-        T value = static_cast<T>(sum >> 1);
-        if (Bits > 1) value *= step;
-        if (Scale) value *= scale[j];
-        if (Bias) value += bias[j];
-        narrow(value, out + j);
-    }
-}
-
-template <class T, class Integer, int Bits, class Out>
-void write_level_row(const LevelRow& row, const T* scale, const T* bias, Out* out) {
-    if (scale) {
-        bias ? write_level_row<T, Integer, Bits, true, true>(row, scale, bias, out)
-             : write_level_row<T, Integer, Bits, true, false>(row, scale, bias, out);
-    } else {
-        bias ? write_level_row<T, Integer, Bits, false, true>(row, scale, bias, out)
-             : write_level_row<T, Integer, Bits, false, false>(row, scale, bias, out);
-    }
-}
-
-// A row of outputs becomes NaN if its row of x holds one.
-template <class T, class Out>
-void write_level_row(const LevelRow& row, const Output& y, int64_t i, int64_t column, int bits, bool nan) {
-    Out* out = static_cast<Out*>(y.data) + i * y.n + column;
-    if (nan) {
-        for (int64_t j = 0; j < row.count; ++j) narrow(std::numeric_limits<T>::quiet_NaN(), out + j);
-        return;
-    }
-    const T* scale = y.scale ? static_cast<const T*>(y.scale) + column : nullptr;
-    const T* bias = y.bias ? static_cast<const T*>(y.bias) + column : nullptr;
-    if (y.k > kMostNarrowValues) {
-        bits == 1 ? write_level_row<T, int64_t, 1>(row, scale, bias, out)
-                  : write_level_row<T, int64_t, 2>(row, scale, bias, out);
-    } else {
-        bits == 1 ? write_level_row<T, int32_t, 1>(row, scale, bias, out)
-                  : write_level_row<T, int32_t, 2>(row, scale, bias, out);
-    }
-}
-
-inline void write_level_row(const LevelRow& row, const Output& y, int64_t i, int64_t column, int bits, bool nan) {
-    switch (y.dtype) {
-        case DType::float64: return write_level_row<double, double>(row, y, i, column, bits, nan);
-        case DType::float16: return write_level_row<float, Half>(row, y, i, column, bits, nan);
-        case DType::bfloat16: return write_level_row<float, BFloat16>(row, y, i, column, bits, nan);
-        default: return write_level_row<float, float>(row, y, i, column, bits, nan);
-    }
+template <class Integer>
+void write_from_planes(const LevelOutputs& outputs, bool nan, const int32_t* low, const int32_t* high,
+                       const int32_t* weights) {
+    high ? write_levels(outputs, nan, PlaneSums<Integer, 2>{low, high, weights})
+         : write_levels(outputs, nan, PlaneSums<Integer, 1>{low, high, weights});
 }
 
 // The planes of all rows of x, in blocks of `height` rows; a block holds the rows of the first plane and then those of
@@ -145,30 +101,23 @@ inline void multiply_level_tile(const LevelProduct& product, Range rows, Range c
     for (int64_t i = 0; i < count; ++i) {
         const int32_t* low = products + i * width;
         const int32_t* high = planes.bits == 2 ? low + count * width : nullptr;
-        write_level_row({low, high, product.sums + columns.begin, width}, product.y, rows.begin + i, columns.begin,
-                        planes.bits, planes.nan(rows.begin + i));
+        const LevelOutputs outputs{product.y, rows.begin + i, columns.begin, width, planes.bits};
+        const auto write = k > kMostNarrowValues ? write_from_planes<int64_t> : write_from_planes<int32_t>;
+        write(outputs, planes.nan(rows.begin + i), low, high, product.sums + columns.begin);
     }
 }
 
-// Computes the product of real values' levels by packed weights, whose panels it writes if they are missing.
+// Computes the product by planes of signs.
 template <class Threads>
-void multiply_levels(const Threads& threads, const Kernel& kernel, const Rows& x, int bits, const Weights& weights,
-                     const Outputs& outputs) {
+void multiply_level_planes(const Threads& threads, const Kernel& kernel, const Rows& x, int bits,
+                           const Weights& weights, const Output& y) {
     const int64_t m = x.m, n = weights.n, k = weights.k;
-    if (m == 0 || n == 0) return;
-    const Scratch own_panels = weights.panels ? nullptr : allocate_panels(kernel, n, k);
-    if (own_panels) write_panels(threads, kernel, weights.words, n, k, own_panels.get());
-    const uint8_t* panels = weights.panels ? weights.panels : own_panels.get();
-    const DType type = outputs.dtype == DType::float64 ? DType::float64 : DType::float32;
-    const ConvertedChannels bias(outputs.bias, n, type), scale(outputs.scale, n, type);
-    const Output y{outputs.data, outputs.dtype, n, static_cast<int32_t>(k), bias.get(), scale.get()};
-
     const Scratch ones = allocate(words_for(k), kWordBytes), sums = allocate(n, sizeof(int32_t));
     if (!ones || !sums) fail_memory();
     uint32_t* const one_words = reinterpret_cast<uint32_t*>(ones.get());
     int32_t* const sum_of = reinterpret_cast<int32_t*>(sums.get());
     std::fill_n(one_words, words_for(k), ~uint32_t{0});
-    multiply(threads, kernel, product_of_signs(one_words, 1, weights.words, panels, n, k, sum_of));
+    multiply(threads, kernel, product_of_signs(one_words, 1, weights.words, weights.panels, n, k, sum_of));
 
     const int64_t row_tiles = ceil_div(m, kernel.row_tile / bits), height = ceil_div(m, row_tiles);
     const LevelPlanes planes = pack_levels(threads, kernel, x, bits, height);
@@ -178,12 +127,65 @@ void multiply_levels(const Threads& threads, const Kernel& kernel, const Rows& x
     const int64_t columns = ceil_div(most, kernel.column_tile) * kernel.column_tile;
     const int64_t workspace_bytes = ceil_div(kernel.workspace_bytes(height * bits, k), 64) * 64;
     const int64_t tile_bytes = workspace_bytes + height * bits * columns * static_cast<int64_t>(sizeof(int32_t));
-    const LevelProduct product{kernel, planes, weights.words, panels, sum_of, y};
+    const LevelProduct product{kernel, planes, weights.words, weights.panels, sum_of, y};
     for_each_tile(threads, workers == 1, {m, n, height, columns}, tile_bytes,
                   [&](Range tile_rows, Range tile_columns, uint8_t* workspace) {
                       int32_t* const products = reinterpret_cast<int32_t*>(workspace + workspace_bytes);
                       multiply_level_tile(product, tile_rows, tile_columns, products, workspace);
                   });
+}
+
+// Computes the product by levels as bytes, which the kernel must be able to multiply.
+template <class Threads>
+void multiply_level_bytes(const Threads& threads, const Kernel& kernel, const Rows& x, int bits, const Weights& weights,
+                          const Output& y) {
+    const LevelGemm& gemm = *kernel.level_gemm;
+    const int64_t m = x.m, n = weights.n, k = weights.k, width = words_for(k), group = gemm.row_group;
+    const int64_t padded = ceil_div(m, group) * group;
+    const Scratch planes = allocate(padded, bits * width * kWordBytes), bytes = allocate(padded, gemm.row_bytes(k)),
+                  sums = allocate(m, sizeof(int32_t)), nans = allocate(m);
+    if (!planes || !bytes || !sums || !nans) fail_memory();
+    const PackLevels pack = kernel.pack_levels[static_cast<int>(x.dtype)];
+    const int64_t grain = std::max<int64_t>(1, kSerialValues / std::max<int64_t>(1, k));
+    int32_t* const sum_of = reinterpret_cast<int32_t*>(sums.get());
+    share(threads, padded, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            uint32_t* const to = reinterpret_cast<uint32_t*>(planes.get()) + i * bits * width;
+            if (i >= m) {  // rows that fill the last group
+                std::fill_n(to, bits * width, 0);
+                gemm.write_row(to, width, k, bits, i, bytes.get());
+                continue;
+            }
+            nans.get()[i] = k > 0 && pack(x.row(i), k, bits, to, width);
+            sum_of[i] = gemm.write_row(to, width, k, bits, i, bytes.get());
+        }
+    });
+
+    const int64_t row_tiles = ceil_div(m, gemm.row_tile), height = ceil_div(ceil_div(m, row_tiles), group) * group;
+    const bool serial = static_cast<double>(m) * n * k < kSerialProducts;
+    const int64_t workers = serial ? 1 : threads.count(), wanted = workers / std::gcd(row_tiles, workers);
+    const int64_t columns = ceil_div(ceil_div(n, wanted), gemm.column_tile) * gemm.column_tile;
+    const LevelBytes levels{bytes.get(), sum_of, nans.get(), bits};
+    for_each_tile(threads, workers == 1, {m, n, height, columns}, gemm.workspace_bytes(height, k),
+                  [&](Range tile_rows, Range tile_columns, uint8_t* workspace) {
+                      gemm.multiply(levels, weights.panels, y, tile_rows, tile_columns, workspace);
+                  });
+}
+
+// Computes the product of real values' levels by packed weights, whose panels it writes if they are missing.
+template <class Threads>
+void multiply_levels(const Threads& threads, const Kernel& kernel, const Rows& x, int bits, const Weights& given,
+                     const Outputs& outputs) {
+    const int64_t m = x.m, n = given.n, k = given.k;
+    if (m == 0 || n == 0) return;
+    const Scratch own_panels = given.panels ? nullptr : allocate_panels(kernel, n, k);
+    if (own_panels) write_panels(threads, kernel, given.words, n, k, own_panels.get());
+    const Weights weights{given.words, given.panels ? given.panels : own_panels.get(), n, k};
+    const DType type = outputs.dtype == DType::float64 ? DType::float64 : DType::float32;
+    const ConvertedChannels bias(outputs.bias, n, type), scale(outputs.scale, n, type);
+    const Output y{outputs.data, outputs.dtype, n, static_cast<int32_t>(k), bias.get(), scale.get()};
+    const bool as_bytes = kernel.level_gemm && kernel.level_gemm->takes(m, n, k, bits);
+    (as_bytes ? multiply_level_bytes<Threads> : multiply_level_planes<Threads>)(threads, kernel, x, bits, weights, y);
 }
 
 }  // namespace bitorch_qlinear

@@ -3,6 +3,9 @@
 
 #include "kernels.h"
 #include "prepared.h"
+#ifdef __CUDACC__
+#include "epilogue.cuh"
+#endif
 
 namespace bitorch_qlinear::cuda {
 
@@ -15,12 +18,47 @@ static constexpr uint64_t magic_number() {
 constexpr uint64_t kMagicNumber = magic_number();
 
 #ifdef __CUDACC__
-// Stops the kernel with an error if the weights were prepared for another product. One thread of a block calls it.
-__device__ __forceinline__ void check_prepared(const PreparedHeader* header, int64_t n, int64_t k) {
-    if (!header) return;
-    const bool made_here = *reinterpret_cast<const uint64_t*>(header->magic) == kMagicNumber &&
-                           header->layout == kPreparedLayout && header->n == n && header->k == k;
-    if (!made_here) __trap();
+// Returns whether the weights come from a form that was prepared for another product, and reports it to the host. One
+// thread of each block calls it.
+__device__ __forceinline__ bool has_wrong_form(const Product& product) {
+    if (!product.wrong_form) return false;
+    const auto* header = reinterpret_cast<const PreparedHeader*>(product.weight.popcounts) - 1;
+    // The fields lie in one sector, so the first load brings all of them into the L1 cache.
+    const bool is_form =
+        *reinterpret_cast<const uint64_t*>(header->magic) == kMagicNumber && header->layout == kPreparedLayout;
+    if (is_form && header->n == product.n && header->k == product.k) return false;
+    if (blockIdx.x == 0) {
+        // Two kernels that report at the same time may mix their numbers, which only an error message shows.
+        volatile WrongForm* report = product.wrong_form;
+        report->n = product.n, report->k = product.k;
+        report->form_n = is_form ? header->n : -1, report->form_k = is_form ? header->k : -1;
+        __threadfence_system();
+        report->seen = 1;
+    }
+    return true;
+}
+
+// Fills y[row ... row + rows)[column ... column + columns), as far as it exists, with what no product gives: NaN, the
+// lowest int32, or, if outputs are bits, 0. All threads of the block call it. `column` is a multiple of 32 for bits.
+template <class As>
+__device__ __forceinline__ void write_no_result(const Product& product, int64_t row, int rows, int64_t column,
+                                                int columns) {
+    using Sum = typename As::Sum;
+    constexpr int kEach = kBits<As> ? static_cast<int>(kWordBits) : 1;
+    columns = (columns + kEach - 1) / kEach;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < rows * columns; i += static_cast<int>(blockDim.x)) {
+        const int64_t m = row + i / columns, n = column + i % columns * kEach;
+        if (m >= product.m || n >= product.n) continue;
+        if constexpr (kBits<As>) {
+            write_word(product, m, n, 0);
+        } else if constexpr (std::is_same_v<Sum, int32_t>) {
+            static_cast<int32_t*>(product.y.data)[m * product.n + n] = INT32_MIN;
+        } else {
+            narrow(static_cast<Sum>(__int_as_float(0x7FFFFFFF)),
+                   static_cast<typename As::Out*>(product.y.data) + m * product.n + n);
+        }
+    }
 }
 #endif
 

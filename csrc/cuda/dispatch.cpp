@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <optional>
 #include <stdexcept>
 #include <utility>
 #include <variant>
@@ -27,6 +28,16 @@ std::atomic<const KernelRecord*>& forced() {
         return value_of(find_kernel(name ? name : ""));
     }()};
     return kernel;
+}
+
+// -1 stands for no tile.
+std::atomic<int>& forced_tile_number() {
+    static std::atomic<int> number{[] {
+        const char* name = std::getenv(kTileVariable);
+        const std::optional<Tile> tile = value_of(find_tile(name ? name : ""));
+        return tile ? static_cast<int>(*tile) : -1;
+    }()};
+    return number;
 }
 
 void check(cudaError_t error) {
@@ -61,8 +72,10 @@ const std::vector<Gpu>& devices() {
 
 void check_supported(int32_t device_index) { value_of(decide(nullptr, devices().at(device_index), 0, 0, 0)); }
 
-Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k) {
-    return choose_kernel(devices().at(device_index), m, n, k);
+const Gpu& gpu_of(int32_t device_index) { return devices().at(device_index); }
+
+Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, int64_t value_bytes) {
+    return choose_kernel(gpu_of(device_index), m, n, k, value_bytes);
 }
 
 void force_kernel(const std::string& name) { forced().store(value_of(find_kernel(name))); }
@@ -72,8 +85,20 @@ std::string forced_kernel() {
     return kernel ? kernel->name : "";
 }
 
-Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
-    return value_of(decide(forced().load(std::memory_order_relaxed), gpu, m, n, k));
+void force_tile(const std::string& name) {
+    const std::optional<Tile> tile = value_of(find_tile(name));
+    forced_tile_number().store(tile ? static_cast<int>(*tile) : -1);
+}
+
+std::string forced_tile() {
+    const int number = forced_tile_number().load();
+    return number < 0 ? "" : tile_name(static_cast<Tile>(number));
+}
+
+Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes) {
+    const int number = forced_tile_number().load(std::memory_order_relaxed);
+    const auto tile = number < 0 ? std::nullopt : std::optional(static_cast<Tile>(number));
+    return with_tile(value_of(decide(forced().load(std::memory_order_relaxed), gpu, m, n, k, value_bytes)), tile);
 }
 
 }  // namespace bitorch_qlinear::cuda

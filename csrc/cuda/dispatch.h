@@ -12,8 +12,11 @@ namespace bitorch_qlinear::cuda {
 void check_supported(int32_t device_index);
 
 // Throws std::runtime_error if the device is too old, or lacks the kernel that is forced.
-Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k);
-Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k);
+Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, int64_t value_bytes);
+Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes);
+
+// The properties of a device.
+const Gpu& gpu_of(int32_t device_index);
 
 // Makes the named kernel compute all products that it takes; "" selects the automatic choice. Throws std::runtime_error
 // if there is no kernel of that name. Until the first call, BITORCH_QLINEAR_CUDA_KERNEL decides.
@@ -21,5 +24,10 @@ void force_kernel(const std::string& name);
 
 // The name of the kernel that is forced, or "". Throws if BITORCH_QLINEAR_CUDA_KERNEL names no kernel.
 std::string forced_kernel();
+
+// Does the same for the tile of mma_sm80, such as "128x256"; kernels with one tile ignore it. Until the first call,
+// BITORCH_QLINEAR_CUDA_TILE decides.
+void force_tile(const std::string& name);
+std::string forced_tile();
 
 }  // namespace bitorch_qlinear::cuda

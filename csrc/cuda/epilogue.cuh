@@ -18,10 +18,26 @@
 
 namespace bitorch_qlinear::cuda {
 
+__device__ __forceinline__ void narrow(int32_t value, int32_t* out) { *out = value; }
 __device__ __forceinline__ void narrow(double value, double* out) { *out = value; }
 __device__ __forceinline__ void narrow(float value, float* out) { *out = value; }
 __device__ __forceinline__ void narrow(float value, __half* out) { *out = __float2half_rn(value); }
 __device__ __forceinline__ void narrow(float value, __nv_bfloat16* out) { *out = __float2bfloat16_rn(value); }
+
+// Narrows two neighbouring outputs. One instruction narrows a pair of floats to a half type.
+template <class Sum, class Out>
+__device__ __forceinline__ void narrow_pair(Sum first, Sum second, Out* out) {
+    narrow(first, out);
+    narrow(second, out + 1);
+}
+__device__ __forceinline__ void narrow_pair(float first, float second, __half* out) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    out[0] = pair.x, out[1] = pair.y;
+}
+__device__ __forceinline__ void narrow_pair(float first, float second, __nv_bfloat16* out) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    out[0] = pair.x, out[1] = pair.y;
+}
 
 // Without the intrinsics nvcc would contract the two into one fused multiply-add, rounded once.
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
@@ -43,15 +59,22 @@ using AsBits = As<Bit, int32_t>;
 template <class As>
 constexpr bool kBits = std::is_same_v<typename As::Out, Bit>;
 
-// Returns T(channels[column]), or `absent` if there are no channels.
+// Returns the bits of channels[column], which must exist. Nothing waits for the load before the bits are converted.
+__device__ __forceinline__ uint64_t channel_bits(const Channels& channels, int64_t column) {
+    if (channels.dtype == DType::float64) return static_cast<const uint64_t*>(channels.data)[column];
+    if (channels.dtype == DType::float32) return static_cast<const uint32_t*>(channels.data)[column];
+    return static_cast<const uint16_t*>(channels.data)[column];
+}
+
+// Returns T(channels[column]) from its bits, or `absent` if there are no channels.
 template <class Sum>
-__device__ __forceinline__ Sum channel(const Channels& channels, int64_t column, Sum absent) {
+__device__ __forceinline__ Sum channel(const Channels& channels, uint64_t bits, Sum absent) {
     if (!channels.data) return absent;
     switch (channels.dtype) {
-        case DType::float64: return static_cast<Sum>(static_cast<const double*>(channels.data)[column]);
-        case DType::float32: return static_cast<Sum>(static_cast<const float*>(channels.data)[column]);
-        case DType::float16: return static_cast<Sum>(__half2float(static_cast<const __half*>(channels.data)[column]));
-        default: return static_cast<Sum>(__bfloat162float(static_cast<const __nv_bfloat16*>(channels.data)[column]));
+        case DType::float64: return static_cast<Sum>(__longlong_as_double(static_cast<long long>(bits)));
+        case DType::float32: return static_cast<Sum>(__uint_as_float(static_cast<uint32_t>(bits)));
+        case DType::float16: return static_cast<Sum>(__half2float(__ushort_as_half(static_cast<uint16_t>(bits))));
+        default: return static_cast<Sum>(__bfloat162float(__ushort_as_bfloat16(static_cast<uint16_t>(bits))));
     }
 }
 
@@ -59,18 +82,40 @@ __device__ __forceinline__ Sum channel(const Channels& channels, int64_t column,
 // conversion at each use, the switch above made nvcc compile gemm_popc for 20 seconds instead of one.)
 template <class As, int Width>
 struct ChannelTile {
-    typename As::Sum scale[Width], bias[Width];
+    using Sum = typename As::Sum;
+    static constexpr bool kHasChannels = !std::is_same_v<Sum, int32_t>;
+    Sum scale[Width], bias[Width];
+
+    // Those of one column, in registers.
+    struct Early {
+        uint64_t scale, bias;
+        bool exists;
+
+        // Loads those of column first + i.
+        __device__ __forceinline__ void fetch(const Output& y, int64_t n, int64_t first, int i) {
+            if constexpr (kHasChannels) {
+                exists = first + i < n;
+                scale = exists && y.scale.data ? channel_bits(y.scale, first + i) : 0;
+                bias = exists && y.bias.data ? channel_bits(y.bias, first + i) : 0;
+            }
+        }
+        __device__ __forceinline__ void store(const Output& y, int i, ChannelTile& tile) const {
+            if constexpr (kHasChannels) {
+                // x * 1 is x and x + (-0) is x, to the bit, so a missing scale or bias needs no case of its own.
+                tile.scale[i] = exists ? channel<Sum>(y.scale, scale, Sum{1}) : Sum{1};
+                tile.bias[i] = exists ? channel<Sum>(y.bias, bias, -Sum{0}) : -Sum{0};
+            }
+        }
+    };
 
     // All threads of the block must call it, and reach a barrier before the first use.
     __device__ __forceinline__ void load(const Output& y, int64_t n, int64_t first) {
-        if constexpr (!std::is_same_v<typename As::Sum, int32_t>) {
+        if constexpr (kHasChannels) {
 #pragma unroll 1
             for (int i = static_cast<int>(threadIdx.x); i < Width; i += static_cast<int>(blockDim.x)) {
-                using Sum = typename As::Sum;
-                // x * 1 is x and x + (-0) is x, to the bit, so a missing scale or bias needs no case of its own.
-                const bool exists = first + i < n;
-                scale[i] = exists ? channel<Sum>(y.scale, first + i, Sum{1}) : Sum{1};
-                bias[i] = exists ? channel<Sum>(y.bias, first + i, -Sum{0}) : -Sum{0};
+                Early channels;
+                channels.fetch(y, n, first, i);
+                channels.store(y, i, *this);
             }
         }
     }
@@ -83,35 +128,54 @@ struct ChannelTile<AsBits, Width> {
     int32_t limits[Width];
     uint32_t flips[Width / kWordBits];
 
-    // All threads of the block must call it, and reach a barrier before the first use.
-    __device__ __forceinline__ void load(const Output& y, int64_t n, int64_t first) {
+    // No popcount is within the limit of a column that does not exist, so its bit is 0.
+    static __device__ __forceinline__ int32_t limit_of(const Output& y, int64_t n, int64_t column) {
         const auto* all_limits = static_cast<const int32_t*>(y.scale.data);
+        return column < n ? all_limits[column] : -1;
+    }
+
+    // Returns word i of the flips of the columns from `first` on.
+    static __device__ __forceinline__ uint32_t flips_of(const Output& y, int64_t n, int64_t first, int i) {
         const auto* all_flips = static_cast<const uint32_t*>(y.bias.data);
+        const int64_t left = n - first - kWordBits * i;
+        const uint32_t exist = valid_bits(left < kWordBits ? static_cast<int>(left) : kWordBits);
+        return all_flips && exist ? all_flips[first / kWordBits + i] & exist : 0;
+    }
+
+    // The limit of one column and, for the first columns, the flips of one word, in registers.
+    struct Early {
+        int32_t limit;
+        uint32_t flips;
+
+        // Loads the limit of column first + i, and word i of the block's flips.
+        __device__ __forceinline__ void fetch(const Output& y, int64_t n, int64_t first, int i) {
+            limit = limit_of(y, n, first + i);
+            flips = i < Width / static_cast<int>(kWordBits) ? flips_of(y, n, first, i) : 0;
+        }
+        __device__ __forceinline__ void store(const Output&, int i, ChannelTile& tile) const {
+            tile.limits[i] = limit;
+            if (i < Width / static_cast<int>(kWordBits)) tile.flips[i] = flips;
+        }
+    };
+
+    // All threads of the block must call it, and reach a barrier before the first use. It does not go through Early, which
+    // takes more registers.
+    __device__ __forceinline__ void load(const Output& y, int64_t n, int64_t first) {
         const int thread = static_cast<int>(threadIdx.x);
-        for (int i = thread; i < Width; i += static_cast<int>(blockDim.x)) {
-            // No popcount is within the limit of a column that does not exist, so its bit is 0.
-            limits[i] = first + i < n ? all_limits[first + i] : -1;
-        }
-        if (thread < Width / kWordBits) {
-            const int64_t left = n - first - kWordBits * thread;
-            const uint32_t exist = valid_bits(left < kWordBits ? static_cast<int>(left) : kWordBits);
-            flips[thread] = all_flips && exist ? all_flips[first / kWordBits + thread] & exist : 0;
-        }
+        for (int i = thread; i < Width; i += static_cast<int>(blockDim.x)) limits[i] = limit_of(y, n, first + i);
+        if (thread < Width / kWordBits) flips[thread] = flips_of(y, n, first, thread);
     }
 };
 
-// Returns one output from the popcount of a ^ b.
-template <class As>
-__device__ __forceinline__ typename As::Out output(int64_t k, uint32_t popcount, typename As::Sum scale,
-                                                   typename As::Sum bias) {
+// Returns an output before it is narrowed, from the popcount of a ^ b.
+template <class Sum>
+__device__ __forceinline__ Sum output(int64_t k, uint32_t popcount, Sum scale, Sum bias) {
     const int32_t dot = static_cast<int32_t>(static_cast<uint32_t>(k) - 2 * popcount);
-    typename As::Out out;
-    if constexpr (std::is_same_v<typename As::Sum, int32_t>) {
-        out = dot;
+    if constexpr (std::is_same_v<Sum, int32_t>) {
+        return dot;
     } else {
-        narrow(add(multiply(static_cast<typename As::Sum>(dot), scale), bias), &out);
+        return add(multiply(static_cast<Sum>(dot), scale), bias);
     }
-    return out;
 }
 
 // An integer vector of this many bytes, which is stored at once. (nvcc 13.0 splits stores of a struct of outputs.)
@@ -150,8 +214,13 @@ __device__ __forceinline__ void write_outputs(const Output& y, int64_t n, int64_
     for (int first = 0; first < Count; first += kVector) {
         Out values[kVector];
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) {
-            values[j] = output<As>(k, popcounts[first + j], scale[first + j], bias[first + j]);
+        for (int j = 0; j < kVector; j += 2) {
+            const auto value = [&](int i) { return output(k, popcounts[i], scale[i], bias[i]); };
+            if constexpr (kVector == 1) {
+                narrow(value(first), values);
+            } else {
+                narrow_pair(value(first + j), value(first + j + 1), values + j);
+            }
         }
         if (whole_vectors && column + first + kVector <= n) {
             Vector vector;

@@ -34,8 +34,20 @@ BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_force_kernel(const char*
     });
 }
 
-// Returns which kernel computes a product on such a device and why, or the error.
+// Returns the name of the tile of mma_sm80 that is forced, or "".
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_tile() { return hold(forced_tile); }
+
+// Does for the tile what bitorch_qlinear_cuda_force_kernel does for the kernel.
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_force_tile(const char* name) {
+    return hold([&] {
+        name ? force_tile(name) : static_cast<void>(forced_tile());
+        return "";
+    });
+}
+
+// Returns which kernel computes a product on such a device and why, or the error. The values of x have `value_bytes`
+// each, or x is given as words if it is 0.
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_choice(int capability, int multiprocessors, int64_t m,
-                                                               int64_t n, int64_t k) {
-    return hold([&] { return describe(choose_kernel({capability, multiprocessors}, m, n, k)); });
+                                                               int64_t n, int64_t k, int64_t value_bytes) {
+    return hold([&] { return describe(choose_kernel({capability, multiprocessors}, m, n, k, value_bytes)); });
 }

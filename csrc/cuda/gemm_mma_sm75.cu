@@ -148,19 +148,23 @@ __global__ void __launch_bounds__(kThreads, 3)
 #ifdef BITORCH_QLINEAR_MMA_SM75
     __shared__ __align__(128) Stage stages[2];  // whole lines of banks
     __shared__ ChannelTile<As, kTile> channels;
+    __shared__ bool wrong_form;
     const Place at = place(column_tiles);
     Sums sums = {};
-    if (threadIdx.x == 0) check_prepared(product.prepared, product.n, product.k);
+    if (threadIdx.x == 0) wrong_form = has_wrong_form(product);
     channels.load(product.y, product.n, at.column);
     multiply_tile<kVector<As>>(product, at, stages, sums);
     __syncthreads();  // with k = 0 there was no barrier yet
-    if constexpr (kBits<As>) {
+    if (wrong_form) {
+        write_no_result<As>(product, at.row, kTile, at.column, kTile);
+    } else if constexpr (kBits<As>) {
         write_tile(product, at, sums, channels);
     } else {
         write_tile<As>(product, at, whole_vectors, sums, channels);
     }
 #else
-    __trap();  // instead of leaving y unwritten
+    // y is not left unwritten
+    write_no_result<As>(product, blockIdx.x / column_tiles * kTile, kTile, blockIdx.x % column_tiles * kTile, kTile);
 #endif
 }
 

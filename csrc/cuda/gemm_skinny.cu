@@ -26,7 +26,9 @@
 
 #include "check_prepared.cuh"
 #include "epilogue.cuh"
+#include "launch.cuh"
 #include "load.cuh"
+#include "popcount.cuh"
 
 namespace bitorch_qlinear::cuda {
 namespace {
@@ -57,40 +59,6 @@ struct Block {
 
 constexpr int kManyBlocks = 256;  // two per SM of the largest chips; from here on a block may have more columns
 
-// Counts the set bits of a stream of words. From two words and the remainder a full adder makes a new remainder and a
-// word whose bits count twice (H. Warren, Hacker's Delight, "Counting 1-bits in an array"). An SM does 16 lanes of
-// __popc a clock, but 64 of the logic (CUDA C++ programming guide, "Arithmetic Instructions"): for 8 words 5 __popc, 16
-// logic operations and 5 adds take 21 / 64 clocks of a lane, while 8 __popc alone take 8 / 16.
-struct BitCounter {
-    uint32_t left_over = 0, twos = 0;
-
-    __device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
-        const uint32_t carry = (a & b) | (left_over & (a | b));
-        left_over ^= a ^ b;
-        return __popc(carry);
-    }
-    __device__ __forceinline__ void add_difference(const uint4& a, const uint4& b) {
-        twos += add(a.x ^ b.x, a.y ^ b.y) + add(a.z ^ b.z, a.w ^ b.w);
-    }
-    __device__ __forceinline__ uint32_t total() const { return 2 * twos + __popc(left_over); }
-};
-
-// Adds up the sums of the 8 lanes of a group, by Bit = 1, 2, 4: each time a lane exchanges half of its sums for those
-// of the lane whose number differs by Bit. Lane l is left with sums l, l + 8, ... in places 0, 1, ...; of fewer than 8,
-// all lanes of equal l % Count with the same one.
-template <int Bit, int Count>
-__device__ __forceinline__ void add_lanes(uint32_t (&sums)[Count], int lane) {
-    if constexpr (Count / Bit < 2) {
-        sums[0] += __shfl_xor_sync(kAllLanes, sums[0], Bit);
-    } else {
-#pragma unroll
-        for (int i = 0; i < Count / Bit / 2; ++i) {
-            const uint32_t even = sums[2 * i], odd = sums[2 * i + 1];
-            sums[i] = (lane & Bit ? odd : even) + __shfl_xor_sync(kAllLanes, lane & Bit ? even : odd, Bit);
-        }
-    }
-}
-
 // Returns another lane's words, from the same place of each group's line.
 __device__ __forceinline__ uint4 from_group(const uint4& words, int group, int place) {
     const int lane = group * kGroupLanes + place;
@@ -115,8 +83,7 @@ __device__ __forceinline__ void count_differences(const Product& product, int wi
     const int begin = index * kStep + kWords * place;
     const uint32_t* x = product.x.words + first_row * product.x.stride + begin;
     const uint32_t* weight = product.weight.words + (column + group * kEach) * product.weight.stride + begin;
-    // The rows that exist. Blocks that write bits count them in 32 bits, because ptxas would spill two registers on 12.0;
-    // those that write numbers keep the machine code that was measured.
+    // The rows that exist. Blocks that write bits count them in 32 bits, because ptxas would spill two registers on 12.0.
     using Count = std::conditional_t<Block::kAcross == 1, int64_t, int>;
     const int64_t columns = product.n - column;
     const bool all_columns = Block::kAcross > 1 && columns > Shape::kColumns;
@@ -126,7 +93,7 @@ __device__ __forceinline__ void count_differences(const Product& product, int wi
     // A step's words are loaded at the end of the step before it: within one, ptxas puts each load next to its use, and
     // they are in flight one after the other.
     uint4 w[kLines][kEach], a[kLines][kLoads];
-    const auto fetch = [&](int left) {
+    const auto fetch_weights = [&](int left) {
         const uint32_t* row = weight;
 #pragma unroll
         for (int j = 0; j < kEach; ++j, row += product.weight.stride) {
@@ -135,7 +102,9 @@ __device__ __forceinline__ void count_differences(const Product& product, int wi
                 w[line][j] = load_once(row + kLine * line, j < weight_rows && kLine * line + kWords * place < left);
             }
         }
-        row = x;
+    };
+    const auto fetch_x = [&](int left) {
+        const uint32_t* row = x;
 #pragma unroll
         for (int i = 0; i < kLoads; ++i, row += x_next) {
 #pragma unroll
@@ -147,8 +116,10 @@ __device__ __forceinline__ void count_differences(const Product& product, int wi
     };
     uint32_t counts[kRows * kEach] = {};
     int left = width - index * kStep;
-    fetch(left);
+    fetch_weights(left);
     meanwhile();
+    wait_for_kernel_before();
+    fetch_x(left);
     while (left > 0) {
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
@@ -166,7 +137,8 @@ __device__ __forceinline__ void count_differences(const Product& product, int wi
             }
         }
         left -= warps * kStep, x += warps * kStep, weight += warps * kStep;
-        fetch(left);
+        fetch_weights(left);
+        fetch_x(left);
     }
     constexpr int kValues = kRows * kEach;
     add_lanes<1>(counts, lane);
@@ -187,15 +159,19 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skin
     constexpr int kColumns = Block::kColumns, kOutputs = Shape::kRows * Block::kRow;
     __shared__ uint32_t sums[kOutputs];
     __shared__ ChannelTile<As, kColumns> channels;
+    __shared__ bool wrong_form;
     const int64_t column = int64_t{blockIdx.x} * kColumns;
     const int thread = threadIdx.x, threads = blockDim.x;
     for (int i = thread; i < kOutputs; i += threads) sums[i] = 0;
     __syncthreads();
     count_differences<Block, Shape>(product, width, column, sums, [&] {
-        if (thread == 0) check_prepared(product.prepared, product.n, product.k);
+        if (!kBits<As> && thread == 0) wrong_form = has_wrong_form(product);
         channels.load(product.y, product.n, column);
     });
+    // If outputs are bits, ptxas would spill registers on 12.0 for this while weights are on their way.
+    if (kBits<As> && thread == 0) wrong_form = has_wrong_form(product);
     __syncthreads();
+    if (wrong_form) return write_no_result<As>(product, 0, static_cast<int>(product.m), column, kColumns);
     // Each thread writes one output, next to its neighbours': as few sectors as possible, also if rows of y do not
     // start on 16 bytes.
     for (int i = thread; i < product.m * kColumns; i += threads) {
@@ -210,38 +186,38 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skin
 }
 
 template <class As, class Shape>
-cudaError_t launch(const Product& product, cudaStream_t stream) {
+cudaError_t launch(const Product& product, cudaStream_t stream, bool behind_pack) {
     using Block = Block<As, Shape>;
     const int64_t blocks = ceil_div(product.n, Block::kColumns), width = aligned_words_for(product.k);
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
     const int64_t parts = std::clamp<int64_t>(ceil_div(width, Shape::kStep), 1, Shape::kWarps / Block::kAcross);
     const int64_t warps = parts * Block::kAcross;
-    multiply_skinny<As, Shape><<<static_cast<unsigned>(blocks), static_cast<unsigned>(kWarp * warps), 0, stream>>>(
-        product, static_cast<int>(width));
-    return cudaGetLastError();
+    return launch_kernel(multiply_skinny<As, Shape>, blocks, static_cast<int>(kWarp * warps), 0, stream, behind_pack,
+                         product, static_cast<int>(width));
 }
 
 // Launches the shape for the least power of two that holds the rows of x. One or two rows have two shapes: with many
 // columns, blocks load x less often; if that leaves too few blocks, few columns and more of K in a block keep the loads
 // in flight.
 template <class As>
-cudaError_t launch_rows(const Product& product, cudaStream_t stream) {
+cudaError_t launch_rows(const Product& product, cudaStream_t stream, bool behind_pack) {
     const bool wide = product.n >= kManyBlocks * kGroups * 4;
-    if (product.m > 8) return launch<As, Shape<16, 2, 2, 8, 2>>(product, stream);
-    if (product.m > 4) return launch<As, Shape<8, 2, 2, 8, 2>>(product, stream);
-    if (product.m > 2) return launch<As, Shape<4, 2, 2, 8, 3>>(product, stream);
-    if (product.m > 1 && wide) return launch<As, Shape<2, 4, 1, 8, 3>>(product, stream);
-    if (product.m > 1) return launch<As, Shape<2, 1, 4, 16, 1>>(product, stream);
-    if (wide) return launch<As, Shape<1, 4, 1, 8, 4>>(product, stream);
-    return launch<As, Shape<1, 1, 4, 16, 1>>(product, stream);
+    if (product.m > 8) return launch<As, Shape<16, 2, 2, 8, 2>>(product, stream, behind_pack);
+    if (product.m > 4) return launch<As, Shape<8, 2, 2, 8, 2>>(product, stream, behind_pack);
+    if (product.m > 2) return launch<As, Shape<4, 2, 2, 8, 3>>(product, stream, behind_pack);
+    if (product.m > 1 && wide) return launch<As, Shape<2, 4, 1, 8, 3>>(product, stream, behind_pack);
+    if (product.m > 1) return launch<As, Shape<2, 1, 4, 16, 1>>(product, stream, behind_pack);
+    if (wide) return launch<As, Shape<1, 4, 1, 8, 4>>(product, stream, behind_pack);
+    return launch<As, Shape<1, 1, 4, 16, 1>>(product, stream, behind_pack);
 }
 
 }  // namespace
 
-cudaError_t gemm_skinny(const Product& product, cudaStream_t stream) {
+cudaError_t gemm_skinny(const Product& product, cudaStream_t stream, bool behind_pack) {
     if (product.m == 0 || product.n == 0) return cudaSuccess;
     if (product.m > kSkinnyRows || product.k > kMaxValues || !are_aligned(product)) return cudaErrorInvalidValue;
-    return with_output_type(product.y.dtype, [&](auto as) { return launch_rows<decltype(as)>(product, stream); });
+    return with_output_type(product.y.dtype,
+                            [&](auto as) { return launch_rows<decltype(as)>(product, stream, behind_pack); });
 }
 
 }  // namespace bitorch_qlinear::cuda

@@ -15,6 +15,11 @@
 // any. The warps of a block divide K among them and add their popcounts in shared memory: integers, so their order does
 // not matter. The epilogue's operands are loaded while the first weights are on their way.
 //
+// The kernel also counts the set bits of the rows of x and of its weight rows, from the registers that the instructions
+// read, so that no launch has to count them before. By estimate an SM counts 16 words a clock (__popc), which for the 4
+// KB of weights of a step and the 2 KB of x beside them are 96 clocks, while an H200's memory brings 4 KB in 220 (4.3
+// TB/s) and its L2 in 170 or more. A launch for it took 1.5 to 3.6 us (measured on an H200).
+//
 // These are estimates, not measured. An H200 moves 4.3 TB/s with a latency of about 0.7 us: 3 MB must be in flight, 23
 // KB an SM. At n = k = 8192 there are 256 blocks, two on most of its 132 SMs, of 8 warps with 4 KB of weights in flight
 // each: all 8 MiB at once. Its 32768 products of 16 x 8 x 256 bits, one in 4 clocks an SM, keep the tensor cores busy
@@ -27,6 +32,7 @@
 
 #include "check_prepared.cuh"
 #include "epilogue.cuh"
+#include "launch.cuh"
 #include "load.cuh"
 #include "mma.cuh"
 
@@ -67,12 +73,19 @@ struct Sums {
     }
 };
 
+// The set bits of the rows of x and of the block's weight rows.
+template <int Columns>
+struct RowBits {
+    uint32_t x[kSkinnyRows], weight[Columns];
+};
+
 #ifdef BITORCH_QLINEAR_MMA_SM80
-// Adds to sums the popcounts of x & weight in a warp's share of K, and calls `meanwhile` once the first loads are on
-// their way. Rows that do not exist are zeros: their outputs are not written.
+// Adds to sums and bits the popcounts of x & weight, of x and of weight in a warp's share of K, and calls `meanwhile`
+// once the first loads are on their way. Rows that do not exist are zeros: their outputs are not written.
 template <class Shape, class Function>
 __device__ __forceinline__ void count_common(const Product& product, int width, int64_t column,
-                                             Sums<Shape::kTiles>& sums, Function meanwhile) {
+                                             Sums<Shape::kTiles>& sums, RowBits<Shape::kColumns>& bits,
+                                             Function meanwhile) {
     constexpr int kTiles = Shape::kTiles, kSlices = Shape::kSlices, kStep = Shape::kStep;
     const int index = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
     const int lane = threadIdx.x % kWarp, g = lane / 4, place = lane % 4 * kWords;
@@ -83,7 +96,7 @@ __device__ __forceinline__ void count_common(const Product& product, int width, 
     // A step's words are loaded at the end of the step before it: within one, ptxas puts each load next to its use, and
     // they are in flight one after the other.
     uint4 a[kSlices][2], b[kSlices][kTiles];
-    const auto fetch = [&](int left) {
+    const auto fetch_weights = [&](int left) {
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice) {
             const int word = slice * kSlice;
@@ -93,6 +106,13 @@ __device__ __forceinline__ void count_common(const Product& product, int width, 
                 b[slice][tile] =
                     load_once(weight + tile * kSide * weight_stride + word, inside && tile * kSide < columns);
             }
+        }
+    };
+    const auto fetch_x = [&](int left) {
+#pragma unroll
+        for (int slice = 0; slice < kSlices; ++slice) {
+            const int word = slice * kSlice;
+            const bool inside = word + place < left;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 a[slice][half] = load(x + half * kSide * x_stride + word, inside && half * kSide < rows);
@@ -100,22 +120,31 @@ __device__ __forceinline__ void count_common(const Product& product, int width, 
         }
     };
     int32_t counts[kTiles][4] = {};
+    uint32_t x_bits[2] = {}, weight_bits[kTiles] = {};
+    const auto count_bits = [](const uint4& words) {
+        return static_cast<uint32_t>(__popc(words.x) + __popc(words.y) + __popc(words.z) + __popc(words.w));
+    };
     int left = width - index * kStep;
-    fetch(left);
+    fetch_weights(left);
     meanwhile();
+    wait_for_kernel_before();
+    fetch_x(left);
     while (left > 0) {
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice) {
             const auto &top = a[slice][0], &bottom = a[slice][1];
+            x_bits[0] += count_bits(top), x_bits[1] += count_bits(bottom);
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
                 const auto& w = b[slice][tile];
+                weight_bits[tile] += count_bits(w);
                 mma_and_popc(counts[tile], {top.x, bottom.x, top.y, bottom.y}, {w.x, w.y});
                 mma_and_popc(counts[tile], {top.z, bottom.z, top.w, bottom.w}, {w.z, w.w});
             }
         }
         left -= warps * kStep, x += warps * kStep, weight += warps * kStep;
-        fetch(left);
+        fetch_weights(left);
+        fetch_x(left);
     }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -124,6 +153,16 @@ __device__ __forceinline__ void count_common(const Product& product, int width, 
             atomicAdd(&sums.of_register(tile, i, lane), static_cast<uint32_t>(counts[tile][i]));
         }
     }
+    // The four lanes of a row have a part of it each.
+    const auto add_row = [&](uint32_t count, uint32_t& to) {
+        count += __shfl_xor_sync(kAllLanes, count, 1);
+        count += __shfl_xor_sync(kAllLanes, count, 2);
+        if (place == 0) atomicAdd(&to, count);
+    };
+#pragma unroll
+    for (int half = 0; half < 2; ++half) add_row(x_bits[half], bits.x[half * kSide + g]);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) add_row(weight_bits[tile], bits.weight[tile * kSide + g]);
 }
 #endif
 
@@ -134,27 +173,27 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skin
     using Sums = Sums<Shape::kTiles>;
     __shared__ Sums sums;
     __shared__ ChannelTile<As, kColumns> channels;
-    __shared__ uint32_t x_bits[kSkinnyRows], weight_bits[kColumns];
-    static_assert(kColumns <= kWarp && kSkinnyRows <= kWarp, "a block of one warp fetches the popcounts");
+    __shared__ RowBits<kColumns> bits;
+    __shared__ bool wrong_form;
+    static_assert(kColumns <= kWarp && kSkinnyRows <= kWarp, "a block of one warp clears the bits");
     const int64_t column = int64_t{blockIdx.x} * kColumns;
     const int thread = threadIdx.x, threads = blockDim.x;
     for (int i = thread; i < Sums::kSize; i += threads) sums.words[i] = 0;
+    if (thread < kSkinnyRows) bits.x[thread] = 0;
+    if (thread < kColumns) bits.weight[thread] = 0;
     __syncthreads();
-    count_common<Shape>(product, width, column, sums, [&] {
-        if (thread == 0) check_prepared(product.prepared, product.n, product.k);
-        if (thread < product.m) x_bits[thread] = product.x.popcounts[thread];
-        if (thread < kColumns) {
-            weight_bits[thread] = column + thread < product.n ? product.weight.popcounts[column + thread] : 0;
-        }
+    count_common<Shape>(product, width, column, sums, bits, [&] {
+        if (thread == 0) wrong_form = has_wrong_form(product);
         channels.load(product.y, product.n, column);
     });
     __syncthreads();
+    if (wrong_form) return write_no_result<As>(product, 0, static_cast<int>(product.m), column, kColumns);
     // Each thread writes one output, next to its neighbours': as few sectors as possible, also if rows of y do not
     // start on 16 bytes.
     for (int i = thread; i < product.m * kColumns; i += threads) {
         const int row = i / kColumns, j = i % kColumns;
         // popcount(a ^ b) = popcount(a) + popcount(b) - 2 popcount(a & b)
-        const uint32_t different = x_bits[row] + weight_bits[j] - 2 * sums.of_output(row, j);
+        const uint32_t different = bits.x[row] + bits.weight[j] - 2 * sums.of_output(row, j);
         if constexpr (kBits<As>) {
             write_row_of_warp(product, row, column, different, channels);
         } else {
@@ -163,38 +202,40 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skin
         }
     }
 #else
-    __trap();  // instead of leaving y unwritten
+    // y is not left unwritten
+    const int64_t column = int64_t{blockIdx.x} * Shape::kColumns;
+    write_no_result<As>(product, 0, static_cast<int>(product.m), column, Shape::kColumns);
 #endif
 }
 
 template <class As, class Shape>
-cudaError_t launch(const Product& product, cudaStream_t stream) {
+cudaError_t launch(const Product& product, cudaStream_t stream, bool behind_pack) {
     const int64_t blocks = ceil_div(product.n, Shape::kColumns), width = aligned_words_for(product.k);
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
     const int64_t warps = std::clamp<int64_t>(ceil_div(width, Shape::kStep), 1, Shape::kWarps);
-    multiply_skinny<As, Shape><<<static_cast<unsigned>(blocks), static_cast<unsigned>(kWarp * warps), 0, stream>>>(
-        product, static_cast<int>(width));
-    return cudaGetLastError();
+    return launch_kernel(multiply_skinny<As, Shape>, blocks, static_cast<int>(kWarp * warps), 0, stream, behind_pack,
+                         product, static_cast<int>(width));
 }
 
 // Blocks with many columns load x less often; if that leaves too few blocks, more of K in a block keeps the loads in
 // flight. Blocks that write bits have the 32 columns of a word.
 template <class As>
-cudaError_t launch_tiles(const Product& product, cudaStream_t stream) {
-    if (kBits<As> || product.n >= kManyBlocks * 4 * kSide) return launch<As, Shape<4, 2, 8, 2>>(product, stream);
+cudaError_t launch_tiles(const Product& product, cudaStream_t stream, bool behind_pack) {
+    if (kBits<As> || product.n >= kManyBlocks * 4 * kSide)
+        return launch<As, Shape<4, 2, 8, 2>>(product, stream, behind_pack);
     if constexpr (!kBits<As>) {
-        if (product.n >= kManyBlocks * 2 * kSide) return launch<As, Shape<2, 2, 8, 3>>(product, stream);
-        return launch<As, Shape<1, 4, 16, 1>>(product, stream);
+        if (product.n >= kManyBlocks * 2 * kSide) return launch<As, Shape<2, 2, 8, 3>>(product, stream, behind_pack);
+        return launch<As, Shape<1, 4, 16, 1>>(product, stream, behind_pack);
     }
 }
 
 }  // namespace
 
-cudaError_t gemm_skinny_mma_sm80(const Product& product, cudaStream_t stream) {
+cudaError_t gemm_skinny_mma_sm80(const Product& product, cudaStream_t stream, bool behind_pack) {
     if (product.m == 0 || product.n == 0) return cudaSuccess;
-    if (product.m > kSkinnyRows || product.k > kMaxValues || !are_aligned(product) || !have_popcounts(product))
-        return cudaErrorInvalidValue;
-    return with_output_type(product.y.dtype, [&](auto as) { return launch_tiles<decltype(as)>(product, stream); });
+    if (product.m > kSkinnyRows || product.k > kMaxValues || !are_aligned(product)) return cudaErrorInvalidValue;
+    return with_output_type(product.y.dtype,
+                            [&](auto as) { return launch_tiles<decltype(as)>(product, stream, behind_pack); });
 }
 
 }  // namespace bitorch_qlinear::cuda

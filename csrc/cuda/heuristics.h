@@ -7,23 +7,31 @@
 //     5 to 16        skinny      skinny_mma_sm80    skinny
 //     more           mma_sm75    mma_sm80           mma_int8_sm80
 //
-// popc runs everywhere, and the others are tested against it. The kernel does not depend on n and k: a tiny product
-// costs a launch by any kernel. The tile of mma_sm80 is the one of least estimated time. For all sizes:
-//   - the kernel is legal, and as m grows, a kernel that was abandoned is never chosen again;
+// If x is real and a block packs all of it in less time than the launches take that are saved (fused_is_faster):
+//
+//     1              fused_skinny    fused_skinny             fused_skinny
+//     2 to 4         fused_skinny    fused_skinny_mma_sm80    fused_skinny
+//     5 to 16        as above        fused_skinny_mma_sm80    as above
+//
+// popc runs everywhere, and the others are tested against it. If x is given as words, the kernel does not depend on n and
+// k: a tiny product costs a launch by any kernel. The tile of mma_sm80 is the one of least estimated time. For all sizes:
+//   - the kernel is legal, and as m grows, a kernel that was abandoned is never chosen again (for x as words);
 //   - the tile depends on m and n in units of 64 and on k in stages, all rounded up;
 //   - as k grows, a tile that was abandoned is never chosen again; the least estimate never falls as m, n or k grows;
 //   - the tile is 128 x 256 if such tiles leave nothing idle (m and n are their multiples, and their number is a multiple
 //     of the number of multiprocessors), and whenever m and n are at least 4096 and there are at least 40 such tiles for
 //     each multiprocessor.
 //
-// Every rate and time here is an estimate, from data sheets, the CUDA C++ programming guide ("Arithmetic Instructions")
+// Every rate and time here that is not called measured is an estimate, from data sheets, the CUDA C++ programming guide ("Arithmetic Instructions")
 // and the machine code that nvcc emits.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #ifndef __CUDACC__
+#include <optional>
 #include <string>
+#include <string_view>
 #endif
 
 #include "../packed.h"
@@ -48,7 +56,8 @@ constexpr Tile kInt8Tile = Tile::m64n64;
 
 // A multiprocessor with binary tensor cores, by its rates per clock.
 //   multiplies    multiply-adds of bits: 8 times those of int8 in the data sheets of the A100, RTX 3090 and RTX 4090. An
-//                 H100 reaches half an A100's rate with this instruction, as its users report. 8.7 is taken to be an 8.0.
+//                 H100 reaches half an A100's rate with this instruction, as its users report. (An H200 reaches 19,600
+//                 if it does nothing else, but the kernel 7,200 at 8192 x 8192 x 8192.) 8.7 is taken to be an 8.0.
 //   l2_bytes      bytes from L2: an A100 has 5120 for 108 multiprocessors (its white paper). NVIDIA gives no figure for the
 //                 others: an H100 is taken to have 5.5 TB/s for 132 at 1.75 GHz, an RTX 3090 2.2 TB/s and an RTX 4090 5
 //   shared_bytes  shared memory of all its blocks (programming guide, "Technical Specifications per Compute Capability")
@@ -68,8 +77,14 @@ constexpr int64_t kSharedBytesAClock = 128;
 constexpr int64_t kReservedBytes = 1024;  // shared memory that the system takes for each block
 
 // The clocks from a block's start to its first multiply and from its last to its end: the latencies of its first
-// copies, of scale, bias and popcounts, and of its stores, about 700 clocks each. Blocks on one multiprocessor wait
-// together.
+// copies, of scale, bias and popcounts, and of its stores, about 700 clocks each.
+//
+// Blocks on one multiprocessor are taken to wait together, as they do at their start. Later they drift apart, and one
+// multiplies while another waits: the estimate for 128 x 128 may be too high, by up to 2000 clocks of every 18,000 at
+// k = 4096. With that, 4096 x 4096 outputs on an H200 would get 128 x 128 instead of 128 x 256. The assumption stays,
+// because all that was measured on an H200 was measured with the tiles that it chooses, and because blocks alone on a
+// multiprocessor were slower than estimated, too: 512 x 4096 x 4096 took 11.6 us, some 2.5 of them for
+// counting bits before it, in 128 blocks of 128 x 128, which are estimated at 6. BITORCH_QLINEAR_CUDA_TILE forces a tile, to measure the others.
 constexpr double kClocksAround = 2000;
 
 // A narrower tile must be estimated 1/16 faster than the next wider one, because the estimate is no finer than that and
@@ -133,7 +148,7 @@ struct Choice {
     const char* reason;
 };
 
-// gemm_skinny counts up to this many rows while the weights arrive from memory, on every chip that has another kernel
+// gemm_skinny counts up to kCountedRows rows while the weights arrive from memory, on every chip that has another kernel
 // for them. Its adders (gemm_skinny.cu) take about 10 / 64 clocks of a lane for 4 words, so a multiprocessor counts 26
 // words per clock, each for one of 1, 2, 4, 8 or 16 rows (a smaller number is rounded up to one of these). Memory
 // brings it 4.7 words per clock on an H200 (4.3 TB/s for 132 at 1.75 GHz) and 3 on an A100, which for 4 rows are 19 and
@@ -141,15 +156,36 @@ struct Choice {
 //
 // A tensor core's instruction takes 64 words by 16 rows in 4 clocks (H100; 2 on an A100): 16 words per clock for any
 // number of rows. But it needs the set bits of each row, and with up to 4 rows three quarters of its work are wasted.
-constexpr int64_t kCountedRows = 4;
 
-// Returns the automatic choice. Without binary tensor cores gemm_skinny is best for all the rows that it takes. On 7.5,
+// What a launch of its own for packing x costs, and how long a block takes to pack x instead.
+//   kMicrosOfPack       measured on an H200 in a CUDA graph: 1.6 us for one row of 4096 values, 1.9 for one of 8192
+//   kMicrosHidden       the part of it that the product's launch hides if it depends on pack's (launch.cuh)
+//   kPackedBytesAMicro  of x, from the instructions of gemm_fused_skinny.cu: 28 bytes a clock at 1.75 GHz
+constexpr double kMicrosOfPack = 1.6, kMicrosHidden = 0.8, kPackedBytesAMicro = 49e3;
+
+// Returns whether a fused kernel is faster than a launch that packs x and one that multiplies: up to 39 KB of x on 9.0,
+// and 78 KB on others. (For 2 to 4 rows at 8192 x 8192 the product on tensor cores is also faster than gemm_skinny's, by
+// about 1 us, measured without the counting of bits. The bound leaves that out.)
+static inline bool fused_is_faster(const Gpu& gpu, int64_t m, int64_t k, int64_t value_bytes) {
+    const double saved = kMicrosOfPack - (launches_depend(gpu.capability) ? kMicrosHidden : 0);
+    return static_cast<double>(m * k * value_bytes) <= saved * kPackedBytesAMicro;
+}
+
+// Returns the automatic choice for real x with values of so many bytes, or 0 if x is given as words, or if its words are
+// a result too. Without binary tensor cores gemm_skinny is best for all the rows that it takes. On 7.5,
 // a T4's memory brings 1.3 words per clock, which for 16 rows are 20 to count. From 10.0 on, a B200's memory brings
 // 7.3, so that 4 rows hardly keep up, and an RTX 5090's 1.1; but gemm_mma_int8_sm80 always multiplies 64 rows, in 1
 // clock for a word of weights (2 on 12.0), while 16 rows of gemm_skinny take 0.6.
-static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
-    const auto takes = [&](GemmKernel kernel) { return legal(kernel, gpu, m); };
+static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes = 0) {
+    const auto takes = [&](GemmKernel kernel) { return legal(kernel, gpu, m, k, value_bytes); };
     const auto choice = [](GemmKernel kernel, const char* reason) { return Choice{kernel, Tile::m64n64, reason}; };
+    const bool on_tensor_cores = m > 1 && takes(GemmKernel::fused_skinny_mma_sm80);
+    if ((on_tensor_cores || takes(GemmKernel::fused_skinny)) && fused_is_faster(gpu, m, k, value_bytes)) {
+        if (on_tensor_cores) {
+            return choice(GemmKernel::fused_skinny_mma_sm80, "one launch that packs x and multiplies on tensor cores");
+        }
+        return choice(GemmKernel::fused_skinny, "one launch that packs x and multiplies on CUDA cores");
+    }
     if (m <= kCountedRows) {
         return choice(GemmKernel::skinny, "up to 4 rows are counted on CUDA cores while memory brings the weights");
     }
@@ -172,23 +208,52 @@ static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
 #ifndef __CUDACC__  // kernels do not need strings, which would cost nvcc two seconds for each file and target
 
 // Returns the choice for a product; `forced` is find_kernel's record, or null. A device that lacks the forced kernel is
-// an error. A product of more rows than that kernel takes gets the automatic choice, because the layers of a model
-// multiply different numbers of rows.
-static inline OrError<Choice> decide(const KernelRecord* forced, const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
+// an error. A product that the kernel does not take gets the automatic choice, because the layers of a model multiply
+// different numbers of rows.
+static inline OrError<Choice> decide(const KernelRecord* forced, const Gpu& gpu, int64_t m, int64_t n, int64_t k,
+                                     int64_t value_bytes = 0) {
     if (!supported(gpu.capability)) {
         return in_words(gpu.capability) + " is not supported: the CUDA kernels need 7.5 or later";
     }
-    if (!forced) return choose(gpu, m, n, k);
+    if (!forced) return choose(gpu, m, n, k, value_bytes);
     if (!runs_on(*forced, gpu.capability)) {
         return std::string(kKernelVariable) + ": expected one of the kernels that " + in_words(gpu.capability) +
                " has (" + kernel_names(gpu.capability) + "), got \"" + forced->name + "\"";
     }
-    if (!legal(forced->kernel, gpu, m)) {
-        Choice choice = choose(gpu, m, n, k);
-        choice.reason = "the automatic choice: the kernel that is forced takes at most 16 rows";
+    if (!legal(forced->kernel, gpu, m, k, value_bytes)) {
+        Choice choice = choose(gpu, m, n, k, value_bytes);
+        choice.reason = forced->fused ? "the automatic choice: the kernel that is forced takes few values of real x"
+                                      : "the automatic choice: the kernel that is forced takes at most 16 rows";
         return choice;
     }
     return Choice{forced->kernel, best_tile(gpu, m, n, k), "forced, by BITORCH_QLINEAR_CUDA_KERNEL or by the program"};
+}
+
+constexpr char kTileVariable[] = "BITORCH_QLINEAR_CUDA_TILE";
+
+static inline std::string tile_name(Tile tile) {
+    const int i = static_cast<int>(tile);
+    return std::to_string(kTileRows[i]) + "x" + std::to_string(kTileColumns[i]);
+}
+
+// Returns the tile of that name, such as "128x256", or none for "", which is the automatic choice.
+static inline OrError<std::optional<Tile>> find_tile(std::string_view name) {
+    if (name.empty()) return std::nullopt;
+    std::string names;
+    for (const Tile tile : {Tile::m128n256, Tile::m128n128, Tile::m64n64}) {
+        if (name == tile_name(tile)) return tile;
+        names += (names.empty() ? "" : ", ") + tile_name(tile);
+    }
+    return std::string(kTileVariable) + ": expected one of " + names + ", got \"" + std::string(name) + "\"";
+}
+
+// Returns the choice with the forced tile, if there is one and the kernel has several.
+static inline Choice with_tile(Choice choice, const std::optional<Tile>& forced) {
+    if (forced && choice.kernel == GemmKernel::mma_sm80) {
+        choice.tile = *forced;
+        choice.reason = "the tile is forced, by BITORCH_QLINEAR_CUDA_TILE or by the program";
+    }
+    return choice;
 }
 
 // Describes the choice in words.

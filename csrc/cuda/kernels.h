@@ -31,7 +31,18 @@ struct Pack {
     uint32_t* in_range;  // [m][words_for(k)], or null
     int32_t* popcounts;  // [m] set bits of each row of words, or null
 };
-cudaError_t pack(const Pack&, cudaStream_t);
+
+// Packs rows of x by a limit for each value; csrc/cpu/limits.h says what it computes.
+struct PackLimited {
+    const void* x;  // m rows of k contiguous values, `stride` values apart
+    DType dtype;
+    int64_t m, k, stride;
+    bool strict;
+    const void* limits;     // [k] of the same type
+    const uint32_t* flips;  // [words_for(k)], or null
+    uint32_t* words;        // [m][words_for(k)]; every bit past k becomes zero
+};
+cudaError_t pack_limited(const PackLimited&, cudaStream_t);
 
 // Unpacks words of the interchange form to values: +-1 of a float type, int32 or int8; for boolean the bits themselves.
 struct Unpack {
@@ -50,13 +61,18 @@ struct Align {
     int32_t* popcounts;      // [m]
     PreparedHeader* header;  // where to write that these are m prepared weights of k values, or null
 };
-cudaError_t align(const Align&, cudaStream_t);
+
+// Both launch once, also for the second job, which must have no header; one of no rows is none. A product of words that
+// have not been counted yet so needs one launch before it, not two.
+constexpr Align kNoAlign{};
+cudaError_t pack(const Pack&, const Align& beside, cudaStream_t);
+cudaError_t align(const Align&, const Align& other, cudaStream_t);
 
 // One factor of a product.
 struct Operand {
     const uint32_t* words;
     int64_t stride;            // words from row to row
-    const int32_t* popcounts;  // set bits of each row; read by the AND kernels alone
+    const int32_t* popcounts;  // set bits of each row, or null; mma_sm80 and mma_int8_sm80 alone read them
 };
 
 // n values of a float type, contiguous, or null.
@@ -75,14 +91,31 @@ struct Output {
     Channels scale, bias;
 };
 
-// y = x . weight^T. `prepared` is the header of the prepared form that the weights or their popcounts are taken from,
-// or null. The host cannot read it without waiting for the device, so a kernel that uses the form traps if its n, k or
-// layout is wrong (check_prepared.cuh).
+// y = x . weight^T. If the weights or their popcounts are taken from a prepared form, `wrong_form` is where kernels report
+// a form of another product, and weight.popcounts must be the form's, because its header lies before them; otherwise it
+// is null. The host cannot read the header without waiting for the device, so every kernel that uses the form compares
+// its n, k and layout, and writes no result if they are wrong (check_prepared.cuh).
 struct Product {
     Operand x, weight;
     int64_t m, n, k;
     Output y;
-    const PreparedHeader* prepared;
+    WrongForm* wrong_form;
+};
+
+// Rows of real x, which a fused kernel packs itself.
+struct RealRows {
+    const void* data;  // m rows of k contiguous values, `stride` values apart
+    DType dtype;
+    int64_t stride;
+    bool strict;
+};
+
+// A product of real x. `product` has all but x: its x and the popcounts of its weights are not read. A block of a fused
+// kernel packs all of x, so there should be no more blocks than multiprocessors.
+struct FusedProduct {
+    Product product;
+    RealRows x;
+    int multiprocessors;
 };
 
 // Returns whether both operands are in the aligned form, as far as addresses and strides tell.
@@ -101,10 +134,18 @@ cudaError_t gemm_popc(const Product&, cudaStream_t);
 
 // The other kernels read the aligned form, and return cudaErrorInvalidValue for operands or sizes that they do not
 // take.
-cudaError_t gemm_skinny(const Product&, cudaStream_t);           // any compute capability; no popcounts needed
-cudaError_t gemm_skinny_mma_sm80(const Product&, cudaStream_t);  // compute capability 8.0 to 9.0
-cudaError_t gemm_mma_sm80(const Product&, Tile, cudaStream_t);   // compute capability 8.0 to 9.0
-cudaError_t gemm_mma_sm75(const Product&, cudaStream_t);         // compute capability 7.5 to 8.9; no popcounts needed
-cudaError_t gemm_mma_int8_sm80(const Product&, cudaStream_t);    // compute capability 8.0 and later
+//
+// With `behind_pack` they are launched while pack, which must be the kernel before them in the stream, still runs
+// (launch.cuh; compute capability 9.0).
+cudaError_t gemm_skinny(const Product&, cudaStream_t, bool behind_pack = false);  // any capability; without popcounts
+cudaError_t gemm_skinny_mma_sm80(const Product&, cudaStream_t, bool behind_pack = false);  // the same, 8.0 to 9.0
+cudaError_t gemm_mma_sm80(const Product&, Tile, cudaStream_t, bool behind_pack = false);   // capability 8.0 to 9.0
+cudaError_t gemm_mma_int8_sm80(const Product&, cudaStream_t, bool behind_pack = false);    // capability 8.0 and later
+cudaError_t gemm_mma_sm75(const Product&, cudaStream_t);  // capability 7.5 to 8.9; without popcounts
+
+// The fused kernels pack x in the launch of the product. They return cudaErrorInvalidValue for weights that are not in
+// the aligned form and for sizes that they do not take (fits_fused in records.h).
+cudaError_t gemm_fused_skinny(const FusedProduct&, cudaStream_t);           // any compute capability; up to 4 rows
+cudaError_t gemm_fused_skinny_mma_sm80(const FusedProduct&, cudaStream_t);  // compute capability 8.0 to 9.0
 
 }  // namespace bitorch_qlinear::cuda

@@ -1,5 +1,4 @@
-// Loads of 16 bytes under a predicate, through the path for data that no kernel writes at the same time (PTX ISA,
-// "ld.global.nc").
+// Loads of 16 bytes under a predicate.
 #pragma once
 
 #include <cstdint>
@@ -7,20 +6,21 @@
 namespace bitorch_qlinear::cuda {
 
 // Loads four words of a row, or zeros if they do not exist. The load has a predicate instead of a branch and is not
-// moved.
+// moved. The words may have been written since the kernel began (launch.cuh).
 __device__ __forceinline__ uint4 load(const uint32_t* words, bool exist) {
     uint4 w;
     asm volatile(
         "{\n.reg .pred exist;\n"
         "setp.ne.b32 exist, %5, 0;\n"
         "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
-        "@exist ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+        "@exist ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
         : "=&r"(w.x), "=&r"(w.y), "=&r"(w.z), "=&r"(w.w)
         : "l"(words), "r"(static_cast<int>(exist)));
     return w;
 }
 
-// Does the same without allocating in the L1 cache, for words that no other block reads.
+// Does the same without allocating in the L1 cache, for words that no other block reads, and through the path for data
+// that no kernel writes meanwhile (PTX ISA, "ld.global.nc").
 __device__ __forceinline__ uint4 load_once(const uint32_t* words, bool exist) {
     uint4 w;
     asm volatile(

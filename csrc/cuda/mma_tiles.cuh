@@ -31,6 +31,7 @@
 #include "async_copy.cuh"
 #include "check_prepared.cuh"
 #include "epilogue.cuh"
+#include "launch.cuh"
 #include "mma_square.cuh"
 
 namespace bitorch_qlinear::cuda {
@@ -157,18 +158,22 @@ using Sums = int32_t[kFragments<Shape>][kGroups<Shape>][4][4];
 //     static void multiply_stage(Fragments<Shape, Vector>& fragments, const typename Shape::Stage& next, const Place& at,
 //                                Sums<Shape>& sums);
 
-// Multiplies a tile. Stages past the last are zeros or an earlier stage; they are read into registers but not
-// multiplied.
-template <class Instructions, class Shape, int Vector>
+// Multiplies a tile, and calls `meanwhile` once the first copies are on their way. Stages past the last are zeros or an
+// earlier stage; they are read into registers but not multiplied.
+template <class Instructions, class Shape, int Vector, class Function>
 __device__ __forceinline__ void multiply_tile(const Product& product, const Place& at,
-                                              typename Shape::Stage (&stages)[kStages], Sums<Shape>& sums) {
+                                              typename Shape::Stage (&stages)[kStages], Sums<Shape>& sums,
+                                              Function meanwhile) {
     const int count = static_cast<int>((product.k + kStageBits - 1) / kStageBits);
-    if (count == 0) return;
+    if (count > 0) {
 #pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) {
-        fetch_stage<Shape>(product, at, stage, stages[stage]);
-        commit_copies();
+        for (int stage = 0; stage < kStages; ++stage) {
+            fetch_stage<Shape>(product, at, stage, stages[stage]);
+            commit_copies();
+        }
     }
+    meanwhile();
+    if (count == 0) return;
     Fragments<Shape, Vector> fragments;
     wait_for_stage<kStages - 1>();
 #pragma unroll
@@ -185,20 +190,45 @@ __device__ __forceinline__ void multiply_tile(const Product& product, const Plac
     wait_for_stage<0>();
 }
 
+// A thread's part of the margins, in registers. It is fetched before the tile is multiplied, so that nothing waits for
+// memory after that, and stored to shared memory when the stages are no longer needed there.
 template <class As, class Shape>
-__device__ __forceinline__ void load_margins(const Product& product, const Place& at, Margins<As, Shape>& margins) {
-    const auto load = [](const Operand& operand, int64_t begin, int64_t rows, auto& to) {
-        constexpr int kCount = sizeof to / sizeof to[0];
-        for (int i = static_cast<int>(threadIdx.x); i < kCount; i += Shape::kThreads) {
-            to[i] = begin + i < rows ? static_cast<uint32_t>(operand.popcounts[begin + i]) : 0;
+struct EarlyMargins {
+    static constexpr int kCounts = (Shape::kRows + Shape::kColumns + Shape::kThreads - 1) / Shape::kThreads;
+    static constexpr int kChannels = (Shape::kColumns + Shape::kThreads - 1) / Shape::kThreads;
+    static_assert(Shape::kRows % kWarp == 0, "a warp counts for rows of x or for rows of weight");
+
+    uint32_t counts[kCounts];
+    typename ChannelTile<As, Shape::kColumns>::Early channels[kChannels];
+
+    // Calls function(i, index) for a thread's places i among `Count` indices.
+    template <int Count, class Function>
+    static __device__ __forceinline__ void for_each(Function function) {
+#pragma unroll
+        for (int i = 0; i * Shape::kThreads < Count; ++i) {
+            const int index = i * Shape::kThreads + static_cast<int>(threadIdx.x);
+            if (Count % Shape::kThreads == 0 || index < Count) function(i, index);
         }
-    };
-    load(product.x, at.row, product.m, margins.x);
-    load(product.weight, at.column, product.n, margins.weight);
-    margins.channels.load(product.y, product.n, at.column);
-    if (threadIdx.x == 0) check_prepared(product.prepared, product.n, product.k);
-    __syncthreads();
-}
+    }
+
+    __device__ __forceinline__ void fetch(const Product& product, const Place& at) {
+        for_each<Shape::kRows + Shape::kColumns>([&](int i, int index) {
+            const bool of_x = index < Shape::kRows;
+            const int64_t row = of_x ? at.row + index : at.column + index - Shape::kRows;
+            const int32_t* popcounts = of_x ? product.x.popcounts : product.weight.popcounts;
+            counts[i] = row < (of_x ? product.m : product.n) ? static_cast<uint32_t>(popcounts[row]) : 0;
+        });
+        for_each<Shape::kColumns>([&](int i, int index) { channels[i].fetch(product.y, product.n, at.column, index); });
+    }
+
+    // All threads of the block must call it, and reach a barrier before the margins are read.
+    __device__ __forceinline__ void store(const Product& product, Margins<As, Shape>& margins) const {
+        for_each<Shape::kRows + Shape::kColumns>([&](int i, int index) {
+            (index < Shape::kRows ? margins.x[index] : margins.weight[index - Shape::kRows]) = counts[i];
+        });
+        for_each<Shape::kColumns>([&](int i, int index) { channels[i].store(product.y, index, margins.channels); });
+    }
+};
 
 template <class As, class Shape>
 __device__ __forceinline__ void write_tile(const Product& product, const Place& at, bool whole_vectors,
@@ -249,21 +279,31 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         extern __shared__ __align__(128) uint4 memory[];  // whole lines of banks
         auto& shared = *reinterpret_cast<Shared<As, Shape>*>(memory);
         const Place at = place<Shape>(row_tiles, column_tiles);
+        __shared__ bool wrong_form;
         Sums<Shape> sums = {};
-        multiply_tile<Instructions, Shape, kVector<As>>(product, at, shared.stages, sums);
-        load_margins<As, Shape>(product, at, shared.margins);
-        if constexpr (kBits<As>) {
+        wait_for_kernel_before();
+        EarlyMargins<As, Shape> margins;
+        multiply_tile<Instructions, Shape, kVector<As>>(product, at, shared.stages, sums, [&] {
+            margins.fetch(product, at);
+            if (threadIdx.x == 0) wrong_form = has_wrong_form(product);
+        });
+        margins.store(product, shared.margins);
+        __syncthreads();
+        if (wrong_form) {
+            write_no_result<As>(product, at.row, Shape::kRows, at.column, Shape::kColumns);
+        } else if constexpr (kBits<As>) {
             write_tile<Shape>(product, at, sums, shared.margins);
         } else {
             write_tile<As, Shape>(product, at, whole_vectors, sums, shared.margins);
         }
     } else {
-        __trap();  // instead of leaving y unwritten
+        const Place at = place<Shape>(row_tiles, column_tiles);  // instead of leaving y unwritten
+        write_no_result<As>(product, at.row, Shape::kRows, at.column, Shape::kColumns);
     }
 }
 
 template <class Instructions, class Shape>
-cudaError_t launch(const Product& product, cudaStream_t stream) {
+cudaError_t launch(const Product& product, cudaStream_t stream, bool behind_pack) {
     const int64_t row_tiles = ceil_div(product.m, Shape::kRows), column_tiles = ceil_div(product.n, Shape::kColumns);
     if (row_tiles > INT32_MAX / column_tiles) return cudaErrorInvalidConfiguration;
     return with_output_type(product.y.dtype, [&](auto as) {
@@ -276,9 +316,8 @@ cudaError_t launch(const Product& product, cudaStream_t stream) {
             const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
             if (error != cudaSuccess) return cudaGetLastError();  // which clears the error, before others see it
         }
-        kernel<<<static_cast<unsigned>(row_tiles * column_tiles), Shape::kThreads, kBytes, stream>>>(
-            product, row_tiles, column_tiles, rows_on_16_bytes(product.y, product.n));
-        return cudaGetLastError();
+        return launch_kernel(kernel, row_tiles * column_tiles, Shape::kThreads, kBytes, stream, behind_pack, product,
+                             row_tiles, column_tiles, rows_on_16_bytes(product.y, product.n));
     });
 }
 

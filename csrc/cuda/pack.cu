@@ -10,7 +10,9 @@
 // bfloat16 Vectors from memory in 105 clocks. Its 205 instructions take the units of logic, which start two of a warp
 // in a clock, 72 clocks, so memory is the limit. With in-range bits they take 144 clocks and memory 111, so these units
 // are, at 77 % of the memory's rate.
+#include "align_rows.cuh"
 #include "kernels.h"
+#include "launch.cuh"
 #include "row_grid.cuh"
 #include "sign_tests.cuh"
 
@@ -123,9 +125,12 @@ __device__ __forceinline__ int32_t pack_segment(const Pack& job, int64_t row, in
     return count;
 }
 
-// Two blocks fit on an SM in any case; without the 2, nvcc 13.0 spills in three kernels for sm_120.
+// Blocks from `blocks` on align words beside. Two blocks fit on an SM in any case; without the 2, nvcc 13.0 spills in
+// three kernels for sm_120.
 template <class T, bool Strict, class Step>
-__global__ void __launch_bounds__(kRowThreads, 2) pack_rows(const Pack job) {
+__global__ void __launch_bounds__(kRowThreads, 2) pack_rows(const Pack job, const Align beside, int64_t blocks) {
+    let_next_kernel_start();
+    if (blockIdx.x >= blocks) return align_rows_of_block(beside, blockIdx.x - blocks);
     constexpr int kWords = kSteps * kVector<T>;
     const int64_t row = row_of_warp();
     const auto limit = job.in_range ? range_limit<T>(job.threshold) : 0;
@@ -142,24 +147,25 @@ __global__ void __launch_bounds__(kRowThreads, 2) pack_rows(const Pack job) {
 }
 
 template <class T>
-cudaError_t launch(const Pack& job, cudaStream_t stream) {
+cudaError_t launch(const Pack& job, const Align& beside, cudaStream_t stream) {
     const bool vectors = reinterpret_cast<uintptr_t>(job.x) % 16 == 0 && job.k % kVector<T> == 0 &&
                          (job.stride % kVector<T> == 0 || job.m == 1);
     const auto kernel = job.strict ? (vectors ? pack_rows<T, true, Vectors<T>> : pack_rows<T, true, Values<T>>)
                                    : (vectors ? pack_rows<T, false, Vectors<T>> : pack_rows<T, false, Values<T>>);
     const int64_t segments = ceil_div(job.word_stride, kSteps * kVector<T>);
-    if (segments == 0 && !job.popcounts) return cudaSuccess;
-    return launch_rows(kernel, job.m, segments, !job.popcounts, stream, job);
+    if (segments == 0 && !job.popcounts && beside.m == 0) return cudaSuccess;
+    return launch_rows(kernel, job.m, segments, !job.popcounts && beside.m == 0, align_blocks(beside), stream, job,
+                       beside, row_blocks(job.m, segments));
 }
 
 }  // namespace
 
-cudaError_t pack(const Pack& job, cudaStream_t stream) {
+cudaError_t pack(const Pack& job, const Align& beside, cudaStream_t stream) {
     switch (job.dtype) {
-        case DType::float64: return launch<double>(job, stream);
-        case DType::float32: return launch<float>(job, stream);
-        case DType::float16: return launch<__half>(job, stream);
-        case DType::bfloat16: return launch<__nv_bfloat16>(job, stream);
+        case DType::float64: return launch<double>(job, beside, stream);
+        case DType::float32: return launch<float>(job, beside, stream);
+        case DType::float16: return launch<__half>(job, beside, stream);
+        case DType::bfloat16: return launch<__nv_bfloat16>(job, beside, stream);
         default: return cudaErrorInvalidValue;
     }
 }

@@ -29,4 +29,13 @@ static inline int64_t prepared_bytes(int64_t n, int64_t k) {
            (prepared_holds_words(k) ? n * aligned_words_for(k) * kWordBytes : 0);
 }
 
+// What a kernel writes about a prepared form that was made for another product than its own, in memory that the host
+// reads at its next call (wrong_form.h).
+struct WrongForm {
+    int64_t n, k;            // of the product
+    int64_t form_n, form_k;  // of the form; -1 if it has no header of this layout
+    uint32_t seen;           // whether the fields above hold a report; written last
+    uint32_t padding;
+};
+
 }  // namespace bitorch_qlinear::cuda

@@ -9,13 +9,30 @@
 #include <variant>
 #endif
 
+#include "prepared.h"
+
 namespace bitorch_qlinear::cuda {
 
 // The most rows of x that a skinny kernel takes.
 constexpr int64_t kSkinnyRows = 16;
 
-enum class GemmKernel : int { popc, skinny, skinny_mma_sm80, mma_sm75, mma_sm80, mma_int8_sm80 };
-constexpr int kGemmKernels = 6;
+// The most rows that are counted on CUDA cores if another kernel exists for more (heuristics.h).
+constexpr int64_t kCountedRows = 4;
+
+// The most values of x, with rows rounded up to the aligned form's, that a block of a fused kernel packs: 16 KB of words.
+constexpr int64_t kFusedValues = 131072;
+
+enum class GemmKernel : int {
+    popc,
+    skinny,
+    skinny_mma_sm80,
+    mma_sm75,
+    mma_sm80,
+    mma_int8_sm80,
+    fused_skinny,
+    fused_skinny_mma_sm80
+};
+constexpr int kGemmKernels = 8;
 
 // A kernel and the devices and operands that it takes. A compute capability is one number here: 86 is 8.6, 120 is 12.0.
 struct KernelRecord {
@@ -23,8 +40,9 @@ struct KernelRecord {
     const char* name;     // for BITORCH_QLINEAR_CUDA_KERNEL; the launcher is gemm_<name>
     int lowest, highest;  // compute capabilities that it runs on
     bool aligned;         // reads the aligned form of the words (kernels.h)
-    bool popcounts;       // counts a & b, and so reads the set bits of each row
+    bool popcounts;       // reads the set bits of each row, because it counts a & b and does not count them itself
     int64_t most_rows;    // of x
+    bool fused = false;   // takes real x, at most kFusedValues of them, and packs them itself
 };
 constexpr int kNewest = INT32_MAX;
 constexpr int64_t kAnyRows = INT64_MAX;
@@ -35,10 +53,12 @@ constexpr int64_t kAnyRows = INT64_MAX;
 constexpr KernelRecord kKernels[kGemmKernels] = {
     {GemmKernel::popc, "popc", 75, kNewest, false, false, kAnyRows},
     {GemmKernel::skinny, "skinny", 75, kNewest, true, false, kSkinnyRows},
-    {GemmKernel::skinny_mma_sm80, "skinny_mma_sm80", 80, 90, true, true, kSkinnyRows},
+    {GemmKernel::skinny_mma_sm80, "skinny_mma_sm80", 80, 90, true, false, kSkinnyRows},
     {GemmKernel::mma_sm75, "mma_sm75", 75, 89, true, false, kAnyRows},
     {GemmKernel::mma_sm80, "mma_sm80", 80, 90, true, true, kAnyRows},
     {GemmKernel::mma_int8_sm80, "mma_int8_sm80", 80, kNewest, true, true, kAnyRows},
+    {GemmKernel::fused_skinny, "fused_skinny", 75, kNewest, true, false, kCountedRows, true},
+    {GemmKernel::fused_skinny_mma_sm80, "fused_skinny_mma_sm80", 80, 90, true, false, kSkinnyRows, true},
 };
 
 static constexpr const KernelRecord& record(GemmKernel kernel) { return kKernels[static_cast<int>(kernel)]; }
@@ -56,8 +76,19 @@ struct Gpu {
     int multiprocessors;
 };
 
-static constexpr bool legal(GemmKernel kernel, const Gpu& gpu, int64_t m) {
-    return runs_on(record(kernel), gpu.capability) && m <= record(kernel).most_rows;
+// Returns whether a product may be launched before the kernel that packs its x has ended (launch.cuh). 10.0 and later
+// have this too, but captures into graphs have been seen to fail on 12.0 (sglang, issue 18596).
+static constexpr bool launches_depend(int capability) { return capability == 90; }
+
+// Returns whether a block of a fused kernel has place for x.
+static inline bool fits_fused(int64_t m, int64_t k) {
+    return m <= kSkinnyRows && m * aligned_words_for(k) * kWordBits <= kFusedValues;
+}
+
+static inline bool legal(GemmKernel kernel, const Gpu& gpu, int64_t m, int64_t k = 0, int64_t value_bytes = 0) {
+    const KernelRecord& found = record(kernel);
+    return runs_on(found, gpu.capability) && m <= found.most_rows &&
+           (!found.fused || (value_bytes > 0 && fits_fused(m, k)));
 }
 
 #ifndef __CUDACC__  // kernels do not need strings, which would cost nvcc two seconds for each file and target

@@ -36,15 +36,25 @@ __device__ __forceinline__ int32_t sum_over_row(int32_t count) {
     return sum;
 }
 
-// Launches a kernel over rows. A row gets as many warps of a block as it has segments, up to a power of two, so that
-// short rows share a block; with `parts`, a longer row gets further blocks, so that one long row fills the device too.
-template <class... Parameters>
-cudaError_t launch_rows(void (*kernel)(Parameters...), int64_t rows, int64_t segments, bool parts, cudaStream_t stream,
-                        Parameters... arguments) {
-    constexpr int64_t kMostParts = 65535;  // the limit of gridDim.y; the kernel's loop does the rest
+// Returns the warps of a row of a launch: as many as it has segments, up to a block's, rounded up to a power of two, so
+// that short rows share a block.
+static inline int64_t row_warps(int64_t segments) {
     int64_t warps = 1;
     while (warps < kRowWarps && warps < segments) warps *= 2;
-    const int64_t blocks = ceil_div(rows, kRowWarps / warps);
+    return warps;
+}
+
+static inline int64_t row_blocks(int64_t rows, int64_t segments) {
+    return ceil_div(rows, kRowWarps / row_warps(segments));
+}
+
+// Launches a kernel over rows. With `parts`, a row longer than a block gets further blocks, so that one long row fills
+// the device too; without, `more` blocks follow those of the rows.
+template <class... Parameters>
+cudaError_t launch_rows(void (*kernel)(Parameters...), int64_t rows, int64_t segments, bool parts, int64_t more,
+                        cudaStream_t stream, Parameters... arguments) {
+    constexpr int64_t kMostParts = 65535;  // the limit of gridDim.y; the kernel's loop does the rest
+    const int64_t warps = row_warps(segments), blocks = row_blocks(rows, segments) + more;
     const int64_t shares = parts ? std::clamp(ceil_div(segments, warps), int64_t{1}, kMostParts) : 1;
     if (blocks == 0) return cudaSuccess;
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;

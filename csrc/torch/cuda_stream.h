@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../cuda/dispatch.h"
+#include "../cuda/wrong_form.h"
 #include "check.h"
 
 namespace bitorch_qlinear::cuda {
@@ -20,7 +21,8 @@ inline cudaStream_t current_stream(int32_t device_index) {
 }
 
 // The device on which an operator launches its kernels, and torch's current stream there. While the object lives, the
-// device is the current one. The constructor throws if no kernel runs on the device.
+// device is the current one. The constructor throws if no kernel runs on the device, or if a kernel has reported a wrong
+// prepared form there, which an earlier call could not know.
 class Launch {
   public:
     explicit Launch(const Device& device)
@@ -32,6 +34,7 @@ class Launch {
   private:
     static int32_t checked(int32_t device_index) {
         check_supported(device_index);
+        report_wrong_form(device_index);
         return device_index;
     }
 

@@ -12,6 +12,7 @@
 #include "../cuda/dispatch.h"
 #include "../cuda/kernels.h"
 #include "../cuda/prepared.h"
+#include "../cuda/wrong_form.h"
 #include "chain.h"
 #include "cuda_stream.h"
 #include "tensors.h"
@@ -41,19 +42,23 @@ bool starts_on_16_bytes(const void* data) { return reinterpret_cast<uintptr_t>(d
 
 // ---- factors: words in the form that a kernel reads ------------------------------------------------------------------
 
+// A factor, and what a launch must do before the product reads it.
 struct Factor {
     Operand operand;
-    const PreparedHeader* prepared = nullptr;
-    std::optional<Tensor> memory = std::nullopt;  // keeps alive what was made for this call
+    bool from_form = false;  // whether the popcounts are those of a prepared form
+    std::optional<Pack> pack = std::nullopt;
+    Align align = kNoAlign;
+    std::optional<Tensor> memory = std::nullopt;  // keeps alive what is made for this call
 };
 
 // Allocates the popcounts of m rows, followed by their aligned words if `aligned`.
 Factor allocate_factor(int64_t m, int64_t k, bool aligned, const Launch& launch) {
     const int64_t count_bytes = prepared_popcount_bytes(m), stride = aligned_words_for(k);
-    Tensor memory = scratch(count_bytes + (aligned ? m * stride * kWordBytes : 0), launch);
-    uint8_t* data = static_cast<uint8_t*>(memory.data_ptr());
-    const Operand operand{reinterpret_cast<uint32_t*>(data + count_bytes), stride, reinterpret_cast<int32_t*>(data)};
-    return {operand, nullptr, std::move(memory)};
+    Factor factor{};
+    factor.memory = scratch(count_bytes + (aligned ? m * stride * kWordBytes : 0), launch);
+    uint8_t* data = static_cast<uint8_t*>(factor.memory->data_ptr());
+    factor.operand = {reinterpret_cast<uint32_t*>(data + count_bytes), stride, reinterpret_cast<int32_t*>(data)};
+    return factor;
 }
 
 // Makes a factor from words [m][words_for(k)] of the interchange form.
@@ -63,8 +68,7 @@ Factor factor_of_words(const uint32_t* words, int64_t m, int64_t k, const Kernel
     if (!realign && !kernel.popcounts) return {as_it_is};
     Factor factor = allocate_factor(m, k, realign, launch);
     uint32_t* aligned = realign ? const_cast<uint32_t*>(factor.operand.words) : nullptr;
-    check_launch("align", align({words, m, k, aligned, const_cast<int32_t*>(factor.operand.popcounts), nullptr},
-                                launch.stream()));
+    factor.align = {words, m, k, aligned, const_cast<int32_t*>(factor.operand.popcounts), nullptr};
     if (!realign) factor.operand = {words, words_for(k), factor.operand.popcounts};
     return factor;
 }
@@ -74,11 +78,25 @@ Factor factor_of_rows(const Rows& x, bool strict, const KernelRecord& kernel, co
     Factor factor = allocate_factor(x.m, x.k, true, launch);
     if (!kernel.aligned) factor.operand.stride = words_for(x.k);
     if (!kernel.popcounts) factor.operand.popcounts = nullptr;
-    check_launch("pack",
-                 pack({x.data, x.dtype, x.m, x.k, x.stride, strict, 0, const_cast<uint32_t*>(factor.operand.words),
-                       factor.operand.stride, nullptr, const_cast<int32_t*>(factor.operand.popcounts)},
-                      launch.stream()));
+    factor.pack = {x.data,
+                   x.dtype,
+                   x.m,
+                   x.k,
+                   x.stride,
+                   strict,
+                   0,
+                   const_cast<uint32_t*>(factor.operand.words),
+                   factor.operand.stride,
+                   nullptr,
+                   const_cast<int32_t*>(factor.operand.popcounts)};
     return factor;
+}
+
+// Launches what the factors of a product need, by one launch if it can do both. The last one packs x, if it is real.
+void make(const Factor& x, const Factor& weight, const Launch& launch) {
+    if (weight.pack) check_launch("pack", pack(*weight.pack, kNoAlign, launch.stream()));
+    if (x.pack) check_launch("pack", pack(*x.pack, weight.align, launch.stream()));
+    if (!x.pack) check_launch("align", align(x.align, weight.align, launch.stream()));
 }
 
 // ---- the right-hand side ---------------------------------------------------------------------------------------------
@@ -98,6 +116,7 @@ const uint8_t* check_prepared(const Tensor& prepared, int64_t n, int64_t k) {
 
 // Packed weights, checked.
 struct Weights {
+    Tensor tensor;  // keeps the words alive
     const uint32_t* words;
     const uint8_t* prepared;  // its header, or null
     int64_t n, k;
@@ -105,7 +124,9 @@ struct Weights {
 
 Weights read_weights(const WeightArguments& weight) {
     const int64_t n = weight.n, k = weight.k;
-    return {words_of(weight.words), weight.prepared ? check_prepared(*weight.prepared, n, k) : nullptr, n, k};
+    Tensor tensor = aligned("weight_words", weight.words);
+    const uint32_t* words = words_of(tensor);
+    return {std::move(tensor), words, weight.prepared ? check_prepared(*weight.prepared, n, k) : nullptr, n, k};
 }
 
 Factor factor_of_weights(const Weights& weight, const KernelRecord& kernel, const Launch& launch) {
@@ -116,18 +137,18 @@ Factor factor_of_weights(const Weights& weight, const KernelRecord& kernel, cons
     const uint8_t* popcounts = weight.prepared + sizeof(PreparedHeader);
     const uint8_t* aligned = popcounts + prepared_popcount_bytes(weight.n);
     const uint32_t* words = words_fit ? weight.words : reinterpret_cast<const uint32_t*>(aligned);
-    return {{words, aligned_words_for(weight.k), reinterpret_cast<const int32_t*>(popcounts)},
-            reinterpret_cast<const PreparedHeader*>(weight.prepared)};
+    return {{words, aligned_words_for(weight.k), reinterpret_cast<const int32_t*>(popcounts)}, true};
 }
 
 // ---- the product -----------------------------------------------------------------------------------------------------
 
-// Bias or scale as contiguous values, copied if they are strided.
+// Bias or scale as contiguous values, copied if they are strided or do not lie at multiples of their size.
 class ContiguousChannels {
   public:
-    explicit ContiguousChannels(const std::optional<Tensor>& vector) {
+    ContiguousChannels(const char* argument, const std::optional<Tensor>& vector) {
         if (!vector || vector->numel() == 0) return;
-        values_ = vector->stride(0) == 1 || vector->numel() == 1 ? *vector : contiguous_copy("bias or scale", *vector);
+        const bool contiguous = vector->stride(0) == 1 || vector->numel() == 1;
+        values_ = contiguous ? aligned(argument, *vector) : contiguous_copy(argument, *vector);
     }
     Channels channels() const {
         if (!values_) return {nullptr, DType::float32};
@@ -138,27 +159,35 @@ class ContiguousChannels {
     std::optional<Tensor> values_;
 };
 
-// The limits or flips of outputs that are bits, copied if they do not lie at multiples of their size.
-class AlignedWords {
+// Contiguous limits or flips, copied if they do not lie at multiples of their size.
+class AlignedVector {
   public:
-    AlignedWords(const char* argument, const std::optional<Tensor>& words) {
+    AlignedVector(const char* argument, const std::optional<Tensor>& words) {
         if (words) words_ = aligned(argument, *words);
     }
-    Channels channels() const { return {words_ ? words_->data_ptr() : nullptr, DType::int32}; }
+    const void* data() const { return words_ ? words_->data_ptr() : nullptr; }
+    Channels channels() const { return {data(), DType::int32}; }
 
   private:
     std::optional<Tensor> words_;
 };
 
-cudaError_t launch_product(const Choice& choice, const Product& product, cudaStream_t stream) {
+// Launches a product of words; with `behind_pack`, before pack has ended, which made x in the launch before.
+cudaError_t launch_product(const Choice& choice, const Product& product, bool behind_pack, cudaStream_t stream) {
     switch (choice.kernel) {
-        case GemmKernel::skinny: return gemm_skinny(product, stream);
-        case GemmKernel::skinny_mma_sm80: return gemm_skinny_mma_sm80(product, stream);
+        case GemmKernel::skinny: return gemm_skinny(product, stream, behind_pack);
+        case GemmKernel::skinny_mma_sm80: return gemm_skinny_mma_sm80(product, stream, behind_pack);
         case GemmKernel::mma_sm75: return gemm_mma_sm75(product, stream);
-        case GemmKernel::mma_int8_sm80: return gemm_mma_int8_sm80(product, stream);
-        case GemmKernel::mma_sm80: return gemm_mma_sm80(product, choice.tile, stream);
+        case GemmKernel::mma_int8_sm80: return gemm_mma_int8_sm80(product, stream, behind_pack);
+        case GemmKernel::mma_sm80: return gemm_mma_sm80(product, choice.tile, stream, behind_pack);
         default: return gemm_popc(product, stream);
     }
+}
+
+// Launches a product of real x.
+cudaError_t launch_fused(const Choice& choice, const FusedProduct& job, cudaStream_t stream) {
+    if (choice.kernel == GemmKernel::fused_skinny_mma_sm80) return gemm_fused_skinny_mma_sm80(job, stream);
+    return gemm_fused_skinny(job, stream);
 }
 
 // How the outputs are made of the product: the result's sizes and dtype, and bias and scale of numbers or limits and
@@ -171,30 +200,57 @@ struct Outputs {
     const BitArguments& bits = kNoBits;
 };
 
-// Computes y[m][n] from the factors that make_x(record) and make_weight(record) give in the chosen kernel's form.
+// Real x, of which only the product is wanted.
+struct RealX {
+    const Rows& rows;
+    bool strict;
+};
+
+// Computes y[m][n] from the factors that make_x(record) and make_weight(record) give in the chosen kernel's form, or from
+// `real_x`, if it is not null and the kernel packs it. x is packed last, so that nothing is launched between pack and the
+// product, which may start before pack has ended (launch.cuh).
 template <class MakeX, class MakeWeight>
 Tensor multiply(int64_t m, int64_t n, int64_t k, const Outputs& outputs, const Launch& launch, MakeX make_x,
-                MakeWeight make_weight) {
+                MakeWeight make_weight, const RealX* real_x = nullptr) {
     Tensor y = empty(outputs.sizes, outputs.type, launch.device());
-    const Choice choice = choose_kernel(launch.device().index, m, n, k);
+    const int64_t value_bytes = real_x ? element_size(real_x->rows.dtype) : 0;
+    const Choice choice = choose_kernel(launch.device().index, m, n, k, value_bytes);
     const KernelRecord& kernel = record(choice.kernel);
-    const Factor x = make_x(kernel);
-    if (m == 0 || n == 0) return y;
+    if (m == 0 || n == 0) {
+        if (n == 0) make(make_x(kernel), {}, launch);  // x_words of linear_train are an output, too
+        return y;
+    }
     const Factor w = make_weight(kernel);
-    const ContiguousChannels scale(outputs.scale), bias(outputs.bias);
-    const AlignedWords limits("out_limits", outputs.bits.limits), flips("out_flips", outputs.bits.flips);
+    const ContiguousChannels scale("scale", outputs.scale), bias("bias", outputs.bias);
+    const AlignedVector limits("out_limits", outputs.bits.limits), flips("out_flips", outputs.bits.flips);
     const Output numbers{y.data_ptr(), *dtype_of(outputs.type), scale.channels(), bias.channels()};
     const Output bits{y.data_ptr(), DType::boolean, limits.channels(), flips.channels()};
-    const Product product{x.operand, w.operand, m, n, k, outputs.bits.limits ? bits : numbers, w.prepared};
-    check_launch(kernel.name, launch_product(choice, product, launch.stream()));
+    WrongForm* wrong_form = w.from_form ? wrong_form_of(launch.device().index) : nullptr;
+    Product product{{}, w.operand, m, n, k, outputs.bits.limits ? bits : numbers, wrong_form};
+    const Gpu& gpu = gpu_of(launch.device().index);
+    if (kernel.fused) {
+        make({}, w, launch);
+        const RealRows rows{real_x->rows.data, real_x->rows.dtype, real_x->rows.stride, real_x->strict};
+        check_launch(kernel.name, launch_fused(choice, {product, rows, gpu.multiprocessors}, launch.stream()));
+        return y;
+    }
+    const Factor x = make_x(kernel);
+    make(x, w, launch);
+    product.x = x.operand;
+    // Nothing may lie between pack and the product, and pack must not make the weights too. (Without values it launches
+    // nothing.)
+    const bool behind_pack = x.pack && w.align.m == 0 && k > 0 && launches_depend(gpu.capability);
+    check_launch(kernel.name, launch_product(choice, product, behind_pack, launch.stream()));
     return y;
 }
 
 // Computes y[m][n] from packed weights.
 template <class MakeX>
-Tensor multiply(int64_t m, const Weights& weights, const Outputs& outputs, const Launch& launch, MakeX make_x) {
-    return multiply(m, weights.n, weights.k, outputs, launch, make_x,
-                    [&](const KernelRecord& kernel) { return factor_of_weights(weights, kernel, launch); });
+Tensor multiply(int64_t m, const Weights& weights, const Outputs& outputs, const Launch& launch, MakeX make_x,
+                const RealX* real_x = nullptr) {
+    return multiply(
+        m, weights.n, weights.k, outputs, launch, make_x,
+        [&](const KernelRecord& kernel) { return factor_of_weights(weights, kernel, launch); }, real_x);
 }
 
 // ---- operators -------------------------------------------------------------------------------------------------------
@@ -202,16 +258,23 @@ Tensor multiply(int64_t m, const Weights& weights, const Outputs& outputs, const
 Tensor pack_bits(const Tensor& x, bool strict, const std::optional<Tensor>& limits,
                  const std::optional<Tensor>& flips) {
     const Device device = device_of("x", x);
-    if (limits)
-        fail("limits", "expected None for tensors on CUDA, where packing compares with no limits, got a tensor");
-    if (flips) fail("flips", "expected None without limits, got a tensor");
+    check_given("x", x);
     check_dimensions("x", x, 1, "(..., k)");
     const TensorRows rows = check_rows("x", x, x.size(x.dim() - 1), device);
+    check_value_limits(limits, flips, x.scalar_type(), rows.k, device);
     Tensor words = empty(sizes_with_last(x, words_for(rows.k)), ScalarType::Int, device);
     const Launch launch(device);
+    if (limits) {
+        const AlignedVector by("limits", limits), flipped("flips", flips);
+        check_launch("pack_limited",
+                     pack_limited({rows.data, rows.dtype, rows.m, rows.k, rows.stride, strict, by.data(),
+                                   static_cast<const uint32_t*>(flipped.data()), words_of(words)},
+                                  launch.stream()));
+        return words;
+    }
     check_launch("pack", pack({rows.data, rows.dtype, rows.m, rows.k, rows.stride, strict, 0, words_of(words),
                                words_for(rows.k), nullptr, nullptr},
-                              launch.stream()));
+                              kNoAlign, launch.stream()));
     return words;
 }
 
@@ -222,7 +285,8 @@ Tensor unpack_bits(const Tensor& words, int64_t k, ScalarType type) {
     const DType dtype = check_unpacked(type);
     Tensor values = empty(sizes_with_last(words, k), type, device);
     const Launch launch(device);
-    check_launch("unpack", unpack({words_of(words), count_rows(words), k, values.data_ptr(), dtype}, launch.stream()));
+    const Tensor from = aligned("words", words);
+    check_launch("unpack", unpack({words_of(from), count_rows(words), k, values.data_ptr(), dtype}, launch.stream()));
     return values;
 }
 
@@ -233,13 +297,14 @@ Tensor prepare_weight(const Tensor& words, int64_t k, std::optional<int64_t> lay
     check_layout(layout, kPreparedLayout);
     const int64_t n = words.size(0);
     const Launch launch(device);
+    const Tensor from = aligned("weight_words", words);
     Tensor prepared = scratch(prepared_bytes(n, k), launch);
     uint8_t* data = static_cast<uint8_t*>(prepared.data_ptr());
     uint8_t* popcounts = data + sizeof(PreparedHeader);
-    uint8_t* aligned = prepared_holds_words(k) ? popcounts + prepared_popcount_bytes(n) : nullptr;
-    check_launch("align", align({words_of(words), n, k, reinterpret_cast<uint32_t*>(aligned),
+    uint8_t* to = prepared_holds_words(k) ? popcounts + prepared_popcount_bytes(n) : nullptr;
+    check_launch("align", align({words_of(from), n, k, reinterpret_cast<uint32_t*>(to),
                                  reinterpret_cast<int32_t*>(popcounts), reinterpret_cast<PreparedHeader*>(data)},
-                                launch.stream()));
+                                kNoAlign, launch.stream()));
     return prepared;
 }
 
@@ -252,12 +317,13 @@ Tensor binary_linear(const Tensor& x_words, const Tensor& weight_words, int64_t 
     check_words("x_words", x_words, k, device);
     const WeightArguments given = check_weight(weight_words, k, bias, weight_prepared, scale, out_dtype,
                                                ScalarType::Float, {out_limits, out_flips}, device);
-    const Weights weights = read_weights(given);
     const int64_t m = count_rows(x_words);
     const Launch launch(device);
-    return multiply(
-        m, weights, {sizes_with_last(x_words, given.out_size()), given.out_type, bias, scale, given.bits}, launch,
-        [&](const KernelRecord& kernel) { return factor_of_words(words_of(x_words), m, k, kernel, launch); });
+    const Weights weights = read_weights(given);
+    const Tensor x = aligned("x_words", x_words);
+    return multiply(m, weights, {sizes_with_last(x_words, given.out_size()), given.out_type, bias, scale, given.bits},
+                    launch,
+                    [&](const KernelRecord& kernel) { return factor_of_words(words_of(x), m, k, kernel, launch); });
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std::optional<Tensor>& bias,
@@ -267,12 +333,13 @@ Tensor linear(const Tensor& x, const Tensor& weight_words, int64_t k, const std:
     const Device device = device_of("x", x);
     const LinearArguments given =
         check_linear(x, weight_words, k, bias, weight_prepared, scale, out_dtype, {out_limits, out_flips}, device);
-    const Weights weights = read_weights(given.weight);
     const Launch launch(device);
+    const Weights weights = read_weights(given.weight);
     const WeightArguments& weight = given.weight;
-    return multiply(given.x.m, weights,
-                    {sizes_with_last(x, weight.out_size()), weight.out_type, bias, scale, weight.bits}, launch,
-                    [&](const KernelRecord& kernel) { return factor_of_rows(given.x, strict, kernel, launch); });
+    const RealX real_x{given.x, strict};
+    return multiply(
+        given.x.m, weights, {sizes_with_last(x, weight.out_size()), weight.out_type, bias, scale, weight.bits}, launch,
+        [&](const KernelRecord& kernel) { return factor_of_rows(given.x, strict, kernel, launch); }, &real_x);
 }
 
 Tensor sign_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -282,10 +349,12 @@ Tensor sign_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
     const SignLinearArguments given = check_sign_linear(x, weight, bias, scale, out_dtype, device);
     const int64_t m = given.x.m, n = given.weight.m, k = given.x.k;
     const Launch launch(device);
+    const RealX real_x{given.x, strict};
     return multiply(
         m, n, k, {sizes_with_last(x, n), given.out_type, bias, scale}, launch,
         [&](const KernelRecord& kernel) { return factor_of_rows(given.x, strict, kernel, launch); },
-        [&](const KernelRecord& kernel) { return factor_of_rows(given.weight, strict_weight, kernel, launch); });
+        [&](const KernelRecord& kernel) { return factor_of_rows(given.weight, strict_weight, kernel, launch); },
+        &real_x);
 }
 
 // The words of x are an output in the interchange form. If the kernel needs another form, it is made of them.
@@ -298,27 +367,28 @@ std::tuple<Tensor, Tensor, Tensor> linear_train(const Tensor& x, const Tensor& w
     const LinearArguments given =
         check_linear(x, weight_words, k, bias, weight_prepared, scale, out_dtype, kNoBits, device);
     const TensorRows& rows = given.x;
-    const Weights weights = read_weights(given.weight);
     check_threshold(threshold);
     const std::vector<int64_t> word_sizes = sizes_with_last(x, words_for(k));
     Tensor x_words = empty(word_sizes, ScalarType::Int, device);
     Tensor in_range = empty(threshold ? word_sizes : std::vector<int64_t>{0}, ScalarType::Int, device);
     const Launch launch(device);
-    const auto pack_x = [&](int32_t* popcounts) {
-        check_launch("pack", pack({rows.data, rows.dtype, rows.m, k, rows.stride, strict,
-                                   threshold ? round_to(*threshold, rows.dtype) : 0, words_of(x_words), words_for(k),
-                                   threshold ? words_of(in_range) : nullptr, popcounts},
-                                  launch.stream()));
+    const Weights weights = read_weights(given.weight);
+    const auto packed = [&](int32_t* popcounts) -> Pack {
+        const double bound = threshold ? round_to(*threshold, rows.dtype) : 0;
+        uint32_t* range = threshold ? words_of(in_range) : nullptr;
+        return {rows.data, rows.dtype,        rows.m,       k,     rows.stride, strict,
+                bound,     words_of(x_words), words_for(k), range, popcounts};
     };
     Tensor y = multiply(rows.m, weights, {sizes_with_last(x, weights.n), given.weight.out_type, bias, scale}, launch,
                         [&](const KernelRecord& kernel) -> Factor {
-                            if (!kernel.aligned || prepared_holds_words(k)) {
-                                pack_x(nullptr);
+                            if (kernel.aligned && prepared_holds_words(k)) {
+                                check_launch("pack", pack(packed(nullptr), kNoAlign, launch.stream()));
                                 return factor_of_words(words_of(x_words), rows.m, k, kernel, launch);
                             }
                             Factor factor = allocate_factor(rows.m, k, false, launch);
-                            pack_x(const_cast<int32_t*>(factor.operand.popcounts));
-                            factor.operand = {words_of(x_words), words_for(k), factor.operand.popcounts};
+                            const int32_t* popcounts = kernel.popcounts ? factor.operand.popcounts : nullptr;
+                            factor.pack = packed(const_cast<int32_t*>(popcounts));
+                            factor.operand = {words_of(x_words), words_for(k), popcounts};
                             return factor;
                         });
     return {y, x_words, in_range};

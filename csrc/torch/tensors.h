@@ -63,20 +63,59 @@ inline std::optional<int64_t> row_stride(const Tensor& x) {
     return stride;
 }
 
+// Returns a copy with the same sizes and strides, whose elements lie at multiples of their size. Bytes are copied and not
+// elements, because a GPU that reads an element at another address stops for good.
+inline Tensor aligned_copy(const char* argument, const Tensor& x) {
+    const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()),
+        strides(x.strides().begin(), x.strides().end());
+    int64_t bytes = static_cast<int64_t>(x.element_size());
+    for (size_t d = 0; d < sizes.size(); ++d) {
+        bytes += (sizes[d] - 1) * strides[d] * static_cast<int64_t>(x.element_size());
+    }
+    int32_t dtype = 0;
+    Device device{};
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device.type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device.index));
+    AtenTensorHandle handle = nullptr;
+    const auto failed = [&] { fail(argument, "cannot allocate a copy of it whose elements are aligned"); };
+    if (aoti_torch_empty_strided(x.dim(), sizes.data(), strides.data(), dtype, device.type, device.index, &handle)) {
+        failed();
+    }
+    Tensor copy(handle);
+    const auto bytes_of = [&](const Tensor& tensor) {
+        const int64_t stride = 1;
+        AtenTensorHandle view = nullptr;
+        if (aoti_torch_create_tensor_from_blob(tensor.data_ptr(), 1, &bytes, &stride, 0, aoti_torch_dtype_uint8(),
+                                               device.type, device.index, &view)) {
+            failed();
+        }
+        return Tensor(view);
+    };
+    const Tensor to = bytes_of(copy), from = bytes_of(x);
+    std::array<StableIValue, 3> stack{torch::stable::detail::from(to), torch::stable::detail::from(from),
+                                      torch::stable::detail::from(false)};
+    if (torch_call_dispatcher("aten::copy_", "", stack.data(), TORCH_ABI_VERSION)) failed();
+    torch::stable::detail::to<Tensor>(stack[0]);  // takes the reference that the call returns
+    return copy;
+}
+
+inline Tensor aligned(const char* argument, const Tensor& tensor) {
+    return is_aligned(tensor) || tensor.numel() == 0 ? tensor : aligned_copy(argument, tensor);
+}
+
 // Copies x by the dispatcher, because the error of torch::stable's contiguous() prints a backtrace (torch 2.14) and
 // names a file of the build.
 inline Tensor contiguous_copy(const char* argument, const Tensor& x) {
     using torch::headeronly::MemoryFormat;
-    std::array<StableIValue, 2> stack{torch::stable::detail::from(x),
+    const Tensor source = aligned(argument, x);
+    if (source.data_ptr() != x.data_ptr() && source.is_contiguous()) return source;
+    std::array<StableIValue, 2> stack{torch::stable::detail::from(source),
                                       torch::stable::detail::from(std::optional(MemoryFormat::Contiguous))};
     if (torch_call_dispatcher("aten::clone", "", stack.data(), TORCH_ABI_VERSION)) {
         fail(argument, "cannot allocate a contiguous copy of it");
     }
     return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-inline Tensor aligned(const char* argument, const Tensor& tensor) {
-    return is_aligned(tensor) ? tensor : contiguous_copy(argument, tensor);
 }
 
 // Returns the number of rows, which is the product of the leading dimensions.

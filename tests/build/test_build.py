@@ -133,8 +133,9 @@ def test_kernel_by_environment(name):
     result = run_python(WHICH, BITORCH_QLINEAR_CPU_KERNEL=name)
     assert result.returncode == 0, result.stderr
     kernel, panel, layout, reason = last_line(result).split(" ", 3)
-    # The layout of prepared weights proves which kernel is active, independently of the name that it reports.
-    forms = {"avx2": (64, 3), "avx512": (64, 4)}
+    # The layout of prepared weights proves which kernel is active, independently of the name that it reports; amx has
+    # that of avx512.
+    forms = {"avx2": (64, 3), "avx512": (64, 4), "amx": (64, 4)}
     assert (kernel, int(panel), int(layout)) == (expected, *forms.get(expected, (1, 0)))
     automatic = expected == _kernels.available_kernels()[0]
     assert ("forced" in reason) != automatic
@@ -481,6 +482,7 @@ def test_no_exception_leaves_an_exported_c_function():
     ("kernel", "instruction"),
     [
         ("multiply_tile<", r"vpopcntd .*%zmm"),  # gemm_avx512.cpp; the processor need not have AVX-512
+        ("multiply_tiles<", r"tdpbusd "),  # level_gemm_amx.cpp, likewise
         ("pair_planar", r"vpshufb .*%ymm"),  # gemm_avx2.cpp
         ("gemm_tables.*add_block", r"vpaddb 0x[0-9a-f]*\(.*%ymm"),
         ("gemm_by_words.*Tile", r"popcnt .*%r"),  # gemm_popcnt.cpp

@@ -38,9 +38,12 @@ every_kernel = pytest.mark.parametrize("cuda_kernel", KERNELS, indirect=True)
 several_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
 
 
-def choice(m: int, n: int, k: int) -> str:
-    """Return the library's description of how this GPU computes m x n x k: kernel, tile, reason."""
-    return _kernels.cuda_choice(CAPABILITY, MULTIPROCESSORS, m, n, k)
+def choice(m: int, n: int, k: int, value_bytes: int = 0) -> str:
+    """Return the library's description of how this GPU computes m x n x k: kernel, tile, reason.
+
+    ``value_bytes`` is the size of a value of x, or 0 if x is packed.
+    """
+    return _kernels.cuda_choice(CAPABILITY, MULTIPROCESSORS, m, n, k, value_bytes)
 
 
 def moved(tensor: Tensor, device: torch.device = CUDA) -> Tensor:

@@ -27,7 +27,7 @@ from support.operators import (
     operator,
     problems,
 )
-from support.reference import FLOATS, random_values, random_words, special_values
+from support.reference import BITS, FLOATS, random_values, random_words, special_values
 
 from bitorch_qlinear import _kernels
 from bitorch_qlinear import functional as F
@@ -224,8 +224,22 @@ def test_every_edge_of_every_tile(tile, k):
                 assert_same(F.binary_linear(gpu_x[:m], gpu_words[:n], k, out_dtype=out), want[:m, :n], (m, n, out))
 
 
+@pytest.mark.skipif("mma_sm80" not in KERNELS, reason="there is no kernel with several tiles")
+@pytest.mark.parametrize("tile", ["128x256", "128x128", "64x64"])
+def test_a_forced_tile_computes_any_product(tile):
+    before = _kernels.forced_cuda_tile()
+    _kernels.force_cuda_tile(tile)
+    try:
+        with forced("mma_sm80"):
+            assert choice(1, 1, 1).startswith(f"mma_sm80 with tiles of {tile.replace('x', ' x ')}: the tile is forced")
+        for m, n, k in ((1, 1, 1), (130, 260, 1100), (300, 40, 4097)):
+            agree(m, n, k, ["mma_sm80"])
+    finally:
+        _kernels.force_cuda_tile(before)
+
+
 def test_a_forced_kernel_is_the_one_that_runs():
-    shapes = {name: (8, 300, 512) if name.startswith("skinny") else (300, 300, 512) for name in KERNELS}
+    shapes = {name: (4, 300, 512, 2) if "skinny" in name else (300, 300, 512, 2) for name in KERNELS}
     before = _kernels.forced_cuda_kernel()
     for kernel, shape in shapes.items():
         with forced(kernel):
@@ -233,6 +247,47 @@ def test_a_forced_kernel_is_the_one_that_runs():
     assert _kernels.forced_cuda_kernel() == before
     with pytest.raises(ValueError, match="popc"), forced("popcorn"):
         pass
+
+
+# ---- memory that is not aligned --------------------------------------------------------------------
+
+
+def odd(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a contiguous tensor to the GPU, one byte past an aligned address, as other libraries can bring it."""
+    memory = torch.empty(tensor.nbytes + 1, dtype=torch.uint8, device=CUDA)
+    memory[1:].copy_(tensor.contiguous().reshape(-1).view(torch.uint8))
+    return torch.as_tensor(Odd(memory, tensor), device=CUDA)
+
+
+class Odd:
+    """An array that begins in the second byte of `memory`, for torch.as_tensor (``__cuda_array_interface__``)."""
+
+    def __init__(self, memory: torch.Tensor, like: torch.Tensor) -> None:
+        self.memory = memory
+        kind = "f" if like.dtype.is_floating_point else "i"
+        self.__cuda_array_interface__ = {
+            "shape": tuple(like.shape),
+            "typestr": f"<{kind}{like.dtype.itemsize}",
+            "data": (memory.data_ptr() + 1, False),
+            "version": 3,
+        }
+
+
+@every_kernel
+@pytest.mark.parametrize("k", [70, 128])
+def test_elements_that_are_not_aligned_are_copied(cuda_kernel, k):
+    m, n = 9, 40
+    x, words, bias = torch.randn(m, k), random_words(n, k, generator(0)), torch.randn(n)
+    limits, flips = torch.full((n,), k // 2, dtype=torch.int32), random_words(1, n, generator(1))[0]
+    want, want_bits = F.linear(x, words, k, bias, scale=bias), F.linear(x, words, k, out_limits=limits, out_flips=flips)
+    for prepared in (None, F.prepare_weight(odd(words), k)):
+        options = {"weight_prepared": prepared, "scale": odd(bias)}
+        assert_same(F.linear(odd(x), odd(words), k, odd(bias), **options), want)
+        assert_same(F.binary_linear(odd(F.pack_bits(x)), odd(words), k, odd(bias), **options), want)
+    columns = odd(x.t()).t()  # strided
+    assert_same(F.linear(columns, odd(words), k, odd(bias.repeat_interleave(2))[::2], scale=odd(bias)), want)
+    assert_same(F.linear(odd(x), odd(words), k, out_limits=odd(limits), out_flips=odd(flips)), want_bits)
+    assert_same(F.unpack_bits(odd(words), k), F.unpack_bits(words, k))
 
 
 # ---- packing ---------------------------------------------------------------------------------------
@@ -263,6 +318,24 @@ def test_in_range_bits(dtype, threshold):
     want = F.linear_train(x, words, len(x), threshold=threshold)
     for result, wanted in zip(F.linear_train(moved(x), moved(words), len(x), threshold=threshold), want, strict=True):
         assert_same(result, wanted)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_packing_by_limits(dtype):
+    """Values and limits are special values and patterns next to them; rows have any stride and alignment."""
+    special = special_values(dtype)
+    patterns = special.view(BITS[dtype])
+    special = torch.cat([(patterns + step).view(dtype) for step in (-1, 0, 1)])
+    for k in DEPTHS:
+        make = generator(k)
+        x = special[torch.randint(len(special), (17, k + 3), generator=make)]
+        limits, flips = x[0, 1 : k + 1].contiguous(), random_words(1, k, make, stray=True)[0]
+        for strict, flipped, first in itertools.product((False, True), (None, flips), (0, 1)):
+            rows = x[:, first : first + k]
+            want = F.pack_bits(rows, strict, limits=limits, flips=flipped)
+            gpu_flips = None if flipped is None else moved(flipped)
+            got = F.pack_bits(moved(x)[:, first : first + k], strict, limits=moved(limits), flips=gpu_flips)
+            assert_same(got, want, (k, strict, flipped is not None, first))
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int32, torch.int8, torch.bool], ids=str)
@@ -401,6 +474,37 @@ def test_in_a_graph(cuda_kernel, m, n, k):
         assert_same(y, F.linear(x, words, k))
 
 
+FIRST_CALL = """
+import torch
+from bitorch_qlinear import functional as F
+torch.manual_seed(0)
+k, n = 300, 70
+xs, words = [torch.randn(m, k) for m in (1, 9, 40)], F.pack_bits(torch.randn(n, k))
+gpu, gpu_words = [x.cuda() for x in xs], words.cuda()
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph, capture_error_mode={mode!r}):
+    form = F.prepare_weight(gpu_words, k)
+    ys = [F.linear(x, gpu_words, k, weight_prepared=form) for x in gpu]
+    ys += [F.binary_linear(F.pack_bits(x), gpu_words, k) for x in gpu]
+    values = F.unpack_bits(gpu_words, k)
+graph.replay()
+wanted = [F.linear(x, words, k) for x in xs]
+assert all(torch.equal(y.cpu(), want) for y, want in zip(ys, 2 * wanted, strict=True))
+assert torch.equal(values.cpu(), F.unpack_bits(words, k))
+print("computed")
+"""
+
+
+@pytest.mark.parametrize("mode", ["global", "thread_local", "relaxed"])
+def test_the_first_call_of_a_process_may_be_captured(mode):
+    """Kernels are loaded at their first launch, which must not end the capture."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", FIRST_CALL.format(mode=mode)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120)
+    assert result.stdout.strip() == "computed", result.stderr[-2000:]
+
+
 @several_devices
 @every_kernel
 def test_another_device_than_the_current_one(cuda_kernel):
@@ -430,9 +534,7 @@ def gpu_arguments(argument=""):
 
 
 def seen_by_the_host(name, argument, what):
-    """Return whether the host can see the fault; a form's header is checked by the kernel, which ends the process."""
-    if argument in ("limits", "flips"):  # packing refuses all limits on CUDA, before it looks at flips
-        return False
+    """Return whether the host can see the fault; a form's header is checked by the kernel, and the next call fails."""
     return name not in CPU_ONLY and what not in NO_HEADER
 
 
@@ -466,28 +568,67 @@ def test_weights_prepared_by_the_cpu_or_for_another_size_are_refused():
             assert_refused(name, values | {"weight_prepared": prepared}, "weight_prepared")
 
 
-TRAP = """
-import torch
-from bitorch_qlinear import _kernels
-from bitorch_qlinear import functional as F
-from bitorch_qlinear.kernels import available, forced
-words = F.pack_bits(torch.randn(5, 40, device="cuda"))
-other = F.prepare_weight(F.pack_bits(torch.randn(5, 41, device="cuda")), 41)  # has the same size
-_kernels.force_cuda_kernel({kernel!r})
-y = F.linear(torch.randn(3, 40, device="cuda"), words, 40, weight_prepared=other)
-print("computed", y.cpu())
-"""
+OTHER_FORM = r"weight_prepared: expected .*n = 5 and k = 40, got .*n = 5 and k = 41.* an earlier call"
 
 
-@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "popc"])  # popc reads no form
-def test_weights_prepared_for_another_product_of_the_same_size_give_an_error(kernel):
-    """The kernel's trap destroys the CUDA context, so this runs in a separate process."""
-    root = Path(__file__).parents[2]
-    code = TRAP.format(kernel=kernel)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=120)
-    assert result.returncode != 0
-    assert "computed" not in result.stdout
-    assert "CUDA error" in result.stderr, result.stderr[-2000:]
+def wrong_form() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return x, words, and weights prepared for another k, which have the right size, so that only kernels can tell."""
+    x, words = torch.randn(3, 40, generator=generator(0)), random_words(5, 40, generator(0))
+    return moved(x), moved(words), F.prepare_weight(moved(random_words(5, 41, generator(1))), 41)
+
+
+reads_a_form = pytest.mark.parametrize("cuda_kernel", [name for name in KERNELS if name != "popc"], indirect=True)
+
+
+@reads_a_form
+@pytest.mark.parametrize("out", [*OUTS, torch.bool], ids=str)
+def test_weights_prepared_for_another_product_are_an_error_of_the_next_call(cuda_kernel, out):
+    x, words, other = wrong_form()
+    limits = torch.full((5,), 20, dtype=torch.int32, device=CUDA)
+    options = {"out_limits": limits} if out is torch.bool else {"out_dtype": out}
+    y = F.linear(x, words, 40, weight_prepared=other, **options)
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match=OTHER_FORM):
+        F.pack_bits(x)
+    if out.is_floating_point:
+        assert y.isnan().all()
+    else:
+        assert (y == (0 if out is torch.bool else -(2**31))).all()
+    torch.cuda.synchronize()
+    y = F.linear(x, words, 40, weight_prepared=F.prepare_weight(words, 40), **options)
+    want = F.linear(x.cpu(), words.cpu(), 40, **{name: moved_back(value) for name, value in options.items()})
+    assert_same(y, want)
+
+
+def moved_back(value):
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+@reads_a_form
+def test_a_replay_reports_weights_prepared_for_another_product(cuda_kernel):
+    x, words, other = wrong_form()
+    right = F.prepare_weight(words, 40)
+    graph, y = captured(lambda: F.linear(x, words, 40, weight_prepared=right))
+    for form, is_right in ((right, True), (other.clone(), False), (right.clone(), True)):
+        right.copy_(form)
+        graph.replay()
+        torch.cuda.synchronize()
+        if is_right:
+            assert_same(y, F.linear(x.cpu(), words.cpu(), 40))
+        else:
+            assert y.isnan().all()
+            with pytest.raises(RuntimeError, match=OTHER_FORM):
+                F.pack_bits(x)
+
+
+@several_devices
+def test_another_device_does_not_report_the_wrong_form():
+    x, words, other = wrong_form()
+    F.linear(x, words, 40, weight_prepared=other)
+    torch.cuda.synchronize()
+    F.pack_bits(x.to("cuda:1"))
+    with pytest.raises(RuntimeError, match=OTHER_FORM):
+        F.pack_bits(x)
 
 
 def test_samples_of_all_operators():

@@ -160,6 +160,26 @@ def test_gradients_are_those_of_the_frozen_layer(input_quantization, threshold, 
     assert packed.bias.grad is None
 
 
+def add_a_hook(packed):
+    packed.input_quantization.register_forward_hook(lambda module, args, output: None)
+
+
+def replace_the_input_quantization(packed):
+    packed.activation.activation_function = quantizations.Sign()
+
+
+@pytest.mark.parametrize("change", [add_a_hook, replace_the_input_quantization])
+@pytest.mark.parametrize("weight_quantization", ["sign", "ternary"])
+def test_the_signs_of_the_input_are_those_of_the_checkpoint(weight_quantization, change):
+    packed = pack(layer_like(input_quantization="steheaviside", weight_quantization=weight_quantization))
+    x = X.clone()
+    x[:, ::2] = 0.0  # -1 in this rule, and +1 in the other
+    y = packed(x)
+    change(packed)
+    assert torch.equal(packed(x), y)
+    assert torch.equal(packed(x.requires_grad_()), y)
+
+
 def test_gradient_of_the_bias():
     packed = PackedQLinear.from_float(layer_like())
     packed.bias.requires_grad_()

@@ -56,6 +56,7 @@ NAMES = [
     "swishsign",
     "weightdorefa",
 ]
+OURS = sorted([*NAMES, "ternary"])  # bitorch has no ternary weights
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, 1.0, -1.0, 1e-40, -1e-40, 5e-324, -5e-324, 6e4, -6e4, 0.5, 0.25, 1.5]
 
 
@@ -355,7 +356,7 @@ def registry(monkeypatch):
 
 
 def test_names():
-    assert ours.quantization_names() == sorted([*NAMES, "ternary"])  # bitorch has no ternary weights
+    assert ours.quantization_names() == OURS
     assert set(NAMES) == set(reference.quantization_names()) - {"scheduled_quantizer"}
     for name in NAMES:
         module = ours.get_quantization(name)
@@ -371,7 +372,7 @@ def test_get_quantization_of_none_and_modules():
 
 
 def test_get_quantization_errors():
-    with pytest.raises(ValueError, match=f"expected one of {', '.join(NAMES)}, got 'signn'"):
+    with pytest.raises(ValueError, match=f"expected one of {', '.join(OURS)}, got 'signn'"):
         ours.get_quantization("signn")
     for wrong in (3, ours.Sign, ["sign"]):
         with pytest.raises(TypeError, match=r"expected a name, a torch\.nn\.Module or None, got"):

@@ -667,6 +667,18 @@ def test_export(kind, strict, make):
             assert_equal(each.module()(x), layer(x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@every_kind
+@both_modes
+def test_a_traced_layer_asks_for_the_values_of_each_call(kind, training):
+    layer, x = ternary_layer(kind, 70, 9, training).requires_grad_(False), torch.randn(3, 70)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    layer.weight.copy_(torch.randn(9, 70))
+    assert_equal(traced(x), reference(layer, x))
+    layer.weight[6, 1] = math.nan
+    assert traced(x)[:, 6].isnan().all()
+
+
 # ---- other quantizations ----
 
 
@@ -708,8 +720,38 @@ def hooked():
     return quantization
 
 
+class Opaque(torch.Tensor):
+    """A tensor that no operator takes, like those of other libraries for quantization."""
+
+    @staticmethod
+    def __new__(cls, like):
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return Opaque(args[0])
+        raise NotImplementedError(function)
+
+
 @every_kind
-@pytest.mark.parametrize("make", [Wide, hooked])
+@both_modes
+def test_weights_of_an_unknown_class_are_errors(kind, training):
+    layer = ternary_layer(kind, 45, 7, training)
+    layer.weight = nn.Parameter(Opaque(layer.weight), requires_grad=False)
+    with pytest.raises(TypeError, match="weight: expected a plain tensor, got Opaque"):
+        layer(torch.randn(3, 45))
+
+
+def overridden(name):
+    quantization = Ternary()
+    computed = getattr(quantization, name)
+    setattr(quantization, name, lambda x: computed(x) * 2)
+    return quantization
+
+
+@every_kind
+@pytest.mark.parametrize("make", [Wide, hooked, lambda: overridden("forward"), lambda: overridden("quantize")])
 def test_what_computes_something_else_is_computed_in_float(kind, make):
     layer, x = ternary_layer(kind, 45, 7), torch.randn(3, 45)
     want = layer.bias + 2 * (layer(x) - layer.bias)
@@ -748,6 +790,32 @@ def test_wrong_inputs_are_errors(x, message, training):
             layer(x)
     with pytest.raises(RuntimeError, match="x: expected"):
         pack(layer)(x)
+
+
+@both_modes
+@with_and_without_kernels
+@pytest.mark.parametrize("make", [lambda layer: layer, pack], ids=["QLinear", "PackedQLinear"])
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (8,)], ids=str)
+@pytest.mark.parametrize("name", ["scale", "bias"])
+def test_a_scale_and_a_bias_are_not_broadcast(name, shape, make, kernels, training, monkeypatch):
+    layer, x = make(ternary_layer("learned", 45, 7, training)), torch.randn(3, 45)
+    if not kernels:
+        take_kernels_away(monkeypatch)
+    is_buffer = type(layer) is PackedQLinear and name == "scale"
+    setattr(layer, name, torch.ones(shape) if is_buffer else nn.Parameter(torch.ones(shape), requires_grad=False))
+    for each in (x, x.clone().requires_grad_()):
+        with pytest.raises(RuntimeError, match=rf"{name}: expected shape \(7,\), got "):
+            layer(each)
+
+
+@with_and_without_kernels
+def test_words_of_another_number_of_outputs_are_errors(kernels, monkeypatch):
+    if not kernels:
+        take_kernels_away(monkeypatch)
+    packed = pack(ternary_layer(k=45, n=8, bias=False))
+    packed.weight = packed.weight[:8]
+    with pytest.raises(RuntimeError, match=r"weight: expected words of shape \(16, 2\), two rows for each output, got"):
+        packed(torch.randn(3, 45))
 
 
 def test_nested_and_sparse_inputs():
@@ -880,14 +948,19 @@ def test_a_reader_that_does_not_know_the_format_says_so(monkeypatch):
             layer.load_state_dict(state | ({"scale": torch.ones(N)} if layer.weight_scale else {}))
 
 
-@pytest.mark.parametrize("kind", ["plain", "mean"])
-def test_the_words_of_older_checkpoints_are_no_ternary_weights(kind):
-    """A layer of ternary weights has always had the entries that say so."""
-    packed = pack(ternary_layer(kind))
-    state = packed.state_dict()
+@every_kind
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not-strict"])
+@pytest.mark.parametrize("assign", [True, False], ids=["assign", "copy"])
+def test_words_that_nothing_says_to_be_ternary_are_refused(kind, strict, assign):
+    """The signs of twice the outputs have the same shape, and older checkpoints do not say what their words are."""
+    packed, x = pack(ternary_layer(kind, bias=False)), inputs(3)
+    y, state = packed(x), packed.state_dict()
+    state["weight"] = pack(QLinear(K, 2 * N, bias=False)).weight
     for name in ("format", "input_rule", "weight_rule"):
         del state[name]
-    packed.load_state_dict(state)  # the number of rows says it, too
+    with pytest.raises(RuntimeError, match="weight_rule: expected the entry that says that the weights are ternary"):
+        packed.load_state_dict(state, strict=strict, assign=assign)
+    assert_equal(packed(x), y)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

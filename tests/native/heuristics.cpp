@@ -24,20 +24,39 @@ void estimate_all(int64_t count, const int64_t (*queries)[5], double (*clocks)[k
         }
     }
 }
-const char* decide_in_words(const char* name, int capability, int multiprocessors, int64_t m, int64_t n, int64_t k) {
+const char* decide_in_words(const char* name, int capability, int multiprocessors, int64_t m, int64_t n, int64_t k,
+                            int64_t value_bytes) {
     static std::string text;
     const auto kernel = find_kernel(name);
     if (const auto* error = std::get_if<std::string>(&kernel)) return (text = "error: " + *error).c_str();
-    const auto choice = decide(std::get<const KernelRecord*>(kernel), {capability, multiprocessors}, m, n, k);
+    const auto choice =
+        decide(std::get<const KernelRecord*>(kernel), {capability, multiprocessors}, m, n, k, value_bytes);
     if (const auto* error = std::get_if<std::string>(&choice)) return (text = "error: " + *error).c_str();
     return (text = describe(std::get<Choice>(choice))).c_str();
+}
+void choose_for_real_x(int64_t count, const int64_t (*queries)[5], int64_t value_bytes, int32_t* kernels) {
+    for (int64_t i = 0; i < count; ++i) {
+        const auto& [capability, multiprocessors, m, n, k] = queries[i];
+        const Gpu gpu{static_cast<int>(capability), static_cast<int>(multiprocessors)};
+        kernels[i] = static_cast<int>(choose(gpu, m, n, k, value_bytes).kernel);
+    }
+}
+int fits(int64_t m, int64_t k) { return fits_fused(m, k); }
+// The same with a forced tile.
+const char* decide_tile_in_words(const char* tile, const char* name, int capability, int64_t m, int64_t n, int64_t k) {
+    static std::string text;
+    const auto forced = find_tile(tile);
+    if (const auto* error = std::get_if<std::string>(&forced)) return (text = "error: " + *error).c_str();
+    const auto kernel = std::get<const KernelRecord*>(find_kernel(name));
+    const auto choice = std::get<Choice>(decide(kernel, {capability, 100}, m, n, k));
+    return (text = describe(with_tile(choice, std::get<std::optional<Tile>>(forced)))).c_str();
 }
 const char* names_of(int capability) {
     static std::string text;
     return (text = kernel_names(capability)).c_str();
 }
-int is_legal(int kernel, int capability, int64_t m) {
-    return legal(static_cast<GemmKernel>(kernel), {capability, 1}, m);
+int is_legal(int kernel, int capability, int64_t m, int64_t k, int64_t value_bytes) {
+    return legal(static_cast<GemmKernel>(kernel), {capability, 1}, m, k, value_bytes);
 }
 int is_supported(int capability) { return supported(capability); }
 void read_record(int i, const char** name, int64_t* values) {
@@ -48,7 +67,8 @@ void read_record(int i, const char** name, int64_t* values) {
                            kernel.highest,
                            kernel.aligned,
                            kernel.popcounts,
-                           kernel.most_rows};
+                           kernel.most_rows,
+                           kernel.fused};
     std::memcpy(values, all, sizeof all);
 }
 void read_tile(int i, int capability, int64_t* shape, double* clocks, int64_t* blocks) {

@@ -6,6 +6,7 @@
 
 #include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/cpu/fingerprint.h"
+#include "../../csrc/cpu/level_epilogue.h"
 #include "../../csrc/cpu/levels.h"
 #include "check.h"
 
@@ -331,6 +332,126 @@ void check_levels(const Kernel& kernel, DType dtype, uint64_t infinity) {
     }
 }
 
+// ---- levels as bytes ------------------------------------------------------------------------------
+
+struct LevelCase {
+    int64_t m, n, k;
+    int bits;
+    DType dtype;
+    bool scale, bias;
+};
+
+#if defined(BITORCH_QLINEAR_HAS_AMX)
+// Returns whether the tile registers are in use: the processor then saves them at each change of threads.
+bool tiles_in_use() {
+    uint32_t low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(1));
+    return low >> 18 & 1;
+}
+#endif
+
+void check_level_product(const Kernel& kernel, const LevelCase& at) {
+    const int64_t m = at.m, n = at.n, k = at.k;
+    const int bits = at.bits;
+    const DType dtype = at.dtype;
+    const LevelGemm& gemm = *kernel.level_gemm;
+    const int64_t width = words_for(k), padded = ceil_div(m, gemm.row_group) * gemm.row_group;
+    const int64_t factor_bytes = dtype == DType::float64 ? 8 : 4;
+    Buffer<uint32_t> words(Use::Input, n * width);
+    fill(words, n * width);  // sets bits past k, too
+    Buffer<uint8_t> panels(Use::Output, prepared_bytes(kernel.layout, n, k) - kPanelsOffset, 0, 64);
+    kernel.prepare(words.data(), n, k, {0, ceil_div(n, kernel.layout.panel)}, panels.data());
+    Buffer<uint8_t> bias(Use::Input, n * factor_bytes), scale(Use::Input, n * factor_bytes);
+    fill_factors(bias, n, dtype);
+    fill_factors(scale, n, dtype);
+
+    // Some rows have the highest level everywhere, and the others random ones.
+    Buffer<uint8_t> bytes(Use::Output, padded * gemm.row_bytes(k), 0, 64), nans(Use::Input, m);
+    Buffer<int32_t> sums(Use::Input, m);
+    std::vector<std::vector<int>> levels(static_cast<size_t>(m));
+    for (int64_t i = 0; i < padded; ++i) {
+        const int64_t stride = width + below(3);
+        Buffer<uint32_t> planes(Use::Input, (bits - 1) * stride + width);
+        std::fill_n(planes.data(), (bits - 1) * stride + width, 0);
+        const bool highest = below(5) == 0;
+        int32_t sum = 0;
+        for (int64_t j = 0; i < m && j < k; ++j) {
+            const int level = highest ? steps_of(bits) : static_cast<int>(below(steps_of(bits) + 1));
+            levels[static_cast<size_t>(i)].push_back(level);
+            sum += level;
+            for (int p = 0; p < bits; ++p) {
+                planes[p * stride + j / kWordBits] |= static_cast<uint32_t>(level >> p & 1) << j % kWordBits;
+            }
+        }
+        const int32_t got = gemm.write_row(planes.data(), stride, k, bits, i, bytes.data());
+        expect(got == sum, describe(kernel, "sum of levels", m, k, bits, i));
+        if (i >= m) continue;
+        sums[i] = sum;
+        nans[i] = below(8) == 0;
+    }
+    bytes.check_guards(describe(kernel, "levels as bytes", m, k, bits));
+
+    const int64_t y_bytes = m * n * element_size(dtype);
+    Buffer<uint8_t> expected(Use::Output, y_bytes), got(Use::Output, y_bytes);
+    const auto output = [&](Buffer<uint8_t>& y) {
+        return Output{y.data(),
+                      dtype,
+                      n,
+                      static_cast<int32_t>(k),
+                      at.bias ? bias.data() : nullptr,
+                      at.scale ? scale.data() : nullptr};
+    };
+    const Output plain = output(expected);
+    for (int64_t i = 0; i < m; ++i) {
+        write_levels({plain, i, 0, n, bits}, nans[i], [&](int64_t column) {
+            int32_t sum = 0;
+            for (int64_t j = 0; j < k; ++j) {
+                const int sign = words[column * width + j / kWordBits] >> j % kWordBits & 1 ? 1 : -1;
+                sum += sign * levels[static_cast<size_t>(i)][static_cast<size_t>(j)];
+            }
+            return sum;
+        });
+    }
+
+    const bool whole = below(2);
+    const int64_t rows = whole ? gemm.row_tile : gemm.row_group * (1 + below(3));
+    const int64_t columns = whole ? n : gemm.column_tile * (1 + below(2));
+    Buffer<uint8_t> workspace = make_workspace(gemm.workspace_bytes(std::min(rows, m), k));
+    for (int64_t row = 0; row < m; row += rows) {
+        for (int64_t column = 0; column < n; column += columns) {
+            gemm.multiply({bytes.data(), sums.data(), nans.data(), bits}, panels.data(), output(got),
+                          {row, std::min(row + rows, m)}, {column, std::min(column + columns, n)}, workspace.data());
+        }
+    }
+    const std::string what =
+        describe(kernel, "levels as bytes", m, n, k, bits, static_cast<int>(dtype), at.scale, at.bias, rows, columns);
+    workspace.check_guards(what);
+    got.check_guards(what);
+    expect(std::memcmp(expected.data(), got.data(), got.bytes()) == 0, what);
+#if defined(BITORCH_QLINEAR_HAS_AMX)
+    expect(!tiles_in_use(), what + ": the tile registers were not released");
+#endif
+}
+
+// The sizes lie around those of tiles, of pairs of tiles, and of the steps that are unpacked ahead.
+void check_level_products(const Kernel& kernel) {
+    if (!kernel.level_gemm) return;
+    if (!kernel.level_gemm->takes(64, 64, 64, 2)) {
+        std::printf("%s: levels as bytes are not tested: the system does not grant tile registers\n", kernel.name);
+        return;
+    }
+    constexpr DType kTypes[] = {DType::float32, DType::float32, DType::float64, DType::float16, DType::bfloat16};
+    const auto check_sizes = [&](int64_t m, int64_t n, int64_t k) {
+        check_level_product(kernel, {m, n, k, 1 + static_cast<int>(below(2)), kTypes[below(std::size(kTypes))],
+                                     below(2) == 1, below(2) == 1});
+    };
+    for (int64_t m = 1; m <= 70; ++m) check_sizes(m, 1 + below(140), 1 + below(300));
+    for (int64_t n = 1; n <= 140; ++n) check_sizes(1 + below(50), n, 1 + below(200));
+    for (int64_t k = 1; k <= 400; ++k) check_sizes(1 + below(40), 1 + below(70), k);
+    for (int64_t m : around({256, 300})) check_sizes(m, 1 + below(140), 1 + below(100));
+    for (int64_t k : around({1024, 2048, 4096})) check_sizes(1 + below(40), 1 + below(70), k);
+}
+
 template <class T>
 void check_packing_by_limits(const Kernel& kernel, DType dtype, uint64_t infinity) {
     for (int64_t k = 0; k <= 300; ++k) {
@@ -458,6 +579,7 @@ void check(const Kernel& kernel) {
     check_levels<float>(kernel, DType::float32, 0x7F800000);
     check_levels<Half>(kernel, DType::float16, 0x7C00);
     check_levels<BFloat16>(kernel, DType::bfloat16, 0x7F80);
+    check_level_products(kernel);
     check_packing_by_limits<double>(kernel, DType::float64, 0x7FF0000000000000);
     check_packing_by_limits<float>(kernel, DType::float32, 0x7F800000);
     check_packing_by_limits<Half>(kernel, DType::float16, 0x7C00);

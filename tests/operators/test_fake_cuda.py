@@ -58,9 +58,9 @@ def test_info_says_what_a_device_would_choose(monkeypatch):
     assert len(re.findall("Made up, compute capability 8.6: popc", str(info))) == 2
     assert max(map(len, str(info).splitlines())) <= 100
     assert said.startswith("Made up, compute capability 8.6: popc, skinny, ")
-    for choice in ("1 × 4096 → 4096: skinny: up to 4", "16 × 4096 → 4096: skinny_mma_sm80: tensor"):
+    for choice in ("1 × 4096 → 4096 in bfloat16: fused_skinny: one", "16 × 4096 → 4096 in bfloat16: skinny_mma_sm80: "):
         assert f"; {choice}" in said
-    assert re.search(r"; 4096 × 4096 → 4096: mma_sm80 with tiles of \d+ x \d+: ", said)
+    assert re.search(r"; 4096 × 4096 → 4096 in bfloat16: mma_sm80 with tiles of \d+ x \d+: ", said)
     made_up.major, made_up.minor = 7, 0
     assert bitorch_qlinear.info().cuda_devices[0].endswith("7.0: no kernel, 7.5 or later is needed")
 
@@ -193,10 +193,10 @@ def test_layer_without_kernels(fake):
 DEVICES = {(8, 0): 108, (8, 6): 82, (8, 9): 128, (9, 0): 132}  # the number of multiprocessors by compute capability
 
 
-def import_with(kernel):
-    """Import the package in a new process with BITORCH_QLINEAR_CUDA_KERNEL set to this value."""
-    code = "import bitorch_qlinear; print(bitorch_qlinear.info().cuda_kernel)"
-    environment = {**os.environ, "BITORCH_QLINEAR_CUDA_KERNEL": kernel}
+def import_with(kernel, tile=""):
+    """Import the package in a new process with BITORCH_QLINEAR_CUDA_KERNEL and ..._TILE set to these values."""
+    code = "import bitorch_qlinear as b; print(b._kernels.forced_cuda_tile()); print(b.info().cuda_kernel)"
+    environment = {**os.environ, "BITORCH_QLINEAR_CUDA_KERNEL": kernel, "BITORCH_QLINEAR_CUDA_TILE": tile}
     root = Path(bitorch_qlinear.__file__).parents[1]
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
 
@@ -230,6 +230,27 @@ def test_unknown_kernel_is_an_error_at_import(name):
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
     assert "BITORCH_QLINEAR_CUDA_KERNEL: expected one of popc, skinny, " in last and last.endswith(f'got "{name}"')
+
+
+@needs_cuda_build
+def test_tile_by_environment():
+    result = import_with("", "128x128")
+    assert result.stdout.splitlines()[0] == "128x128"
+    result = import_with("", "128")
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.endswith('BITORCH_QLINEAR_CUDA_TILE: expected one of 128x256, 128x128, 64x64, got "128"')
+
+
+@needs_cuda_build
+def test_forced_tile():
+    with pytest.raises(RuntimeError, match="BITORCH_QLINEAR_CUDA_TILE: expected one of"):
+        _kernels.force_cuda_tile("32x32")
+    _kernels.force_cuda_tile("128x128")
+    try:
+        assert _kernels.cuda_choice((9, 0), 132, 17, 5, 5).startswith("mma_sm80 with tiles of 128 x 128: the tile is")
+    finally:
+        _kernels.force_cuda_tile(None)
 
 
 @needs_cuda_build

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 CUDA = CSRC / "cuda"
 KERNELS = ["popc", "skinny", "skinny_mma_sm80", "mma_sm75", "mma_sm80", "mma_int8_sm80"]
+KERNELS += ["fused_skinny", "fused_skinny_mma_sm80"]
 WIDEST, MIDDLE, SMALLEST = range(3)
 CAPABILITIES = [75, 80, 86, 87, 88, 89, 90, 91, 99, 100, 103, 110, 120, 121, 130, 200]
 TENSOR_CORES = [80, 86, 87, 88, 89, 90]  # the capabilities with mma_sm80
@@ -36,7 +37,8 @@ def library():
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror"]
     flags += [f"-fsanitize={CHECKS}", "-fsanitize-undefined-trap-on-error", "-ffp-contract=off"]
     sources = b"".join(
-        path.read_bytes() for path in (HARNESS, CUDA / "heuristics.h", CUDA / "records.h", CSRC / "packed.h")
+        path.read_bytes()
+        for path in (HARNESS, CUDA / "heuristics.h", CUDA / "records.h", CUDA / "prepared.h", CSRC / "packed.h")
     )
     key = hashlib.sha256(repr((compiler, flags)).encode() + sources).hexdigest()[:16]
 
@@ -44,9 +46,13 @@ def library():
         subprocess.run([*compiler.split(), *flags, f"-I{CSRC}", "-o", str(path), str(HARNESS)], check=True)
 
     lib = ctypes.CDLL(str(build_once(f"heuristics-{key}.so", make)))
-    lib.decide_in_words.restype = lib.names_of.restype = ctypes.c_char_p
-    lib.decide_in_words.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 3]
-    lib.is_legal.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+    lib.decide_in_words.restype = lib.names_of.restype = lib.decide_tile_in_words.restype = ctypes.c_char_p
+    lib.decide_tile_in_words.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, *[ctypes.c_int64] * 3]
+    lib.decide_in_words.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 4]
+    lib.is_legal.argtypes = [ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 3]
+    lib.fits.argtypes = [ctypes.c_int64] * 2
+    lib.choose_for_real_x.restype = None
+    lib.choose_for_real_x.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     for function in (lib.choose_all, lib.estimate_all):
         function.restype = None
         function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * (4 if function is lib.choose_all else 2)]
@@ -81,8 +87,16 @@ def estimate(*arguments):
     return clocks
 
 
-def decide(name, capability, multiprocessors, m, n, k):
-    return library().decide_in_words(name.encode(), capability, multiprocessors, m, n, k).decode()
+def choose_for_real_x(value_bytes, *arguments):
+    """Return the kernels for real x with values of so many bytes; the other arguments are those of ``choose``."""
+    asked = queries(*arguments)
+    kernels = np.full(len(asked), -1, np.int32)
+    library().choose_for_real_x(len(asked), asked.ctypes.data, value_bytes, kernels.ctypes.data)
+    return kernels
+
+
+def decide(name, capability, multiprocessors, m, n, k, value_bytes=0):
+    return library().decide_in_words(name.encode(), capability, multiprocessors, m, n, k, value_bytes).decode()
 
 
 def random_sizes(seed, count=SHAPES):
@@ -121,7 +135,7 @@ def test_random_shapes(capability):
     np.testing.assert_array_equal(choices.kernel, expected_kernel(capability, m))
     for kernel in np.unique(choices.kernel):
         rows = m[choices.kernel == kernel]
-        assert library().is_legal(int(kernel), capability, int(rows.max()))
+        assert library().is_legal(int(kernel), capability, int(rows.max()), 0, 0)
     assert np.isin(choices.tile, [WIDEST, MIDDLE, SMALLEST]).all()
     for reason in np.unique(choices.reason):
         assert len(ctypes.string_at(int(reason))) > 20
@@ -145,6 +159,31 @@ def test_more_rows_never_bring_a_kernel_back(capability):
     m = np.r_[0:300, 2 ** np.arange(9, 30)]
     kernels = choose(capability, 100, m, 1024, 1024).kernel
     assert (np.diff(kernels) != 0).sum() == len(np.unique(kernels)) - 1
+
+
+@pytest.mark.parametrize("value_bytes", [2, 4, 8])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_real_x(capability, value_bytes):
+    """Real x goes to a fused kernel if a block packs it faster than a launch; otherwise the choice is that of words."""
+    m, n, k, multiprocessors = random_sizes(2000 + capability)
+    m[: SHAPES // 2] = np.random.default_rng(5).integers(0, 18, SHAPES // 2)
+    n = np.minimum(n, MOST_OUTPUTS // np.maximum(m, 1))
+    device = (capability, multiprocessors, m, n, k)
+    kernels = choose_for_real_x(value_bytes, *device)
+    few = m * k * value_bytes <= (0.8 if capability == 90 else 1.6) * 49e3
+    fits = (m <= 16) & (m * -(-k // 128) * 128 <= 131072)
+    tensor_cores = (m > 1) & (80 <= capability <= 90)
+    fused = few & fits & ((m <= 4) | tensor_cores)
+    names = np.where(tensor_cores, KERNELS.index("fused_skinny_mma_sm80"), KERNELS.index("fused_skinny"))
+    np.testing.assert_array_equal(kernels, np.where(fused, names, choose(*device).kernel))
+    assert 0 < fused.sum() < SHAPES
+
+
+def test_fits():
+    for m, k in ((1, 131072), (4, 32768), (16, 8192), (3, 43648), (1, 0), (0, 2**31 - 1)):
+        assert library().fits(m, k)
+    for m, k in ((1, 131073), (4, 32769), (16, 8193), (3, 43649), (17, 1), (2**40, 2**31 - 1)):
+        assert not library().fits(m, k)
 
 
 # ---- the tile --------------------------------------------------------------------------------------
@@ -264,10 +303,10 @@ def test_tiles_are_those_of_the_kernel():
 def records():
     all_records = []
     for i in range(len(KERNELS)):
-        name, values = ctypes.c_char_p(), (ctypes.c_int64 * 6)()
+        name, values = ctypes.c_char_p(), (ctypes.c_int64 * 7)()
         library().read_record(i, ctypes.byref(name), values)
-        index, lowest, highest, aligned, popcounts, most_rows = values
-        assert index == i
+        index, lowest, highest, aligned, popcounts, most_rows, fused = values
+        assert index == i and fused == name.value.startswith(b"fused")
         all_records.append((name.value.decode(), lowest, highest, bool(aligned), bool(popcounts), most_rows))
     return all_records
 
@@ -277,10 +316,12 @@ def test_table_of_kernels():
     assert records() == [
         ("popc", 75, newest, False, False, any_rows),
         ("skinny", 75, newest, True, False, 16),
-        ("skinny_mma_sm80", 80, 90, True, True, 16),
+        ("skinny_mma_sm80", 80, 90, True, False, 16),
         ("mma_sm75", 75, 89, True, False, any_rows),
         ("mma_sm80", 80, 90, True, True, any_rows),
         ("mma_int8_sm80", 80, newest, True, True, any_rows),
+        ("fused_skinny", 75, newest, True, False, 4),
+        ("fused_skinny_mma_sm80", 80, 90, True, False, 16),
     ]
 
 
@@ -323,9 +364,10 @@ def test_forced(capability):
                     f"error: BITORCH_QLINEAR_CUDA_KERNEL: expected one of the kernels that compute capability "
                     f'{major}.{minor} has ({names}), got "{name}"'
                 )
-            elif m > most_rows:
+            elif m > most_rows or name.startswith("fused"):
                 automatic = decide("", *device, m, 300, 700).partition(":")[0]
-                assert got == f"{automatic}: the automatic choice: the kernel that is forced takes at most 16 rows"
+                takes = "few values of real x" if name.startswith("fused") else "at most 16 rows"
+                assert got == f"{automatic}: the automatic choice: the kernel that is forced takes {takes}"
             else:
                 assert re.match(rf"{name}(?: with tiles of \d+ x \d+)?: forced, by \w+ or by the program$", got)
 
@@ -338,6 +380,30 @@ def test_forced_by_a_name_that_does_not_exist(name):
         )
 
 
+def decide_tile(tile, name, capability, m, n, k):
+    return library().decide_tile_in_words(tile.encode(), name.encode(), capability, m, n, k).decode()
+
+
+@pytest.mark.parametrize("tile", ["128x256", "128x128", "64x64"])
+def test_forced_tile(tile):
+    """Every product of mma_sm80 has the tile; those of other kernels do not change."""
+    for name, sizes in (("", (17, 9, 9)), ("", (8192, 8192, 8192)), ("mma_sm80", (1, 1, 1))):
+        assert decide_tile(tile, name, 90, *sizes) == (
+            f"mma_sm80 with tiles of {tile.replace('x', ' x ')}: "
+            "the tile is forced, by BITORCH_QLINEAR_CUDA_TILE or by the program"
+        )
+    for capability, m in ((90, 16), (75, 100), (120, 100)):
+        assert decide_tile(tile, "", capability, m, 300, 300) == decide("", capability, 100, m, 300, 300)
+    assert decide_tile("", "", 90, 8192, 300, 300) == decide("", 90, 100, 8192, 300, 300)
+
+
+@pytest.mark.parametrize("tile", ["128", "128 x 256", "256x128", "m64n64"])
+def test_forced_by_a_tile_that_does_not_exist(tile):
+    assert decide_tile(tile, "", 90, 10, 10, 10) == (
+        f'error: BITORCH_QLINEAR_CUDA_TILE: expected one of 128x256, 128x128, 64x64, got "{tile}"'
+    )
+
+
 @pytest.mark.parametrize("capability", [30, 52, 61, 70, 72])
 def test_a_device_that_is_too_old_is_an_error(capability):
     assert not library().is_supported(capability)
@@ -347,16 +413,19 @@ def test_a_device_that_is_too_old_is_an_error(capability):
         assert decide(name, capability, 20, 10, 10, 10) == (
             f"error: compute capability {major}.{minor} is not supported: the CUDA kernels need 7.5 or later"
         )
-    assert not any(library().is_legal(kernel, capability, 1) for kernel in range(len(KERNELS)))
+    assert not any(library().is_legal(kernel, capability, 1, 64, 2) for kernel in range(len(KERNELS)))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_supported(capability):
     assert library().is_supported(capability)
-    for kernel, (_, lowest, highest, _, _, most_rows) in enumerate(records()):
-        for m in (0, 1, 16, 17, MOST_OUTPUTS):
+    for kernel, (name, lowest, highest, _, _, most_rows) in enumerate(records()):
+        for m in (0, 1, 4, 5, 16, 17, MOST_OUTPUTS):
             legal = lowest <= capability <= highest and m <= most_rows
-            assert bool(library().is_legal(kernel, capability, m)) == legal
+            assert bool(library().is_legal(kernel, capability, m, 64, 2)) == legal
+            assert bool(library().is_legal(kernel, capability, m, 64, 0)) == (legal and not name.startswith("fused"))
+            fits = legal and (not name.startswith("fused") or m <= 2)
+            assert bool(library().is_legal(kernel, capability, m, 65536, 2)) == fits
 
 
 def test_words():
@@ -368,3 +437,8 @@ def test_words():
     assert decide("", *h100, 16, 8192, 8192).startswith("skinny_mma_sm80: ")
     assert decide("", 120, 170, 17, 8192, 8192).startswith("mma_int8_sm80: ")
     assert decide("mma_sm75", 75, 40, 1, 10, 10).startswith("mma_sm75: forced")
+    assert decide("", *h100, 1, 8192, 8192, 2).startswith("fused_skinny: one launch")
+    assert decide("", *h100, 16, 1024, 1024, 2).startswith("fused_skinny_mma_sm80: one launch")
+    assert decide("", *h100, 16, 8192, 8192, 2).startswith("skinny_mma_sm80: ")
+    assert decide("fused_skinny", *h100, 4, 8192, 8192, 2).startswith("fused_skinny: forced")
+    assert decide("fused_skinny", *h100, 5, 8192, 8192, 2).startswith("skinny_mma_sm80: the automatic choice: ")

@@ -62,7 +62,7 @@ dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6
 
 def test_constants_are_those_of_the_kernel(kernel):
     panel, unit = shapes.tile(kernel)
-    panels = {"avx512": (shapes.PANEL, 32), "avx2": (shapes.PANEL, shapes.UNIT)}
+    panels = {"amx": (shapes.PANEL, 32), "avx512": (shapes.PANEL, 32), "avx2": (shapes.PANEL, shapes.UNIT)}
     assert (panel, unit) == panels.get(kernel, (1, 32))
 
 

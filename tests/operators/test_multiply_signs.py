@@ -21,7 +21,7 @@ FEW_ROWS = range(1, 12)
 SPAN = PASS * PASSES_PER_SPAN
 
 # These kernels multiply reals by signs faster than a BLAS does.
-BY_TABLES = {"avx512", "avx2"}
+BY_TABLES = {"amx", "avx512", "avx2"}
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 transposes = pytest.mark.parametrize("transpose", [False, True], ids=["", "transposed"])
 

@@ -9,7 +9,7 @@ import os
 import re
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import pytest
 import torch
 from support.reference import BITS, assert_equal, bits, epilogue, pack, product, random_values, unpack
 
-from tools.ptx.machine import In, Module, Out, Report, Struct, build_once, compile_cached, nvcc, nvcc_release
+from tools.ptx.machine import In, InOut, Module, Out, Report, Struct, build_once, compile_cached, nvcc, nvcc_release
 from tools.ptx.mutate import Mutant
 
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
@@ -98,7 +98,7 @@ def layout(name: str) -> str:
     """
     program = Path(__file__).with_name("layouts.cpp")
     # A program is made again if what it includes has changed.
-    key = hashlib.sha256(repr((program.read_text(), source("kernels.h"), nvcc_release())).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((program.read_text(), source("fused_plan.h"), nvcc_release())).encode()).hexdigest()[:16]
 
     def make(path: Path) -> None:
         subprocess.run([nvcc(), "-std=c++20", f"-I{CUDA}", str(program), "-o", str(path)], check=True)
@@ -179,14 +179,29 @@ class Call:
     out: torch.dtype
     expected: torch.Tensor
     what: tuple
+    wrong_form: np.ndarray
+    """The report about the prepared form, a WrongForm of csrc/cuda/prepared.h; all zeros at first."""
 
     def check(self, report: Report | None = None) -> None:
         """Assert that y is written and equals the reference; by a report, that each word of bits is stored once."""
         assert_equal(torch.from_numpy(self.y).view(self.expected.dtype), self.expected, self.what)
         assert self.output.unwritten == 0, self.what
+        assert not self.wrong_form.any(), self.what
         if report and self.out is torch.bool:
             stored = sum(n for opcode, n in report.instructions.items() if opcode.startswith("st.global"))
             assert stored == self.y.size, self.what
+
+    def check_no_result(self, form: tuple[int, int]) -> None:
+        """Assert that y holds no result, and that the report has the sizes of the product and of the form."""
+        _, n, k = self.what[:3]
+        if self.out in (torch.bool, torch.int32):
+            wanted = torch.full_like(self.expected, 0 if self.out is torch.bool else -(2**31))
+        else:
+            wanted = torch.full_like(self.expected, torch.nan)
+        got = torch.from_numpy(self.y).view(wanted.dtype)
+        assert torch.equal(got.isnan(), wanted.isnan()) and torch.equal(got.nan_to_num(), wanted.nan_to_num())
+        assert self.output.unwritten == 0, self.what
+        assert self.wrong_form.tolist() == [n, k, *form, 1]
 
 
 def limits_of(counts: np.ndarray, k: int, generator: np.random.Generator) -> np.ndarray:
@@ -238,9 +253,38 @@ def product_call(
     channels = [
         value for v in (scale, bias) for value in ((None, 0) if v is None else (In(numpy(v)), DTYPES[v.dtype][0]))
     ]
-    memory = None if header is None else In(header)
+    wrong_form, memory = np.zeros(5, np.int64), None
+    if header is not None:
+        # The popcounts of the weights lie behind the header.
+        operands[5] = In(np.concatenate([header, popcounts[1].view(np.uint8)])).at(len(header))
+        memory = InOut(wrong_form)
     fields = Struct(layout("Product"), *operands, m, n, k, output, OUT_TYPES[out][0], *channels, memory)
-    return Call(fields, output, y, out, expected, (m, n, k, out))
+    return Call(fields, output, y, out, expected, (m, n, k, out), wrong_form)
+
+
+def check_wrong_forms(
+    launch: Callable[[Call], object],
+    m: int,
+    n: int,
+    k: int,
+    make: Callable[..., Call] | None = None,
+) -> None:
+    """Check that a kernel reports weights that were prepared for another product, and writes no result."""
+    make = make or functools.partial(product_call, aligned=True)
+    right = prepared_header(n, k)
+    wrong = [(prepared_header(n, k + 1), (n, k + 1)), (prepared_header(n - 1, k), (n - 1, k))]
+    for byte in (0, 7, 8):  # bytes of the magic number, and one of the layout
+        wrong.append((right.copy(), (-1, -1)))
+        wrong[-1][0][byte] ^= 1
+    for out in (torch.float32, torch.bfloat16, torch.float64, torch.int32, torch.bool):
+        for header, form in wrong if out is torch.float32 else wrong[:1]:
+            call = make(m, n, k, out, header=header)
+            launch(call)
+            call.check_no_result(form)
+    for header in (None, right):
+        call = make(m, n, k, header=header)
+        launch(call)
+        call.check()
 
 
 def channels_of(out: torch.dtype, n: int) -> list[dict[str, torch.Tensor]]:
@@ -257,7 +301,7 @@ def channels_of(out: torch.dtype, n: int) -> list[dict[str, torch.Tensor]]:
 BIT_EDITS = [
     ("static_cast<int32_t>(popcount) <= limit", "static_cast<int32_t>(popcount) < limit"),
     ("all_flips && exist ?", "false ?"),
-    ("all_limits[first + i] : -1", "all_limits[first + i] : 0x7fffffff"),
+    ("all_limits[column] : -1", "all_limits[column] : 0x7fffffff"),
 ]
 """Mutants of the epilogue of bits, which all kernels have in common: csrc/cuda/epilogue.cuh."""
 EDGE_EDITS = [

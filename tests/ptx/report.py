@@ -12,6 +12,8 @@ from tabulate import tabulate
 
 from tools.ptx.machine import Module, Report
 
+from . import test_ptx_fused_skinny as fused_skinny
+from . import test_ptx_fused_skinny_mma_sm80 as fused_skinny_mma_sm80
 from . import test_ptx_mma_sm75 as mma_sm75
 from . import test_ptx_mma_sm80 as mma_sm80
 from . import test_ptx_skinny as skinny
@@ -31,6 +33,14 @@ ROWS: list[tuple[str, str, str, Callable[[Module], Report]]] = [
     ("gemm_skinny", "sm_80", "1 × 8192 → 64", lambda m: skinny.check_skinny(m, 1, 64, 8192, HALF)),
     ("gemm_skinny", "sm_80", "16 × 8192 → 64", lambda m: skinny.check_skinny(m, 16, 64, 8192, HALF)),
     ("gemm_skinny_mma_sm80", "sm_80", "16 × 8192 → 64", lambda m: skinny_mma_sm80.check_skinny(m, 16, 64, 8192, HALF)),
+    (
+        *("gemm_fused_skinny", "sm_80", "1 × 8192 → 64"),
+        lambda m: fused_skinny.check_fused(m, 1, 64, 8192, HALF, dtype=HALF, parts=1),
+    ),
+    (
+        *("gemm_fused_skinny_mma_sm80", "sm_80", "16 × 8192 → 64"),
+        lambda m: fused_skinny_mma_sm80.check_fused(m, 16, 64, 8192, HALF, dtype=HALF, parts=2),
+    ),
     ("gemm_mma_sm75", "sm_75", "64 × 2048 → 64", lambda m: mma_sm75.check_mma(m, 64, 64, 2048, HALF)),
     *(
         ("gemm_mma_sm80", "sm_80", f"{r} × 4096 → {c}", lambda m, t=(r, c): mma_sm80.check_mma(m, *t, 4096, HALF, t))

@@ -40,9 +40,11 @@ from .product import (
 )
 from .rows import row_grid
 from .test_ptx_align import SEGMENT as ALIGN_SEGMENT
-from .test_ptx_align import check_align
+from .test_ptx_align import Job, check_align, no_job
 from .test_ptx_pack import check_pack, segment, vector
 from .test_ptx_pack import kernel_name as pack_name
+from .test_ptx_pack_limited import SEGMENT as LIMITED_SEGMENT
+from .test_ptx_pack_limited import check_pack_limited
 from .test_ptx_popc import check_popc
 from .test_ptx_unpack import ALL as VALUES
 from .test_ptx_unpack import SIZES, check_unpack
@@ -50,8 +52,9 @@ from .test_ptx_unpack import SIZES, check_unpack
 OUTPUTS = [*FLOATS, torch.int32, torch.bool]
 TILES = list(mma_sm80.THREADS)
 """The tiles, in the order of Tile in csrc/cuda/heuristics.h."""
-# Each entry is a launcher and a tile, which only gemm_mma_sm80 uses.
-LAUNCHERS = [(name, 0) for name in NAMES if name != "gemm_mma_sm80"] + [("gemm_mma_sm80", i) for i in range(3)]
+# Each entry is a launcher and a tile, which only gemm_mma_sm80 uses. test_ptx_fused_launchers.py has the fused ones.
+LAUNCHERS = [(name, 0) for name in NAMES if name != "gemm_mma_sm80" and "fused" not in name]
+LAUNCHERS += [("gemm_mma_sm80", i) for i in range(3)]
 GEMMS = [launcher for launcher in LAUNCHERS if launcher[0].startswith("gemm")]
 MOST_BLOCKS, MOST_VALUES, MOST_ROWS = 2**31 - 1, 2**31 - 1, 16
 """The largest number of blocks in a grid, of values in a row, and of rows of x in the skinny kernels."""
@@ -69,6 +72,12 @@ def pack_job(m: int, k: int, dtype: int = 1, **changes: object) -> Struct:
     return Struct(layout("Pack"), *(fields | changes).values())
 
 
+def limited_job(m: int, k: int, dtype: int = 1, **changes: object) -> Struct:
+    fields = {"x": ADDRESS, "dtype": dtype, "m": m, "k": k, "stride": k, "strict": False}
+    fields |= {"limits": ADDRESS, "flips": None, "words": ADDRESS}
+    return Struct(layout("PackLimited"), *(fields | changes).values())
+
+
 def unpack_job(m: int, k: int, dtype: int = 1, **changes: object) -> Struct:
     fields = {"words": ADDRESS, "m": m, "k": k, "values": ADDRESS, "dtype": dtype}
     return Struct(layout("Unpack"), *(fields | changes).values())
@@ -84,7 +93,7 @@ def product_job(m: int, n: int, k: int, dtype: int = 4, **changes: object) -> St
     fields = {"x": ADDRESS, "x_stride": stride, "x_popcounts": ADDRESS}
     fields |= {"weight": ADDRESS, "weight_stride": stride, "weight_popcounts": ADDRESS}
     fields |= {"m": m, "n": n, "k": k, "y": ADDRESS, "dtype": dtype}
-    fields |= {"scale": None, "scale_dtype": 0, "bias": None, "bias_dtype": 0, "prepared": None}
+    fields |= {"scale": None, "scale_dtype": 0, "bias": None, "bias_dtype": 0, "wrong_form": None}
     assert set(changes) <= set(fields)
     return Struct(layout("Product"), *(fields | changes).values())
 
@@ -93,7 +102,8 @@ def job(launcher: Launcher, m: int, n: int, k: int, **changes: object) -> Struct
     """Return a job of m rows of k values, and of n columns if it is a product."""
     if launcher.name.startswith("gemm"):
         return product_job(m, n, k, **changes)
-    return {"pack": pack_job, "unpack": unpack_job, "align": align_job}[launcher.name](m, k, **changes)
+    jobs = {"pack": pack_job, "pack_limited": limited_job, "unpack": unpack_job, "align": align_job}
+    return jobs[launcher.name](m, k, **changes)
 
 
 def launched(launcher: Launcher, job: Struct) -> Launch:
@@ -103,7 +113,7 @@ def launched(launcher: Launcher, job: Struct) -> Launch:
     return launches[0]
 
 
-def nothing(launcher: Launcher, job: Struct, error: int = SUCCESS, **more: int) -> None:
+def nothing(launcher: Launcher, job: Struct, error: int = SUCCESS, **more: int | Struct | None) -> None:
     """Assert that the launcher returns this error and launches nothing."""
     assert launcher(job, **more) == (error, []), (launcher.name, job)
 
@@ -147,6 +157,8 @@ def check_pack_edges(pack: Launcher, dtype: torch.dtype) -> None:
     for k in (end, end + 1, 2 * end + 1, 4 * end + 1):
         check_pack(pack, dtype, 3, k, threshold=None, aligned=True)
     check_pack(pack, dtype, 1, 8 * end + 1, popcounts=False)
+    for k in (0, 8 * end + 1):
+        check_pack(pack, dtype, 1, k, popcounts=False, beside=Job(9, 200))
 
 
 def check_unpack_edges(unpack: Launcher, dtype: torch.dtype) -> None:
@@ -163,6 +175,8 @@ def check_align_edges(align: Launcher) -> None:
     for k in (0, 1, 128, ALIGN_SEGMENT, ALIGN_SEGMENT + 1, 2 * ALIGN_SEGMENT + 1, 5 * ALIGN_SEGMENT):
         check_align(align, 3, k, aligned=k != 1, header=k % 2 == 1)
     check_align(align, 9, 31, misalign=4)
+    for m in (0, 3):
+        check_align(align, m, 31, other=Job(9, 200))
 
 
 def check_product_edges(launcher: Launcher) -> None:
@@ -207,6 +221,14 @@ def test_pack(dtype):
     check_pack_edges(pack, dtype)
     assert pack.launched == {name for name in pack.ptx.kernels if f"pack_rowsI{DTYPES[dtype][1]}" in name}
     assert len(pack.launched) == 4
+
+
+def test_pack_limited():
+    pack = Launcher("pack_limited")
+    for dtype in FLOATS:
+        for k in (1, LIMITED_SEGMENT, LIMITED_SEGMENT + 1, 9 * LIMITED_SEGMENT):
+            check_pack_limited(pack, dtype, 3, k)
+    assert pack.launched == set(pack.ptx.kernels)
 
 
 @pytest.mark.parametrize("dtype", VALUES, ids=lambda dtype: str(dtype)[6:])
@@ -268,6 +290,8 @@ def check_nothing_to_do(launcher: Launcher) -> None:
     if launcher.name == "pack":
         nothing(launcher, pack_job(0, 70, popcounts=ADDRESS))
         nothing(launcher, pack_job(5, 0, x=None, words=None, in_range=ADDRESS))
+    if launcher.name == "pack_limited":
+        nothing(launcher, limited_job(5, 0, x=None, limits=None, words=None))
     if launcher.name == "unpack":
         nothing(launcher, unpack_job(5, 0, words=None, values=None))
 
@@ -289,7 +313,7 @@ def check_errors(launcher: Launcher) -> None:
             refused(**{operand: ADDRESS + offset})
         for more in (1, 2, 3, 5):
             refused(**{f"{operand}_stride": aligned_words_for(200) + more})
-        if launcher.name in ("gemm_skinny_mma_sm80", "gemm_mma_sm80", "gemm_mma_int8_sm80"):
+        if launcher.name in ("gemm_mma_sm80", "gemm_mma_int8_sm80"):
             refused(**{f"{operand}_popcounts": None})
         else:
             launched(launcher, job(launcher, 3, 70, 200, **{f"{operand}_popcounts": None}))
@@ -358,6 +382,10 @@ def check_rows_of_any_size(launcher: Launcher, generator: np.random.Generator) -
         segments = ceil_div(32 * word_stride, segment(dtype))
         fields = {"x": address, "stride": stride, "strict": strict, "word_stride": word_stride}
         asked = pack_job(m, k, kind, **fields, popcounts=ADDRESS if popcounts else None)
+    elif launcher.name == "pack_limited":
+        name, parts = kernel(launcher, rf"pack_limited_rowsI{DTYPES[FLOATS[kind]][1]}E"), True
+        segments = ceil_div(32 * ceil_div(k, 32), LIMITED_SEGMENT)
+        asked = limited_job(m, k, DTYPES[FLOATS[kind]][0])
     elif launcher.name == "unpack":
         dtype = list(VALUES)[int(generator.integers(len(VALUES)))]
         address += dtype.itemsize * int(generator.integers(2))
@@ -370,9 +398,16 @@ def check_rows_of_any_size(launcher: Launcher, generator: np.random.Generator) -
         name, parts, rows = kernel(launcher, "align_rows"), False, m + (-m % 4 if header else 0)
         segments = ceil_div(32 * ceil_div(k, 32), ALIGN_SEGMENT)
         asked, more = align_job(m, k, aligned=None if kind < 2 else ADDRESS, header=header), [rows, None]
+    other, beside = None, 0
+    if launcher.name in ("pack", "align") and generator.random() < 0.5:
+        beside = size(generator, 2**35)
+        other = align_job(beside, size(generator, MOST_VALUES))
+        parts = False
     (blocks, shares), block = row_grid(rows, segments, parts)
+    more += [other or no_job(), blocks] if launcher.name in ("pack", "align") else []
+    blocks += ceil_div(beside, 8)
     if blocks > MOST_BLOCKS:
-        nothing(launcher, asked, INVALID_CONFIGURATION)
+        nothing(launcher, asked, INVALID_CONFIGURATION, other=other)
     else:
         launcher.launch(name, (blocks, min(shares, 65535)), block, [asked, *more])
 
@@ -381,11 +416,13 @@ def check_product_of_any_size(launcher: Launcher, generator: np.random.Generator
     """Check a launch as the kernel's own tests expect it, or the error of too many blocks."""
     few = launcher.name.startswith("gemm_skinny")
     m, n, k = (size(generator, most) for most in (MOST_ROWS if few else 2**36, 2**36, MOST_VALUES))
+    if few and generator.random() < 0.25:
+        n = 256 * int(generator.integers(1, 3)) * 16 + int(generator.integers(-1, 2))  # where blocks become wide
     out = OUTPUTS[int(generator.integers(len(OUTPUTS)))]
     fields = product_job(
         m, n, k, OUT_TYPES[out][0], weight_stride=aligned_words_for(k) + 4 * int(generator.integers(9))
     )
-    call = Call(fields, Out(np.zeros(0)), np.zeros(0), out, torch.empty(0), (m, n, k, out))
+    call = Call(fields, Out(np.zeros(0)), np.zeros(0), out, torch.empty(0), (m, n, k, out), None)
     rows, columns = tile(launcher, m, n, out)
     if ceil_div(m, rows) * ceil_div(n, columns) > MOST_BLOCKS:
         nothing(launcher, fields, INVALID_CONFIGURATION)
@@ -455,9 +492,14 @@ MUTANTS = [
     ("pack", "reinterpret_cast<uintptr_t>(job.x) % 16 == 0 && ", ""),
     ("pack", "(job.stride % kVector<T> == 0 || job.m == 1)", "true"),
     ("pack", "segments == 0 && !job.popcounts", "segments == 0"),
-    ("pack", "kernel, job.m, segments, !job.popcounts", "kernel, job.m, segments, true"),
+    ("pack", "!job.popcounts && beside.m == 0)", "!job.popcounts)"),
+    ("pack", "align_blocks(beside), stream", "0, stream"),
+    ("align", "align_blocks(other), stream", "0, stream"),
+    ("pack", "segments, !job.popcounts && beside.m == 0, align", "segments, true, align"),
     ("unpack", "reinterpret_cast<uintptr_t>(job.values) % 16 == 0 && ", ""),
     ("unpack", "if (job.k == 0) return cudaSuccess;", ""),
+    ("pack_limited", "if (job.k == 0) return cudaSuccess;", ""),
+    ("pack_limited", "job.m, segments, true", "job.m, segments, false"),
     ("unpack", "kMostParts = 65535", "kMostParts = 65536"),
     ("align", "std::max(rows, int64_t{1})", "rows"),
     ("align", "if (blocks > INT32_MAX)", "if (blocks > UINT32_MAX)"),
@@ -470,7 +512,7 @@ MUTANTS = [
         "reinterpret_cast<uintptr_t>(operand.words) % 16",
         "reinterpret_cast<uintptr_t>(operand.words) % 8",
     ),
-    ("gemm_skinny_mma_sm80", "!have_popcounts(product)", "false"),
+    ("gemm_skinny_mma_sm80", "|| !are_aligned(product)", ""),
     ("gemm_skinny_mma_sm80", "kManyBlocks * 4 * kSide", "kManyBlocks * 4 * kSide + 1"),
     ("gemm_skinny", "1, Shape::kWarps / Block::kAcross)", "1, Shape::kWarps)"),
     ("gemm_skinny", "warps = parts * Block::kAcross", "warps = parts"),

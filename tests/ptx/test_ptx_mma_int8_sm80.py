@@ -4,22 +4,23 @@ The mutants here change how bits become bytes. Those of test_ptx_mma_sm80.py cha
 kernels use.
 """
 
+import functools
+
 import pytest
 import torch
 from support.reference import FLOATS
 
-from tools.ptx.machine import Module, PtxFault
+from tools.ptx.machine import Module
 from tools.ptx.mutate import assert_caught, loosen_waits, remove_barriers, remove_waits, swap_fragments
 
 from . import test_ptx_mma_sm80 as mma_sm80
 from .product import (
     channels_of,
+    check_wrong_forms,
     compiled,
     edited,
     kernel,
     module,
-    prepared_header,
-    product_call,
     seeded,
     seeded_bits,
     source_of_type,
@@ -57,11 +58,8 @@ def test_mma_moves_whole_sectors():
     assert report.sectors == report.sectors_needed, report.excess_sectors_by_source()
 
 
-def test_mma_traps_on_weights_prepared_for_another_product():
-    m, n, k = 3, 70, 700
-    with pytest.raises(PtxFault, match="trap"):
-        call = product_call(m, n, k, aligned=True, header=prepared_header(n, k + 1))
-        mma_sm80.launch(module(NAME, "sm_120"), call, TILE)
+def test_mma_reports_weights_prepared_for_another_product():
+    check_wrong_forms(functools.partial(mma_sm80.launch, module(NAME, "sm_120"), tile=TILE), 3, 70, 700)
 
 
 def test_mutants_of_mma_are_caught():

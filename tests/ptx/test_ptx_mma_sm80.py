@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.reference import FLOATS
 
-from tools.ptx.machine import In, Module, PtxFault, Report
+from tools.ptx.machine import In, Module, Report
 from tools.ptx.mutate import assert_caught, loosen_waits, remove, remove_barriers, remove_waits, swap_fragments
 
 from .product import (
@@ -19,6 +19,7 @@ from .product import (
     bit_shapes,
     ceil_div,
     channels_of,
+    check_wrong_forms,
     compiled,
     edited,
     kernel,
@@ -129,17 +130,19 @@ def test_mma_ignores_what_lies_behind_a_row():
     call.check()
 
 
+@pytest.mark.parametrize("tile", THREADS, ids=lambda tile: "m{}n{}".format(*tile))
 @pytest.mark.parametrize("target", TARGETS)
-def test_mma_traps_on_weights_prepared_for_another_product(target):
-    right, m, n, k = prepared_header(70, 700), 3, 70, 700
-    wrong = [prepared_header(n, k + 1), prepared_header(n - 1, k)]
-    for byte in (0, 7, 8):  # bytes of the magic number, and one of the layout
-        wrong.append(right.copy())
-        wrong[-1][byte] ^= 1
-    for header in wrong:
-        with pytest.raises(PtxFault, match="trap"):
-            launch(module(NAME, target), product_call(m, n, k, aligned=True, header=header), SMALL)
-    launch(module(NAME, target), product_call(m, n, k, aligned=True), SMALL)
+def test_mma_reports_weights_prepared_for_another_product(target, tile):
+    check_wrong_forms(functools.partial(launch, module(NAME, target), tile=tile), 3, tile[1] + 6, 700)
+
+
+@pytest.mark.parametrize("target", ["sm_75", "sm_120"])
+def test_kernels_write_no_result_where_the_instruction_is_not(target):
+    """The heuristics choose another kernel for these targets; if this one ran, no output would look like a result."""
+    call = product_call(67, 70, 700, torch.bfloat16, aligned=True)
+    launch(module(NAME, target), call, SMALL)
+    call.wrong_form[:] = [70, 700, 0, 0, 1]  # the kernel has no form to report
+    call.check_no_result((0, 0))
 
 
 @functools.cache
@@ -148,6 +151,42 @@ def small_source(tile: str, dtype: str = "float32") -> str:
     text, tiles = re.subn(rf".*case Tile::(?!{tile})\w+: return launch.*\n", "", source_of_type(NAME, dtype))
     assert tiles == 2
     return text
+
+
+def test_mutants_of_the_report_are_caught():
+    """This is the code of check_prepared.cuh, which all kernels have in common."""
+    edits = [
+        ("product.weight.popcounts) - 1;", "product.weight.popcounts) - 2;"),
+        (" == kMagicNumber &&", " == kMagicNumber ||"),
+        ("header->layout == kPreparedLayout;", "true;"),
+        ("is_form && header->n == product.n", "header->n == product.n"),
+        ("header->n == product.n && header->k", "header->k"),
+        ("header->n == product.n && header->k == product.k", "header->n == product.n"),
+        ("if (blockIdx.x == 0) {", "if (blockIdx.x == 4) {"),
+        ("is_form ? header->n : -1, report", "header->n, report"),
+        ("report->seen = 1;", "report->seen = 0;"),
+        ("wrong_form = has_wrong_form(product);", "wrong_form = has_wrong_form(product) && false;"),
+        ("i < rows * columns;", "i < rows * columns - 1;"),
+        ("row + i / columns, n", "row + i / columns + 1, n"),
+        ("m >= product.m || n >= product.n", "m > product.m || n >= product.n"),
+        ("m >= product.m || n >= product.n", "m >= product.m"),
+        ("__int_as_float(0x7FFFFFFF)", "__int_as_float(0x7F800000)"),
+    ]
+
+    def run(module: Module, seed: int) -> None:
+        right = prepared_header(70, 700)
+        wrong = [(prepared_header(*form), form) for form in ((70, 701), (69, 700))]
+        for byte in (0, 8):
+            wrong.append((right.copy(), (-1, -1)))
+            wrong[-1][0][byte] ^= 1
+        for header, form in wrong:
+            call = product_call(67, 70, 700, torch.float32, aligned=True, header=header)
+            launch(module, call, SMALL, seed)
+            call.check_no_result(form)
+        check_mma(module, 67, 70, 700, torch.float32, seed=seed)
+
+    text = small_source("m64n64")
+    assert_caught(compiled(text, "sm_80"), edited(text, edits), run, seeds=range(1))
 
 
 def run_small(module: Module, seed: int, tile: tuple[int, int] = SMALL) -> None:
@@ -166,7 +205,9 @@ def test_mutants_of_mma_are_caught(tile):
         # These change edges.
         ("row + i < height", "row + i <= height"),
         ("first + chunk < chunks", "first + chunk <= chunks"),
-        ("begin + i < rows", "begin + i <= rows"),
+        ("of_x ? product.m : product.n) ?", "of_x ? product.m : product.n) + 1 ?"),
+        ("margins.weight[index - Shape::kRows]) = counts", "margins.weight[(index ^ 1) - Shape::kRows]) = counts"),
+        ("exists = first + i < n", "exists = first + i <= n"),
         ("at.row + row >= product.m", "at.row + row > product.m"),
         ("kStageBits - 1) / kStageBits", "kStageBits - 1) / kStageBits - 1"),
         ("row_tiles - band * kTall < kTall", "false"),

@@ -26,6 +26,7 @@ from .product import (
     source,
 )
 from .rows import row_grid
+from .test_ptx_align import OTHERS, Job, blocks_of, no_job
 
 
 def vector(dtype: torch.dtype) -> int:
@@ -55,8 +56,12 @@ def check_pack(
     popcounts: bool = True,
     misalign: int = 0,
     seed: int = 0,
+    beside: Job | None = None,
 ) -> Report:
-    """Pack m rows of k values, k + padding apart, and check that all requested outputs and nothing else is written."""
+    """Pack m rows of k values, k + padding apart, and check that all requested outputs and nothing else is written.
+
+    A job of aligning may be done in the same launch.
+    """
     generator = torch.Generator().manual_seed(1000 * k + seed)
     stride = k + padding
     x = random_values((m, stride), dtype, generator)
@@ -72,8 +77,10 @@ def check_pack(
         *(None if threshold is None else in_range_words, counts if popcounts else None),
     )
     vectors = k % vector(dtype) == 0 and (stride % vector(dtype) == 0 or m == 1) and misalign % 16 == 0
-    grid, block = row_grid(m, ceil_div(word_stride * 32, segment(dtype)), parts=not popcounts)
-    report = module.launch(kernel_name(module, dtype, strict, vectors), grid, block, [job], seed=seed)
+    grid, block = row_grid(m, ceil_div(word_stride * 32, segment(dtype)), parts=not popcounts and not beside)
+    arguments = [job, beside.fields if beside else no_job(), grid[0]]
+    grid = (grid[0] + blocks_of(beside), grid[1])
+    report = module.launch(kernel_name(module, dtype, strict, vectors), grid, block, arguments, seed=seed)
 
     what = (dtype, m, k, strict, padding, aligned, threshold, popcounts, misalign)
     assert not any(output.unwritten for output in outputs if output.array.nbytes), what
@@ -84,6 +91,8 @@ def check_pack(
         assert_equal(torch.from_numpy(in_range_words.array), pack(in_range(x[:, :k], threshold)), what)
     if popcounts:
         assert_equal(torch.from_numpy(counts.array), unpack(expected, k).sum(1).to(torch.int32), what)
+    if beside:
+        beside.check((what, beside.m, beside.k))
     assert report.bank_conflicts == 0
     return report
 
@@ -92,6 +101,15 @@ def edges(dtype: torch.dtype) -> list[int]:
     """Return lengths around words, vectors, steps and segments of a row."""
     step, end = segment(dtype) // 4, segment(dtype)
     return [0, 1, 31, 32, 33, 64, *(step + d for d in (-1, 0, 1)), *(end + d for d in (-1, 0, 1)), 2 * end + 64]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_aligning_beside_packing(target):
+    packing = module("pack.cu", target)
+    for seed, (m, k, aligned) in enumerate(OTHERS):
+        dtype, beside = FLOATS[seed % 4], Job(m, k, aligned, seed=seed)
+        sizes = [(3, 64), (9, 200), (2, 3 * segment(dtype))][seed % 3]
+        check_pack(packing, dtype, *sizes, seed % 2 == 0, seed % 3, popcounts=seed > 2, beside=beside, seed=seed)
 
 
 @pytest.mark.parametrize("strict", [False, True])

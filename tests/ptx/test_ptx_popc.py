@@ -125,8 +125,8 @@ def test_mutants_of_popc_are_caught():
         ("- 2 * popcount", "- popcount"),
         ("__fmul_rn(a, b)", "__fmul_rz(a, b)"),
         (
-            "static_cast<const double*>(channels.data)[column]",
-            "__double2float_rz(((const double*)channels.data)[column])",
+            "__longlong_as_double(static_cast<long long>(bits))",
+            "__double2float_rz(__longlong_as_double(static_cast<long long>(bits)))",
         ),
     ]
     mutants = [*edited(source("gemm_popc.cu"), edits), *remove_barriers(text, kernel(Module.from_ptx(text), "AsIffE"))]
@@ -147,8 +147,8 @@ def test_mutants_of_bits_are_caught():
         ("static_cast<int32_t>(popcount) <= limit", "popcount <= static_cast<uint32_t>(limit)"),
         ("all_flips && exist ?", "exist ?"),
         ("all_flips && exist ?", "all_flips ?"),
-        ("all_flips[first / kWordBits + thread] & exist", "all_flips[first / kWordBits + thread]"),
-        ("first + i < n ? all_limits", "first + i <= n ? all_limits"),
+        ("all_flips[first / kWordBits + i] & exist", "all_flips[first / kWordBits + i]"),
+        ("column < n ? all_limits", "column <= n ? all_limits"),
         ("left < kWordBits ? static_cast<int>(left)", "left < kWordBits ? static_cast<int>(left + 1)"),
         ("row * word_count(product.n) + column", "row * (product.n / 32) + column"),
         # These are mutants of this kernel's own part.

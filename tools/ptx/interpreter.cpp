@@ -2,7 +2,7 @@
 // interface that machine.py calls. The instructions are implemented in interpreter/, one header for each family.
 #include <cstdlib>
 
-#include "interpreter/matrix.h"
+#include "interpreter/warpgroup.h"
 
 namespace ptx {
 namespace {
@@ -66,7 +66,7 @@ constexpr Family kFamilies[] = {
     {"mov", decode_mov},
     {"ld", decode_ld},
     {"ldu", decode_ldu},
-    {"st", decode_st},
+    {"st", decode_st_or_async},
     {"prefetch", decode_prefetch},
     {"createpolicy", decode_createpolicy},
     {"cvta", decode_cvta},
@@ -82,7 +82,7 @@ constexpr Family kFamilies[] = {
     {"trap", decode_trap},
     {"nanosleep", decode_nanosleep},
     {"bar", decode_bar},
-    {"barrier", decode_barrier_cta},
+    {"barrier", decode_barrier_of},
     {"membar", decode_fence},
     {"fence", decode_fence},
     // Warp level
@@ -92,10 +92,17 @@ constexpr Family kFamilies[] = {
     {"match", decode_match},
     {"redux", decode_redux},
     {"elect", decode_elect},
+    // The asynchronous machine, clusters
+    {"mbarrier", decode_mbarrier},
+    {"griddepcontrol", decode_griddepcontrol},
+    {"mapa", decode_of_cluster<true>},
+    {"getctarank", decode_of_cluster<false>},
+    {"setmaxnreg", decode_setmaxnreg},
     // Matrices
     {"ldmatrix", decode_matrix_rows<false>},
     {"stmatrix", decode_matrix_rows<true>},
     {"mma", decode_mma},
+    {"wgmma", decode_wgmma},
 };
 
 // ---- Special registers: PTX ISA, section "Special Registers" --------------------------------------------------------
@@ -103,7 +110,7 @@ void fill_special(const Machine& m, Warp& w, s32 reg, const std::string& name) {
     u64* row = const_cast<Machine&>(m).row(w, reg);
     const u32 x = m.block_size[0], y = m.block_size[1];
     for (int l = 0; l < kLanes; ++l) {
-        const u32 t = static_cast<u32>(w.thread(l));
+        const u32 t = static_cast<u32>(w.thread_of_block(l));
         const u32 tid[3] = {t % x, t / x % y, t / x / y};
         const auto axis = [&](const char* base) {
             const size_t n = std::strlen(base);
@@ -115,15 +122,15 @@ void fill_special(const Machine& m, Warp& w, s32 reg, const std::string& name) {
         } else if (k = axis("%ntid"); k >= 0) {
             row[l] = m.block_size[k];
         } else if (k = axis("%ctaid"); k >= 0) {
-            row[l] = m.ctaid[k];
+            row[l] = m.block_of(w).ctaid[k];
         } else if (k = axis("%nctaid"); k >= 0) {
             row[l] = m.grid[k];
         } else if (name == "%laneid") {
             row[l] = static_cast<u64>(l);
         } else if (name == "%warpid") {
-            row[l] = static_cast<u64>(w.id);
+            row[l] = static_cast<u64>(w.id - w.first);
         } else if (name == "%nwarpid") {
-            row[l] = m.warps.size();
+            row[l] = m.block_warps;
         } else if (name == "%lanemask_eq") {
             row[l] = bit;
         } else if (name == "%lanemask_lt") {
@@ -138,6 +145,20 @@ void fill_special(const Machine& m, Warp& w, s32 reg, const std::string& name) {
             row[l] = m.dynamic_shared;
         } else if (name == "%total_smem_size") {
             row[l] = m.total_shared;
+        } else if (int k = axis("%clusterid"); k >= 0) {
+            row[l] = m.block_of(w).ctaid[k] / m.cluster[k];
+        } else if (k = axis("%nclusterid"); k >= 0) {
+            row[l] = m.grid[k] / m.cluster[k];
+        } else if (k = axis("%cluster_ctaid"); k >= 0) {
+            row[l] = m.block_of(w).ctaid[k] % m.cluster[k];
+        } else if (k = axis("%cluster_nctaid"); k >= 0) {
+            row[l] = m.cluster[k];
+        } else if (name == "%cluster_ctarank") {
+            row[l] = static_cast<u64>(w.block);
+        } else if (name == "%cluster_nctarank") {
+            row[l] = m.cluster_blocks;
+        } else if (name == "%is_explicit_cluster") {
+            row[l] = m.explicit_cluster;
         } else if (name == "%gridid") {
             row[l] = 0;
         } else {
@@ -149,11 +170,13 @@ void fill_special(const Machine& m, Warp& w, s32 reg, const std::string& name) {
 }
 bool known_special(const std::string& name) {
     static const char* kPlain[] = {
-        "%laneid",      "%warpid",      "%nwarpid",           "%lanemask_eq",     "%lanemask_lt", "%lanemask_le",
-        "%lanemask_gt", "%lanemask_ge", "%dynamic_smem_size", "%total_smem_size", "%gridid"};
+        "%laneid",      "%warpid",          "%nwarpid",          "%lanemask_eq",        "%lanemask_lt",
+        "%lanemask_le", "%lanemask_gt",     "%lanemask_ge",      "%dynamic_smem_size",  "%total_smem_size",
+        "%gridid",      "%cluster_ctarank", "%cluster_nctarank", "%is_explicit_cluster"};
     for (const char* one : kPlain)
         if (name == one) return true;
-    for (const char* base : {"%tid", "%ntid", "%ctaid", "%nctaid"})
+    for (const char* base :
+         {"%tid", "%ntid", "%ctaid", "%nctaid", "%clusterid", "%nclusterid", "%cluster_ctaid", "%cluster_nctaid"})
         for (const char* axis : {".x", ".y", ".z"})
             if (name == std::string(base) + axis) return true;
     return false;
@@ -172,6 +195,8 @@ inline void execute(Machine& m, Warp& w, const Instr& i, u32 mask) {
     ++count.warps;
     count.threads += static_cast<u64>(std::popcount(mask));
     if (!mask) return;
+    if (m.warpgroups && i.run != wgmma) [[unlikely]]
+        name_registers(w, i);
     if (i.copies) {
         i.run(m, w, i, mask);
         return;
@@ -263,6 +288,10 @@ void run_warp(Machine& m, Warp& w, u64 budget) {
             for_lanes(i.flow == Flow::kBranch ? mask : mask & ~taken, [&](int l) { w.pc[l] = pc + 1; });
             if (i.flow == Flow::kBranch) {
                 execute(m, w, i, taken);
+                if (m.yields) {
+                    m.yields = false;
+                    return;
+                }
             } else if (taken) {
                 for_lanes(taken, [&](int l) { w.pc[l] = pc; });
                 collective(m, w, i, taken);
@@ -272,35 +301,85 @@ void run_warp(Machine& m, Warp& w, u64 budget) {
     }
 }
 
-void start_block(Machine& m) {
-    std::fill(m.shared_state.begin(), m.shared_state.end(), u8{0});
-    for (const Region& r : m.shared_regions)
-        std::fill_n(m.shared_state.begin() + (r.offset - kSharedStart), r.size, kAllocated);
+// Starts the blocks of a cluster.
+void start_cluster(Machine& m) {
+    for (u32 rank = 0; rank < m.cluster_blocks; ++rank) {
+        u8* state = m.shared_state.data() + size_t{rank} * m.shared_stride;
+        std::fill_n(state, m.shared_stride, u8{0});
+        for (const Region& r : m.shared_regions) std::fill_n(state + (r.offset - kSharedStart), r.size, kAllocated);
+        Block& block = m.blocks[rank];
+        for (Barrier& b : block.barriers) b.open = false;
+        const std::array<u32, 3> at = block_index(m, m.block, rank);
+        std::copy(at.begin(), at.end(), block.ctaid);
+        block.exited = false;
+        block.visitors.clear();
+        block.steps.clear();
+        const u32 threads = m.block_size[0] * m.block_size[1] * m.block_size[2];
+        block.free_registers = 0;
+        for (size_t k = 0; k < m.block_warps; ++k)
+            m.warps[rank * m.block_warps + k].lanes =
+                threads - k * kLanes >= kLanes ? kAll : (1u << (threads - k * kLanes)) - 1;
+    }
     std::fill(m.shared.begin(), m.shared.end(), u8{0xcd});
-    for (Barrier& b : m.barriers) b.open = false;
     std::erase_if(m.released, [](const auto& entry) { return entry.first - kSharedWindow < kWindowSize; });
     m.pending_copies = 0;
-    const int threads = static_cast<int>(m.block_size[0] * m.block_size[1] * m.block_size[2]);
     Clocks known;
     for (Warp& w : m.warps) known.push_back(w.clock++);
+    known.push_back(0);  // the grid before has not been waited for
+    known.insert(known.end(), m.agents.begin(), m.agents.end());
+    if (m.asynchronous) {
+        m.mbarriers.clear();
+        m.bulk.clear();
+        m.agents_used = 0;
+        std::fill(m.readers.begin(), m.readers.end(), u16{0});
+        for (Proxied& p : m.proxied) p = {known, {}};
+    }
+    m.cluster_barrier = {};
     for (Warp& w : m.warps) {
-        const int left = threads - w.id * kLanes;
-        w.lanes = left >= kLanes ? kAll : (1u << left) - 1;
-        w.exited = w.at_barrier = w.at_members = w.carry = 0;
+        w.exited = w.at_barrier = w.at_members = w.at_wait = w.carry = 0;
         w.pc.fill(0);
         w.order = Order{};
         w.order.known = known;
         w.order.all_lanes = known[static_cast<size_t>(w.id)];
+        w.start = w.clock;
         w.fenced = w.fenced_gpu = w.acquired = Published{};
         w.has_fenced = w.has_fenced_gpu = w.has_acquired = false;
         w.initialised.assign(m.program->bits.size(), 0);
         for (int l = 0; l < kLanes; ++l) w.copies[static_cast<size_t>(l)].clear();
         w.committed.fill(0);
+        w.cluster_arrivals.fill(0);
+        w.cluster_waits.fill(0);
+        if (m.asynchronous) {
+            w.bulk_committed.fill(0);
+            w.per_thread = m.registers_at_entry;
+        }
+        if (m.warpgroups) {
+            w.products.clear();
+            w.products_committed = w.products_issued = 0;
+            w.touched.assign(m.program->bits.size(), 1);
+            w.flying.assign(m.program->bits.size(), 0);
+            w.shapes.assign(m.program->bits.size(), 0);
+        }
         for (int l = 0; l < kLanes; ++l)
             std::copy(m.local_state.begin(), m.local_state.end(),
                       w.local_state.begin() + static_cast<s64>(m.local_state.size()) * l);
         std::fill(w.local.begin(), w.local.end(), u8{0xcd});
         for (const auto& [reg, name] : m.program->specials) fill_special(m, w, reg, name);
+    }
+}
+
+// Says what a blocked lane waits for.
+std::string wait_text(const Machine& m, const Warp& w, u32 lane) {
+    if (w.at_barrier >> lane & 1) return " wait at barrier " + std::to_string(w.barrier[lane]);
+    if (!(w.at_wait >> lane & 1)) return " wait for other lanes";
+    switch (w.reason[lane]) {
+        case Wait::kMbarrier: {
+            const auto found = m.mbarriers.find(w.waits_for[lane]);
+            return " wait for the end of phase " + std::to_string(w.phase[lane]) + " of " +
+                   (found == m.mbarriers.end() ? "an mbarrier that is gone" : state_text(m, found->second));
+        }
+        case Wait::kCluster: return " wait at barrier.cluster";
+        default: return " wait for registers, of which " + std::to_string(m.block_of(w).free_registers) + " are free";
     }
 }
 
@@ -311,17 +390,16 @@ void start_block(Machine& m) {
         for (u32 left = w.lanes & ~w.exited; left;) {
             const int l = std::countr_zero(left);
             u32 same = 0;
+            const std::string text = wait_text(m, w, static_cast<u32>(l));
             for_lanes(left, [&](int j) {
-                same |= u32{w.blocked_pc[j] == w.blocked_pc[l] && ((w.at_barrier >> j ^ w.at_barrier >> l) & 1) == 0}
-                        << j;
+                same |= u32{w.blocked_pc[j] == w.blocked_pc[l] && wait_text(m, w, static_cast<u32>(j)) == text} << j;
             });
             left &= ~same;
             if (++shown > 6) continue;
-            const bool barrier = w.at_barrier >> l & 1;
             message +=
-                " warp " + std::to_string(w.id) + ", lanes " + hex(same) +
-                (barrier ? " wait at barrier " + std::to_string(w.barrier[l]) : std::string(" wait for other lanes")) +
-                " at " + at_pc(w.blocked_pc[l]) + ";";
+                m.cluster_blocks > 1 ? " " + block_text(block_index(m, m.block, static_cast<u32>(w.block))) + "," : "";
+            message += " warp " + std::to_string(w.id - w.first) + ", lanes " + hex(same) + text + " at " +
+                       at_pc(w.blocked_pc[l]) + ";";
         }
     }
     if (shown > 6) message += " ...";
@@ -336,11 +414,14 @@ void start_block(Machine& m) {
     fault(-1, "deadlock", message);
 }
 
-void run_block(Machine& m, Warp*& current) {
-    start_block(m);
+void run_cluster(Machine& m, Warp*& current) {
+    start_cluster(m);
     // Some runs switch warps every few instructions, others run a warp until it blocks: each finds its own bugs.
     static constexpr u32 kBursts[] = {3, 40, 1000000};
     const u32 longest = kBursts[m.random.below(3)];
+    // In some runs copies land soon, in others as late as they may.
+    static constexpr u32 kPatience[] = {2, 20, 1000000};
+    const u32 patience = m.asynchronous ? kPatience[m.random.below(3)] : 0;
     std::vector<Warp*> ready;
     for (;;) {
         ready.clear();
@@ -348,6 +429,11 @@ void run_block(Machine& m, Warp*& current) {
         for (Warp& w : m.warps) {
             if (w.runnable()) ready.push_back(&w);
             living = living || (w.lanes & ~w.exited);
+        }
+        if (!m.bulk.empty()) {
+            const bool lands = ready.empty() || m.random.below(m.polls ? std::min(patience, 100u) : patience) == 0;
+            m.polls = false;
+            if (lands && land_one(m)) continue;
         }
         if (ready.empty()) {
             if (living) deadlock(m, current);
@@ -385,6 +471,9 @@ struct Launch {
     u64 buffer_count;
     Count* counts;
     u32 shuffle_blocks, collectives_order;
+    u32 cluster[3], registers_at_entry, explicit_cluster, unused;
+    const TensorMap* tensor_maps;
+    u64 tensor_map_count;
 };
 
 std::vector<u8> states(const Region* regions, u64 count, u32 start, u8 state) {
@@ -400,6 +489,7 @@ std::vector<u8> states(const Region* regions, u64 count, u32 start, u8 state) {
 bool launch(const Program& program, const Launch& a, FaultOut& out) {
     Machine m;
     m.program = &program;
+    m.asynchronous = program.asynchronous, m.warpgroups = program.warpgroups;
     std::copy_n(a.grid, 3, m.grid);
     std::copy_n(a.block, 3, m.block_size);
     m.random.state = a.seed * 0x2545f4914f6cdd1dull + 1;
@@ -409,21 +499,34 @@ bool launch(const Program& program, const Launch& a, FaultOut& out) {
     m.total_shared = a.total_shared;
     m.shared_regions.assign(a.shared, a.shared + a.shared_count);
     m.shared_state = states(a.shared, a.shared_count, kSharedStart, kAllocated);
+    std::copy_n(a.cluster, 3, m.cluster);
+    m.cluster_blocks = a.cluster[0] * a.cluster[1] * a.cluster[2];
+    m.explicit_cluster = a.explicit_cluster != 0;
+    m.registers_at_entry = a.registers_at_entry;
+    m.tensor_maps.assign(a.tensor_maps, a.tensor_maps + a.tensor_map_count);
+    m.shared_stride = static_cast<u32>((m.shared_state.size() + 127) / 128 * 128);
+    m.shared_state.resize(size_t{m.shared_stride} * m.cluster_blocks);
     m.shared.resize(m.shared_state.size());
+    m.readers.resize(program.asynchronous ? m.shared.size() / 16 + 1 : 0);
     m.shared_shadow.resize(m.shared.size() / 4 + 1);
     m.param_state = states(a.params, a.param_count, kParamStart, kAllocated | kInitialised);
     m.param.assign(a.param_bytes, a.param_bytes + a.param_size);
     m.param.resize(m.param_state.size());
     m.local_state = states(a.local, a.local_count, kLocalStart, kAllocated);
     m.buffers.assign(a.buffers, a.buffers + a.buffer_count);
+    for (Buffer& b : m.buffers) m.has_dependent = m.has_dependent || b.dependent;
     for (Buffer& b : m.buffers)
         if (b.writable) b.shadow = static_cast<Shadow*>(std::calloc(b.size / 4 + 1, sizeof(Shadow)));
     m.counts.resize(program.code.size());
     const u32 threads = a.block[0] * a.block[1] * a.block[2];
-    m.warps.resize((threads + kLanes - 1) / kLanes);
+    m.block_warps = (threads + kLanes - 1) / kLanes;
+    m.blocks.resize(m.cluster_blocks);
+    m.warps.resize(m.block_warps * m.cluster_blocks);
     for (size_t k = 0; k < m.warps.size(); ++k) {
         Warp& w = m.warps[k];
         w.id = static_cast<int>(k);
+        w.block = static_cast<int>(k / m.block_warps);
+        w.first = w.block * static_cast<int>(m.block_warps);
         w.registers.resize(program.bits.size() * kLanes);
         w.local.resize(m.local_state.size() * kLanes);
         w.local_state.resize(m.local_state.size() * kLanes);
@@ -431,21 +534,21 @@ bool launch(const Program& program, const Launch& a, FaultOut& out) {
     Warp* current = &m.warps[0];
     bool ok = true;
     try {
-        std::vector<u32> blocks(static_cast<size_t>(a.grid[0]) * a.grid[1] * a.grid[2]);
+        std::vector<u32> blocks(static_cast<size_t>(a.grid[0]) * a.grid[1] * a.grid[2] / m.cluster_blocks);
         for (size_t k = 0; k < blocks.size(); ++k) blocks[k] = static_cast<u32>(k);
         if (a.shuffle_blocks)
             for (size_t k = blocks.size(); k > 1; --k)
                 std::swap(blocks[k - 1], blocks[m.random.below(static_cast<u32>(k))]);
         for (const u32 b : blocks) {
             m.block = static_cast<s32>(b);
-            m.ctaid[0] = b % a.grid[0], m.ctaid[1] = b / a.grid[0] % a.grid[1], m.ctaid[2] = b / a.grid[0] / a.grid[1];
-            run_block(m, current);
+            run_cluster(m, current);
         }
     } catch (const Fault& f) {
         ok = false;
         report(out, f.kind, f.message);
-        std::copy_n(reinterpret_cast<const s32*>(m.ctaid), 3, out.block);
-        const u32 t = static_cast<u32>(current->thread(std::max(f.lane, 0)));
+        const std::array<u32, 3> at = block_index(m, m.block, static_cast<u32>(current->block));
+        std::copy(at.begin(), at.end(), out.block);
+        const u32 t = static_cast<u32>(current->thread_of_block(std::max(f.lane, 0)));
         out.thread[0] = static_cast<s32>(t % a.block[0]);
         out.thread[1] = static_cast<s32>(t / a.block[0] % a.block[1]);
         out.thread[2] = static_cast<s32>(t / a.block[0] / a.block[1]);

@@ -44,6 +44,7 @@ from .parser import (
     PtxError,
     Register,
     Sink,
+    TensorAddress,
     Variable,
     Vector,
     parse,
@@ -101,8 +102,21 @@ class _Buffer(ctypes.Structure):
         ("initialised", ctypes.c_void_p),
         ("writable", ctypes.c_uint32),
         ("constant", ctypes.c_uint32),
+        ("dependent", ctypes.c_uint32),
+        ("unused", ctypes.c_uint32),
         ("name", ctypes.c_char_p),
         ("shadow", ctypes.c_void_p),
+    ]
+
+
+class _TensorMap(ctypes.Structure):
+    _fields_ = [
+        ("base", ctypes.c_uint64),
+        *((name, ctypes.c_uint32) for name in ("rank", "element_bytes", "swizzle", "unused")),
+        ("size", ctypes.c_uint64 * 5),
+        ("stride", ctypes.c_uint64 * 5),
+        ("box", ctypes.c_uint32 * 5),
+        ("unused2", ctypes.c_uint32),
     ]
 
 
@@ -127,6 +141,12 @@ class _Launch(ctypes.Structure):
         ("counts", ctypes.c_void_p),
         ("shuffle_blocks", ctypes.c_uint32),
         ("collectives_order", ctypes.c_uint32),
+        ("cluster", ctypes.c_uint32 * 3),
+        ("registers_at_entry", ctypes.c_uint32),
+        ("explicit_cluster", ctypes.c_uint32),
+        ("unused", ctypes.c_uint32),
+        ("tensor_maps", ctypes.POINTER(_TensorMap)),
+        ("tensor_map_count", ctypes.c_uint64),
     ]
 
 
@@ -255,9 +275,62 @@ class Pointer:
     offset: int
 
 
+# The bytes of a tensor map begin with this number (interpreter/bulk_copy.h), and the map's index follows.
+TENSOR_MAP_MAGIC = int.from_bytes(b"TNSORMAP", "little")
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """A CUtensorMap over a buffer, as cuTensorMapEncodeTiled makes it without interleaving, filling with zeros.
+
+    An argument of a launch, or a value of a Struct with the format `128s`, which must lie at a multiple of 64 bytes.
+    Dimension 0 is the innermost one. The checks are those of the driver.
+
+    Args:
+        buffer: The memory; a pointer moves its beginning.
+        size: Elements of each dimension.
+        strides: Bytes from one element to the next, of each dimension but the first.
+        box: Elements of each dimension of the box that an instruction copies.
+        element_bytes: 1, 2, 4 or 8.
+        swizzle: 0, 32, 64 or 128 bytes.
+    """
+
+    buffer: Buffer | Pointer
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    element_bytes: int = 1
+    swizzle: int = 0
+
+    def check(self, base: int) -> None:
+        rank = len(self.size)
+        if not 1 <= rank <= 5 or len(self.box) != rank or len(self.strides) != rank - 1:
+            raise ValueError(
+                f"a tensor map of {rank} dimensions, {len(self.strides)} strides and {len(self.box)} of a box"
+            )
+        if self.element_bytes not in (1, 2, 4, 8) or self.swizzle not in (0, 32, 64, 128):
+            raise ValueError(f"elements of {self.element_bytes} bytes or a swizzle of {self.swizzle} do not exist")
+        if base % 16:
+            raise ValueError(f"a tensor map's memory begins at {base:#x}, which is not a multiple of 16")
+        if not all(1 <= n <= 1 << 32 for n in self.size):
+            raise ValueError(f"the sizes {self.size} of a tensor map are not between 1 and 2^32")
+        if not all(n % 16 == 0 and 0 <= n < 1 << 40 for n in self.strides):
+            raise ValueError(f"the strides {self.strides} of a tensor map are not multiples of 16 below 2^40")
+        if not all(1 <= n <= 256 for n in self.box):
+            raise ValueError(f"the sizes {self.box} of a tensor map's box are not between 1 and 256")
+        row = self.box[0] * self.element_bytes
+        if row % 16 or (self.swizzle and row > self.swizzle):
+            raise ValueError(
+                f"a row of {row} bytes of a tensor map's box is no multiple of 16, or wider than the swizzle"
+            )
+
+
 @dataclass(frozen=True)
 class Struct:
-    """A struct passed by value, with a format and values as for struct.pack; a buffer stands for a pointer (Q)."""
+    """A struct passed by value, with a format and values as for struct.pack.
+
+    A buffer stands for a pointer (Q), a TensorMap for its bytes (128s).
+    """
 
     format: str
     values: tuple[Any, ...]
@@ -451,6 +524,8 @@ class Module:
         used = set()
         for instruction in kernel.instructions:
             for operand in instruction.operands:
+                if isinstance(operand, TensorAddress):
+                    operand = operand.address
                 base = operand.base if isinstance(operand, Address) else operand
                 if isinstance(base, Name):
                     used.add(base.text)
@@ -498,6 +573,10 @@ class Module:
         if isinstance(operand, Vector):
             elements = [e for one in operand.elements for e in self._encode(kernel, symbols, i, one)]
             return [_Operand(5, -1, len(elements), 0, 0), *elements]
+        if isinstance(operand, TensorAddress):
+            (base,) = self._encode(kernel, symbols, i, operand.address)
+            coordinates = self._encode(kernel, symbols, i, operand.coordinates)
+            return [_Operand(9, base.reg, len(coordinates) - 1, 0, base.value), *coordinates[1:]]
         if isinstance(operand, Address):
             if isinstance(operand.base, Register):
                 return [_Operand(4, operand.base.index, 0, 0, operand.offset)]
@@ -530,6 +609,8 @@ class Module:
         shared_bytes: int = 0,
         seed: int = 0,
         *,
+        cluster: int | Sequence[int] | None = None,
+        dependent: Sequence[Buffer] = (),
         shuffle_blocks: bool = True,
         collectives_order: bool = False,
         limit: int = 200_000_000,
@@ -537,6 +618,9 @@ class Module:
         """Run a grid to its end or to a PtxFault.
 
         The seed draws the order of blocks (unless `shuffle_blocks` is off), of warps and of a warp's atomics.
+        `cluster` is the size of a cluster in blocks, if the kernel does not declare it: its blocks run together.
+        `dependent` are the buffers that the kernel before may still use, which this one may touch after
+        `griddepcontrol.wait` only (a programmatic dependent launch).
         `collectives_order` lets shfl, vote, match and redux order memory among their lanes, which PTX does not promise.
         A run that executes more than `limit` warp instructions is considered endless.
         """
@@ -545,6 +629,7 @@ class Module:
         threads = block[0] * block[1] * block[2]
         if not 0 < threads <= 1024 or min(grid) < 1:
             raise ValueError(f"grid {grid} of blocks {block} cannot be launched")
+        clusters = self._cluster(compiled.kernel, grid, cluster)
         total = compiled.static_shared + shared_bytes
         capability = int(re.sub(r"\D", "", self.ptx.target) or 0)
         if total > 1024 * SHARED_LIMIT.get(capability, 227):
@@ -553,7 +638,10 @@ class Module:
         if shared_bytes and compiled.dynamic_at is not None:
             shared.append((compiled.dynamic_at, shared_bytes))
         buffers = list(self.variables.values())
-        params = self._pack(compiled, args, buffers)
+        maps: list[_TensorMap] = []
+        params = self._pack(compiled, args, buffers, maps)
+        if any(not any(buffer is known for known in buffers) for buffer in dependent):
+            raise ValueError("a dependent buffer is no argument of the launch")
         counts = np.zeros((max(len(compiled.kernel.instructions), 1), len(COLUMNS)), np.uint64)
 
         def regions(places: Sequence[tuple[int, int]]) -> Any:
@@ -561,11 +649,21 @@ class Module:
 
         places = [(at, p.size or 0) for at, p in zip(compiled.params, compiled.kernel.params, strict=True)]
         table = (_Buffer * max(len(buffers), 1))(*(self._buffer(k, b) for k, b in enumerate(buffers)))
+        for buffer in dependent:
+            table[next(k for k, known in enumerate(buffers) if known is buffer)].dependent = True
+        # At entry a thread has an equal share of 64 Ki registers, unless .maxnreg says less; setmaxnreg starts from it.
+        registers = compiled.kernel.max_registers or min(65536 // _align(threads, 128) // 8 * 8, 255)
         launch = _Launch(
             *((ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block), seed, limit, shared_bytes, total),
             *(regions(shared), len(shared), regions(compiled.local), len(compiled.local)),
             *(regions(places), len(places), params, len(params), table, len(buffers), counts.ctypes.data),
-            *(shuffle_blocks, collectives_order),
+            *(shuffle_blocks, collectives_order, (ctypes.c_uint32 * 3)(*clusters), registers),
+            *(
+                cluster is not None or bool(compiled.kernel.cluster),
+                0,
+                (_TensorMap * max(len(maps), 1))(*maps),
+                len(maps),
+            ),
         )
         fault = _Fault()
         if library().ptx_launch(compiled.handle, ctypes.byref(launch), ctypes.byref(fault)):
@@ -580,6 +678,18 @@ class Module:
         )
 
     @staticmethod
+    def _cluster(kernel: Kernel, grid: tuple[int, int, int], asked: int | Sequence[int] | None) -> tuple[int, int, int]:
+        own = dim3(kernel.cluster) if kernel.cluster else None
+        size = own or dim3(1)
+        if asked is not None:
+            size = dim3(asked)
+            if own not in (None, size):
+                raise ValueError(f"'{kernel.name}' is compiled for clusters of {own} blocks, not {size}")
+        if min(size) < 1 or size[0] * size[1] * size[2] > 16 or any(g % c for g, c in zip(grid, size, strict=True)):
+            raise ValueError(f"a grid of {grid} blocks cannot have clusters of {size}")
+        return size
+
+    @staticmethod
     def _base(index: int, buffer: Buffer) -> int:
         return ((index + 1) << BUFFER_SHIFT) + BUFFER_OFFSET + buffer.misalign
 
@@ -589,10 +699,21 @@ class Module:
         name = (buffer.name or f"buffer {index - len(self.variables)}").encode()
         data = buffer.array.ctypes.data
         return _Buffer(
-            self._base(index, buffer), buffer.array.nbytes, data, initialised, buffer.writable, constant, name, None
+            *(
+                self._base(index, buffer),
+                buffer.array.nbytes,
+                data,
+                initialised,
+                buffer.writable,
+                constant,
+                0,
+                0,
+                name,
+                None,
+            )
         )
 
-    def _pack(self, compiled: _Compiled, args: Sequence[Any], buffers: list[Buffer]) -> bytes:
+    def _pack(self, compiled: _Compiled, args: Sequence[Any], buffers: list[Buffer], maps: list[_TensorMap]) -> bytes:
         params = compiled.kernel.params
         if len(args) != len(params):
             raise ValueError(f"'{compiled.kernel.name}' has {len(params)} parameters, not {len(args)}")
@@ -608,6 +729,16 @@ class Module:
             buffers.append(value)
             return self._base(len(buffers) - 1, value)
 
+        def tensor_map(value: TensorMap) -> bytes:
+            base = address(value.buffer)
+            value.check(base)
+            rank = len(value.size)
+            entry = _TensorMap(base, rank, value.element_bytes, value.swizzle)
+            entry.size[:rank], entry.box[:rank] = value.size, value.box
+            entry.stride[:rank] = (value.element_bytes, *value.strides)
+            maps.append(entry)
+            return struct.pack("<QQ112x", TENSOR_MAP_MAGIC, len(maps) - 1)
+
         data = b""
         for number, (at, param, arg) in enumerate(zip(compiled.params, params, args, strict=True)):
             if isinstance(arg, np.ndarray) and arg.ndim:
@@ -617,7 +748,10 @@ class Module:
             size = param.size or 0
             if isinstance(arg, Struct):
                 pointers = (Buffer, Pointer, type(None))
-                value = struct.pack(arg.format, *(address(v) if isinstance(v, pointers) else v for v in arg.values))
+                values = (tensor_map(v) if isinstance(v, TensorMap) else v for v in arg.values)
+                value = struct.pack(arg.format, *(address(v) if isinstance(v, pointers) else v for v in values))
+            elif isinstance(arg, TensorMap):
+                value = tensor_map(arg)
             elif isinstance(arg, bytes):
                 value = arg
             elif arg is None or isinstance(arg, (Buffer, Pointer)):

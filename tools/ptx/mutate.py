@@ -74,16 +74,21 @@ def remove_barriers(ptx: str, kernel: str, source: str = "") -> list[Mutant]:
     return remove("barrier removed", ptx, kernel, r"(bar|barrier)\..*sync.*", source)
 
 
+def edit(what: str, ptx: str, kernel: str, opcode: str, old: str, new: str, source: str = "") -> list[Mutant]:
+    """Return one mutant for each matching instruction that `re.sub(old, new)` changes, from its opcode on."""
+    return _mutants(what, ptx, kernel, opcode, source, old, new)
+
+
 def remove_waits(ptx: str, kernel: str, source: str = "") -> list[Mutant]:
-    return remove("wait removed", ptx, kernel, r"cp\.async\.wait.*", source)
+    return remove("wait removed", ptx, kernel, r"(cp\.async|cp\.async\.bulk|wgmma)\.wait_.*", source)
 
 
 def loosen_waits(ptx: str, kernel: str, source: str = "") -> list[Mutant]:
     """Return mutants whose waits let one more group stay in flight."""
     found = []
-    for i, place in sites(ptx, kernel, r"cp\.async\.wait_group", source):
+    for i, place in sites(ptx, kernel, r"(cp\.async|cp\.async\.bulk|wgmma)\.wait_group.*", source):
         count = i.operands[0].value  # type: ignore[union-attr]
-        text = _edited(ptx, i, rf"\b{count}\b", str(count + 1))
+        text = _edited(ptx, i, rf"(?<=\s){count}(?=;)", str(count + 1))
         assert text is not None
         found.append(Mutant(f"wait loosened: {i.opcode} {count} at PTX line {i.line} ({place})", text))
     return found

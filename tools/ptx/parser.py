@@ -87,7 +87,15 @@ class Sink:
     """The destination `_`."""
 
 
-Operand = Register | Immediate | Float | Name | Address | Vector | Sink
+@dataclass(frozen=True)
+class TensorAddress:
+    """A tensor map's address with coordinates: `[map, {x, y}]`."""
+
+    address: Address
+    coordinates: Vector
+
+
+Operand = Register | Immediate | Float | Name | Address | Vector | Sink | TensorAddress
 
 
 @dataclass
@@ -111,6 +119,8 @@ class Kernel:
     labels: dict[tuple[int, str], int] = field(default_factory=dict)
     targets: dict[tuple[int, str], list[str]] = field(default_factory=dict)
     parents: list[int] = field(default_factory=lambda: [-1])  # the parent of each scope
+    cluster: tuple[int, ...] = ()  # .reqnctapercluster
+    max_registers: int = 0  # .maxnreg; 0 if it is not given
 
     def find(self, table: dict[tuple[int, str], object], scope: int, name: str) -> object | None:
         """Find a name in a scope or one that encloses it; return None if there is none."""
@@ -340,14 +350,19 @@ class Parser:
                 self.accept(",")
         while self.next != "{":
             word = self.take()
-            if word not in (".maxntid", ".reqntid", ".minnctapersm", ".maxnreg", ".maxnctapersm", ".pragma", ";"):
+            known = (".maxntid", ".reqntid", ".minnctapersm", ".maxnreg", ".maxnctapersm", ".pragma", ";")
+            if word not in (*known, ".reqnctapercluster", ".maxclusterrank", ".explicitcluster"):
                 raise self.error(f"the directive {word!r} is not known here")
             if word == ".pragma":
                 self.take()
-            elif word != ";":
-                self.number()
+            elif word not in (";", ".explicitcluster"):
+                numbers = [self.number()]
                 while self.accept(","):
-                    self.number()
+                    numbers.append(self.number())
+                if word == ".reqnctapercluster":
+                    kernel.cluster = tuple(numbers)
+                elif word == ".maxnreg":
+                    kernel.max_registers = numbers[0]
         self.take("{")
         _Body(self, kernel).parse()
         return kernel
@@ -483,14 +498,21 @@ class _Body:
             offset = 0
             while p.next in "+-":
                 offset += p.number() if p.next == "-" else (p.take("+") and p.number())
+            coordinates = self.operand() if p.accept(",") else None
             p.take("]")
             if isinstance(base, Immediate):
-                return Address(None, base.value + offset)
-            if isinstance(base, Name):
-                return Address(Name(base.text), base.offset + offset)
-            if not isinstance(base, Register):
+                address = Address(None, base.value + offset)
+            elif isinstance(base, Name):
+                address = Address(Name(base.text), base.offset + offset)
+            elif isinstance(base, Register):
+                address = Address(base, offset)
+            else:
                 raise p.error("the address is not understood")
-            return Address(base, offset)
+            if coordinates is None:
+                return address
+            if not isinstance(coordinates, Vector):
+                raise p.error("the coordinates are no vector")
+            return TensorAddress(address, coordinates)
         negated = p.accept("!")
         if p.next == "-" or p.next[0].isdigit():
             sign = "-" if p.accept("-") else ""

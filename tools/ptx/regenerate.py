@@ -11,7 +11,7 @@ from pathlib import Path
 from .machine import compile_ptx
 
 KERNELS = Path(__file__).parent / "kernels"
-ARCH = "sm_80"
+ARCHS = {"pipeline": "sm_90a", "cluster_sum": "sm_90a"}  # the others are for sm_80
 
 
 def normalised(ptx: str) -> str:
@@ -22,7 +22,7 @@ def normalised(ptx: str) -> str:
 
 
 def generate(source: Path) -> str:
-    return normalised(compile_ptx(source, ARCH))
+    return normalised(compile_ptx(source, ARCHS.get(source.stem, "sm_80")))
 
 
 if __name__ == "__main__":

@@ -37,11 +37,11 @@ from tools.ptx.machine import (
     nvcc_release,
 )
 
-from ..product import CUDA, module, source
+from ..product import CUDA, layout, module, source
 
 HERE = Path(__file__).parent
-NAMES = ["pack", "unpack", "align", "gemm_popc", "gemm_skinny", "gemm_skinny_mma_sm80", "gemm_mma_sm75"]
-NAMES += ["gemm_mma_sm80", "gemm_mma_int8_sm80"]
+NAMES = ["pack", "pack_limited", "unpack", "align", "gemm_popc", "gemm_skinny", "gemm_skinny_mma_sm80", "gemm_mma_sm75"]
+NAMES += ["gemm_mma_sm80", "gemm_mma_int8_sm80", "gemm_fused_skinny", "gemm_fused_skinny_mma_sm80"]
 SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION = 0, 1, 9  # cudaError_t
 # Host code is the same for all targets. For this one the tensor-core kernels of sm_80 are empty, which saves seconds.
 FLAGS = [
@@ -75,7 +75,7 @@ def _object(path: str, text: str, more: Sequence[str] = (), depends: str = "") -
 
 _OnLaunch = ctypes.CFUNCTYPE(
     *(None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_uint32)),
-    *(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)),
+    *(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int),
 )
 
 
@@ -99,7 +99,7 @@ def library(name: str = "", text: str = "") -> ctypes.CDLL:
     found.runtime_errors.argtypes = [ctypes.c_int, ctypes.c_int]
     for each in NAMES:
         getattr(found, f"launch_{each}").argtypes = [
-            *(ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p),
+            *(ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_void_p),
         ]
     return found
 
@@ -128,6 +128,7 @@ class Launch:
     most_dynamic: int  # the limit to which the kernel's dynamic shared memory was raised, or 0
     stream: int
     arguments: list[bytes]
+    behind_pack: bool  # whether it may start before the kernel in front of it has ended
     buffers: list[Buffer] = field(default_factory=list)
 
     def check(self) -> None:
@@ -179,9 +180,18 @@ class Launcher:
         """Whether `launch` executes the kernel that is launched."""
 
     def __call__(
-        self, job: Struct, tile: int | None = None, stream: int = 0, errors: tuple[int, int] = (SUCCESS, SUCCESS)
+        self,
+        job: Struct,
+        tile: int | None = None,
+        stream: int = 0,
+        errors: tuple[int, int] = (SUCCESS, SUCCESS),
+        behind_pack: bool = False,
+        other: Struct | None = None,
     ) -> tuple[int, list[Launch]]:
-        """Return the launcher's error and its launches; the runtime returns `errors` for a launch and an attribute."""
+        """Return the launcher's error and its launches; the runtime returns `errors` for a launch and an attribute.
+
+        `other` is what pack and align do in the same launch, a struct Align.
+        """
         buffers: list[Buffer] = []
 
         def address(value: Any) -> Any:
@@ -209,8 +219,11 @@ class Launcher:
         self.library.runtime_on_launch(function)
         self.library.runtime_errors(*errors)
         data = struct.pack(job.format, *map(address, job.values))
+        if self.name in ("pack", "align"):
+            nothing = bytes(struct.calcsize(layout("Align")))
+            data += struct.pack(other.format, *map(address, other.values)) if other else nothing
         tile = self.tile if tile is None else tile
-        error = getattr(self.library, f"launch_{self.name}")(data, len(data), tile, stream)
+        error = getattr(self.library, f"launch_{self.name}")(data, len(data), tile, behind_pack, stream)
         assert not raised, raised
         assert error >= 0, f"{self.name}: a struct of {len(data)} bytes has the wrong size"
         assert self.library.cudaGetLastError() == SUCCESS, "the launcher does not clear its error"
@@ -227,6 +240,7 @@ class Launcher:
         most_dynamic: int,
         stream: int | None,
         arguments: Any,
+        behind_pack: int,
         buffers: list[Buffer],
     ) -> Launch:
         kernel = _kernels(self.module)[without_file(name.decode())]
@@ -234,7 +248,8 @@ class Launcher:
         sizes = [parameter.size or 0 for parameter in self.ptx.kernels[kernel].params]
         values = [ctypes.string_at(arguments[i], size) for i, size in enumerate(sizes)]
         sides = (tuple(grid[:3]), tuple(block[:3]))
-        return Launch(self.module, kernel, *sides, shared_bytes, most_dynamic, stream or 0, values, buffers)
+        rest = shared_bytes, most_dynamic, stream or 0, values, bool(behind_pack), buffers
+        return Launch(self.module, kernel, *sides, *rest)
 
     def launch(
         self,
@@ -247,12 +262,15 @@ class Launcher:
     ) -> Report | None:
         """Do as Module.launch, through the launcher, which must launch exactly this in the caller's stream."""
         stream = 4096 + seed
-        error, launches = self(args[0], stream=stream)
+        others = [argument for argument in args[1:] if isinstance(argument, Struct)]
+        error, launches = self(args[0], stream=stream, other=others[0] if others else None)
         assert (error, len(launches)) == (SUCCESS, 1), args
         launch = launches[0]
         what = (launch.kernel, launch.grid, launch.block, launch.shared_bytes, launch.stream)
-        assert what == (kernel, dim3(grid), dim3(block), shared_bytes, stream), args
+        assert what == (kernel, dim3(grid), dim3(block), shared_bytes, stream) and not launch.behind_pack, args
         for actual, expected in zip(launch.arguments[1:], args[1:], strict=True):
-            if isinstance(expected, int):
+            if isinstance(expected, Struct):
+                assert actual == struct.pack(expected.format, *expected.values), args
+            elif isinstance(expected, int):
                 assert int.from_bytes(actual, "little", signed=not isinstance(expected, bool)) == expected, args
         return launch.run(seed) if self.execute else None

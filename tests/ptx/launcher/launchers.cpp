@@ -16,19 +16,29 @@ int with(const void* job, uint64_t bytes, Function function) {
 
 }  // namespace
 
-// All have one signature, with a `tile` that only gemm_mma_sm80 uses.
-#define LAUNCHER(name, Job, ...)                                                                \
-    EXPORT int launch_##name(const void* bytes, uint64_t size, int tile, cudaStream_t stream) { \
-        static_cast<void>(tile);                                                                \
-        return with<Job>(bytes, size, [&](const Job& job) { return name(__VA_ARGS__); });       \
+// All have one signature, with a `tile` that only gemm_mma_sm80 uses, and `behind_pack`, which some products use.
+#define LAUNCHER(name, Job, ...)                                                                                 \
+    EXPORT int launch_##name(const void* bytes, uint64_t size, int tile, int behind_pack, cudaStream_t stream) { \
+        static_cast<void>(tile), static_cast<void>(behind_pack);                                                 \
+        return with<Job>(bytes, size, [&](const Job& job) { return name(__VA_ARGS__); });                        \
     }
 
-LAUNCHER(pack, Pack, job, stream)
+// Two jobs of one launch.
+template <class Job>
+struct Both {
+    Job job;
+    Align other;
+};
+
+LAUNCHER(pack, Both<Pack>, job.job, job.other, stream)
+LAUNCHER(pack_limited, PackLimited, job, stream)
 LAUNCHER(unpack, Unpack, job, stream)
-LAUNCHER(align, Align, job, stream)
+LAUNCHER(align, Both<Align>, job.job, job.other, stream)
 LAUNCHER(gemm_popc, Product, job, stream)
-LAUNCHER(gemm_skinny, Product, job, stream)
-LAUNCHER(gemm_skinny_mma_sm80, Product, job, stream)
+LAUNCHER(gemm_skinny, Product, job, stream, behind_pack != 0)
+LAUNCHER(gemm_skinny_mma_sm80, Product, job, stream, behind_pack != 0)
 LAUNCHER(gemm_mma_sm75, Product, job, stream)
-LAUNCHER(gemm_mma_sm80, Product, job, static_cast<Tile>(tile), stream)
-LAUNCHER(gemm_mma_int8_sm80, Product, job, stream)
+LAUNCHER(gemm_mma_sm80, Product, job, static_cast<Tile>(tile), stream, behind_pack != 0)
+LAUNCHER(gemm_mma_int8_sm80, Product, job, stream, behind_pack != 0)
+LAUNCHER(gemm_fused_skinny, FusedProduct, job, stream)
+LAUNCHER(gemm_fused_skinny_mma_sm80, FusedProduct, job, stream)

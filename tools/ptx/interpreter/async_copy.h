@@ -16,7 +16,7 @@ inline void cp_async(Machine& m, Warp& w, const Instr& i, u32 mask) {
         global[l] = from[l] + static_cast<u64>(i.offset2);
         if (shared[l] - kSharedWindow < kWindowSize)
             fault(l, "out of bounds", "cp.async has a generic address as its destination");
-        AsyncCopy copy{kOpenGroup, static_cast<u32>(shared[l]), global[l], i.bytes, i.bytes, w.now, {}};
+        AsyncCopy copy{kOpenGroup, 0, 0, global[l], i.bytes, i.bytes, w.now, {}};
         if (i.b == 1) copy.source_bytes = static_cast<u32>(size[l]);
         if (i.b == 2 && (size[l] != 0) != (i.negated[2] != 0)) copy.source_bytes = 0;
         if (copy.source_bytes > copy.bytes)
@@ -36,6 +36,8 @@ inline void cp_async(Machine& m, Warp& w, const Instr& i, u32 mask) {
         const Place p =
             access(m, w, l, Space::kShared, shared[l], i.bytes, {.write = true, .read = false, .async = true});
         for (u32 k = 0; k < i.bytes; ++k) p.state[k] |= kPending;
+        copy.shared = static_cast<u32>(p.offset);
+        copy.number = w.copies_issued++;
         w.copies[l].push_back(copy);
         ++m.pending_copies;
     });
@@ -50,6 +52,10 @@ inline void commit(Machine&, Warp& w, const Instr&, u32 mask) {
         ++w.committed[l];
     });
 }
+inline void land(Machine& m, const AsyncCopy& copy) {
+    std::copy_n(copy.data.begin(), copy.bytes, m.shared.begin() + copy.shared);
+    for (u32 b = 0; b < copy.bytes; ++b) m.shared_state[copy.shared + b] = kAllocated | kInitialised;
+}
 // i.a says whether copies that are in no group yet are waited for; i.b is the number of groups that may stay pending.
 inline void wait(Machine& m, Warp& w, const Instr& i, u32 mask) {
     for_lanes(mask, [&](int l) {
@@ -60,19 +66,17 @@ inline void wait(Machine& m, Warp& w, const Instr& i, u32 mask) {
                 ++k;
                 continue;
             }
-            const u32 offset = copy.shared - kSharedStart;
-            std::copy_n(copy.data.begin(), copy.bytes, m.shared.begin() + offset);
-            for (u32 b = 0; b < copy.bytes; ++b) m.shared_state[offset + b] = kAllocated | kInitialised;
+            const u32 offset = copy.shared;
+            land(m, copy);
             // The copy counts as a write that this thread makes now: others see it after the next barrier.
             check_race(m, w, l, m.shared_shadow.data(), offset, copy.bytes, true, false, "race on shared memory",
-                       [&] { return "byte " + std::to_string(offset) + " of shared memory"; });
+                       [&] { return shared_text(m, offset); });
             copies.erase(copies.begin() + static_cast<s64>(k));
             --m.pending_copies;
         }
     });
 }
-inline void decode_cp(Decoder& d) {
-    if (!d.take("async")) d.error("only .async is known");
+inline void decode_cp_async(Decoder& d) {
     if (d.take("commit_group")) {
         d.expect(0);
         d.i.run = commit;

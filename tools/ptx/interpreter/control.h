@@ -1,6 +1,8 @@
 // PTX ISA, sections "Control Flow Instructions", "Parallel Synchronization and Communication Instructions: bar,
 // barrier, bar.warp.sync, membar, fence" and "Miscellaneous Instructions".
 #pragma once
+#include <span>
+
 #include "transfer.h"
 
 namespace ptx {
@@ -35,12 +37,16 @@ inline void decode_brx(Decoder& d) {
     d.i.run = brx;
 }
 
-void complete_barriers(Machine& m);
+void complete_barriers(Machine& m, Warp& w);
+void complete_cluster_barrier(Machine& m);
+void leave(Machine& m, Warp& w);
 
 inline void exit_lanes(Machine& m, Warp& w, const Instr&, u32 mask) {
     w.exited |= mask;
     w.at_members = 0;  // lanes that waited for these look again
-    complete_barriers(m);
+    complete_barriers(m, w);
+    if (m.cluster_blocks > 1) complete_cluster_barrier(m);
+    if (!(w.lanes & ~w.exited) && (m.asynchronous || m.cluster_blocks > 1)) leave(m, w);
 }
 inline void decode_exit(Decoder& d) {
     d.take("uni");
@@ -59,10 +65,11 @@ inline void decode_nanosleep(Decoder& d) {
 
 // ---- Barriers of the block ------------------------------------------------------------------------------------------
 // A barrier counts warps. A warp has arrived once all its threads that have not exited are there.
-inline void complete_barrier(Machine& m, Barrier& b) {
+inline void complete_barrier(Machine& m, Barrier& b, size_t first) {
     u32 threads = 0, warps_here = 0;
     bool all = true;
-    for (const Warp& w : m.warps) {
+    const std::span<Warp> warps(m.warps.data() + first, m.block_warps);
+    for (const Warp& w : warps) {
         const u32 here = b.waiting[w.id] | b.arrived[w.id], living = w.lanes & ~w.exited;
         const bool whole = (living & ~here) == 0;
         all = all && whole;
@@ -73,7 +80,7 @@ inline void complete_barrier(Machine& m, Barrier& b) {
         fault(-1, "barrier", std::to_string(threads) + " threads came to a barrier of " + std::to_string(b.expected));
     }
     u32 count = 0, any = 0, every = 1;  // the results of barrier.red
-    for (Warp& w : m.warps) {
+    for (Warp& w : warps) {
         for_lanes(b.waiting[w.id], [&](int l) {
             const Instr& i = m.program->code[w.blocked_pc[l]];
             if (!i.b) return;
@@ -81,7 +88,7 @@ inline void complete_barrier(Machine& m, Barrier& b) {
             count += p, any |= p, every &= p;
         });
     }
-    for (Warp& w : m.warps) {
+    for (Warp& w : warps) {
         const u32 lanes = b.waiting[w.id];
         if (!lanes) continue;
         for_lanes(lanes, [&](int l) {
@@ -96,9 +103,9 @@ inline void complete_barrier(Machine& m, Barrier& b) {
     }
     b.open = false;
 }
-inline void complete_barriers(Machine& m) {
-    for (Barrier& b : m.barriers)
-        if (b.open) complete_barrier(m, b);
+inline void complete_barriers(Machine& m, Warp& w) {
+    for (Barrier& b : m.block_of(w).barriers)
+        if (b.open) complete_barrier(m, b, static_cast<size_t>(w.first));
 }
 // i.a is true for arrive. i.b is 1 for popc, 2 for and, 3 for or. s[0] is the barrier, s[1] the count if targets[0] is
 // set.
@@ -110,10 +117,11 @@ inline void bar(Machine& m, Warp& w, const Instr& i, u32 mask) {
         if (m.in(w, i.s[0])[l] != id || (i.targets[0] && m.in(w, i.s[1])[l] != count))
             fault(l, "barrier", "threads of a warp name different barriers or counts");
     });
-    if (id >= m.barriers.size()) fault(first, "barrier", "barrier " + std::to_string(id) + " does not exist");
+    std::array<Barrier, 16>& barriers = m.block_of(w).barriers;
+    if (id >= barriers.size()) fault(first, "barrier", "barrier " + std::to_string(id) + " does not exist");
     if (count % kLanes)
         fault(first, "barrier", "the count " + std::to_string(count) + " is not a multiple of the warp's size");
-    Barrier& b = m.barriers[id];
+    Barrier& b = barriers[id];
     if (!b.open) {
         b.open = true;
         b.waiting.assign(m.warps.size(), 0);
@@ -148,11 +156,10 @@ inline void bar(Machine& m, Warp& w, const Instr& i, u32 mask) {
             w.blocked_pc[l] = w.now;
         });
     }
-    complete_barrier(m, b);
+    complete_barrier(m, b, static_cast<size_t>(w.first));
 }
 // bar.sync is barrier.sync.aligned; .cta is allowed in both.
 inline void decode_barrier(Decoder& d, bool aligned) {
-    if (!aligned && d.take("cluster")) d.error("clusters are not emulated");
     d.take("cta");
     d.i.aligned = aligned || d.take("aligned");
     const int what = d.need_one({"sync", "arrive", "red"});
@@ -183,7 +190,6 @@ inline void decode_bar(Decoder& d) {
     d.i.flow = Flow::kCollective;
     d.i.run = warp_sync;
 }
-inline void decode_barrier_cta(Decoder& d) { decode_barrier(d, false); }
 
 // ---- membar, fence --------------------------------------------------------------------------------------------------
 // i.a says that the scope is the block. Earlier strong reads acquire here; later strong writes release what precedes.
@@ -196,10 +202,43 @@ inline void fence(Machine& m, Warp& w, const Instr& i, u32) {
         w.has_fenced_gpu = true;
     }
 }
+// PTX ISA, section "fence.proxy": ordinary writes that are ordered before this become visible to the asynchronous proxy.
+// i.a is 1 if it concerns shared memory, 2 for global memory, and 3 for both.
+inline void fence_proxy(Machine& m, Warp& w, const Instr& i, u32 mask) {
+    for (u32 space = 0; space < 2; ++space) {
+        if (!(i.a >> space & 1)) continue;
+        Proxied& p = m.proxied[space];
+        merge(p.warp, w.order.known);
+        p.warp.resize(std::max(p.warp.size(), m.warps.size()));
+        p.thread.resize(m.warps.size() * kLanes);
+        u32& whole = p.warp[static_cast<size_t>(w.id)];
+        whole = std::max(whole, (w.lanes & ~mask) == 0 ? w.clock : w.order.all_lanes);
+        for (int j = 0; j < kLanes; ++j) {
+            u32& clock = p.thread[static_cast<size_t>(w.thread(j))];
+            if (mask >> j & 1) clock = std::max(clock, w.clock);
+            for_lanes(mask, [&](int l) { clock = std::max(clock, w.order.lane[l][j]); });
+        }
+    }
+    ++w.clock;
+}
 inline void decode_fence(Decoder& d) {
-    d.take_one({"sc", "acq_rel", "acquire", "release"});
-    d.i.a = d.take_one({"cta", "gpu", "sys", "gl"}) == 0;
     d.expect(0);
+    if (d.take("proxy")) {
+        // Between aliases of an address there is nothing to do: each byte has one address here.
+        if (d.need_one({"alias", "async"}) == 0) {
+            d.i.run = nothing;
+            return;
+        }
+        const int space = d.take_one({"shared::cta", "shared::cluster", "global"});
+        d.i.a = space < 0 ? 3 : space == 2 ? 2 : 1;
+        d.i.run = fence_proxy;
+        return;
+    }
+    // fence.mbarrier_init.release.cluster acts as a fence, though it needs to publish only initializations.
+    d.take("mbarrier_init");
+    d.take_one({"sc", "acq_rel", "acquire", "release"});
+    const int scope = d.take_one({"cta", "cluster", "gpu", "sys", "gl"});
+    d.i.a = scope == 0 || scope == 1;
     d.i.run = fence;
 }
 

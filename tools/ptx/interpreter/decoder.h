@@ -18,7 +18,8 @@ struct Decoder {
         : program(program), operands(operands), i(i), name(opcode) {
         for (int k = 0; k < count; ++k) {
             at.push_back(k);
-            if (operands[k].kind == kVector || operands[k].kind == kTargets) k += operands[k].count;
+            if (operands[k].kind == kVector || operands[k].kind == kTargets || operands[k].kind == kTensor)
+                k += operands[k].count;
         }
         for (size_t from = 0; from <= opcode.size();) {  // "L1::no_allocate" is one modifier
             const size_t to = std::min(opcode.find('.', from), opcode.size());

@@ -232,8 +232,8 @@ inline u32 permute(u32 a, u32 b, u32 c, int mode) {
     for (u32 k = 0; k < 4; ++k) {
         u32 v;
         switch (mode) {
-            case 0: v = byte(c + k); break;                  // f4e
-            case 1: v = byte(c - k); break;                  // b4e
+            case 0: v = byte((c & 3) + k); break;            // f4e
+            case 1: v = byte((c & 3) - k); break;            // b4e
             case 2: v = byte(c & 3); break;                  // rc8
             case 3: v = byte(std::max(c & 3, k)); break;     // ecl
             case 4: v = byte(std::min(c & 3, k)); break;     // ecr

@@ -41,7 +41,8 @@ struct Operand {
     s32 unused;  // keeps `value` aligned in every compiler's layout
     s64 value;   // immediate, offset, branch target, bits of a float literal
 };
-enum OperandKind { kRegister, kImmediate, kFloat32, kFloat64, kAddress, kVector, kLabel, kSink, kTargets };
+// kTensor is an address followed by its `count` coordinates: [map, {x, y}].
+enum OperandKind { kRegister, kImmediate, kFloat32, kFloat64, kAddress, kVector, kLabel, kSink, kTargets, kTensor };
 
 using Handler = void (*)(Machine&, Warp&, const Instr&, u32 mask);
 
@@ -51,7 +52,8 @@ enum class Flow : u8 {
     kCollective,  // .sync: executes once all lanes of its member mask are here
 };
 
-enum class Space : u8 { kGeneric, kGlobal, kConst, kShared, kLocal, kParam };
+// kShared is the block's own shared memory, kCluster that of any block of its cluster.
+enum class Space : u8 { kGeneric, kGlobal, kConst, kShared, kLocal, kParam, kCluster };
 
 struct Instr {
     Handler run = nullptr;
@@ -65,7 +67,7 @@ struct Instr {
     std::vector<u8> negated;  // for each of s, whether it is a predicate operand with !
     u64 d_mask = ~u64{0};     // the bits that d[0]'s register has
     // Each family uses these as it needs: an offset, a space, a size, small numbers.
-    s64 offset = 0, offset2 = 0;
+    s64 offset = 0, offset2 = 0, offset3 = 0;
     Space space = Space::kGeneric;
     u8 bytes = 0;  // size of one element of a memory access
     u8 vector = 1;
@@ -90,6 +92,8 @@ struct Program {
     std::vector<u8> bits;  // width of each register
     std::vector<std::pair<s32, std::string>> specials;
     std::unordered_map<u64, s32> constant_index;
+    bool asynchronous = false;  // it has mbarriers, bulk copies or wgmma
+    bool warpgroups = false;    // it has wgmma
 
     s32 constant(u64 value) {
         auto [at, fresh] = constant_index.try_emplace(value, static_cast<s32>(constants.size()));
@@ -133,8 +137,9 @@ struct Published {
 };
 
 struct AsyncCopy {
-    u64 group;  // kOpenGroup until committed
-    u32 shared;
+    u64 group;   // kOpenGroup until committed
+    u64 number;  // counts the copies of the warp
+    u32 shared;  // place in Machine::shared
     u64 source;
     u32 bytes, source_bytes;
     u32 pc;
@@ -142,12 +147,33 @@ struct AsyncCopy {
 };
 inline constexpr u64 kOpenGroup = ~u64{0};
 
+// A wgmma whose group has not been waited for, as one warp executed it.
+struct WarpgroupProduct {
+    u64 group;  // kOpenGroup until committed
+    u32 pc;
+    std::vector<u32> chunks;     // the 16-byte pieces of shared memory that it reads, by their offset / 16
+    std::vector<s32> registers;  // accumulators, and the fragments of A
+};
+
+// The reason for which a lane of Warp::at_wait is blocked.
+enum class Wait : u8 { kMbarrier, kCluster, kRegisters };
+
 struct Warp {
     int id = 0;
     u32 lanes = 0;  // the lanes that were launched
     u32 exited = 0;
     u32 at_barrier = 0;  // blocked at a barrier of the block
     u32 at_members = 0;  // blocked until the other members of a .sync instruction arrive
+    u32 at_wait = 0;     // blocked for the reason in `reason`; `waits_for` is the place of the mbarrier
+    std::array<Wait, kLanes> reason{};
+    std::array<u32, kLanes> waits_for{};
+    std::array<u64, kLanes> phase{};             // the phase of the mbarrier whose end the lane waits for
+    std::array<u32, kLanes> cluster_arrivals{};  // at barrier.cluster
+    std::array<u32, kLanes> cluster_waits{};
+    int block = 0;       // the block's rank in the cluster
+    int first = 0;       // the id of that block's first warp
+    u32 start = 0;       // the first clock of this block
+    u32 per_thread = 0;  // registers a thread, as setmaxnreg left them
     std::array<u32, kLanes> pc{};
     std::array<u32, kLanes> blocked_pc{};
     std::array<s32, kLanes> barrier{};
@@ -164,9 +190,16 @@ struct Warp {
     std::vector<u8> local, local_state;
     std::array<std::deque<AsyncCopy>, kLanes> copies;
     std::array<u64, kLanes> committed{};
+    u64 copies_issued = 0;
+    std::array<u64, kLanes> bulk_committed{};
+    std::deque<WarpgroupProduct> products;
+    u64 products_committed = 0, products_issued = 0;
+    std::vector<u8> touched, shapes;  // [register]: see warpgroup.h
+    std::vector<u16> flying;          // [register]: the wgmma in flight that name it
 
-    u32 runnable() const { return lanes & ~exited & ~at_barrier & ~at_members; }
-    int thread(int lane) const { return id * kLanes + lane; }
+    u32 runnable() const { return lanes & ~exited & ~at_barrier & ~at_members & ~at_wait; }
+    int thread(int lane) const { return id * kLanes + lane; }                     // within the cluster
+    int thread_of_block(int lane) const { return (id - first) * kLanes + lane; }  // within the block
 };
 
 struct Barrier {
@@ -195,6 +228,7 @@ struct Buffer {
     u8* data;
     u8* initialised;  // one byte for each byte of the buffer; null if all are initialised
     u32 writable, constant;
+    u32 dependent, unused;  // the kernel before may still write it until griddepcontrol.wait
     const char* name;
     Shadow* shadow;  // one entry for each 4-byte word; null for a buffer that is never written
 };
@@ -203,15 +237,87 @@ struct Region {  // a variable in shared, local or parameter space
     u32 offset, size;
 };
 
+// PTX ISA, section "mbarrier". The asynchronous writes that a barrier's phases publish are stamped with a warp that does
+// not exist, `agent`: a thread is ordered after them if it knows that agent's clock, which a wait acquires.
+struct Mbarrier {
+    u32 at;  // place in Machine::shared
+    u32 agent, pc;
+    u32 expected, pending;
+    s64 transactions = 0;  // bytes that the current phase still expects
+    u64 phase = 0;
+    Published gathered;   // what the arrivals of the current phase release
+    Published completed;  // what the phases before released
+    Clocks users;         // [warp]: its clock at its last use
+};
+
+// A copy between global and shared memory is a run of bytes of shared memory with pieces of it that lie in global
+// memory; what no piece covers is filled with zeros (a load) or left out (a store). It is under way until it lands or, a
+// store, until its thread has waited for it.
+struct Piece {
+    u32 shared, bytes;  // place in Machine::shared
+    Buffer* buffer;
+    u64 offset;
+};
+struct BulkCopy {
+    // kWrite brings bytes that it holds itself; kArrive is an arrival that cp.async triggers.
+    enum Kind { kLoad, kStore, kWrite, kArrive } kind = kLoad;
+    int warp = 0, lane = 0;
+    u32 pc = 0;
+    u32 at = 0, bytes = 0;   // the run of Machine::shared
+    u32 mbarrier = 0;        // its place in Machine::shared; not of kStore
+    u64 group = kOpenGroup;  // kStore: kOpenGroup until committed
+    u64 copies_before = 0;   // kArrive: it waits for those cp.async of its thread that have lower numbers
+    std::vector<Piece> pieces;
+    std::vector<u8> data;     // kWrite
+    std::vector<u32> chunks;  // the 16-byte pieces of shared memory that it reads, by place / 16
+    bool landed = false, read = false;
+};
+
+// A tensor map, as machine.py passes it; dimension 0 is the innermost one.
+struct TensorMap {
+    u64 base;
+    u32 rank, element_bytes, swizzle, unused;
+    u64 size[5], stride[5];
+    u32 box[5], unused2;
+};
+
+// A block of the cluster that runs.
+struct Block {
+    u32 ctaid[3];
+    std::array<Barrier, 16> barriers;
+    s64 free_registers = 0;
+    bool exited = false;
+    std::vector<std::pair<u32, u32>> visitors;  // [warp]: clock and pc of its last access from another block, or 0
+    struct Step {                               // a wgmma, as the first warp of its warpgroup executed it
+        u32 pc;
+        u64 a, b;
+        bool adds;
+    };
+    std::vector<std::vector<Step>> steps;  // [warpgroup]
+};
+
+struct ClusterBarrier {
+    u32 completed = 0;
+    Published gathered, released;
+};
+
+// Ordinary writes up to these clocks are visible to the asynchronous proxy, by warp and by thread.
+struct Proxied {
+    Clocks warp, thread;
+};
+
 struct Machine {
     const Program* program = nullptr;
+    bool asynchronous = false, warpgroups = false;  // as in the program
     u32 grid[3], block_size[3];
-    u32 ctaid[3];
-    s32 block = 0;  // linear index of the block that runs
+    u32 cluster[3] = {1, 1, 1}, cluster_blocks = 1;
+    s32 block = 0;  // linear index of the cluster that runs; a block is a cluster of one, unless the launch says more
     Random random{0};
-    std::vector<Warp> warps;
-    std::array<Barrier, 16> barriers;
-    std::vector<u8> shared, shared_state;  // state: kAllocated | kInitialised | kPending
+    std::vector<Warp> warps;  // those of all blocks of the cluster, block by block
+    std::vector<Block> blocks;
+    size_t block_warps = 0;                // warps of one block
+    std::vector<u8> shared, shared_state;  // that of all blocks of the cluster; state: kAllocated | kInitialised | ...
+    u32 shared_stride = 0;                 // bytes from the shared memory of one block to the next
     std::vector<Region> shared_regions;
     u32 dynamic_shared = 0, total_shared = 0;
     std::vector<Shadow> shared_shadow;
@@ -219,11 +325,28 @@ struct Machine {
     std::vector<Buffer> buffers;
     std::unordered_map<u64, Published> released;  // by generic address
     u64 pending_copies = 0;
+    // The asynchronous machine: mbarriers by place, bulk copies under way, the asynchronous readers of each 16 bytes of
+    // shared memory, and the clocks of agents, which follow those of the warps and of the grid before (grid_agent).
+    std::map<u32, Mbarrier> mbarriers;
+    std::deque<BulkCopy> bulk;
+    std::vector<u16> readers;
+    std::vector<u32> agents;
+    u32 agents_used = 0;
+    ClusterBarrier cluster_barrier;
+    std::array<Proxied, 2> proxied;  // of shared memory, of global memory
+    std::vector<TensorMap> tensor_maps;
+    u32 registers_at_entry = 0;
+    bool yields = false;  // an instruction sets it to end the warp's turn
+    bool polls = false;   // a wait has failed without blocking, so copies must land although some warp can go on
+    bool has_dependent = false, explicit_cluster = false;
     bool collectives_order = false;
     std::vector<Count> counts;
     u64 executed = 0, limit = 0;
 
     u64* row(Warp& w, s32 r) const { return w.registers.data() + static_cast<size_t>(r) * kLanes; }
+    Block& block_of(const Warp& w) { return blocks[static_cast<size_t>(w.block)]; }
+    const Block& block_of(const Warp& w) const { return blocks[static_cast<size_t>(w.block)]; }
+    size_t grid_agent() const { return warps.size(); }  // known to those who are ordered after griddepcontrol.wait
     const u64* in(const Warp& w, s32 r) const {
         return r >= 0 ? w.registers.data() + static_cast<size_t>(r) * kLanes : program->constants[~r].data();
     }

@@ -62,7 +62,7 @@ inline void count_access(Machine& m, Warp& w, const u64* address, u32 mask, u32 
     Count& count = m.counts[w.now];
     if (space == Space::kGeneric)
         space = address[std::countr_zero(mask)] - kSharedWindow < kWindowSize ? Space::kShared : Space::kGlobal;
-    if (space == Space::kShared) {
+    if (space == Space::kShared || (space == Space::kCluster && m.cluster_blocks == 1)) {
         if (bytes < 4 || bytes == 4 || bytes == 8 || bytes == 16) count_banks(count, address, mask, bytes);
     } else if (space == Space::kGlobal) {
         count_sectors(count, address, mask, bytes);
@@ -122,6 +122,7 @@ inline void st(Machine& m, Warp& w, const Instr& i, u32 mask) {
 }
 
 inline Space take_space(Decoder& d) {
+    if (d.take("shared::cluster")) return Space::kCluster;
     if (d.take("shared") || d.take("shared::cta")) return Space::kShared;
     if (d.take("global")) return Space::kGlobal;
     if (d.take("local")) return Space::kLocal;
@@ -187,7 +188,7 @@ inline void decode_st(Decoder& d) {
 inline void nothing(Machine&, Warp&, const Instr&, u32) {}
 inline void decode_prefetch(Decoder& d) {  // a hint without a value, whose address need not be valid
     take_space(d);
-    d.take_one({"L1", "L2", "L2::evict_last", "L2::evict_normal"});
+    d.take_one({"L1", "L2", "L2::evict_last", "L2::evict_normal", "tensormap"});
     d.i.run = nothing;
 }
 inline void policy(Machine& m, Warp& w, const Instr& i, u32 mask) {
@@ -202,7 +203,8 @@ inline void decode_createpolicy(Decoder& d) {  // makes an opaque word that only
 // ---- Address windows: cvta, isspacep --------------------------------------------------------------------------------
 inline u64 window_of(Space space) {
     switch (space) {
-        case Space::kShared: return kSharedWindow;
+        case Space::kShared:
+        case Space::kCluster: return kSharedWindow;
         case Space::kLocal: return kLocalWindow;
         case Space::kParam: return kParamWindow;
         default: return 0;  // global and const addresses are generic ones

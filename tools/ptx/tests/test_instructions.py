@@ -150,7 +150,8 @@ def test_prmt():
     selectors = np.array([0x3210, 0x7654, 0x0123, 0x4567, 0xFFFF, 0x8888, 0xB040, 0xC0DE], np.uint32)
     want = [0x83020100, 0x87060584, 0x00010283, 0x84050687, 0xFFFFFFFF, 0x00000000, 0xFF008400, 0xFF000000]
     assert lanes("prmt.b32 %d, %a, %b, %c;", a, b, selectors).tolist() == want
-    a, b, n = np.full(4, 0x03020100, np.uint32), np.full(4, 0x07060504, np.uint32), np.arange(4, dtype=np.uint32)
+    a, b = np.full(8, 0x03020100, np.uint32), np.full(8, 0x07060504, np.uint32)
+    n = np.array([0, 1, 2, 3, 4, 0x3211, 0xFFFFFFFE, 7], np.uint32)  # the modes use only two bits of the selector
     modes = {
         "f4e": [0x03020100, 0x04030201, 0x05040302, 0x06050403],
         "b4e": [0x05060700, 0x06070001, 0x07000102, 0x00010203],
@@ -160,7 +161,7 @@ def test_prmt():
         "rc16": [0x01000100, 0x03020302, 0x01000100, 0x03020302],
     }
     for mode, want in modes.items():
-        assert lanes(f"prmt.b32.{mode} %d, %a, %b, %c;", a, b, n).tolist() == want, mode
+        assert lanes(f"prmt.b32.{mode} %d, %a, %b, %c;", a, b, n).tolist() == want * 2, mode
 
 
 def test_bit_fields():
@@ -551,7 +552,7 @@ def test_special_registers():
             "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%fd1,%fd2},{%fd3},{%fd4},{%fd1,%fd2};",
             "shape is not known",
         ),
-        ("wgmma.fence.sync.aligned;", "the instruction is not known"),
+        ("tcgen05.fence.sync.aligned;", "the instruction is not known"),
         ("setp.lt.b128 %p1, %r1, %r2;", "not known for this type"),
     ],
 )

@@ -8,6 +8,7 @@ from ..mutate import (
     Mutant,
     assert_caught,
     change_swizzles,
+    edit,
     loosen_waits,
     off_by_one,
     remove_barriers,
@@ -56,6 +57,15 @@ def test_mutators():
         ("xor.b32 %r2, %r1, 3;", "xor.b32 %r2, %r1, 2;"),
         ("xor.b32 %r3, %r2, %r1;", "mov.b32 %r3, %r2;"),
     ]
+    assert changed(edit("count", PTX, "k", r"ldmatrix\..*", r"\.x2", ".x4")) == [
+        tuple(f"ldmatrix.sync.aligned.m8n8.{n}.shared.b16 {{%r4, %r5}}, [%r6];" for n in ("x2", "x4"))
+    ]
+    for wait in ("wgmma.wait_group.sync.aligned", "cp.async.bulk.wait_group.read", "cp.async.bulk.wait_group"):
+        text = PTX.replace("cp.async.wait_group 1", f"{wait} 1")
+        (loosened,) = loosen_waits(text, "k")
+        assert loosened.text == text.replace(f"{wait} 1;", f"{wait} 2;")
+        (removed,) = remove_waits(text, "k")
+        assert removed.text == text.replace(f"{wait} 1;", "")
     ((before, after),) = changed(swap_fragments(PTX, "k"))
     assert "{%r4, %r5}" in before and "{%r5, %r4}" in after
     assert off_by_one(PTX, "k", source="a.cu:7") == [] and len(off_by_one(PTX, "k", source="a.cu:9")) == 1

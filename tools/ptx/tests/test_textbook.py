@@ -5,11 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from ..machine import In, InOut, Module, Out, compile_ptx, nvcc, nvcc_release
+from ..machine import In, InOut, Module, Out, TensorMap, compile_ptx, nvcc, nvcc_release
 from ..mutate import (
     assert_caught,
     change_source,
     change_swizzles,
+    edit,
     loosen_waits,
     off_by_one,
     remove,
@@ -105,6 +106,28 @@ def bmma(name: str) -> Callable[[Module, int], None]:
     return check
 
 
+def pipeline(module: Module, seed: int) -> None:
+    edges = [(77, 34, 256), (10, 5, 128), (64, 43, 256), (13, 48, 256), (70, 19, 256), (6, 24, 128), (9, 31, 128)]
+    for m, n, k in (*edges, (64, 32, 1024), (70, 40, 5 * 1024 - 128), (130, 32, 2048)):
+        rng = np.random.default_rng(seed)
+        x, w = (rng.integers(0, 256, (rows, k // 8)).astype(np.uint8) for rows in (m, n))
+        maps = [
+            TensorMap(In(bits), (k // 8, len(bits)), (k // 8,), (128, rows), swizzle=128)
+            for bits, rows in ((x, 64), (w, 32))
+        ]
+        y = np.zeros((m, n), np.int32)
+        launch(module, "pipeline", (-(-n // 32), -(-m // 64)), 160, [*maps, Out(y), m, n, -(-k // 1024)], seed=seed)
+        equal(y, np.bitwise_count(x[:, None] & w[None]).sum(-1).astype(np.int32))
+
+
+def cluster_sum(module: Module, seed: int) -> None:
+    for n, grid in ((0, 4), (100, 4), (5000, 8)):
+        x = In(np.random.default_rng(seed).integers(-99, 99, n or 1, np.int32))
+        total = np.zeros(1, np.int32)
+        launch(module, "cluster_sum", grid, 128, [x, InOut(total), n], seed=seed, dependent=[x])
+        equal(total, x.array[:n].sum(keepdims=True, dtype=np.int32))
+
+
 CASES = {
     "block_sum": ("reduction", block_sum),
     "grid_sum": ("reduction", grid_sum),
@@ -115,6 +138,8 @@ CASES = {
     "histogram": ("histogram", histogram),
     "bmma_direct": ("bmma", bmma("bmma_direct")),
     "bmma_ldmatrix": ("bmma", bmma("bmma_ldmatrix")),
+    "pipeline": ("pipeline", pipeline),
+    "cluster_sum": ("cluster_sum", cluster_sum),
 }
 
 
@@ -142,6 +167,12 @@ EQUIVALENT = {
         "setp.lt.s32 at PTX line 108": "column n of the tile holds column 0, for outputs that are not stored",
         "setp.gt.s32 at PTX line 125": "k > 31 and k >= 31 are the same, because k is a multiple of 32",
     },
+    "pipeline": {
+        "setp.gt.s32 at PTX line 157": "blocks > 0 and blocks >= 0 are the same, because blocks is never 0",
+    },
+    "cluster_sum": {
+        "barrier removed: bar.sync at PTX line 157": "the last sum is thread 0's, which alone reads it",
+    },
     "bmma_direct": {
         "setp.lt.s32 at PTX line 40": "words < 1 and words <= 1 are the same, because words is a multiple of 8",
     },
@@ -156,6 +187,41 @@ def test_every_mutant_is_caught(kernel):
     mutants += [*change_swizzles(ptx, kernel), *off_by_one(ptx, kernel), *swap_fragments(ptx, kernel)]
     mutants += remove("fence removed", ptx, kernel, r"membar\..*")
     assert_caught(ptx, mutants, check, seeds=range(2), equivalent=EQUIVALENT.get(kernel))
+
+
+def asynchronous_mutants(ptx: str, kernel: str) -> list:
+    """Return mutants of mbarriers, bulk copies, wgmma, clusters and dependent launches."""
+    mutants = []
+    for what, opcode in (
+        ("arrival removed", r"mbarrier\.arrive\.shared.*"),
+        ("expectation removed", r"mbarrier\.arrive\.expect_tx.*"),
+        ("load removed", r"cp\.async\.bulk\.tensor.*"),
+        ("wgmma removed", r"wgmma\.mma_async.*"),
+        ("wgmma.fence removed", r"wgmma\.fence.*"),
+        ("commit removed", r"wgmma\.commit_group.*"),
+        ("cluster barrier removed", r"barrier\.cluster\..*"),
+        ("griddepcontrol removed", r"griddepcontrol\.wait"),
+    ):
+        mutants += remove(what, ptx, kernel, opcode)
+    wait = r"mbarrier\.try_wait\.parity.*"
+    mutants += edit("another barrier waited for", ptx, kernel, wait, r"\[(%r\d+)\]", r"[\1+8]")
+    mutants += edit("the wait always passes", ptx, kernel, r"selp\.b32", r"1, 0, p;", "1, 1, p;")
+    mutants += edit("another barrier arrived at", ptx, kernel, r"mbarrier\.arrive.*", r"\[(%r\d+)\]", r"[\1+8]")
+    mutants += edit("another barrier signalled", ptx, kernel, r"cp\.async\.bulk.*", r"\[(%r\d+)\];", r"[\1+8];")
+    mutants += edit("another place loaded", ptx, kernel, r"cp\.async\.bulk.*", r"\[(%r\d+)\], \[", r"[\1+128], [")
+    mutants += edit("coordinates exchanged", ptx, kernel, r"cp\.async\.bulk.*", r"\{(%r\d+), (%r\d+)\}", r"{\2, \1}")
+    mutants += edit("descriptors exchanged", ptx, kernel, r"wgmma\.mma_async.*", r"(%rd\d+), (%rd\d+), p", r"\2, \1, p")
+    mutants += edit("always added", ptx, kernel, r"wgmma\.mma_async.*", r", p;", ", !p;")
+    mutants += edit("another block", ptx, kernel, r"mapa\.u64", r", (%r\d+);", ", 1;")
+    return mutants
+
+
+@pytest.mark.parametrize(("kernel", "least"), [("pipeline", 25), ("cluster_sum", 5)])
+def test_mutants_of_the_asynchronous_machine(kernel, least):
+    file, check = CASES[kernel]
+    mutants = asynchronous_mutants(textbook(file), kernel)
+    assert len(mutants) >= least
+    assert_caught(textbook(file), mutants, check, seeds=range(2), equivalent=EQUIVALENT.get(kernel))
 
 
 @pytest.mark.skipif(nvcc() is None, reason="needs nvcc")

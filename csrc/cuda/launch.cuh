@@ -1,0 +1,58 @@
+// Products that are launched while the kernel that packs their x still runs (programmatic dependent launch, CUDA C++
+// programming guide; compute capability 9.0). Their blocks start as soon as every block of that kernel has started, load
+// the weights and all else that is not x, and wait for it only then.
+//
+// A product may do so only directly behind pack, and pack itself is launched as usual. This is why it is safe:
+//   - pack makes nothing but x: a launch that also aligns the weights is followed by a product as usual.
+//   - What ran before pack has ended, and its writes are visible, before the first block of pack starts. So whatever
+//     wrote the weights, their prepared form, scale, bias, limits or flips, such as an optimizer's step or a launch that
+//     aligns the weights, has ended before a block of the product starts and loads them.
+//   - x's words and set bits, which pack writes, are loaded after wait_for_kernel_before(), which returns when all of
+//     pack has ended, and not through the path of load_once(), which may keep what it found before.
+//   - The product writes nothing but y, and y depends on x. So it writes after that wait too, when nothing before pack
+//     can still read memory that the allocator gave to y.
+//   - Every block waits. So the product ends after pack, and the kernel behind it, which is launched as usual, starts
+//     after both. It may write to x, to the words, or to the weights.
+// Another thread of the program may launch a kernel into the same stream between pack and the product. If that kernel
+// writes the weights, the call sees old or new words, as it would with usual launches, and perhaps some of both.
+//
+// A captured graph keeps the same order, as an edge of its own kind.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace bitorch_qlinear::cuda {
+
+// Lets the kernel behind this one start, if it was launched in that way. A kernel that was not waits for the end.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the kernel before has ended and its writes are visible, if this one was launched before that. Each thread
+// that reads what it wrote must call it, or pass a barrier behind a thread that has.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Launches a kernel; with `behind_pack`, before the kernel in front of it in the stream has ended. Such a kernel must
+// call wait_for_kernel_before().
+template <class... Parameters>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
+                          cudaStream_t stream, bool behind_pack, Parameters... arguments) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t configuration{};
+    configuration.gridDim = dim3(static_cast<unsigned>(blocks));
+    configuration.blockDim = dim3(static_cast<unsigned>(threads));
+    configuration.dynamicSmemBytes = shared_bytes, configuration.stream = stream;
+    configuration.attrs = &attribute, configuration.numAttrs = behind_pack ? 1 : 0;
+    static_cast<void>(cudaLaunchKernelEx(&configuration, kernel, arguments...));
+    return cudaGetLastError();  // which also clears the error, before others see it
+}
+
+}  // namespace bitorch_qlinear::cuda

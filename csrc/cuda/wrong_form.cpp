@@ -1,0 +1,70 @@
+#include "wrong_form.h"
+
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <cstring>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+namespace bitorch_qlinear::cuda {
+namespace {
+
+constexpr int kMostDevices = 64;  // torch knows no more devices than that
+
+// The records of all devices, or null until the first call of wrong_form_of.
+std::atomic<WrongForm*> records{nullptr};
+
+// Allocates memory of the host that kernels of all devices can write at its address on the host. Such a call would end a
+// capture of a stream that is in progress in this thread or another one, unless the thread is in the relaxed mode.
+WrongForm* allocate() {
+    void* memory = nullptr;
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    const cudaError_t error =
+        cudaHostAlloc(&memory, kMostDevices * sizeof(WrongForm), cudaHostAllocPortable | cudaHostAllocMapped);
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    if (error != cudaSuccess) {
+        cudaGetLastError();  // clears the error, before others see it
+        throw std::runtime_error(std::string("bitorch_qlinear: cannot allocate memory for the kernels' reports: ") +
+                                 cudaGetErrorString(error));
+    }
+    std::memset(memory, 0, kMostDevices * sizeof(WrongForm));
+    return static_cast<WrongForm*>(memory);
+}
+
+}  // namespace
+
+WrongForm* wrong_form_of(int32_t device_index) {
+    static std::mutex mutex;
+    if (device_index < 0 || device_index >= kMostDevices) {
+        throw std::runtime_error("bitorch_qlinear: weight_prepared: expected None on device " +
+                                 std::to_string(device_index) + ": prepared forms are used on the first " +
+                                 std::to_string(kMostDevices) + " devices");
+    }
+    if (!records.load(std::memory_order_acquire)) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (!records.load(std::memory_order_relaxed)) records.store(allocate(), std::memory_order_release);
+    }
+    return records.load(std::memory_order_acquire) + device_index;
+}
+
+void report_wrong_form(int32_t device_index) {
+    WrongForm* all = records.load(std::memory_order_acquire);
+    if (!all || device_index < 0 || device_index >= kMostDevices) return;
+    WrongForm& record = all[device_index];
+    std::atomic_ref<uint32_t> seen(record.seen);
+    if (seen.load(std::memory_order_relaxed) == 0 || seen.exchange(0, std::memory_order_acquire) == 0) return;
+    const auto sizes = [](int64_t n, int64_t k) {
+        return "n = " + std::to_string(n) + " and k = " + std::to_string(k);
+    };
+    const std::string got = record.form_n < 0 ? "a vector that prepare_weight did not make on CUDA"
+                                              : "weights prepared for " + sizes(record.form_n, record.form_k);
+    throw std::runtime_error("bitorch_qlinear: weight_prepared: expected weights prepared for " +
+                             sizes(record.n, record.k) + ", got " + got +
+                             "; this was an earlier call on the same device, whose outputs are NaN (-2147483648 in "
+                             "int32, 0 in packed words)");
+}
+
+}  // namespace bitorch_qlinear::cuda
