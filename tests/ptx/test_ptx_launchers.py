@@ -52,8 +52,8 @@ from .test_ptx_unpack import SIZES, check_unpack
 OUTPUTS = [*FLOATS, torch.int32, torch.bool]
 TILES = list(mma_sm80.THREADS)
 """The tiles, in the order of Tile in csrc/cuda/heuristics.h."""
-# Each entry is a launcher and a tile, which only gemm_mma_sm80 uses. The fused kernels have test_ptx_fused_launchers.py,
-# and gemm_wgmma_sm90a has test_ptx_wgmma_launcher.py.
+# Each entry is a launcher and a tile, which only gemm_mma_sm80 uses. The fused kernels are in
+# test_ptx_fused_launchers.py, and gemm_wgmma_sm90a is in test_ptx_wgmma_launcher.py.
 LAUNCHERS = [(name, 0) for name in NAMES if name not in ("gemm_mma_sm80", "gemm_wgmma_sm90a") and "fused" not in name]
 LAUNCHERS += [("gemm_mma_sm80", i) for i in range(3)]
 GEMMS = [launcher for launcher in LAUNCHERS if launcher[0].startswith("gemm")]
