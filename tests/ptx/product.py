@@ -50,6 +50,11 @@ def seeded_bits(shapes: list) -> Iterator[tuple[int, tuple]]:
     return enumerate((SEEDS if FULL else 1) * shapes)
 
 
+def usual(cases: list) -> list:
+    """Return every fourth case, or all of them in `make ptx-full`: each mutant is compiled, which takes seconds."""
+    return cases if FULL else cases[::4]
+
+
 def drawn_rows(most: int) -> list[tuple[int, int]]:
     """Return random numbers of rows and of values in a row, for the kernels that work row by row."""
     return list(map(tuple, np.random.default_rng(1).integers(1, (20, most), (DRAWN, 2)).tolist()))
@@ -323,8 +328,11 @@ def source_of_type(name: str, dtype: str = "float32") -> str:
     return text
 
 
-def edited(text: str, edits: list[tuple[str, str]], target: str = "sm_80") -> list[Mutant]:
-    """Return a mutant for each edit of a file's text; each old text must occur once."""
+def edited(text: str, edits: list[tuple[str, str]], target: str = "sm_80", few: bool = False) -> list[Mutant]:
+    """Return a mutant for each edit of a text, or for the usual ones if `few`; each old text must occur once."""
     for old, _ in edits:
         assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"
-    return [Mutant(f"{old} -> {new}", compiled(text.replace(old, new), target)) for old, new in edits]
+    return [
+        Mutant(f"{old} -> {new}", compiled(text.replace(old, new), target))
+        for old, new in (usual(edits) if few else edits)
+    ]

@@ -13,7 +13,7 @@ from . import test_ptx_fused_skinny as fused_skinny
 from . import test_ptx_fused_skinny_mma_sm80 as fused_skinny_mma_sm80
 from .fused import MOST_VALUES, WARPS, fits, plan
 from .launcher import INVALID_VALUE, SUCCESS, Launcher
-from .product import DTYPES, OUT_TYPES, aligned_words_for, kernel, layout, output_name, source
+from .product import DTYPES, OUT_TYPES, aligned_words_for, kernel, layout, output_name, source, usual
 from .test_ptx_launchers import ADDRESS, NO_KERNEL_IMAGE, OUTPUTS, launched, nothing
 
 TESTS: dict[str, ModuleType] = {
@@ -141,7 +141,7 @@ MUTANTS = [
 ]
 
 
-@pytest.mark.parametrize("what, old, new", MUTANTS)
+@pytest.mark.parametrize("what, old, new", usual(MUTANTS))
 def test_mutants_of_launchers_are_caught(what, old, new):
     text = source("gemm_fused_skinny.cu")
     assert text.count(old) == 1, f"{what}: {old!r} occurs {text.count(old)} times"

@@ -7,7 +7,7 @@ from support.reference import FLOATS
 from tools.ptx.machine import In, PtxFault, Struct
 
 from .launcher import INVALID_CONFIGURATION, INVALID_VALUE, SUCCESS, Launch, Launcher
-from .product import OUT_TYPES, aligned_words_for, ceil_div, layout, product_call, source
+from .product import OUT_TYPES, aligned_words_for, ceil_div, layout, product_call, source, usual
 from .test_ptx_wgmma_sm90a import STAGES, THREADS, halves, kernel_name, maps, shared_bytes, tile_of, whole_vectors
 
 NAME = "gemm_wgmma_sm90a"
@@ -166,7 +166,7 @@ MUTANTS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("old, new", MUTANTS)
+@pytest.mark.parametrize("old, new", usual(MUTANTS))
 def test_mutants_are_caught(old, new):
     text = source(f"{NAME}.cu")
     assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"

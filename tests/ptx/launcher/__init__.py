@@ -184,6 +184,24 @@ def _address(index: int, buffer: Buffer) -> int:
     return (index + 1 << ADDRESS_SHIFT) + buffer.misalign
 
 
+def _with_addresses(fields: Struct, buffers: list[Buffer]) -> bytes:
+    """Return a struct with fake addresses in place of its buffers, and append those that `buffers` lacks."""
+
+    def address(value: Any) -> Any:
+        if value is None:
+            return 0
+        if isinstance(value, Pointer):
+            return address(value.buffer) + value.offset
+        if not isinstance(value, Buffer):
+            return value
+        if not any(value is known for known in buffers):
+            buffers.append(value)
+        index = next(i for i, known in enumerate(buffers) if known is value)
+        return _address(index, value)
+
+    return struct.pack(fields.format, *map(address, fields.values))
+
+
 class Launcher:
     """A launcher of csrc/cuda; `text` takes the place of its file.
 
@@ -214,19 +232,6 @@ class Launcher:
         `other` is what pack and align do in the same launch, a struct Align.
         """
         buffers: list[Buffer] = []
-
-        def address(value: Any) -> Any:
-            if value is None:
-                return 0
-            if isinstance(value, Pointer):
-                return address(value.buffer) + value.offset
-            if not isinstance(value, Buffer):
-                return value
-            if not any(value is known for known in buffers):
-                buffers.append(value)
-            index = next(i for i, known in enumerate(buffers) if known is value)
-            return _address(index, value)
-
         launches: list[Launch] = []
         raised: list[Exception] = []
 
@@ -239,10 +244,9 @@ class Launcher:
         function = _OnLaunch(on_launch)
         self.library.runtime_on_launch(function)
         self.library.runtime_errors(*errors)
-        data = struct.pack(job.format, *map(address, job.values))
+        data = _with_addresses(job, buffers)
         if self.name in ("pack", "align"):
-            nothing = bytes(struct.calcsize(layout("Align")))
-            data += struct.pack(other.format, *map(address, other.values)) if other else nothing
+            data += _with_addresses(other, buffers) if other else bytes(struct.calcsize(layout("Align")))
         tile = self.tile if tile is None else tile
         error = getattr(self.library, f"launch_{self.name}")(data, len(data), tile, behind_pack, stream)
         assert not raised, raised
@@ -294,7 +298,7 @@ class Launcher:
         assert what == (kernel, dim3(grid), dim3(block), shared_bytes, stream) and not launch.behind_pack, args
         for actual, expected in zip(launch.arguments[1:], args[1:], strict=True):
             if isinstance(expected, Struct):
-                assert actual == struct.pack(expected.format, *expected.values), args
+                assert actual == _with_addresses(expected, launch.buffers), args
             elif isinstance(expected, int):
                 assert int.from_bytes(actual, "little", signed=not isinstance(expected, bool)) == expected, args
         return launch.run(seed) if self.execute else None
