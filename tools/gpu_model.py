@@ -65,7 +65,7 @@ class Work(NamedTuple):
     inner: bool = False  # whether the main loop lies in another one, of rounds
     whole: Mapping[str, int] = MappingProxyType({})  # the instructions of inner loops, see machine_code.one_pass
     rates: Mapping[str, int] = MappingProxyType({})  # rates of its own instructions instead of the chip's
-    other: int = 0  # the instructions of the kind in a loop of other work, which is not the main loop
+    marks: tuple[str, ...] = ()  # kinds of which the main loop has one, unlike loops of other work
 
 
 def _popc(_: Kernel) -> Work:
@@ -136,7 +136,7 @@ def _wgmma(kernel: Kernel) -> Work:
 
 def _pack(kernel: Kernel) -> Work:
     values = 16 // {"float64": 8, "float32": 4}.get(kernel.type, 2)  # of a lane's 16 bytes
-    return Work("POPC", 4, "memory", memory=4 * (WARP * 16 + 4 * values), other=8)  # which aligns
+    return Work("POPC", 4, "memory", memory=4 * (WARP * 16 + 4 * values), marks=("SHFL", "VOTE"))  # others align
 
 
 def _pack_with_range(kernel: Kernel) -> Work:
@@ -301,7 +301,7 @@ def main_pass(instructions: list[Instruction], work: Work) -> Counter[str] | Non
     nvcc makes two loops of one that tests a condition which does not change in it; the one with more work is taken.
     """
     kinds = (work.kind, *work.also)
-    found = machine_code.main_loops(instructions, work.kind, work.other, work.inner)
+    found = machine_code.main_loops(instructions, work.kind, work.marks, work.inner)
     passes = [machine_code.one_pass(instructions, loop, kinds, work.whole) for loop in found]
     return max(passes, key=lambda passed: (machine_code.count(passed, *kinds), -passed.total()), default=None)
 

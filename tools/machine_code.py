@@ -269,15 +269,19 @@ def loops(instructions: list[Instruction]) -> list[Loop]:
     return sorted(found, key=lambda loop: loop.last - loop.first)
 
 
-def main_loops(instructions: list[Instruction], kind: str, other: int = 0, inner: bool = False) -> list[Loop]:
-    """Return the loops with the most instructions of a kind, but not with `other`.
+def main_loops(
+    instructions: list[Instruction], kind: str, marks: Collection[str] = (), inner: bool = False
+) -> list[Loop]:
+    """Return the loops with the most instructions of a kind, among those that have any of the kinds `marks`, if given.
 
     Of nested loops, that is the outer one, or with `inner` the innermost.
     """
     counts = {loop: sum(i.kind == kind for i in loop.of(instructions)) for loop in loops(instructions)}
-    counts = {loop: count for loop, count in counts.items() if count != other}
+    counts = {loop: count for loop, count in counts.items() if count}
+    if marks:
+        counts = {loop: count for loop, count in counts.items() if any(i.kind in marks for i in loop.of(instructions))}
     if inner:
-        around = {a for a in counts for b in counts if a != b and counts[b] and b.first in a}
+        around = {a for a in counts for b in counts if a != b and counts[b] and b.first in a and b.last in a}
         counts = {loop: count for loop, count in counts.items() if loop not in around}
     most = [loop for loop, count in counts.items() if count == max(counts.values())]
     return [loop for loop in most if not any(loop != other and loop.first in other for other in most)]

@@ -97,8 +97,8 @@ std::string forced_tile() {
 
 Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes) {
     const int number = forced_tile_number().load(std::memory_order_relaxed);
-    const auto tile = number < 0 ? std::nullopt : std::optional(static_cast<Tile>(number));
-    return with_tile(value_of(decide(forced().load(std::memory_order_relaxed), gpu, m, n, k, value_bytes)), tile);
+    const Choice choice = value_of(decide(forced().load(std::memory_order_relaxed), gpu, m, n, k, value_bytes));
+    return number < 0 ? choice : with_tile(choice, static_cast<Tile>(number));
 }
 
 }  // namespace bitorch_qlinear::cuda

@@ -16,7 +16,8 @@
 // Another thread of the program may launch a kernel into the same stream between pack and the product. If that kernel
 // writes the weights, the call sees old or new words, as it would with usual launches, and perhaps some of both.
 //
-// The wait is an instruction of 9.0 and later. A library that was built for older targets alone (TORCH_CUDA_ARCH_LIST=
+// The wait is an instruction of 9.0 and later, and only code for 9.0 has it, because on other devices products are never
+// launched in this way (launches_depend in records.h). A library that was built for older targets alone (TORCH_CUDA_ARCH_LIST=
 // "8.0+PTX") runs on 9.0 by PTX that the driver compiles, and its kernels do not wait. So launch_kernel() asks for which
 // target the kernel was compiled.
 //
@@ -29,7 +30,7 @@ namespace bitorch_qlinear::cuda {
 
 // Lets the kernel behind this one start, if it was launched in that way. A kernel that was not waits for the end.
 __device__ __forceinline__ void let_next_kernel_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
@@ -37,7 +38,7 @@ __device__ __forceinline__ void let_next_kernel_start() {
 // Waits until the kernel before has ended and its writes are visible, if this one was launched before that. Each thread
 // that reads what it wrote must call it, or pass a barrier behind a thread that has.
 __device__ __forceinline__ void wait_for_kernel_before() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
