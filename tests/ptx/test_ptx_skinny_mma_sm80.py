@@ -166,12 +166,17 @@ def run_small(module: Module, seed: int) -> None:
     check(m=4, n=3, k=0)
 
 
+# What follows the bound of a load of weights and of x.
+WEIGHTS, X = (f";\n#pragma unroll\n            for (int {index} = 0" for index in ("tile", "half"))
+
+
 def test_mutants_of_skinny_are_caught():
     edits = [
         # These change edges.
         ("tile * kSide < columns", "tile * kSide <= columns"),
         ("half * kSide < rows", "half * kSide <= rows"),
-        ("word + place < left", "word + place <= left"),
+        (f"word + place < left{WEIGHTS}", f"word + place <= left{WEIGHTS}"),
+        (f"word + place < left{X}", f"word + place <= left{X}"),
         ("while (left > 0)", "while (left > kStep)"),
         ("i < product.m * kColumns", "i <= product.m * kColumns"),
         ("thread < kColumns)", "thread < kColumns - 1)"),
