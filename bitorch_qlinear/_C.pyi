@@ -11,7 +11,7 @@ class ModuleState:
         modules: list[Any],
         pinned: list[tuple[object, str, object]],
         tensors: list[Tensor],
-        record: int,
+        record: Tensor,
         exchange: object,
         is_negative: object,
     ) -> None: ...

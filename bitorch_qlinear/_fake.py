@@ -365,8 +365,18 @@ def _(a: Any) -> Tensor:
             if from_words
             else _linear(SimpleNamespace(x=y, **layer))
         )
+        if i + 1 < layers and a.toggles is not None and a.toggles[i].numel():
+            _check_toggles(a.toggles[i], words)
         k = words.shape[0]
     return y
+
+
+def _check_toggles(toggles: Tensor, first: Tensor) -> None:
+    if _is_cuda(first):
+        _fail("toggles", "expected none on CUDA, where no kernel negates bits of single channels")
+    if toggles.dtype is not torch.int32 or toggles.dim() != 2 or toggles.shape[0] != 2 or _is_strided(toggles):
+        _fail("toggles", "expected contiguous int32 tensors of shape (2, t)")
+    _check_device("toggles", toggles, first)
 
 
 @_result_of(functional.sign_linear)

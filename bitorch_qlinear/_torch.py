@@ -20,6 +20,7 @@ __all__ = [
     "HAS_AMX",
     "MODULE_CALLS",
     "any_autocast",
+    "any_function_mode",
     "any_global_hook",
     "any_hooks",
     "apply",
@@ -59,7 +60,8 @@ functorch_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transfo
 
 
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 2)
+any_function_mode: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 2)
+"""Returns how many modes see torch's functions, also that of ``torch.set_default_device``."""
 
 _is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: True)
 
@@ -141,7 +143,7 @@ def modes_active() -> bool:
     """
     if _dispatch_modes():
         return True
-    functions = _function_modes()
+    functions = any_function_mode()
     return bool(functions) and (functions > 1 or not _is_default_device())
 
 
@@ -157,7 +159,7 @@ def does_more() -> bool:
         or functorch_active()
         or getattr(forward_ad, "_current_level", 0) >= 0
         or _dispatch_modes()
-        or ((functions := _function_modes()) and (functions > 1 or not _is_default_device()))
+        or ((functions := any_function_mode()) and (functions > 1 or not _is_default_device()))
         or any_global_hook()
         or _is_tracing()
     )

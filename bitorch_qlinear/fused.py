@@ -26,6 +26,8 @@ from ._product import wants_gradient
 from ._torch import (
     CALL_HOOKS,
     MODULE_CALLS,
+    any_function_mode,
+    any_global_hook,
     any_hooks,
     does_more,
     has_hooks,
@@ -106,7 +108,8 @@ class FusedSequential(nn.Sequential):
         Raises:
             RuntimeError: A module exchanges modules of this one during the call.
         """
-        if type(input) is not Tensor or _compiling():
+        # A hook of all modules also sees the calls of nested nn.Sequential, which the plan leaves out.
+        if type(input) is not Tensor or _compiling() or any_global_hook():
             return super().forward(input)  # type: ignore[no-any-return, no-untyped-call]
         x, plan = input, self._current_plan()
         for step in plan.steps:
@@ -186,7 +189,7 @@ class _State(_C.ModuleState):
             tensors: The tensors to which the rules refer.
             record: Their values, from `record_values`.
         """
-        super().__init__(modules, list(pinned), list(tensors), record.data_ptr(), _EXCHANGE, _IS_NEGATIVE)
+        super().__init__(modules, list(pinned), list(tensors), record, _EXCHANGE, _IS_NEGATIVE)
         types = [type(module) for module, _ in modules], [type(tensor) for tensor in tensors]
         self._kept = modules, pinned, types, record
 
@@ -566,7 +569,7 @@ class Snapshot:
         self._types = [type(module) for module in modules]
         self._classes = list(set(self._types))
         self._forwards = _forwards_of(self._classes)
-        self._counts = [len(module.__dict__) for module in modules]
+        self._names = [set(module.__dict__) for module in modules]
         self._attributes = [(module, itemgetter(*_own_attributes(module))) for module in modules]
         self._values = [get(module.__dict__) for module, get in self._attributes]
         self._promising = [module for module in modules if type(module) not in FORWARDS]
@@ -619,7 +622,8 @@ class Snapshot:
 
     def holds(self) -> bool:
         """Whether the modules are in this state."""
-        state = self._state
+        # A mode, such as that of torch.device, sees each method of a tensor that C++ calls, and one operator here.
+        state = None if any_function_mode() else self._state
         if state is not None and state.same():
             return True
         if not self._is_same():
@@ -636,7 +640,8 @@ class Snapshot:
         modules = self._modules
         if [type(module) for module in modules] != self._types or _forwards_of(self._classes) != self._forwards:
             return False
-        if any_hooks(modules) or [len(module.__dict__) for module in modules] != self._counts:
+        # A further name may be `forward`, also if another one is missing.
+        if any_hooks(modules) or [module.__dict__.keys() for module in modules] != self._names:
             return False
         try:
             if [get(module.__dict__) for module, get in self._attributes] != self._values:

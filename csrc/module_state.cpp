@@ -41,9 +41,14 @@ struct DLPackExchangeApi {
 constexpr size_t kLineBytes = 64;
 constexpr int32_t kOnCpu = 1;
 constexpr uint8_t kComplex = 5;
+constexpr size_t kRecordUnit = sizeof(int64_t);
 
 int32_t code_of(const DLTensor& tensor) {
     return tensor.dtype.code << 24 | tensor.dtype.bits << 16 | tensor.dtype.lanes;
+}
+
+const uint8_t* address_of(const DLTensor& tensor) {
+    return static_cast<const uint8_t*>(tensor.data) + tensor.byte_offset;
 }
 
 // Returns whether two values of attributes cannot be told apart: 0.0 and -0.0 can, and 1 and True.
@@ -60,8 +65,8 @@ bool same_value(PyObject* a, PyObject* b) {
 
 }  // namespace
 
-ModuleState::ModuleState(const py::list& modules, const py::list& pinned, const py::list& tensors, uintptr_t record,
-                         const py::object& exchange, const py::object& is_negative)
+ModuleState::ModuleState(const py::list& modules, const py::list& pinned, const py::list& tensors,
+                         const py::object& record, const py::object& exchange, const py::object& is_negative)
     : is_negative_(is_negative.ptr()) {
     if (!exchange.is_none()) {
         const auto* api =
@@ -70,14 +75,7 @@ ModuleState::ModuleState(const py::list& modules, const py::list& pinned, const 
         if (api->version.major == 1) read_ = api->tensor_from_object;
     }
     if (!read_ && !tensors.empty()) throw std::runtime_error("exchange: expected DLPack's interface of version 1");
-    const auto* next = reinterpret_cast<const uint8_t*>(record);
-    for (const py::handle& tensor : tensors) {
-        Form form = form_of(tensor);
-        // A record has the dtype, the number of dimensions and the sizes before the values, and fills these up to 8.
-        form.recorded = next + (2 + form.sizes.size()) * sizeof(int64_t);
-        next = form.recorded + (form.bytes + 7) / 8 * 8;
-        forms_.push_back(std::move(form));
-    }
+    if (!tensors.empty()) find_records(tensors, form_of(record));
     for (const py::handle& each : modules) {
         const py::tuple pair = py::reinterpret_borrow<py::tuple>(each);
         modules_.push_back({pair[0].ptr(), Py_TYPE(pair[0].ptr()), read_rules(pair[1])});
@@ -91,6 +89,25 @@ ModuleState::ModuleState(const py::list& modules, const py::list& pinned, const 
     for (const py::handle& each : pinned) {
         const py::tuple triple = py::reinterpret_borrow<py::tuple>(each);
         pinned_.push_back({triple[0].ptr(), triple[1].ptr(), triple[2].ptr()});
+    }
+}
+
+void ModuleState::find_records(const py::list& tensors, const Form& record) {
+    const auto *next = static_cast<const uint8_t*>(record.data), *end = next + record.bytes;
+    for (const py::handle& tensor : tensors) {
+        Form form = form_of(tensor);
+        // A record has the dtype, the number of dimensions and the sizes before the values, and fills these up to 8.
+        const size_t sizes_bytes = form.sizes.size() * kRecordUnit;
+        const auto room = static_cast<size_t>(end - next), before = 2 * kRecordUnit + sizes_bytes;
+        const size_t filled = (form.bytes + kRecordUnit - 1) / kRecordUnit * kRecordUnit;
+        // Another thread may have exchanged a tensor since the values were recorded.
+        if (room < before + filled ||
+            (sizes_bytes && std::memcmp(next + 2 * kRecordUnit, form.sizes.data(), sizes_bytes) != 0)) {
+            throw std::runtime_error("tensors: expected those of the record");
+        }
+        form.recorded = next + before;
+        next = form.recorded + filled;
+        forms_.push_back(std::move(form));
     }
 }
 
@@ -110,6 +127,8 @@ void ModuleState::note_lines(PyObject* dict, const Table& table) {
         if (entry.rule == Rule::table) note_lines(found, tables_[entry.index]);
         if (entry.rule == Rule::tensor) {
             note(found, 1);
+            note(forms_[entry.index].storage.ptr(), 1);
+            note(forms_[entry.index].storage_begin.ptr(), 1);
             note(forms_[entry.index].data, 1);
             note(forms_[entry.index].recorded, 1);
         }
@@ -136,19 +155,35 @@ ModuleState::Table ModuleState::read_rules(const py::handle& rules) {
 }
 
 ModuleState::Form ModuleState::form_of(const py::handle& tensor) const {
+    const py::object storage = tensor.attr("untyped_storage")(), storage_begin = storage.attr("data_ptr");
     DLTensor read{};
     if (read_(tensor.ptr(), &read) != 0) throw py::error_already_set();
-    if (read.device.type != kOnCpu || read.dtype.code == kComplex || !read.strides) {
-        throw std::runtime_error("tensors: expected real tensors on the CPU");
+    if (read.device.type != kOnCpu || read.dtype.code == kComplex || read.dtype.bits % 8 != 0 ||
+        read.dtype.lanes != 1 || !read.strides) {
+        throw std::runtime_error("tensors: expected real tensors of whole bytes on the CPU");
     }
     Form form{Py_TYPE(tensor.ptr()),
-              static_cast<const uint8_t*>(read.data) + read.byte_offset,
+              storage,
+              storage_begin,
+              PyLong_AsVoidPtr(storage_begin().ptr()),
+              PyObject_Size(storage.ptr()),
+              address_of(read),
               read.dtype.bits / 8,
               nullptr,
               code_of(read),
               {read.sizes, read.sizes + read.dims},
               {read.strides, read.strides + read.dims}};
+    bool is_contiguous = true;
+    int64_t stride = 1;
+    for (size_t i = form.sizes.size(); i-- > 0; stride *= form.sizes[i]) {
+        if (form.sizes[i] != 1 && form.strides[i] != stride) is_contiguous = false;
+    }
     for (const int64_t size : form.sizes) form.bytes *= size;
+    if (form.bytes && !is_contiguous) throw std::runtime_error("tensors: expected contiguous tensors");
+    const uint8_t *begin = static_cast<const uint8_t*>(form.begin), *data = static_cast<const uint8_t*>(form.data);
+    if (form.bytes && (data < begin || form.bytes > form.storage_bytes - (data - begin))) {
+        throw std::runtime_error("tensors: expected tensors inside their storages");
+    }
     return form;
 }
 
@@ -164,6 +199,14 @@ void ModuleState::locate(const py::list& tensors) {
     }
 }
 
+bool ModuleState::has_memory(const Form& form) const {
+    const py::object begin = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(form.storage_begin.ptr()));
+    const bool is_at_its_place = begin && PyLong_AsVoidPtr(begin.ptr()) == form.begin;
+    const bool is_as_large = PyObject_Size(form.storage.ptr()) == form.storage_bytes;
+    if (PyErr_Occurred()) PyErr_Clear();
+    return is_at_its_place && is_as_large;
+}
+
 bool ModuleState::same_tensor(PyObject* tensor, const Form& form) const {
     if (Py_TYPE(tensor) != form.type) return false;
     DLTensor read{};
@@ -172,8 +215,8 @@ bool ModuleState::same_tensor(PyObject* tensor, const Form& form) const {
         return false;
     }
     // At another address, the caller first finds out how much memory there is.
-    if (static_cast<const uint8_t*>(read.data) + read.byte_offset != form.data || code_of(read) != form.code ||
-        read.device.type != kOnCpu || read.dims != static_cast<int32_t>(form.sizes.size()) || !read.strides) {
+    if (address_of(read) != form.data || code_of(read) != form.code || read.device.type != kOnCpu ||
+        read.dims != static_cast<int32_t>(form.sizes.size()) || !read.strides) {
         return false;
     }
     const size_t sizes_bytes = form.sizes.size() * sizeof(int64_t);
@@ -181,21 +224,23 @@ bool ModuleState::same_tensor(PyObject* tensor, const Form& form) const {
                         std::memcmp(read.strides, form.strides.data(), sizes_bytes) != 0)) {
         return false;
     }
-    if (form.bytes && std::memcmp(form.data, form.recorded, form.bytes) != 0) return false;
-    // torch negates such a tensor only when it reads it, and DLPack does not tell.
+    if (form.bytes && (!has_memory(form) || std::memcmp(form.data, form.recorded, form.bytes) != 0)) return false;
+    // torch negates such a tensor only when it reads it, and DLPack does not tell. The call releases the GIL.
     const py::object negative = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_negative_, tensor));
     if (!negative) PyErr_Clear();
     return negative.ptr() == Py_False;
 }
 
 bool ModuleState::same_table(PyObject* dict, const Table& table) const {
-    // Nothing here runs Python code that could change a dict meanwhile, so borrowed references are enough. A subclass
-    // such as OrderedDict may have another order than PyDict_Next.
+    // A subclass such as OrderedDict may have another order than PyDict_Next.
     if (!PyDict_CheckExact(dict) || PyDict_Size(dict) != static_cast<Py_ssize_t>(table.size())) return false;
     Py_ssize_t place = 0;
-    PyObject *name = nullptr, *found = nullptr;
+    PyObject *name = nullptr, *borrowed = nullptr;
     for (const Entry& entry : table) {
-        if (!PyDict_Next(dict, &place, &name, &found) || name != entry.name) return false;
+        if (!PyDict_Next(dict, &place, &name, &borrowed) || name != entry.name) return false;
+        // same_tensor lets other threads run, which may take the value out of the dict.
+        const py::object value = py::reinterpret_borrow<py::object>(borrowed);
+        PyObject* found = value.ptr();
         switch (entry.rule) {
             case Rule::anything: break;
             case Rule::same:
@@ -234,7 +279,7 @@ bool ModuleState::same() const {
 
 void define_module_state(py::module_& module) {
     py::class_<ModuleState>(module, "ModuleState")
-        .def(py::init<const py::list&, const py::list&, const py::list&, uintptr_t, const py::object&,
+        .def(py::init<const py::list&, const py::list&, const py::list&, const py::object&, const py::object&,
                       const py::object&>())
         .def("same", &ModuleState::same)
         .def("locate", &ModuleState::locate);

@@ -29,8 +29,8 @@ constexpr int kFusedWords = static_cast<int>(kFusedValues / kWordBits + 32 * kSk
 
 // ---- packing --------------------------------------------------------------------------------------------------------
 
-// Eight values, which make a byte of a packed row. Loads of x may not take the path of load.cuh, because the kernel
-// before may have written it.
+// Eight values, which make a byte of a packed row. Loads of x may stay in the L1 cache, unlike those of load_once(),
+// because several loads of a thread take parts of one sector if values have 4 or 8 bytes.
 template <class T>
 struct Eight {
     static constexpr int kLoads = 8 * sizeof(T) / 16, kOfLoad = 16 / sizeof(T);

@@ -62,8 +62,8 @@ struct Align {
     PreparedHeader* header;  // where to write that these are m prepared weights of k values, or null
 };
 
-// Both launch once, also for the second job, which must have no header; one of no rows is none. A product of words that
-// have not been counted yet so needs one launch before it, not two.
+// Both launch once, also for the second job, which must have no header; one of no rows is none. So a product of
+// words that have not been counted needs one launch before it, not two.
 constexpr Align kNoAlign{};
 cudaError_t pack(const Pack&, const Align& beside, cudaStream_t);
 cudaError_t align(const Align&, const Align& other, cudaStream_t);

@@ -9,12 +9,16 @@
 //     aligns the weights, has ended before a block of the product starts and loads them.
 //   - x's words and set bits, which pack writes, are loaded after wait_for_kernel_before(), which returns when all of
 //     pack has ended, and not through the path of load_once(), which may keep what it found before.
-//   - The product writes nothing but y, and y depends on x. So it writes after that wait too, when nothing before pack
-//     can still read memory that the allocator gave to y.
+//   - The product writes y, which depends on x, after that wait too, when nothing before pack can still read memory that
+//     the allocator gave to y. It may write a report of a wrong prepared form earlier, which no kernel reads.
 //   - Every block waits. So the product ends after pack, and the kernel behind it, which is launched as usual, starts
 //     after both. It may write to x, to the words, or to the weights.
 // Another thread of the program may launch a kernel into the same stream between pack and the product. If that kernel
 // writes the weights, the call sees old or new words, as it would with usual launches, and perhaps some of both.
+//
+// The wait is an instruction of 9.0 and later. A library that was built for older targets alone (TORCH_CUDA_ARCH_LIST=
+// "8.0+PTX") runs on 9.0 by PTX that the driver compiles, and its kernels do not wait. So launch_kernel() asks for which
+// target the kernel was compiled.
 //
 // A captured graph keeps the same order, as an edge of its own kind.
 #pragma once
@@ -38,11 +42,25 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 #endif
 }
 
-// Launches a kernel; with `behind_pack`, before the kernel in front of it in the stream has ended. Such a kernel must
-// call wait_for_kernel_before().
+// Returns whether wait_for_kernel_before() waits in the code of this kernel that the current device runs.
+inline bool has_code_that_waits(const void* kernel) {
+    cudaFuncAttributes found{};
+    if (cudaFuncGetAttributes(&found, kernel) == cudaSuccess) return found.ptxVersion >= 90;
+    static_cast<void>(cudaGetLastError());  // clears the error, before others see it
+    return false;
+}
+
+// Launches a kernel; with `behind_pack`, before the kernel in front of it in the stream has ended, if the code for the
+// device can wait for that kernel. Such a kernel must call wait_for_kernel_before().
 template <class... Parameters>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
                           cudaStream_t stream, bool behind_pack, Parameters... arguments) {
+    if (behind_pack) {
+        // This is asked once, because all kernels are compiled for the same targets, and `behind_pack` is for devices of
+        // one compute capability.
+        static const bool waits = has_code_that_waits(reinterpret_cast<const void*>(kernel));
+        behind_pack = waits;
+    }
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -1,4 +1,4 @@
-// Grids of the kernels that go through a matrix row by row: pack, unpack and align.
+// Grids of the kernels that go through a matrix row by row: pack, pack_limited, unpack and align.
 #pragma once
 
 #include <algorithm>

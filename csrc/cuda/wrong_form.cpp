@@ -11,7 +11,7 @@
 namespace bitorch_qlinear::cuda {
 namespace {
 
-constexpr int kMostDevices = 64;  // torch knows no more devices than that
+constexpr int kMostDevices = 128;  // torch's index of a device is a signed byte
 
 // The records of all devices, or null until the first call of wrong_form_of.
 std::atomic<WrongForm*> records{nullptr};

@@ -758,6 +758,12 @@ def words(model):
     model[0].weight[:, -1] &= (1 << K % 32) - 1
 
 
+def set_forward_for_another_attribute(model):
+    """The number of attributes stays."""
+    del model[1].__dict__["_is_full_backward_hook"]
+    model[1].forward = torch.neg
+
+
 CHANGES = {
     "nothing": lambda model: None,
     "data": lambda model: model[1].weight.data.neg_(),
@@ -788,6 +794,7 @@ CHANGES = {
     "class": set_class,
     "forward": set_forward,
     "forward-of-a-layer": set_forward_of_a_layer,
+    "forward-for-another-attribute": set_forward_for_another_attribute,
     "parametrize": parametrize,
     "layer-bias": lambda model: model[0].bias.data.add_(20),
     "layer-without-bias": lambda model: setattr(model[0], "bias", None),
@@ -898,6 +905,40 @@ def test_hooks_for_all_modules():
             assert_equal(fused(x), packed(x))
     finally:
         handle.remove()
+
+
+def test_hooks_for_all_modules_see_nested_ones():
+    model = usual()
+    packed = pack(nn.Sequential(*model[:1], nn.Sequential(*model[1:4]), *model[4:]).eval())
+    fused, x = pack(packed, fuse=True), torch.randn(20, K)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: -output if isinstance(module, nn.Sequential) else None
+    )
+    try:
+        with torch.no_grad():
+            assert_equal(fused(x), packed(x))
+    finally:
+        handle.remove()
+
+
+@pytest.mark.skipif(bitorch_qlinear.fused._EXCHANGE is None, reason="this torch has no __dlpack_c_exchange_api__")
+def test_a_mode_is_called_once_to_compare():
+    """Each method of a tensor takes 2 us under the mode of torch.device."""
+
+    class Counting(torch.overrides.TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    fused = pack(usual(), fuse=True)
+    with torch.no_grad():
+        fused(torch.randn(3, K))
+    (snapshot,) = [chain.folded(torch.float32).snapshot for chain in fused._current_plan().chains]
+    with Counting() as mode:
+        assert snapshot.holds()
+    assert mode.calls == 1
 
 
 def test_training_mode_has_batch_statistics():

@@ -3,6 +3,8 @@
 import collections
 import gc
 import struct
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -26,7 +28,7 @@ class State:
     def __init__(self, box, rules, tensors=(), pinned=()):
         self.kept = [(box, rules)], list(pinned), list(tensors)
         self.record = record_values(self.kept[2])
-        self.state = _C.ModuleState(*self.kept, self.record.data_ptr(), _EXCHANGE, _IS_NEGATIVE)
+        self.state = _C.ModuleState(*self.kept, self.record, _EXCHANGE, _IS_NEGATIVE)
 
     def same(self):
         return self.state.same()
@@ -190,6 +192,71 @@ def test_a_storage_of_another_size(size):
     assert not state.same()
 
 
+def resize_in_place(tensor, size):
+    """Give a tensor's storage another size at its address, if the allocator hands out the same memory again."""
+    storage, address = tensor.untyped_storage(), tensor.data_ptr()
+    others = []
+    for _ in range(100):
+        storage.resize_(0)
+        storage.resize_(size)
+        if storage.data_ptr() == address:
+            return True
+        others.append(storage.clone())
+    return False
+
+
+def test_a_storage_that_is_too_small_at_its_old_address():
+    tensor = torch.zeros(15000)
+    state = State(box_of(tensor=tensor), [("tensor", _TENSOR, 0)], [tensor])
+    if not resize_in_place(tensor, 59000):
+        pytest.skip("the allocator did not hand out the same memory again")
+    torch.zeros(0).set_(tensor.untyped_storage())[:].zero_()
+    assert not state.same()
+
+
+@pytest.mark.parametrize("size", [59000, 60000])
+def test_another_storage_that_is_too_small(size):
+    """The tensor has another storage at the address of its first one."""
+    first = torch.zeros(15000)
+    box = box_of(tensor=first)
+    state = State(box, [("tensor", _TENSOR, 0)], [first])
+    address = first.data_ptr()
+    first.untyped_storage().resize_(0)
+    others = [torch.zeros(15000) for _ in range(100)]
+    if first.untyped_storage().resize_(60000).data_ptr() == address:
+        pytest.skip("the allocator did not hand out the memory to another tensor")
+    other = next((each for each in others if each.data_ptr() == address), None)
+    if other is None or not (size == 60000 or resize_in_place(other, size)):
+        pytest.skip("the allocator did not hand out the same memory again")
+    box.tensor = other
+    assert not state.same()
+
+
+def test_tensors_that_are_not_contiguous():
+    record = record_values([torch.zeros(64)])
+    with pytest.raises(RuntimeError, match="contiguous"):
+        _C.ModuleState([], [], [torch.zeros(1).expand(64)], record, _EXCHANGE, _IS_NEGATIVE)
+    tensor = torch.zeros(64)
+    state = State(box_of(tensor=tensor), [("tensor", _TENSOR, 0)], [tensor])
+    with pytest.raises(RuntimeError, match="contiguous"):
+        state.state.locate([torch.zeros(1).expand(64)])
+
+
+def test_tensors_beyond_their_storages():
+    tensor, record = torch.zeros(64), record_values([torch.zeros(64)])
+    tensor.untyped_storage().resize_(100)
+    with pytest.raises(RuntimeError, match="inside their storages"):
+        _C.ModuleState([], [], [tensor], record, _EXCHANGE, _IS_NEGATIVE)
+
+
+@pytest.mark.parametrize("recorded", [[], [(7,)], [(3, 2)], [(2, 3), (1,)], [(1,), (2, 3)]], ids=str)
+def test_tensors_that_are_not_those_of_the_record(recorded):
+    tensors = [torch.zeros(2, 3), torch.zeros(5)]
+    record = record_values([torch.zeros(shape) for shape in recorded])
+    with pytest.raises(RuntimeError, match="those of the record"):
+        _C.ModuleState([], [], tensors, record, _EXCHANGE, _IS_NEGATIVE)
+
+
 def test_tensors_that_have_moved():
     tensor = torch.arange(6.0)
     box = box_of(tensor=tensor)
@@ -223,16 +290,16 @@ def test_a_thread_that_flushes_subnormal_numbers():
 @pytest.mark.parametrize("tensor", [torch.zeros(2, dtype=torch.complex64), torch.zeros(2).to("meta")])
 def test_tensors_that_are_not_compared(tensor):
     with pytest.raises(RuntimeError):
-        _C.ModuleState([], [], [tensor], 0, _EXCHANGE, _IS_NEGATIVE)
+        _C.ModuleState([], [], [tensor], record_values([]), _EXCHANGE, _IS_NEGATIVE)
 
 
 def test_arguments_that_do_not_fit():
     with pytest.raises(RuntimeError, match="exchange: expected DLPack"):
-        _C.ModuleState([], [], [torch.zeros(2)], 0, None, _IS_NEGATIVE)
+        _C.ModuleState([], [], [torch.zeros(2)], record_values([torch.zeros(2)]), None, _IS_NEGATIVE)
     with pytest.raises(ValueError, match="PyCapsule"):
-        _C.ModuleState([], [], [torch.zeros(2)], 0, 3, _IS_NEGATIVE)
+        _C.ModuleState([], [], [torch.zeros(2)], record_values([torch.zeros(2)]), 3, _IS_NEGATIVE)
     with pytest.raises(IndexError, match="no such tensor"):
-        _C.ModuleState([(box_of(a=1), [("a", _TENSOR, 0)])], [], [], 0, _EXCHANGE, _IS_NEGATIVE)
+        _C.ModuleState([(box_of(a=1), [("a", _TENSOR, 0)])], [], [], None, _EXCHANGE, _IS_NEGATIVE)
 
 
 def test_what_a_state_points_to_stays_alive():
@@ -252,3 +319,42 @@ def test_what_a_state_points_to_stays_alive():
     del state
     gc.collect()
     assert all(each() is None for each in alive)
+
+
+EXCHANGING = """
+import sys, threading
+import torch
+from bitorch_qlinear import _C
+from bitorch_qlinear.fused import _EXCHANGE, _IS_NEGATIVE, _TABLE, _TENSOR
+
+class Box: pass
+
+sys.setswitchinterval(1e-6)
+tensors = {str(i): torch.full((3,), float(i)) for i in range(12)}
+box = Box()
+box.table = dict(tensors)
+record = torch.ops.bitorch_qlinear.record_values(list(tensors.values()))
+modules = [(box, [("table", _TABLE, [(name, _TENSOR, place) for place, name in enumerate(tensors)])])]
+state = _C.ModuleState(modules, [], list(tensors.values()), record, _EXCHANGE, _IS_NEGATIVE)
+ended = False
+
+def exchange():
+    while not ended:
+        box.table = {name: tensor[:] for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            box.table[name] = tensor[:]
+
+threads = [threading.Thread(target=exchange) for _ in range(2)]
+for thread in threads:
+    thread.start()
+found = {state.same() for _ in range(20000)}
+ended = True
+for thread in threads:
+    thread.join()
+assert found == {True}
+"""
+
+
+def test_tables_and_tensors_that_other_threads_exchange():
+    """A process of its own, because a comparison that keeps no reference ends it."""
+    subprocess.run([sys.executable, "-c", EXCHANGING], check=True)

@@ -202,6 +202,14 @@ def test_wrong_toggles_are_refused(kernel, what):
         call(values)
 
 
+@pytest.mark.parametrize("what", ["dtype", "dimensions", "rows", "strided"])
+def test_wrong_toggles_are_refused_while_torch_traces(what):
+    values = problem([70, 40, 9]) | {"toggles": [torch.tensor([[3, 39, 3], [30, 35, 40]], dtype=torch.int32)]}
+    values["toggles"] = [TOGGLE_FAULTS[what](values["toggles"][0])]
+    with pytest.raises(RuntimeError, match="toggles: expected contiguous int32"):
+        call({name: moved(value, lambda tensor: tensor.to("meta")) for name, value in values.items()})
+
+
 @pytest.mark.parametrize("argument", ["weights", "limits", "flips", "prepared", "toggles"])
 @pytest.mark.parametrize("change", [lambda v: v[:-1], lambda v: v + v[:1], lambda v: []])
 @pytest.mark.parametrize("device", ["cpu", "meta"])

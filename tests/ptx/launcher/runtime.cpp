@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <unordered_map>
 #include <utility>
@@ -66,6 +67,14 @@ EXPORT cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute 
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return remember(cudaErrorNotSupported);
     kernels().at(function).most_dynamic = value;
     return cudaSuccess;
+}
+
+// Returns the target of the kernels' PTX: 9.0, unless the environment names another one for the whole process.
+EXPORT cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+    const char* target = std::getenv("PTX_TARGET_OF_KERNELS");
+    *attributes = {};
+    attributes->ptxVersion = target ? std::atoi(target) : 90;
+    return attributes->ptxVersion ? cudaSuccess : remember(cudaErrorNoKernelImageForDevice);
 }
 
 EXPORT cudaError_t cudaGetDevice(int* device) {
