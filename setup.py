@@ -136,7 +136,10 @@ CUDA_ARCHITECTURES = ["75", "80", "86", "89", "90a", "100", "120"]
 CUDA_PTX = "80"
 # torch's own variable counts too: TORCH_CUDA_ARCH_LIST="9.0a" compiles for one machine in a seventh of the time.
 CHOSEN_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-HAS_SM90A = "9.0a" in CHOSEN_ARCHITECTURES  # csrc/cuda/records.h leaves wgmma_sm90a out if a chosen target lacks it
+# If targets are chosen, csrc/cuda/records.h leaves wgmma_sm90a out unless all GPUs of 9.0 get the code of 9.0a. Code of
+# 9.0, which lacks the kernel, would run on the same GPUs, and nothing promises which of the two a driver takes.
+CHOSEN = {target.removesuffix("+PTX") for target in re.split("[ ;]+", CHOSEN_ARCHITECTURES)}
+HAS_SM90A = "9.0a" in CHOSEN and CHOSEN.isdisjoint({"9.0", "Hopper"})
 CUDA_TARGETS = ""  # the targets of the CUDA operators, as _C reports them; "" if they are not built
 if BUILD_CUDA:
     CUDA_TARGETS = CHOSEN_ARCHITECTURES or ", ".join(f"sm_{a}" for a in CUDA_ARCHITECTURES) + f", compute_{CUDA_PTX}"

@@ -1,33 +1,36 @@
 // Binary product on the tensor cores of a warpgroup, wgmma and.popc, for compute capability 9.0. Twin: gemm_popc.cu.
 //
-//     warpgroup 0     producer: one thread copies boxes of x and weight to the stages of a ring, as soon as they are empty
+//     warpgroup 0     producer: one thread copies boxes of x and weight to stages of a ring, as soon as they are empty
 //     warpgroup 1, 2  consumers: each multiplies what is in the stages of its own tiles of y, and writes the tile
 //
 //     producer      tile 0 | tile 1 | tile 2 | tile 3 | ...
 //     consumer 1             multiply 0 | write 0    | multiply 2 | write 2 ...
 //     consumer 2                        | multiply 1 | write 1    | multiply 3 ...
 //
-// A multiprocessor holds one block, which computes every gridDim.x-th tile, so that the copies of a tile begin while the
-// one before is multiplied. The two consumers take turns with the tensor cores: while one writes, the other multiplies.
+// A multiprocessor holds one block, which computes every gridDim.x-th tile, so that the copies of a tile begin while
+// the one before is multiplied. The two consumers take turns with the tensor cores: while one writes, the other
+// multiplies.
 //
 // A stage is one line of 1024 bits of each row of the tile, as a tensor map lays it out (tensor_map.h): 128 rows of x,
-// and 192 or 128 of weight. Each stage has two barriers. `full` ends a phase when the stage's bytes have arrived, `empty`
-// when the four warps of a consumer have read them. The consumers find their way by parities, which tell a phase from the
-// next one, but not from the one two later. So each gives the turn to the other by a third barrier: whoever has it knows
-// that all stages before its own were full.
+// and 192 or 128 of weight. Each stage has two barriers. `full` ends a phase when the stage's bytes have arrived,
+// `empty` when the four warps of a consumer have read them. The consumers find their way by parities, which tell a
+// phase from the next one, but not from the one two later. So each gives the turn to the other by a third barrier:
+// whoever has it knows that all stages before its own were full.
 //
-// Weights and x are read from the aligned form, and there is no form of their own for this kernel. Tile by tile it would
-// be 1/32 of the float32 weights more for each layer, and a pass over x in each call (12.4 us for 8192 x 8192, measured),
-// to save nothing: the boxes move the same bytes from L2, in whole lines of 128 bytes, and zeros for what does not exist.
+// Weights and x are read from the aligned form, and there is no form of their own for this kernel. Tile by tile it
+// would be 1/32 of the float32 weights more for each layer, and a pass over x in each call (12.4 us for 8192 x 8192,
+// measured), to save nothing: the boxes move the same bytes from L2, in whole lines of 128 bytes, and zeros for what
+// does not exist.
 //
-// Columns. wgmma gives lane q of four the columns 8 j + 2 q and 8 j + 2 q + 1. Outputs of 4 bytes then fill a whole sector
-// of 32 bytes in a store of four lanes, but those of 2 bytes half of one. Any row of weight may feed a column, so for these,
-// and for bits, the even rows of the tile lie in the first half of a stage's lines and the odd ones in the second:
+// Columns. wgmma gives lane q of four the columns 8 j + 2 q and 8 j + 2 q + 1. Outputs of 4 bytes then fill a whole
+// sector of 32 bytes in a store of four lanes, but those of 2 bytes half of one. Any row of weight may feed a column,
+// so for these, and for bits, the even rows of the tile lie in the first half of a stage's lines and the odd ones in
+// the second:
 //
 //     line i of half h = row 2 i + h of the tile
 //
-// Two maps, whose rows are two rows of weight apart, copy them so, and lane q has the outputs 16 j + 4 q ... + 3. No output
-// passes through shared memory, which the tensor cores read at nearly its full rate.
+// Two maps, whose rows are two rows of weight apart, copy them so, and lane q has the outputs 16 j + 4 q ... + 3. No
+// output passes through shared memory, which the tensor cores read at nearly its full rate.
 //
 // The sums are exact for any k. The steps of 256 bits past k multiply zeros, up to three in a row's last stage.
 #include <algorithm>
@@ -99,8 +102,8 @@ struct Maps {
 
 constexpr unsigned kTall = 16;  // tile rows of a band
 
-// The first row and column of a tile. Blocks that run at the same time take bands of 16 tile rows, down each column: the
-// nearer they are to a square, the fewer rows of x and weight they bring into L2.
+// The first row and column of a tile. Blocks that run at the same time take bands of 16 tile rows, down each column:
+// the nearer they are to a square, the fewer rows of x and weight they bring into L2.
 struct Corner {
     int64_t row, column;
 };
@@ -127,7 +130,8 @@ constexpr int kWarps = kWarpgroup / kWarp;
 constexpr int kSteps = kWarpgroupStageBits / kInstructionBits;  // along k in a stage
 constexpr int kStrips = kWarpgroupRows / kInstructionRows;      // instructions below each other in a tile
 
-// A place in the ring of stages. Even and odd rounds have places of their own, so that a place tells the parity to wait for.
+// A place in the ring of stages. Even and odd rounds have places of their own, so that a place tells the parity to wait
+// for.
 template <class Shape>
 struct Ring {
     int place = 0;  // one number, because the consumers have no register to spare
@@ -344,8 +348,9 @@ __device__ __forceinline__ void write_tile(const Product& product, const Corner&
     }
 }
 
-// Writes a tile of bits: the lane has 4 neighbouring bits of each row in each group of 16 columns, so a byte of two groups
-// is two quarters of a word. Four lanes exchange the bytes of four rows, after which each has the word of one row.
+// Writes a tile of bits: the lane has 4 neighbouring bits of each row in each group of 16 columns, so a byte of two
+// groups is two quarters of a word. Four lanes exchange the bytes of four rows, after which each has the word of one
+// row.
 template <class Shape>
 __device__ __forceinline__ void write_tile(const Product& product, const Corner& at, int thread, bool,
                                            Sums<Shape>& sums, const Margins<AsBits, Shape>& margins) {
@@ -384,8 +389,8 @@ __device__ __forceinline__ void write_tile(const Product& product, const Corner&
 template <class As, class Shape>
 __device__ __forceinline__ void consume(const Product& product, unsigned row_tiles, unsigned column_tiles,
                                         bool whole_vectors, int stages, Shared<As, Shape>& shared) {
-    // The compiler cannot know that a warp's lanes agree on it, unless they take it from one lane. What depends on it then
-    // needs no registers of lanes: the loop has half as many instructions, none of which moves descriptors.
+    // The compiler cannot know that a warp's lanes agree on it, unless they take it from one lane. What depends on it
+    // then needs no registers of lanes: the loop has half as many instructions, none of which moves descriptors.
     const int which = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0) - 1, other = 1 - which;
     const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
     const bool leads = thread % kWarp == 0;
@@ -456,8 +461,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 #endif
 }
 
-// Makes the maps of x and of weight. If there are no odd rows, the even ones take their place and feed columns that do not
-// exist.
+// Makes the maps of x and of weight. If there are no odd rows, the even ones take their place and feed columns that do
+// not exist.
 template <class Shape>
 cudaError_t make_maps(const Product& product, Maps* maps) {
     const int64_t width = aligned_words_for(product.k);

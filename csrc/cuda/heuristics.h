@@ -24,8 +24,8 @@
 //     of the number of multiprocessors), and whenever m and n are at least 4096 and there are at least 40 such tiles for
 //     each multiprocessor.
 //
-// Every rate and time here that is not called measured is an estimate, from data sheets, the CUDA C++ programming guide ("Arithmetic Instructions")
-// and the machine code that nvcc emits.
+// Every rate and time here that is not called measured is an estimate, from data sheets, the CUDA C++ programming guide
+// ("Arithmetic Instructions") and the machine code that nvcc emits.
 #pragma once
 
 #include <algorithm>
@@ -87,7 +87,8 @@ constexpr int64_t kReservedBytes = 1024;  // shared memory that the system takes
 // k = 4096. With that, 4096 x 4096 outputs on an H200 would get 128 x 128 instead of 128 x 256. The assumption stays,
 // because all that was measured on an H200 was measured with the tiles that it chooses, and because blocks alone on a
 // multiprocessor were slower than estimated, too: 512 x 4096 x 4096 took 11.6 us, some 2.5 of them for
-// counting bits before it, in 128 blocks of 128 x 128, which are estimated at 6. BITORCH_QLINEAR_CUDA_TILE forces a tile, to measure the others.
+// counting bits before it, in 128 blocks of 128 x 128, which are estimated at 6. BITORCH_QLINEAR_CUDA_TILE forces a
+// tile, to measure the others.
 constexpr double kClocksAround = 2000;
 
 // A narrower tile must be estimated 1/16 faster than the next wider one, because the estimate is no finer than that and
@@ -229,7 +230,8 @@ static inline OrError<Choice> decide(const KernelRecord* forced, const Gpu& gpu,
         return std::string(kKernelVariable) + ": expected one of the kernels that " + in_words(gpu.capability) +
                " has (" + kernel_names(gpu.capability) + "), got \"" + forced->name + "\"";
     }
-    if (!legal(forced->kernel, gpu, m, k, value_bytes)) {
+    const bool too_wide = forced->kernel == GemmKernel::wgmma_sm90a && n > kMostWarpgroupRows;  // rows of the weights
+    if (too_wide || !legal(forced->kernel, gpu, m, k, value_bytes)) {
         Choice choice = choose(gpu, m, n, k, value_bytes);
         choice.reason = forced->fused ? "the automatic choice: the kernel that is forced takes few values of real x"
                         : forced->most_rows == kSkinnyRows

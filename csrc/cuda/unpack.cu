@@ -108,8 +108,8 @@ template <class Value>
 cudaError_t launch(const Unpack& job, Value bit0, Value bit1, cudaStream_t stream) {
     const bool whole = reinterpret_cast<uintptr_t>(job.values) % 16 == 0 && job.k % kVector<Value> == 0;
     const int64_t segments = ceil_div(words_for(job.k), kSteps * kVector<Value>);
-    return launch_rows(whole ? unpack_rows<Value, true> : unpack_rows<Value, false>, job.m, segments, true, 0, stream, job,
-                       Patterns<Value>(bit0, bit1));
+    return launch_rows(whole ? unpack_rows<Value, true> : unpack_rows<Value, false>, job.m, segments, true, 0, stream,
+                       job, Patterns<Value>(bit0, bit1));
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // The warpgroup's tensor cores and what feeds them (compute capability 9.0, target sm_90a alone): barriers in shared
-// memory, copies of boxes by a tensor map, and products of bits whose factors lie in shared memory. Each function is one
-// instruction of the PTX ISA (mbarrier, cp.async.bulk.tensor, wgmma, setmaxnreg), except wait().
+// memory, copies of boxes by a tensor map, and products of bits whose factors lie in shared memory. Most functions
+// are one instruction of the PTX ISA (mbarrier, cp.async.bulk.tensor, wgmma, setmaxnreg); wait() is a loop.
 //
 // A warpgroup is four warps, which multiply together. m64nNk256 adds to 64 x N sums over 256 bits of k. Warp w of the
 // warpgroup has rows 16 w to 16 w + 15, and its lane (g, q), with g = lane / 4 and q = lane % 4, has
@@ -8,8 +8,8 @@
 //     d[4 j], d[4 j + 1]          row 16 w + g,     columns 8 j + 2 q and 8 j + 2 q + 1
 //     d[4 j + 2], d[4 j + 3]      row 16 w + g + 8, the same columns
 //
-// Both factors lie in shared memory as a tensor map of lines (tensor_map.h) puts them: a row is 128 bytes, whose chunk c
-// of 16 bytes lies at chunk c ^ row % 8. 256 bits are two chunks, so the next 256 bits of k begin 32 bytes on.
+// Both factors lie in shared memory as a tensor map of lines (tensor_map.h) puts them: a row is 128 bytes, whose chunk
+// c of 16 bytes lies at chunk c ^ row % 8. 256 bits are two chunks, so the next 256 bits of k begin 32 bytes on.
 #pragma once
 
 #include <cuda.h>
@@ -34,10 +34,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// ---- barriers in shared memory ---------------------------------------------------------------------------------------
+// ---- barriers in shared memory --------------------------------------------------------------------------------------
 
-// A phase of a barrier ends when as many arrivals and bytes have come as it expects. A waiting thread knows the phase by
-// its parity alone: it must not fall two phases behind.
+// A phase of a barrier ends when as many arrivals and bytes have come as it expects. A waiting thread knows the phase
+// by its parity alone: it must not fall two phases behind.
 
 __device__ __forceinline__ void init_barrier(uint64_t& barrier, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
@@ -64,7 +64,7 @@ __device__ __forceinline__ void wait(uint64_t& barrier, uint32_t parity) {
         : "memory");
 }
 
-// ---- copies by a tensor map ------------------------------------------------------------------------------------------
+// ---- copies by a tensor map -----------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void prefetch(const CUtensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
@@ -79,7 +79,7 @@ __device__ __forceinline__ void copy_box(void* shared, const CUtensorMap& map, i
         : "memory");
 }
 
-// ---- products of bits ------------------------------------------------------------------------------------------------
+// ---- products of bits -----------------------------------------------------------------------------------------------
 
 // Returns the descriptor of rows of 128 bytes, swizzled, of which the first begins on 1024 bytes: groups of 8 rows are
 // 1024 bytes apart. (PTX ISA, "Matrix Descriptor Format"; the leading dimension is not used, and CuTe writes a 1.)
@@ -164,7 +164,7 @@ __device__ __forceinline__ void multiply_bits(int32_t (&d)[96], uint64_t a, uint
 #undef BITORCH_QLINEAR_SUMS_64
 #undef BITORCH_QLINEAR_SUMS_96
 
-// ---- registers and barriers of a warpgroup ---------------------------------------------------------------------------
+// ---- registers and barriers of a warpgroup --------------------------------------------------------------------------
 
 // Gives registers of each of the warpgroup's threads back to the block's pool, down to so many.
 template <int Registers>

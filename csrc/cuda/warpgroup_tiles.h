@@ -1,7 +1,8 @@
-// The tiles of wgmma_sm90a, and which products it takes. Plain C++ without a CUDA header, as heuristics.h, which asks it.
+// The tiles of wgmma_sm90a, and which products it takes. Plain C++ without a CUDA header, as heuristics.h, which asks
+// it.
 //
-// The times here were measured on an H200 (132 multiprocessors) with a throw-away prototype of this kernel and with
-// mma_sm80; csrc/DESIGN.md has the tables.
+// The times here were measured on an H200 (132 multiprocessors) with mma_sm80 and with a throw-away prototype, whose
+// times are taken to be this kernel's, because this kernel has not run on a GPU. csrc/DESIGN.md has the tables.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +27,8 @@ constexpr int64_t kWarpgroupL2Bytes = 40;
 // measured times of 4096^3 give it: there the narrower tile moves more bytes and was still 1 % faster.
 constexpr int64_t kWarpgroupClocksAColumn = 28;
 
-// Estimates the clocks of a product: rounds of tiles, and the last epilogue. In doubles, because no integer holds all of
-// them.
+// Estimates the clocks of a product: rounds of tiles, and the last epilogue. In doubles, because no integer holds all
+// of them.
 static inline double warpgroup_clocks(WarpgroupTile tile, int64_t multiprocessors, int64_t m, int64_t n, int64_t k) {
     const int64_t columns = kWarpgroupColumns[static_cast<int>(tile)];
     const int64_t tiles = ceil_div(m, kWarpgroupRows) * ceil_div(n, columns);
@@ -37,8 +38,8 @@ static inline double warpgroup_clocks(WarpgroupTile tile, int64_t multiprocessor
            static_cast<double>(kWarpgroupClocksAColumn * columns);
 }
 
-// Returns the tile of least estimated time. It is 128 x 128 for 2048^3, 4096^3 and 512 x 4096 -> 4096, and 128 x 192 for
-// 8192^3 and 2048 x 8192 -> 8192, as measured.
+// Returns the tile of least estimated time. It is 128 x 128 for 2048^3, 4096^3 and 512 x 4096 -> 4096, and 128 x 192
+// for 8192^3 and 2048 x 8192 -> 8192, as measured.
 static inline WarpgroupTile best_warpgroup_tile(int64_t multiprocessors, int64_t m, int64_t n, int64_t k) {
     const double wide = warpgroup_clocks(WarpgroupTile::m128n192, multiprocessors, m, n, k);
     return wide < warpgroup_clocks(WarpgroupTile::m128n128, multiprocessors, m, n, k) ? WarpgroupTile::m128n192
@@ -56,9 +57,10 @@ constexpr int64_t kFewestWarpgroupRows = 256;
 // that outweighs the microsecond that its longer beginning and end take.
 constexpr int64_t kLongRow = 8 * kWarpgroupStageBits;
 
-// Returns whether wgmma_sm90a is faster than mma_sm80. A tensor core of a warpgroup makes a tile of 128 x 128 while
-// mma_sm80 makes one of 64 x 64: as long as the multiprocessors hold all of these at once, four for a tile, both take one
-// round. From 256 rows on the others are: 512 x 4096 -> 4096 takes 5.9 us instead of 11.6, and 4096^3 20 instead of 49.
+// Returns whether wgmma_sm90a is estimated to be faster than mma_sm80. By wgmma the tensor cores make a tile of
+// 128 x 128 in the time in which mma_sm80 makes one of 64 x 64: as long as the multiprocessors hold all of these at
+// once, four for a tile, both take one round. Of the other products, those of 256 rows or more are faster: the
+// prototype took 5.9 us for 512 x 4096 -> 4096 and 20 us for 4096^3, and mma_sm80 takes 11.6 and 49.
 static inline bool warpgroups_win(int64_t multiprocessors, int64_t m, int64_t n, int64_t k) {
     if (m < kFewestWarpgroupRows || m > kMostWarpgroupRows || n > kMostWarpgroupRows) return false;
     const int64_t tiles = ceil_div(m, kWarpgroupRows) * ceil_div(n, kWarpgroupColumns[1]);

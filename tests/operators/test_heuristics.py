@@ -460,6 +460,14 @@ def test_forced(capability):
                 assert re.match(rf"{name}(?: with tiles of \d+ x \d+)?: forced, by \w+ or by the program$", got)
 
 
+def test_forced_wgmma_with_too_many_columns():
+    """A coordinate of a tensor map is an int32, also for the rows of the weights."""
+    assert decide("wgmma_sm90a", 90, 132, 1, 2**31 - 1, 128).startswith("wgmma_sm90a with tiles of 128 x 192: forced")
+    assert decide("wgmma_sm90a", 90, 132, 1, 2**31, 128) == (
+        "skinny: the automatic choice: the kernel that is forced takes at most 2147483647 rows"
+    )
+
+
 @pytest.mark.parametrize("name", ["nope", "mma_sm75x", "Popc", " popc", "skinny_mma", "popc, skinny"])
 def test_forced_by_a_name_that_does_not_exist(name):
     for capability in CAPABILITIES:
