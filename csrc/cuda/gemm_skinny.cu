@@ -117,9 +117,11 @@ __device__ __forceinline__ void count_differences(const Product& product, int wi
     uint32_t counts[kRows * kEach] = {};
     int left = width - index * kStep;
     fetch_weights(left);
-    meanwhile();
+    // ptxas would spill registers on 12.0 if blocks that write bits did this before they load x.
+    if constexpr (Block::kAcross == 1) meanwhile();
     wait_for_kernel_before();
     fetch_x(left);
+    if constexpr (Block::kAcross > 1) meanwhile();
     while (left > 0) {
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
