@@ -16,27 +16,27 @@ constexpr int kMostDevices = 128;  // torch's index of a device is a signed byte
 // The records of all devices, or null until the first call of wrong_form_of.
 std::atomic<WrongForm*> records{nullptr};
 
-// Allocates memory of the host that kernels of all devices can write at its address on the host. Such a call would end a
-// capture of a stream that is in progress in this thread or another one, unless the thread is in the relaxed mode.
-WrongForm* allocate() {
-    void* memory = nullptr;
-    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-    cudaThreadExchangeStreamCaptureMode(&mode);
-    const cudaError_t error =
-        cudaHostAlloc(&memory, kMostDevices * sizeof(WrongForm), cudaHostAllocPortable | cudaHostAllocMapped);
-    cudaThreadExchangeStreamCaptureMode(&mode);
-    if (error != cudaSuccess) {
-        cudaGetLastError();  // clears the error, before others see it
-        throw std::runtime_error(std::string("bitorch_qlinear: cannot allocate memory for the kernels' reports: ") +
-                                 cudaGetErrorString(error));
-    }
-    std::memset(memory, 0, kMostDevices * sizeof(WrongForm));
-    return static_cast<WrongForm*>(memory);
+// While it lives, this thread may allocate memory of the host although a stream is captured, in this thread or another
+// one. In the other modes such a call would end the capture.
+class RelaxedCapture {
+  public:
+    RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+    ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+    RelaxedCapture(const RelaxedCapture&) = delete;
+
+  private:
+    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+WrongForm* make_records(AllocateForDevices allocate) {
+    constexpr size_t bytes = kMostDevices * sizeof(WrongForm);
+    const RelaxedCapture relaxed;
+    return static_cast<WrongForm*>(std::memset(allocate(bytes), 0, bytes));
 }
 
 }  // namespace
 
-WrongForm* wrong_form_of(int32_t device_index) {
+WrongForm* wrong_form_of(int32_t device_index, AllocateForDevices allocate) {
     static std::mutex mutex;
     if (device_index < 0 || device_index >= kMostDevices) {
         throw std::runtime_error("bitorch_qlinear: weight_prepared: expected None on device " +
@@ -45,7 +45,7 @@ WrongForm* wrong_form_of(int32_t device_index) {
     }
     if (!records.load(std::memory_order_acquire)) {
         const std::lock_guard<std::mutex> lock(mutex);
-        if (!records.load(std::memory_order_relaxed)) records.store(allocate(), std::memory_order_release);
+        if (!records.load(std::memory_order_relaxed)) records.store(make_records(allocate), std::memory_order_release);
     }
     return records.load(std::memory_order_acquire) + device_index;
 }

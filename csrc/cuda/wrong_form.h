@@ -2,16 +2,19 @@
 // memory of the host that they can write, which the next call reads: nothing waits for the device.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "prepared.h"
 
 namespace bitorch_qlinear::cuda {
 
+// Returns memory of the host that kernels of all devices can write at its address on the host, or throws.
+using AllocateForDevices = void* (*)(size_t bytes);
+
 // Returns where kernels on a device report a wrong form. The first call of the process allocates the memory, which may
-// also happen while a stream is captured; it is never freed, because a graph may write to it at any time. Throws
-// std::runtime_error if there is no memory.
-WrongForm* wrong_form_of(int32_t device_index);
+// also happen while a stream is captured; it must never be freed, because a graph may write to it at any time.
+WrongForm* wrong_form_of(int32_t device_index, AllocateForDevices allocate);
 
 // Throws std::runtime_error if a kernel on the device has reported a wrong form since the last such error.
 void report_wrong_form(int32_t device_index);

@@ -20,6 +20,16 @@ inline cudaStream_t current_stream(int32_t device_index) {
     return static_cast<cudaStream_t>(stream);
 }
 
+// Returns page-locked memory of torch's allocator, which is never freed. Kernels of all devices can write it at its
+// address on the host (CUDA C++ programming guide, "Unified Virtual Address Space").
+inline void* allocate_for_devices(size_t bytes) {
+    const int64_t size = static_cast<int64_t>(bytes), stride = 1;
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided_pinned(1, &size, &stride, aoti_torch_dtype_uint8(),
+                                                           aoti_torch_device_type_cpu(), 0, &handle));
+    return (new Tensor(handle))->data_ptr();
+}
+
 // The device on which an operator launches its kernels, and torch's current stream there. While the object lives, the
 // device is the current one. The constructor throws if no kernel runs on the device, or if a kernel has reported a wrong
 // prepared form there, which an earlier call could not know.

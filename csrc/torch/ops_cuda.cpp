@@ -226,7 +226,7 @@ Tensor multiply(int64_t m, int64_t n, int64_t k, const Outputs& outputs, const L
     const AlignedVector limits("out_limits", outputs.bits.limits), flips("out_flips", outputs.bits.flips);
     const Output numbers{y.data_ptr(), *dtype_of(outputs.type), scale.channels(), bias.channels()};
     const Output bits{y.data_ptr(), DType::boolean, limits.channels(), flips.channels()};
-    WrongForm* wrong_form = w.from_form ? wrong_form_of(launch.device().index) : nullptr;
+    WrongForm* wrong_form = w.from_form ? wrong_form_of(launch.device().index, allocate_for_devices) : nullptr;
     Product product{{}, w.operand, m, n, k, outputs.bits.limits ? bits : numbers, wrong_form};
     const Gpu& gpu = gpu_of(launch.device().index);
     if (kernel.fused) {

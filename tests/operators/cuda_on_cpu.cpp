@@ -64,10 +64,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
     return cudaSuccess;
 }
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
-cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
-    *memory = std::malloc(bytes);
-    return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
-}
 }
 
 #include "../../csrc/cuda/dispatch.cpp"
@@ -75,6 +71,8 @@ cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
 #define launches_depend(capability) (static_cast<void>(capability), true)
 #include "../../csrc/cuda/wrong_form.cpp"
 #include "../../csrc/torch/ops.cpp"
+// Without CUDA, torch has no page-locked memory.
+#define aoti_torch_empty_strided_pinned aoti_torch_empty_strided
 #include "../../csrc/torch/ops_cuda.cpp"
 
 // ---- the kernels ----------------------------------------------------------------------------------------------------
