@@ -89,3 +89,11 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Let torch.compile forget what it compiled, before and after the test."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

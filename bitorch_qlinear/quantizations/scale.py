@@ -1,6 +1,6 @@
 """XNOR-Net's scale: the mean magnitude of each output channel's weights (https://arxiv.org/abs/1603.05279)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,7 @@ from torch.autograd.function import Function
 from .._torch import apply, functorch_active
 from .rule import BinaryRule
 
-__all__ = ["magnitude_blocks", "mean_magnitude", "row_means", "row_sums"]
+__all__ = ["for_each_row", "magnitude_blocks", "mean_magnitude", "row_means", "row_sums"]
 
 # Looked up once, because a name in a module of a module costs 20 ns in every call.
 _compiling = torch.compiler.is_compiling
@@ -59,13 +59,29 @@ def _row_means(weight: Tensor) -> Tensor:
     return torch.cat(sums) / max(k, 1)
 
 
-# An operator, because inductor would add the magnitudes in another order than eager mode.
-_row_means_operator = torch.library.custom_op("bitorch_qlinear_internal::row_means", _row_means, mutates_args=())
+def for_each_row(name: str, compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a function of weights that computes a number for each row, without a gradient.
+
+    torch.compile calls it as an operator, because inductor would add in another order than eager mode.
+
+    Args:
+        name: The operator's name.
+        compute: Takes shape ``(n, k)``, and returns shape ``(n,)``, in float64 for float64 and else in float32.
+    """
+    operator = torch.library.custom_op(f"bitorch_qlinear_internal::{name}", compute, mutates_args=())
+
+    @operator.register_fake
+    def _(weight: Tensor) -> Tensor:
+        return weight.new_empty(weight.shape[0], dtype=torch.promote_types(weight.dtype, torch.float32))
+
+    def call(weight: Tensor) -> Tensor:
+        weight = weight.detach()
+        return operator(weight) if _compiling() else compute(weight)
+
+    return call
 
 
-@_row_means_operator.register_fake
-def _(weight: Tensor) -> Tensor:
-    return weight.new_empty(weight.shape[0], dtype=torch.promote_types(weight.dtype, torch.float32))
+_row_means_of = for_each_row("row_means", _row_means)
 
 
 def row_means(weight: Tensor) -> Tensor:
@@ -73,8 +89,7 @@ def row_means(weight: Tensor) -> Tensor:
 
     The result depends on the values and the device alone, not on strides, on the number of threads or on torch.compile.
     """
-    weight = weight.detach()
-    return _row_means_operator(weight) if _compiling() else _row_means(weight)
+    return _row_means_of(weight)
 
 
 class MeanMagnitude(Function):

@@ -11,7 +11,7 @@ from torch.autograd.function import Function
 from .._torch import apply, functorch_active, modes_active
 from .base import Quantization
 from .rule import quantize
-from .scale import magnitude_blocks, row_means, row_sums
+from .scale import for_each_row, magnitude_blocks, row_means, row_sums
 
 __all__ = [
     "Ternary",
@@ -103,13 +103,7 @@ def _kept_means(weight: Tensor) -> Tensor:
     return kept_quotients(magnitudes * kept, kept)
 
 
-# An operator, because a compiler would add the magnitudes in another order than eager mode.
-_kept_means_operator = torch.library.custom_op("bitorch_qlinear_internal::kept_means", _kept_means, mutates_args=())
-
-
-@_kept_means_operator.register_fake
-def _(weight: Tensor) -> Tensor:
-    return weight.new_empty(weight.shape[0], dtype=torch.promote_types(weight.dtype, torch.float32))
+_kept_means_of = for_each_row("kept_means", _kept_means)
 
 
 def kept_means(weight: Tensor) -> Tensor:
@@ -123,8 +117,7 @@ def kept_means(weight: Tensor) -> Tensor:
     Returns:
         Shape ``(n,)``; float64 for float64 weights and float32 for all others. It is 0 for a row that keeps no value.
     """
-    weight = weight.detach()
-    return _kept_means_operator(weight) if _compiling() else _kept_means(weight)
+    return _kept_means_of(weight)
 
 
 class ScaledValues(Function):

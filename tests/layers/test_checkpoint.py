@@ -4,8 +4,8 @@ import io
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from support.reference import assert_equal
+from support.round_trips import through_safetensors, through_torch_save
 from torch import nn
 
 from bitorch_qlinear import PackedQLinear, QLinear, pack, unpack
@@ -22,16 +22,6 @@ def layer_like(**options):
     layer = QLinear(K, N, **options).eval()
     layer.weight.data.flatten()[::7] = 0.0
     return layer
-
-
-def through_torch_save(state, path):
-    torch.save(state, path)
-    return torch.load(path, weights_only=True)
-
-
-def through_safetensors(state, path):
-    save_file(state, path)
-    return load_file(path)
 
 
 def through_distributed_checkpoint(state, path):

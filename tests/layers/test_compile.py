@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch._dynamo
+from support.gradients import results
 from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
@@ -27,12 +28,6 @@ def _fresh():
 
 def layer_like(training=True, **options):
     return QLinear(K, N, **{"gradient_cancellation_threshold": 0.9, **options}).train(training)
-
-
-def results(function, layer, x, g):
-    leaf = x.clone().requires_grad_()
-    y = function(leaf)
-    return (y.detach(), *torch.autograd.grad(y, [leaf, *layer.parameters()], g))
 
 
 # ---- compile ----

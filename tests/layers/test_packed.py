@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from support.calls import Calls
 from support.devices import take_kernels_away
+from support.round_trips import through_safetensors, through_torch_save
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, hessian, jvp, stack_module_state, vmap
@@ -298,16 +299,6 @@ def test_memory_of_odd_sizes():
 
 
 # ---- checkpoints ----
-
-
-def through_torch_save(state, path):
-    torch.save(state, path)
-    return torch.load(path, weights_only=True)
-
-
-def through_safetensors(state, path):
-    save_file(state, path)
-    return load_file(path)
 
 
 @pytest.mark.parametrize("through", [through_torch_save, through_safetensors])

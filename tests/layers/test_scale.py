@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 import torch
-import torch._dynamo
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from support.calls import Calls
 from support.devices import take_kernels_away
+from support.gradients import results
 from support.reference import assert_equal, linear_reference, signs
+from support.round_trips import through_safetensors, through_torch_save
 from torch import nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
@@ -456,20 +456,7 @@ def test_gradients_of_a_packed_layer():
 # ---- torch.compile and torch.export ----
 
 
-@pytest.fixture
-def _fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def results(function, layer, x, g):
-    leaf = x.clone().requires_grad_()
-    y = function(leaf)
-    return (y.detach(), *torch.autograd.grad(y, [leaf, *layer.parameters()], g))
-
-
-@pytest.mark.usefixtures("_fresh")
+@pytest.mark.usefixtures("fresh_compiler")
 @every_kind
 @both_modes
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -486,7 +473,7 @@ def test_compiled(kind, training, backend):
             assert_equal(compiled(x), want[0])
 
 
-@pytest.mark.usefixtures("_fresh")
+@pytest.mark.usefixtures("fresh_compiler")
 @every_kind
 def test_compiled_and_packed(kind):
     packed, x = pack(layer_like(kind, 70, 9)), torch.randn(3, 70)
@@ -622,16 +609,6 @@ def test_a_rule_of_the_users_own_is_packed_on_both_sides(cls):
 
 
 # ---- packed layers and their checkpoints ----
-
-
-def through_torch_save(state, path):
-    torch.save(state, path)
-    return torch.load(path, weights_only=True)
-
-
-def through_safetensors(state, path):
-    save_file(state, path)
-    return load_file(path)
 
 
 def packed_options(kind):

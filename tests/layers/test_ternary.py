@@ -9,14 +9,14 @@ import pickle
 import numpy as np
 import pytest
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from support.calls import Calls
 from support.devices import take_kernels_away
+from support.gradients import results
 from support.reference import FLOATS, assert_equal, epilogue, pack_signs, signs
+from support.round_trips import through_safetensors, through_torch_save
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
@@ -605,20 +605,7 @@ def test_an_ensemble_of_packed_layers():
         torch.testing.assert_close(ensemble[i], want)
 
 
-@pytest.fixture
-def _fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def results(function, layer, x, g):
-    leaf = x.clone().requires_grad_()
-    y = function(leaf)
-    return (y.detach(), *torch.autograd.grad(y, [leaf, *layer.parameters()], g))
-
-
-@pytest.mark.usefixtures("_fresh")
+@pytest.mark.usefixtures("fresh_compiler")
 @every_kind
 @both_modes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -641,7 +628,7 @@ def test_compiled(kind, training, dtype, backend):
     assert_equal(y[:, :6], want[0][:, :6])
 
 
-@pytest.mark.usefixtures("_fresh")
+@pytest.mark.usefixtures("fresh_compiler")
 @every_kind
 @pytest.mark.parametrize("k", [1, 70])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -828,16 +815,6 @@ def test_nested_and_sparse_inputs():
 
 
 # ---- packed layers and their checkpoints ----
-
-
-def through_torch_save(state, path):
-    torch.save(state, path)
-    return torch.load(path, weights_only=True)
-
-
-def through_safetensors(state, path):
-    save_file(state, path)
-    return load_file(path)
 
 
 @every_kind

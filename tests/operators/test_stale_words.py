@@ -19,7 +19,6 @@ import time
 
 import pytest
 import torch
-import torch._dynamo
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from support.reference import assert_equal, epilogue, product, signs, unpack_signs
@@ -34,11 +33,7 @@ TINY, FEW, MANY = (70, 9), (1000, 50), (2000, 96)
 sizes = pytest.mark.parametrize("size", [TINY, FEW, MANY], ids=["tiny", "few", "many"])
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def packed_layer(size, **options):
