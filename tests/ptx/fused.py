@@ -14,12 +14,10 @@ from .product import (
     Call,
     Out,
     aligned_words_for,
-    bits,
     ceil_div,
-    epilogue,
     layout,
-    limits_of,
     numpy,
+    outputs_of,
     product,
     unpack,
 )
@@ -116,19 +114,8 @@ def fused_call(
     aligned = np.pad(pack(weight).numpy(), ((0, 0), (0, aligned_words_for(k) - words.shape[1])))
     aligned = np.concatenate([aligned, np.full((n, weight_padding), -1, np.int32)], 1)
     dots = product(signs(x[:, :k], strict), 2.0 * weight.double() - 1)
-    if out is torch.bool:
-        limits = limits_of((k - dots.long().numpy()) // 2, k, generator)
-        flips = generator.integers(-(2**31), 2**31, ceil_div(n, 32), dtype=np.int32) if flipped else None
-        scale, bias = (None if v is None else torch.from_numpy(v) for v in (limits, flips))
-        expected = bits(dots, k, scale, bias)
-        y = np.zeros((m, ceil_div(n, 32)), np.int32)
-    else:
-        expected = epilogue(dots, bias, scale, out)
-        y = np.zeros((m, n), numpy(torch.zeros(1, dtype=out)).dtype)
+    expected, y, channels = outputs_of(dots, k, out, bias, scale, generator, flipped)
     output = Out(y, "y")
-    channels = [
-        value for v in (scale, bias) for value in ((None, 0) if v is None else (In(numpy(v)), DTYPES[v.dtype][0]))
-    ]
     operands = [None, 0, None, In(aligned, "weight"), aligned.shape[1], None]
     wrong_form, memory = np.zeros(5, np.int64), None
     if header is not None:  # popcounts of the weights would lie behind it

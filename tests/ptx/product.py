@@ -218,6 +218,35 @@ def limits_of(counts: np.ndarray, k: int, generator: np.random.Generator) -> np.
     return np.where(generator.random(n) < 0.1, generator.choice(extremes, n), limits).astype(np.int32)
 
 
+def outputs_of(
+    dots: torch.Tensor,
+    k: int,
+    out: torch.dtype,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    generator: np.random.Generator,
+    flipped: bool,
+) -> tuple[torch.Tensor, np.ndarray, list[object]]:
+    """Return what a kernel must make of a product of k signs, memory for it, and the kernel's arguments of channels.
+
+    Outputs that are bits have random limits and, if `flipped`, random flips in the place of scale and bias.
+    """
+    m, n = dots.shape
+    if out is torch.bool:
+        limits = limits_of((k - dots.long().numpy()) // 2, k, generator)
+        flips = generator.integers(-(2**31), 2**31, ceil_div(n, 32), dtype=np.int32) if flipped else None
+        scale, bias = (None if v is None else torch.from_numpy(v) for v in (limits, flips))
+        expected = bits(dots, k, scale, bias)
+        y = np.zeros((m, ceil_div(n, 32)), np.int32)
+    else:
+        expected = epilogue(dots, bias, scale, out)
+        y = np.zeros((m, n), numpy(torch.zeros(1, dtype=out)).dtype)
+    channels = [
+        value for v in (scale, bias) for value in ((None, 0) if v is None else (In(numpy(v)), DTYPES[v.dtype][0]))
+    ]
+    return expected, y, channels
+
+
 def product_call(
     m: int,
     n: int,
@@ -244,20 +273,9 @@ def product_call(
     unpacked = [unpack(torch.from_numpy(w[:, : ceil_div(k, 32)].copy()), k) for w in words]
     popcounts = [u.sum(1).to(torch.int32).numpy() for u in unpacked]
     dots = product(*(2.0 * u.double() - 1 for u in unpacked))
-    if out is torch.bool:
-        limits = limits_of((k - dots.long().numpy()) // 2, k, generator)
-        flips = generator.integers(-(2**31), 2**31, ceil_div(n, 32), dtype=np.int32) if flipped else None
-        scale, bias = (None if v is None else torch.from_numpy(v) for v in (limits, flips))
-        expected = bits(dots, k, scale, bias)
-        y = np.zeros((m, ceil_div(n, 32)), np.int32)
-    else:
-        expected = epilogue(dots, bias, scale, out)
-        y = np.zeros((m, n), numpy(torch.zeros(1, dtype=out)).dtype)
+    expected, y, channels = outputs_of(dots, k, out, bias, scale, generator, flipped)
     output = Out(y)
     operands = [value for w, p in zip(words, popcounts, strict=True) for value in (In(w), stride, In(p))]
-    channels = [
-        value for v in (scale, bias) for value in ((None, 0) if v is None else (In(numpy(v)), DTYPES[v.dtype][0]))
-    ]
     wrong_form, memory = np.zeros(5, np.int64), None
     if header is not None:
         # The popcounts of the weights lie behind the header.

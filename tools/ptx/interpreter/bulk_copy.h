@@ -185,15 +185,25 @@ inline void issue_load(Machine& m, Warp& w, int lane, const BulkCopy& copy, u32 
                   std::to_string(m.cluster_blocks));
 }
 
+// What a lane's bulk copy moves.
+struct BulkRange {
+    u64 to, from, size;
+};
+// s begins with the destination, the source and the size.
+inline BulkRange bulk_range(Machine& m, Warp& w, const Instr& i, int lane) {
+    const BulkRange range{m.in(w, i.s[0])[lane] + static_cast<u64>(i.offset),
+                          m.in(w, i.s[1])[lane] + static_cast<u64>(i.offset2), m.in(w, i.s[2])[lane]};
+    need_aligned(lane, "a bulk copy's destination", range.to, 16);
+    need_aligned(lane, "a bulk copy's source", range.from, 16);
+    need_aligned(lane, "a bulk copy's size", range.size, 16);
+    return range;
+}
+
 // s holds the destination, the source, the size, the mbarrier, and the mask of a multicast if i.b is set. i.a says that
 // the source is shared memory.
 inline void bulk_load(Machine& m, Warp& w, const Instr& i, u32 mask) {
     for_lanes(mask, [&](int l) {
-        const u64 to = m.in(w, i.s[0])[l] + static_cast<u64>(i.offset);
-        const u64 from = m.in(w, i.s[1])[l] + static_cast<u64>(i.offset2), size = m.in(w, i.s[2])[l];
-        need_aligned(l, "a bulk copy's destination", to, 16);
-        need_aligned(l, "a bulk copy's source", from, 16);
-        need_aligned(l, "a bulk copy's size", size, 16);
+        const auto [to, from, size] = bulk_range(m, w, i, l);
         const u32 barrier = mbarrier_place(m, w, l, Space::kCluster, m.in(w, i.s[3])[l] + static_cast<u64>(i.offset3));
         if (!size) return;
         BulkCopy copy = new_copy(w, l, i.a ? BulkCopy::kWrite : BulkCopy::kLoad);
@@ -224,11 +234,7 @@ inline void issue_store(Machine& m, Warp& w, int lane, BulkCopy copy) {
 inline void bulk_store(Machine& m, Warp& w, const Instr& i,
                        u32 mask) {  // s holds the destination, the source, the size
     for_lanes(mask, [&](int l) {
-        const u64 to = m.in(w, i.s[0])[l] + static_cast<u64>(i.offset);
-        const u64 from = m.in(w, i.s[1])[l] + static_cast<u64>(i.offset2), size = m.in(w, i.s[2])[l];
-        need_aligned(l, "a bulk copy's destination", to, 16);
-        need_aligned(l, "a bulk copy's source", from, 16);
-        need_aligned(l, "a bulk copy's size", size, 16);
+        const auto [to, from, size] = bulk_range(m, w, i, l);
         if (!size) return;
         BulkCopy copy = new_copy(w, l, BulkCopy::kStore);
         copy.at = static_cast<u32>(shared_range(m, w, l, Space::kShared, from, size));
