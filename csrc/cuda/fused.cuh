@@ -149,6 +149,30 @@ __device__ __forceinline__ void pack_rows(const FusedProduct& job, int width, in
     }
 }
 
+// Packs all rows of x, as pack_typed() does.
+__device__ __forceinline__ void pack_x(const FusedProduct& job, const FusedPlan& plan, uint32_t* words) {
+    if (plan.whole) {
+        pack_rows<true>(job, plan.width, plan.pitch, words);
+    } else {
+        pack_rows<false>(job, plan.width, plan.pitch, words);
+    }
+}
+
+// ---- rounds ---------------------------------------------------------------------------------------------------------
+
+// Returns the first of the columns that the block computes in a round.
+__device__ __forceinline__ int64_t column_of_round(int64_t round, int columns) {
+    return (round * gridDim.x + blockIdx.x) * columns;
+}
+
+// Writes to all outputs of the block what no product gives.
+template <class As>
+__device__ __forceinline__ void write_no_results(const Product& product, const FusedPlan& plan, int columns) {
+    for (int round = 0; round < plan.rounds; ++round) {
+        write_no_result<As>(product, 0, static_cast<int>(product.m), column_of_round(round, columns), columns);
+    }
+}
+
 // ---- outputs that are bits ------------------------------------------------------------------------------------------
 
 // Writes the bits of 32 columns, column + j ... of one row, from the popcount that each lane of a warp has for its j.

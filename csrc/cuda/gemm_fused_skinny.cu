@@ -56,23 +56,14 @@ __global__ void __launch_bounds__(kFusedThreads, 1) multiply_fused(const FusedPr
             w[line] = load_once(row + kLine * line, column < n && word + kLine * line + place < end);
         }
     };
-    const auto first_column = [&](int64_t round) { return (round * gridDim.x + blockIdx.x) * columns; };
+    const auto first_column = [&](int64_t round) { return column_of_round(round, columns); };
     const int own = unit * kUnit + group;
     fetch(first_column(0) + own, begin);
     if (thread == 0) wrong_form = has_wrong_form(product);
     for (int i = thread; i < 2 * Rows * (kMostColumns + kUnit); i += kFusedThreads) sums[0][i] = 0;
-    if (plan.whole) {
-        pack_rows<true>(job, plan.width, plan.pitch, x);
-    } else {
-        pack_rows<false>(job, plan.width, plan.pitch, x);
-    }
+    pack_x(job, plan, x);
     __syncthreads();
-    if (wrong_form) {
-        for (int round = 0; round < plan.rounds; ++round) {
-            write_no_result<As>(product, 0, static_cast<int>(product.m), first_column(round), columns);
-        }
-        return;
-    }
+    if (wrong_form) return write_no_results<As>(product, plan, columns);
 #pragma unroll 1
     for (int round = 0; round < plan.rounds; ++round) {
         const int64_t column = first_column(round);

@@ -87,23 +87,14 @@ __global__ void __launch_bounds__(kFusedThreads, 1) multiply_fused(const FusedPr
             w[slice] = load_once(row + kSlice * slice, column < n && word + kSlice * slice + place < end);
         }
     };
-    const auto first_column = [&](int64_t round) { return (round * gridDim.x + blockIdx.x) * columns; };
+    const auto first_column = [&](int64_t round) { return column_of_round(round, columns); };
     const int own = unit * kUnit + g;
     fetch(first_column(0) + own, begin);
     if (thread == 0) wrong_form = has_wrong_form(product);
     for (int i = thread; i < static_cast<int>(sizeof sums / sizeof(uint32_t)); i += kFusedThreads) sums[0].words[i] = 0;
-    if (plan.whole) {
-        pack_rows<true>(job, plan.width, plan.pitch, x);
-    } else {
-        pack_rows<false>(job, plan.width, plan.pitch, x);
-    }
+    pack_x(job, plan, x);
     __syncthreads();
-    if (wrong_form) {
-        for (int round = 0; round < plan.rounds; ++round) {
-            write_no_result<As>(product, 0, static_cast<int>(product.m), first_column(round), columns);
-        }
-        return;
-    }
+    if (wrong_form) return write_no_results<As>(product, plan, columns);
     if (warp < m) {
         const uint32_t bits = count_row(x + warp * plan.pitch, plan.width);
         if (lane == 0) x_bits[warp] = bits;
@@ -164,11 +155,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) multiply_fused(const FusedPr
         }
     }
 #else
-    const int columns = kUnit * kFusedWarps / plan.parts;  // y is not left unwritten
-    for (int64_t round = 0; round < plan.rounds; ++round) {
-        const int64_t column = (round * gridDim.x + blockIdx.x) * columns;
-        write_no_result<As>(job.product, 0, static_cast<int>(job.product.m), column, columns);
-    }
+    write_no_results<As>(job.product, plan, kUnit * kFusedWarps / plan.parts);  // y is not left unwritten
 #endif
 }
 
