@@ -34,6 +34,14 @@ __global__ void __launch_bounds__(kRowThreads)
 
 }  // namespace
 
+cudaError_t find_code(int* capability) {
+    cudaFuncAttributes found{};
+    const auto error = cudaFuncGetAttributes(&found, align_rows);
+    if (error != cudaSuccess) return cudaGetLastError();  // which clears the error, before others see it
+    *capability = found.ptxVersion;
+    return cudaSuccess;
+}
+
 cudaError_t align(const Align& job, const Align& other, cudaStream_t stream) {
     const int64_t padded = prepared_popcount_bytes(job.m) / static_cast<int64_t>(sizeof(int32_t));
     const int64_t rows = job.header ? padded : job.m;

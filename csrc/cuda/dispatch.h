@@ -11,11 +11,12 @@ namespace bitorch_qlinear::cuda {
 // Throws std::runtime_error if the device is too old for any kernel.
 void check_supported(int32_t device_index);
 
-// Throws std::runtime_error if the device is too old, or lacks the kernel that is forced.
+// Throws std::runtime_error if the device is too old, has no code, or lacks the kernel that is forced.
 Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, int64_t value_bytes);
 Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes);
 
-// The properties of a device.
+// Returns the properties of a device. The first call for a device loads code there; it may happen while a stream is
+// captured. Throws std::runtime_error if the library has no code for the device.
 const Gpu& gpu_of(int32_t device_index);
 
 // Makes the named kernel compute all products that it takes; "" selects the automatic choice. Throws std::runtime_error

@@ -14,6 +14,9 @@
 //     2 to 4         fused_skinny    fused_skinny_mma_sm80    fused_skinny_mma_sm80    fused_skinny
 //     5 to 16        as above        fused_skinny_mma_sm80    fused_skinny_mma_sm80    as above
 //
+// A device that runs code for an earlier one (records.h) has the kernels that both have, and takes its figures from
+// itself. For code of 7.5 on 9.0 and later, popc is what remains for more than 16 rows: mma_sm75 would be emulated.
+//
 // popc runs everywhere, and the others are tested against it. If x is given as words, the kernel does not depend on n and
 // k, because a tiny product costs a launch by any kernel; except that mma_sm80 keeps products of few tiles
 // (warpgroup_tiles.h). The tile of mma_sm80 is the one of least estimated time. For all sizes:
@@ -172,7 +175,7 @@ constexpr double kMicrosOfPack = 1.6, kMicrosHidden = 0.8, kPackedBytesAMicro = 
 // and 78 KB on others. (For 2 to 4 rows at 8192 x 8192 the product on tensor cores is also faster than gemm_skinny's, by
 // about 1 us, measured without the counting of bits. The bound leaves that out.)
 static inline bool fused_is_faster(const Gpu& gpu, int64_t m, int64_t k, int64_t value_bytes) {
-    const double saved = kMicrosOfPack - (launches_depend(gpu.capability) ? kMicrosHidden : 0);
+    const double saved = kMicrosOfPack - (launches_depend(gpu) ? kMicrosHidden : 0);
     return static_cast<double>(m * k * value_bytes) <= saved * kPackedBytesAMicro;
 }
 
@@ -210,7 +213,10 @@ static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int
         return {GemmKernel::mma_sm80, tile, kTileReasons[static_cast<int>(tile)]};
     }
     if (takes(GemmKernel::mma_sm75)) return choice(GemmKernel::mma_sm75, "the tensor cores of compute capability 7.5");
-    return choice(GemmKernel::mma_int8_sm80, "tensor cores of bytes: there are none of bits after 9.0");
+    if (takes(GemmKernel::mma_int8_sm80)) {
+        return choice(GemmKernel::mma_int8_sm80, "tensor cores of bytes: there are none of bits after 9.0");
+    }
+    return choice(GemmKernel::popc, "CUDA cores: the code was compiled for a compute capability before the device's");
 }
 
 // ---- the override ---------------------------------------------------------------------------------------------------
@@ -226,9 +232,9 @@ static inline OrError<Choice> decide(const KernelRecord* forced, const Gpu& gpu,
         return in_words(gpu.capability) + " is not supported: the CUDA kernels need 7.5 or later";
     }
     if (!forced) return choose(gpu, m, n, k, value_bytes);
-    if (!runs_on(*forced, gpu.capability)) {
-        return std::string(kKernelVariable) + ": expected one of the kernels that " + in_words(gpu.capability) +
-               " has (" + kernel_names(gpu.capability) + "), got \"" + forced->name + "\"";
+    if (!runs_on(*forced, gpu)) {
+        return std::string(kKernelVariable) + ": expected one of the kernels that " + in_words(gpu) + " has (" +
+               kernel_names(gpu) + "), got \"" + forced->name + "\"";
     }
     const bool too_wide = forced->kernel == GemmKernel::wgmma_sm90a && n > kMostWarpgroupRows;  // rows of the weights
     if (too_wide || !legal(forced->kernel, gpu, m, k, value_bytes)) {

@@ -68,6 +68,10 @@ constexpr Align kNoAlign{};
 cudaError_t pack(const Pack&, const Align& beside, cudaStream_t);
 cudaError_t align(const Align&, const Align& other, cudaStream_t);
 
+// Finds the compute capability that the kernels were compiled for in the code which the current device runs, such as 80
+// for 8.0. All kernels are compiled for the same targets. It loads code, but launches nothing.
+cudaError_t find_code(int* capability);
+
 // One factor of a product.
 struct Operand {
     const uint32_t* words;

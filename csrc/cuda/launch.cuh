@@ -17,9 +17,9 @@
 // writes the weights, the call sees old or new words, as it would with usual launches, and perhaps some of both.
 //
 // The wait is an instruction of 9.0 and later, and only code for 9.0 has it, because on other devices products are never
-// launched in this way (launches_depend in records.h). A library that was built for older targets alone (TORCH_CUDA_ARCH_LIST=
-// "8.0+PTX") runs on 9.0 by PTX that the driver compiles, and its kernels do not wait. So launch_kernel() asks for which
-// target the kernel was compiled.
+// launched in this way. A library that was built for older targets alone (TORCH_CUDA_ARCH_LIST="8.0+PTX") runs on 9.0 by
+// PTX that the driver compiles, and its kernels do not wait. So launches_depend() in records.h decides by the target of
+// the code that the device runs.
 //
 // A captured graph keeps the same order, as an edge of its own kind.
 #pragma once
@@ -43,25 +43,11 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 #endif
 }
 
-// Returns whether wait_for_kernel_before() waits in the code of this kernel that the current device runs.
-inline bool has_code_that_waits(const void* kernel) {
-    cudaFuncAttributes found{};
-    if (cudaFuncGetAttributes(&found, kernel) == cudaSuccess) return found.ptxVersion >= 90;
-    static_cast<void>(cudaGetLastError());  // clears the error, before others see it
-    return false;
-}
-
-// Launches a kernel; with `behind_pack`, before the kernel in front of it in the stream has ended, if the code for the
-// device can wait for that kernel. Such a kernel must call wait_for_kernel_before().
+// Launches a kernel; with `behind_pack`, before the kernel in front of it in the stream has ended. Such a kernel must call
+// wait_for_kernel_before(), in code that waits (launches_depend in records.h).
 template <class... Parameters>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
                           cudaStream_t stream, bool behind_pack, Parameters... arguments) {
-    if (behind_pack) {
-        // This is asked once, because all kernels are compiled for the same targets, and `behind_pack` is for devices of
-        // one compute capability.
-        static const bool waits = has_code_that_waits(reinterpret_cast<const void*>(kernel));
-        behind_pack = waits;
-    }
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

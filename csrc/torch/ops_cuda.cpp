@@ -240,7 +240,7 @@ Tensor multiply(int64_t m, int64_t n, int64_t k, const Outputs& outputs, const L
     product.x = x.operand;
     // Nothing may lie between pack and the product, and pack must not make the weights too. (Without values it launches
     // nothing.)
-    const bool behind_pack = x.pack && w.align.m == 0 && k > 0 && launches_depend(gpu.capability);
+    const bool behind_pack = x.pack && w.align.m == 0 && k > 0 && launches_depend(gpu);
     check_launch(kernel.name, launch_product(choice, product, behind_pack, launch.stream()));
     return y;
 }

@@ -50,6 +50,7 @@ def ops(library):
     library.cuda_on_cpu_launches()
     yield torch.ops.cuda_on_cpu
     library.cuda_on_cpu_force(b"")
+    library.cuda_on_cpu_device(0)
     library.cuda_on_cpu_launches()
 
 
@@ -212,6 +213,45 @@ def test_nothing_starts_early_behind_another_kernel_than_pack(library, ops, kern
     x, weight, bias, _ = problem(3, 5, 0)
     ops.linear(x, weight, 0, bias)
     assert launches(library)[-1] == kernel
+
+
+# ---- code for earlier devices ----------------------------------------------------------------------------------------
+
+# The devices of cuda_on_cpu.cpp: all of the second to the fourth are of compute capability 9.0.
+CODE_80, CODE_75, CODE_90, NO_CODE = range(1, 5)
+
+
+@pytest.mark.parametrize(
+    ("device", "few", "many", "most"),
+    [
+        (CODE_80, "skinny_mma_sm80", "mma_sm80", "mma_sm80"),
+        (CODE_75, "skinny", "popc", "popc"),
+        (CODE_90, "skinny_mma_sm80*", "mma_sm80*", "wgmma_sm90a"),
+    ],
+)
+def test_the_code_that_a_device_runs_decides(library, ops, device, few, many, most):
+    """Kernels that are empty in it are not chosen, and without the wait no product starts early."""
+    library.cuda_on_cpu_device(device)
+    for m, expected in ((16, few), (17, many), (256, most)):
+        x, weight, bias, scale = problem(m, 40, 8192)
+        prepared = ops.prepare_weight(weight, 8192)
+        launches(library)
+        got = ops.linear(x, weight, 8192, bias, scale=scale, weight_prepared=prepared)
+        assert_equal(got, F.linear(x, weight, 8192, bias, scale=scale))
+        assert launches(library) == ["pack", expected]
+
+
+def test_the_code_is_asked_for_on_its_device(library):
+    assert [library.cuda_on_cpu_code(device) for device in (0, CODE_80, CODE_75, CODE_90)] == [80, 80, 75, 90]
+
+
+def test_a_device_without_code_is_an_error(library, ops):
+    x, weight, _, _ = problem(3, 5, 40)
+    library.cuda_on_cpu_device(NO_CODE)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"expected CUDA kernels that were built for compute capability 8\.0: "):
+            ops.linear(x, weight, 40)
+    assert launches(library) == []
 
 
 @pytest.mark.parametrize("forced", ["fused_skinny", "fused_skinny_mma_sm80", ""])

@@ -435,6 +435,63 @@ def test_tensor_core_kernels_are_only_chosen_for_targets_that_have_their_code(ma
             assert first <= 10 * lowest and 10 * highest < end
 
 
+# ---- code for an earlier device --------------------------------------------------------------------
+
+EARLIER_CODE = [(80, 75), (86, 80), (87, 80), (89, 75), (89, 86), (90, 75), (90, 80), (90, 89), (100, 75), (100, 80)]
+EARLIER_CODE += [(100, 90), (110, 80), (110, 103), (120, 75), (121, 120)]
+
+
+def with_code(capability, code):
+    """Return both as the harness expects them in place of a capability."""
+    return capability + 1000 * code
+
+
+@pytest.mark.parametrize(("capability", "code"), EARLIER_CODE)
+def test_kernels_are_those_that_device_and_code_have(capability, code):
+    """Neither a kernel that is empty in the code is chosen, nor one whose instructions the device emulates."""
+    device = with_code(capability, code)
+    common = [r for r in records() if r[1] <= min(capability, code) and max(capability, code) <= r[2]]
+    assert library().names_of(device).decode() == ", ".join(name for name, *_ in common)
+    m, n, k, multiprocessors = random_sizes(3000 + capability)
+    chosen = choose(device, multiprocessors, m, n, k)
+    expected = expected_kernel(capability, multiprocessors, m, n, k)
+    if code < 80:
+        tiles = "mma_sm75" if capability < 90 else "popc"
+        expected = np.where(m <= 16, KERNELS.index("skinny"), KERNELS.index(tiles))
+    elif capability == 90:
+        expected[expected == KERNELS.index("wgmma_sm90a")] = KERNELS.index("mma_sm80")
+    np.testing.assert_array_equal(chosen.kernel, expected)
+    for kernel in np.unique(chosen.kernel):
+        assert KERNELS[kernel] in [name for name, *_ in common]
+        assert library().is_legal(int(kernel), device, int(m[chosen.kernel == kernel].max()), 0, 0)
+
+
+@pytest.mark.parametrize(("capability", "code"), EARLIER_CODE)
+def test_the_device_gives_the_figures_whatever_its_code(capability, code):
+    m, n, k, multiprocessors = random_tiles(capability, 1000)
+    sizes = (multiprocessors, m, n, k)
+    np.testing.assert_array_equal(estimate(with_code(capability, code), *sizes), estimate(capability, *sizes))
+
+
+def test_code_that_cannot_wait():
+    """On 9.0 a launch that packs x costs less if the product behind it starts early, which code for 8.0 does not."""
+    for bytes_of_x, fused in ((39200, {0, 90, 89}), (39202, {89}), (78400, {89}), (78402, set())):
+        for code in (0, 90, 89):
+            chosen = choose_for_real_x(2, with_code(90, code), 132, 1, 64, bytes_of_x // 2)
+            assert (KERNELS[chosen[0]] == "fused_skinny") == (code in fused)
+
+
+def test_forced_though_the_code_lacks_it():
+    assert decide("wgmma_sm90a", with_code(90, 80), 132, 300, 300, 300) == (
+        "error: BITORCH_QLINEAR_CUDA_KERNEL: expected one of the kernels that compute capability 9.0, with code for "
+        "compute capability 8.0, has (popc, skinny, skinny_mma_sm80, mma_sm80, mma_int8_sm80, fused_skinny, "
+        'fused_skinny_mma_sm80), got "wgmma_sm90a"'
+    )
+    assert decide("", with_code(90, 75), 132, 300, 300, 300) == (
+        "popc: CUDA cores: the code was compiled for a compute capability before the device's"
+    )
+
+
 # ---- the override ----------------------------------------------------------------------------------
 
 

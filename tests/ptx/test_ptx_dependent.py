@@ -4,11 +4,7 @@ The interpreter stops a kernel that reads such memory before `griddepcontrol.wai
 kernel writes meanwhile (`ld.global.nc`).
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,22 +107,3 @@ def test_launchers(name):
     assert behind.behind_pack and not usual.behind_pack
     behind.behind_pack = False
     assert behind == usual
-
-
-ASKED_FOR = """
-from ptx.launcher import Launcher
-from ptx.test_ptx_launchers import product_job
-for name in ("gemm_skinny", "gemm_mma_sm80"):
-    for _ in range(2):
-        error, (launch,) = Launcher(name)(product_job(4, 70, 700), behind_pack=True)
-        print(error, launch.behind_pack)
-"""
-
-
-@pytest.mark.parametrize(("target", "depends"), [("80", False), ("90", True), ("0", False)])
-def test_code_that_cannot_wait_is_launched_as_usual(target, depends):
-    """PTX of 8.0, which the driver compiles for 9.0, lacks the wait; 0 stands for a target that cannot be asked for."""
-    tests = Path(__file__).parents[1]
-    environment = os.environ | {"PTX_TARGET_OF_KERNELS": target, "PYTHONPATH": os.pathsep.join([str(tests), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", ASKED_FOR], env=environment, capture_output=True, text=True)
-    assert done.stdout.splitlines() == [f"0 {depends}"] * 4, done.stderr[-2000:]

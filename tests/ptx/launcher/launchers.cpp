@@ -33,6 +33,9 @@ struct Both {
 LAUNCHER(pack, Both<Pack>, job.job, job.other, stream)
 LAUNCHER(pack_limited, PackLimited, job, stream)
 LAUNCHER(unpack, Unpack, job, stream)
+// What dispatch.cpp asks before it chooses a kernel.
+EXPORT int launch_find_code(int* capability) { return find_code(capability); }
+
 LAUNCHER(align, Both<Align>, job.job, job.other, stream)
 LAUNCHER(gemm_popc, Product, job, stream)
 LAUNCHER(gemm_skinny, Product, job, stream, behind_pack != 0)
