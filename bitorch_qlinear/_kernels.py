@@ -115,8 +115,8 @@ CUDA_KERNELS = (
 def cuda_code(index: int) -> int:
     """Return the compute capability that the code of a device was compiled for, such as 80 for 8.0.
 
-    It is lower than the device's if the device runs code of an earlier one. It is 0 if CUDA does not tell it, or without
-    CUDA operators.
+    It is lower than the device's if the device runs code of an earlier one. It is 0 if CUDA does not tell it, or if
+    there are no CUDA operators.
     """
     return 0 if cuda_library is None else int(cuda_library.bitorch_qlinear_cuda_code(index))
 
@@ -141,11 +141,19 @@ def device_cuda_kernels(device: torch.device) -> list[str]:
 
 
 def cuda_choice(
-    capability: tuple[int, int], multiprocessors: int, m: int, n: int, k: int, value_bytes: int = 0, code: int = 0
+    capability: tuple[int, int],
+    multiprocessors: int,
+    m: int,
+    n: int,
+    k: int,
+    value_bytes: int = 0,
+    code: int = 0,
+    float64: bool = False,
 ) -> str:
     """Return which CUDA kernel computes a product on such a device and why, or what is wrong, in words.
 
-    ``value_bytes`` is the size of a value of x, or 0 if x is packed. ``code`` is that of :func:`available_cuda_kernels`.
+    ``value_bytes`` is the size of a value of x, or 0 if x is packed. ``code`` is that of
+    :func:`available_cuda_kernels`. ``float64`` says whether the result is float64.
 
     Raises:
         RuntimeError: This installation has no CUDA operators.
@@ -153,7 +161,8 @@ def cuda_choice(
     if cuda_library is None:
         raise RuntimeError(f"bitorch_qlinear has no CUDA kernels here: {no_cuda_reason}.")
     number = 10 * capability[0] + capability[1]
-    return str(cuda_library.bitorch_qlinear_cuda_choice(number, code, multiprocessors, m, n, k, value_bytes).decode())
+    choice = cuda_library.bitorch_qlinear_cuda_choice(number, code, multiprocessors, m, n, k, value_bytes, float64)
+    return str(choice.decode())
 
 
 def forced_cuda_kernel() -> str:
@@ -181,15 +190,16 @@ def force_cuda_kernel(name: str | None) -> None:
 
 
 def forced_cuda_tile() -> str:
-    """Return the name of the forced tile of ``mma_sm80``, or "" if the sizes of each product choose it."""
+    """Return the name of the forced tile, or "" if the sizes of each product choose it."""
     return "" if cuda_library is None else str(cuda_library.bitorch_qlinear_cuda_tile().decode())
 
 
 def force_cuda_tile(name: str | None) -> None:
-    """Make ``mma_sm80`` compute all its products with one tile, in the whole process; for tests and benchmarks.
+    """Make kernels compute all products with one tile, in the whole process; for tests and benchmarks.
 
     Args:
-        name: "128x256", "128x128", "64x64" (rows x columns of y), or None for the automatic choice.
+        name: The rows and columns of y: "128x256" or "64x64" for ``mma_sm80``, "128x192" for ``wgmma_sm90a``, "128x128"
+            for both, or None for the automatic choice. A kernel that lacks the tile keeps the automatic choice.
 
     Raises:
         RuntimeError: This installation has no CUDA operators, or no tile has that name. Nothing has changed then.

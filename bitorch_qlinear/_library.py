@@ -98,7 +98,7 @@ def _load_cuda_operators() -> ctypes.CDLL:
     library.bitorch_qlinear_cuda_kernels.argtypes = [ctypes.c_int] * 2
     library.bitorch_qlinear_cuda_force_kernel.argtypes = [ctypes.c_char_p]
     library.bitorch_qlinear_cuda_force_tile.argtypes = [ctypes.c_char_p]
-    library.bitorch_qlinear_cuda_choice.argtypes = [ctypes.c_int] * 3 + [ctypes.c_int64] * 4
+    library.bitorch_qlinear_cuda_choice.argtypes = [ctypes.c_int] * 3 + [ctypes.c_int64] * 4 + [ctypes.c_bool]
     return library
 
 

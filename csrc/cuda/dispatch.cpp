@@ -6,7 +6,6 @@
 #include <cstdlib>
 #include <deque>
 #include <mutex>
-#include <optional>
 #include <stdexcept>
 #include <utility>
 #include <variant>
@@ -34,14 +33,12 @@ std::atomic<const KernelRecord*>& forced() {
     return kernel;
 }
 
-// -1 stands for no tile.
-std::atomic<int>& forced_tile_number() {
-    static std::atomic<int> number{[] {
+std::atomic<TileSize>& forced_tile_size() {
+    static std::atomic<TileSize> size{[] {
         const char* name = std::getenv(kTileVariable);
-        const std::optional<Tile> tile = value_of(find_tile(name ? name : ""));
-        return tile ? static_cast<int>(*tile) : -1;
+        return value_of(find_tile(name ? name : ""));
     }()};
-    return number;
+    return size;
 }
 
 void check(cudaError_t error) {
@@ -104,8 +101,8 @@ const Gpu& gpu_of(int32_t device_index) {
     return device.gpu;
 }
 
-Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, int64_t value_bytes) {
-    return choose_kernel(gpu_of(device_index), m, n, k, value_bytes);
+Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, int64_t value_bytes, bool float64) {
+    return choose_kernel(gpu_of(device_index), m, n, k, value_bytes, float64);
 }
 
 void force_kernel(const std::string& name) { forced().store(value_of(find_kernel(name))); }
@@ -115,20 +112,17 @@ std::string forced_kernel() {
     return kernel ? kernel->name : "";
 }
 
-void force_tile(const std::string& name) {
-    const std::optional<Tile> tile = value_of(find_tile(name));
-    forced_tile_number().store(tile ? static_cast<int>(*tile) : -1);
-}
+void force_tile(const std::string& name) { forced_tile_size().store(value_of(find_tile(name))); }
 
 std::string forced_tile() {
-    const int number = forced_tile_number().load();
-    return number < 0 ? "" : tile_name(static_cast<Tile>(number));
+    const TileSize size = forced_tile_size().load();
+    return size.rows ? tile_name(size) : "";
 }
 
-Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes) {
-    const int number = forced_tile_number().load(std::memory_order_relaxed);
-    const Choice choice = value_of(decide(forced().load(std::memory_order_relaxed), gpu, m, n, k, value_bytes));
-    return number < 0 ? choice : with_tile(choice, static_cast<Tile>(number));
+Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes, bool float64) {
+    const TileSize size = forced_tile_size().load(std::memory_order_relaxed);
+    const KernelRecord* kernel = forced().load(std::memory_order_relaxed);
+    return with_tile(value_of(decide(kernel, gpu, m, n, k, value_bytes, float64)), size, float64);
 }
 
 }  // namespace bitorch_qlinear::cuda

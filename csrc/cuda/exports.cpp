@@ -48,7 +48,7 @@ BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_force_kernel(const char*
     });
 }
 
-// Returns the name of the tile of mma_sm80 that is forced, or "".
+// Returns the name of the tile that is forced, or "".
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_tile() { return hold(forced_tile); }
 
 // Does for the tile what bitorch_qlinear_cuda_force_kernel does for the kernel.
@@ -60,9 +60,10 @@ BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_force_tile(const char* n
 }
 
 // Returns which kernel computes a product on such a device and why, or the error. `code` is as above. The values of x
-// have `value_bytes` each, or x is given as words if it is 0.
+// have `value_bytes` each, or x is given as words if it is 0. `float64` tells whether the result is float64.
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_choice(int capability, int code, int multiprocessors, int64_t m,
-                                                               int64_t n, int64_t k, int64_t value_bytes) {
+                                                               int64_t n, int64_t k, int64_t value_bytes,
+                                                               bool float64) {
     const Gpu gpu = gpu_with(capability, multiprocessors, code);
-    return hold([&] { return describe(choose_kernel(gpu, m, n, k, value_bytes)); });
+    return hold([&] { return describe(choose_kernel(gpu, m, n, k, value_bytes, float64)); });
 }

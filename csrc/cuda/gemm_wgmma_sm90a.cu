@@ -69,7 +69,8 @@ struct Shape {
 
 // The sums of the wide tile leave no registers for float64.
 template <class As, WarpgroupTile tile>
-constexpr int kTileOf = static_cast<int>(std::is_same_v<typename As::Sum, double> ? WarpgroupTile::m128n128 : tile);
+constexpr int kTileOf =
+    static_cast<int>(has_results(tile, std::is_same_v<typename As::Sum, double>) ? tile : WarpgroupTile::m128n128);
 
 template <class As, WarpgroupTile tile>
 using ShapeOf = Shape<kWarpgroupColumns[kTileOf<As, tile>], kWarpgroupStages[kTileOf<As, tile>],

@@ -215,7 +215,8 @@ Tensor multiply(int64_t m, int64_t n, int64_t k, const Outputs& outputs, const L
                 MakeWeight make_weight, const RealX* real_x = nullptr) {
     Tensor y = empty(outputs.sizes, outputs.type, launch.device());
     const int64_t value_bytes = real_x ? element_size(real_x->rows.dtype) : 0;
-    const Choice choice = choose_kernel(launch.device().index, m, n, k, value_bytes);
+    const bool float64 = outputs.type == ScalarType::Double;
+    const Choice choice = choose_kernel(launch.device().index, m, n, k, value_bytes, float64);
     const KernelRecord& kernel = record(choice.kernel);
     if (m == 0 || n == 0) {
         if (n == 0) make(make_x(kernel), {}, launch);  // x_words of linear_train are an output, too

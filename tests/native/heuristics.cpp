@@ -50,12 +50,12 @@ void read_warpgroup_tiles(int64_t* figures) {
     std::memcpy(figures, all, sizeof all);
 }
 const char* decide_in_words(const char* name, int capability, int multiprocessors, int64_t m, int64_t n, int64_t k,
-                            int64_t value_bytes) {
+                            int64_t value_bytes, bool float64) {
     static std::string text;
     const auto kernel = find_kernel(name);
     if (const auto* error = std::get_if<std::string>(&kernel)) return (text = "error: " + *error).c_str();
-    const auto choice =
-        decide(std::get<const KernelRecord*>(kernel), gpu_of(capability, multiprocessors), m, n, k, value_bytes);
+    const auto choice = decide(std::get<const KernelRecord*>(kernel), gpu_of(capability, multiprocessors), m, n, k,
+                               value_bytes, float64);
     if (const auto* error = std::get_if<std::string>(&choice)) return (text = "error: " + *error).c_str();
     return (text = describe(std::get<Choice>(choice))).c_str();
 }
@@ -68,13 +68,14 @@ void choose_for_real_x(int64_t count, const int64_t (*queries)[5], int64_t value
 }
 int fits(int64_t m, int64_t k) { return fits_fused(m, k); }
 // The same with a forced tile.
-const char* decide_tile_in_words(const char* tile, const char* name, int capability, int64_t m, int64_t n, int64_t k) {
+const char* decide_tile_in_words(const char* tile, const char* name, int capability, int64_t m, int64_t n, int64_t k,
+                                 bool float64) {
     static std::string text;
     const auto forced = find_tile(tile);
     if (const auto* error = std::get_if<std::string>(&forced)) return (text = "error: " + *error).c_str();
     const auto kernel = std::get<const KernelRecord*>(find_kernel(name));
-    const auto choice = std::get<Choice>(decide(kernel, gpu_of(capability, 100), m, n, k));
-    return (text = describe(with_tile(choice, std::get<std::optional<Tile>>(forced)))).c_str();
+    const auto choice = std::get<Choice>(decide(kernel, gpu_of(capability, 100), m, n, k, 0, float64));
+    return (text = describe(with_tile(choice, std::get<TileSize>(forced), float64))).c_str();
 }
 const char* names_of(int capability) {
     static std::string text;

@@ -366,6 +366,6 @@ EXPORT void cuda_on_cpu_device(int index) { device_of_tensors = index; }
 
 // Returns the code of a device, asked for while another one is the current device, or -1 if that changes.
 EXPORT int cuda_on_cpu_code(int index) {
-    const int before = current_device, code = bitorch_qlinear::cuda::gpu_of(index).code;
+    const int before = current_device, code = bitorch_qlinear::cuda::code_of(index);
     return current_device == before ? code : -1;
 }

@@ -51,8 +51,14 @@ def library():
 
     lib = ctypes.CDLL(str(build_once(f"heuristics-{key}.so", make)))
     lib.decide_in_words.restype = lib.names_of.restype = lib.decide_tile_in_words.restype = ctypes.c_char_p
-    lib.decide_tile_in_words.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, *[ctypes.c_int64] * 3]
-    lib.decide_in_words.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 4]
+    lib.decide_tile_in_words.argtypes = [
+        ctypes.c_char_p,
+        ctypes.c_char_p,
+        ctypes.c_int,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_bool,
+    ]
+    lib.decide_in_words.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 4, ctypes.c_bool]
     lib.is_legal.argtypes = [ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 3]
     lib.fits.argtypes = [ctypes.c_int64] * 2
     lib.choose_for_real_x.restype = None
@@ -107,8 +113,9 @@ def estimate_warpgroups(*arguments):
     return clocks
 
 
-def decide(name, capability, multiprocessors, m, n, k, value_bytes=0):
-    return library().decide_in_words(name.encode(), capability, multiprocessors, m, n, k, value_bytes).decode()
+def decide(name, capability, multiprocessors, m, n, k, value_bytes=0, float64=False):
+    words = library().decide_in_words(name.encode(), capability, multiprocessors, m, n, k, value_bytes, float64)
+    return words.decode()
 
 
 def random_sizes(seed, count=SHAPES):
@@ -533,13 +540,13 @@ def test_forced_by_a_name_that_does_not_exist(name):
         )
 
 
-def decide_tile(tile, name, capability, m, n, k):
-    return library().decide_tile_in_words(tile.encode(), name.encode(), capability, m, n, k).decode()
+def decide_tile(tile, name, capability, m, n, k, float64=False):
+    return library().decide_tile_in_words(tile.encode(), name.encode(), capability, m, n, k, float64).decode()
 
 
 @pytest.mark.parametrize("tile", ["128x256", "128x128", "64x64"])
 def test_forced_tile(tile):
-    """Every product of mma_sm80 has the tile; those of other kernels do not change."""
+    """Every product of mma_sm80 has the tile; those of kernels with one tile do not change."""
     for name, sizes in (("", (17, 9, 9)), ("", (255, 8192, 8192)), ("mma_sm80", (1, 1, 1))):
         assert decide_tile(tile, name, 90, *sizes) == (
             f"mma_sm80 with tiles of {tile.replace('x', ' x ')}: "
@@ -550,10 +557,36 @@ def test_forced_tile(tile):
     assert decide_tile("", "", 90, 8192, 300, 300) == decide("", 90, 100, 8192, 300, 300)
 
 
+@pytest.mark.parametrize("float64", [False, True])
+@pytest.mark.parametrize("size", [2048, 8192])
+def test_forced_tile_of_warpgroups(size, float64):
+    """wgmma_sm90a has two of the tiles, and one of them for float64; mma_sm80 lacks the other one."""
+    product = 90, 100, size, size, size, 0, float64
+    automatic = decide("", *product)
+    expected = "128 x 128" if float64 or size == 2048 else "128 x 192"
+    assert automatic.startswith(f"wgmma_sm90a with tiles of {expected}: tensor cores of warpgroups")
+    for tile in ("128x256", "128x192", "128x128", "64x64"):
+        got = decide_tile(tile, "", 90, size, size, size, float64)
+        if tile == "128x128" or (tile == "128x192" and not float64):
+            assert got.startswith(f"wgmma_sm90a with tiles of {tile.replace('x', ' x ')}: the tile is forced, by ")
+        else:
+            assert got == automatic
+    assert decide_tile("128x192", "mma_sm80", 90, size, size, size) == decide("mma_sm80", 90, 100, size, size, size)
+
+
+def test_the_sizes_of_tiles_are_those_of_the_kernels():
+    """Every tile of a kernel can be forced."""
+    for tile in range(3):
+        rows, columns, *_ = read_tile(tile, 80)[0]
+        assert decide_tile(f"{rows}x{columns}", "", 80, 300, 300, 300).startswith(
+            f"mma_sm80 with tiles of {rows} x {columns}: the tile is forced"
+        )
+
+
 @pytest.mark.parametrize("tile", ["128", "128 x 256", "256x128", "m64n64"])
 def test_forced_by_a_tile_that_does_not_exist(tile):
     assert decide_tile(tile, "", 90, 10, 10, 10) == (
-        f'error: BITORCH_QLINEAR_CUDA_TILE: expected one of 128x256, 128x128, 64x64, got "{tile}"'
+        f'error: BITORCH_QLINEAR_CUDA_TILE: expected one of 128x256, 128x192, 128x128, 64x64, got "{tile}"'
     )
 
 
