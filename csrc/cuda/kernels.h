@@ -145,7 +145,7 @@ cudaError_t gemm_skinny(const Product&, cudaStream_t, bool behind_pack = false);
 cudaError_t gemm_skinny_mma_sm80(const Product&, cudaStream_t, bool behind_pack = false);  // the same, 8.0 to 9.0
 cudaError_t gemm_mma_sm80(const Product&, Tile, cudaStream_t, bool behind_pack = false);   // capability 8.0 to 9.0
 cudaError_t gemm_mma_int8_sm80(const Product&, cudaStream_t, bool behind_pack = false);    // capability 8.0 and later
-cudaError_t gemm_wgmma_sm90a(const Product&, WarpgroupTile, cudaStream_t);                 // capability 9.0
+cudaError_t gemm_wgmma_sm90a(const Product&, WarpgroupTile, cudaStream_t, bool behind_pack = false);  // capability 9.0
 cudaError_t gemm_mma_sm75(const Product&, cudaStream_t);  // capability 7.5 to 8.9; without popcounts
 
 // The fused kernels pack x in the launch of the product. They return cudaErrorInvalidValue for weights that are not in

@@ -180,7 +180,7 @@ cudaError_t launch_product(const Choice& choice, const Product& product, bool be
         case GemmKernel::mma_sm75: return gemm_mma_sm75(product, stream);
         case GemmKernel::mma_int8_sm80: return gemm_mma_int8_sm80(product, stream, behind_pack);
         case GemmKernel::mma_sm80: return gemm_mma_sm80(product, choice.tile, stream, behind_pack);
-        case GemmKernel::wgmma_sm90a: return gemm_wgmma_sm90a(product, choice.warpgroup_tile, stream);
+        case GemmKernel::wgmma_sm90a: return gemm_wgmma_sm90a(product, choice.warpgroup_tile, stream, behind_pack);
         default: return gemm_popc(product, stream);
     }
 }

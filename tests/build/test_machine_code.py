@@ -158,7 +158,9 @@ def check_warpgroups(kernel: Kernel, instructions: list[Instruction], passed: Co
     for first, last, most in ((released, end, 24), (0, instructions[-1].address, 240)):
         code = (i.operands for i in instructions if first <= i.address <= last)
         assert max(int(number) for operands in code for number in re.findall(r"\bR(\d+)\b", operands)) < most
-    assert machine_code.count(names, "UTMALDG") == 1 + halves
+    # Boxes are copied in the loop, and before it those of the first stages: weight before x is there, and x.
+    assert machine_code.count(names, "UTMALDG") == 2 * (1 + halves)
+    assert names["ACQBULK"] == 3, "the producer, the consumers and a block without results wait for the kernel before"
     if kernel.type == "bits":
         assert names["STG.E"] == columns // 32 + 1, "words of 32 bits, and one without a result"
         return

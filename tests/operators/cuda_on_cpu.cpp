@@ -323,8 +323,8 @@ cudaError_t gemm_mma_sm80(const Product& job, Tile, cudaStream_t, bool behind_pa
 cudaError_t gemm_mma_int8_sm80(const Product& job, cudaStream_t, bool behind_pack) {
     return product(GemmKernel::mma_int8_sm80, job, behind_pack);
 }
-cudaError_t gemm_wgmma_sm90a(const Product& job, WarpgroupTile, cudaStream_t) {
-    return product(GemmKernel::wgmma_sm90a, job);
+cudaError_t gemm_wgmma_sm90a(const Product& job, WarpgroupTile, cudaStream_t, bool behind_pack) {
+    return product(GemmKernel::wgmma_sm90a, job, behind_pack);
 }
 
 static cudaError_t fused(GemmKernel kernel, const FusedProduct& job) {

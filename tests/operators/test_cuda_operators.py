@@ -226,7 +226,7 @@ CODE_80, CODE_75, CODE_90, NO_CODE = range(1, 5)
     [
         (CODE_80, "skinny_mma_sm80", "mma_sm80", "mma_sm80"),
         (CODE_75, "skinny", "popc", "popc"),
-        (CODE_90, "skinny_mma_sm80*", "mma_sm80*", "wgmma_sm90a"),
+        (CODE_90, "skinny_mma_sm80*", "mma_sm80*", "wgmma_sm90a*"),
     ],
 )
 def test_the_code_that_a_device_runs_decides(library, ops, device, few, many, most):

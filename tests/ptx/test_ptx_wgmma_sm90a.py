@@ -253,7 +253,7 @@ def mutants_of_ptx() -> list[Mutant]:
 
 def test_mutants_of_the_pipeline_are_caught():
     mutants = mutants_of_ptx()
-    assert len(mutants) == 3 + 3 + 1 + 1 + 2 + 3 + 2 + 1 + 3 + 1 + 1 + 1 + 1
+    assert len(mutants) == 3 + 3 + 1 + 1 + 2 + 6 + 2 + 1 + 3 + 1 + 1 + 1 + 1
     assert_caught(ptx(), mutants, run_pipeline, seeds=range(2))
 
 
@@ -268,6 +268,10 @@ PIPELINE_EDITS = [
     ("wait(shared.empty[ring.stage()], ring.parity() ^ 1)", "wait(shared.empty[ring.stage()], ring.parity())"),
     ("wait(shared.full[ring.stage()], ring.parity())", "wait(shared.full[ring.stage()], ring.parity() ^ 1)"),
     ("place == 2 * Shape::kStages - 1", "place == Shape::kStages - 1"),
+    ("stages < Shape::kStages ? stages : Shape::kStages", "Shape::kStages"),
+    ("stages < Shape::kStages ? stages : Shape::kStages", "stages"),
+    ("if (tile == blockIdx.x) {", "{"),
+    ("            ring.skip(early);\n", ""),
     ("turn_parity = which == 0", "turn_parity = 0"),
     ("turn_parity = which == 0", "turn_parity = 1"),
     ("        turn_parity ^= 1;\n", ""),
