@@ -139,7 +139,8 @@ cudaError_t gemm_popc(const Product&, cudaStream_t);
 // The other kernels read the aligned form, and return cudaErrorInvalidValue for operands or sizes that they do not
 // take.
 //
-// With `behind_pack` they are launched while pack, which must be the kernel before them in the stream, still runs
+// With `behind_pack` they are launched while pack or align, which must be the kernel before them in the stream and make
+// nothing but x, still runs
 // (launch.cuh; compute capability 9.0).
 cudaError_t gemm_skinny(const Product&, cudaStream_t, bool behind_pack = false);  // any capability; without popcounts
 cudaError_t gemm_skinny_mma_sm80(const Product&, cudaStream_t, bool behind_pack = false);  // the same, 8.0 to 9.0

@@ -172,7 +172,7 @@ class AlignedVector {
     std::optional<Tensor> words_;
 };
 
-// Launches a product of words; with `behind_pack`, before pack has ended, which made x in the launch before.
+// Launches a product of words; with `behind_pack`, before pack or align has ended, which made x in the launch before.
 cudaError_t launch_product(const Choice& choice, const Product& product, bool behind_pack, cudaStream_t stream) {
     switch (choice.kernel) {
         case GemmKernel::skinny: return gemm_skinny(product, stream, behind_pack);
@@ -208,8 +208,8 @@ struct RealX {
 };
 
 // Computes y[m][n] from the factors that make_x(record) and make_weight(record) give in the chosen kernel's form, or from
-// `real_x`, if it is not null and the kernel packs it. x is packed last, so that nothing is launched between pack and the
-// product, which may start before pack has ended (launch.cuh).
+// `real_x`, if it is not null and the kernel packs it. x is made last, so that nothing is launched between that and the
+// product, which may start before it has ended (launch.cuh).
 template <class MakeX, class MakeWeight>
 Tensor multiply(int64_t m, int64_t n, int64_t k, const Outputs& outputs, const Launch& launch, MakeX make_x,
                 MakeWeight make_weight, const RealX* real_x = nullptr) {
@@ -239,9 +239,9 @@ Tensor multiply(int64_t m, int64_t n, int64_t k, const Outputs& outputs, const L
     const Factor x = make_x(kernel);
     make(x, w, launch);
     product.x = x.operand;
-    // Nothing may lie between pack and the product, and pack must not make the weights too. (Without values it launches
-    // nothing.)
-    const bool behind_pack = x.pack && w.align.m == 0 && k > 0 && launches_depend(gpu);
+    // A launch directly before the product must make x, and not the weights too. (Without values there may be none.)
+    const bool makes_x = x.pack || x.align.m > 0, makes_weights = w.align.m > 0;
+    const bool behind_pack = makes_x && !makes_weights && k > 0 && launches_depend(gpu);
     check_launch(kernel.name, launch_product(choice, product, behind_pack, launch.stream()));
     return y;
 }

@@ -94,7 +94,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
 }
 
 #include "../../csrc/cuda/dispatch.cpp"
-// Products may start before pack has ended on the first device, too.
+// Products may start early on the first device, too.
 #define launches_depend(gpu) (gpu.capability == 80 || (launches_depend)(gpu))
 #include "../../csrc/cuda/wrong_form.cpp"
 #include "../../csrc/torch/ops.cpp"
@@ -208,11 +208,12 @@ void multiply(const Product& product, bool masks, bool popcounts) {
     }
 }
 
-// A kernel that may start before pack has ended must lie directly behind it, and pack must make nothing but x. Its name
+// A kernel that may start before pack or align has ended must lie directly behind it, and that must make nothing but x. Its name
 // then has a star.
 cudaError_t product(GemmKernel kernel, const Product& job, bool behind_pack = false) {
     const KernelRecord& known = record(kernel);
-    if (behind_pack && launches != "pack" && !launches.ends_with(" pack")) return cudaErrorNotSupported;
+    const std::string before = launches.substr(launches.rfind(' ') + 1);
+    if (behind_pack && before != "pack" && before != "align") return cudaErrorNotSupported;
     const std::string name = known.name + std::string(behind_pack ? "*" : "");
     return launched(name.c_str(), [&] { multiply(job, !known.aligned, known.popcounts); });
 }

@@ -1,4 +1,4 @@
-"""Products behind pack, launched while it still runs: they touch what it writes only after they have waited for it.
+"""Products behind pack or align, launched while it still runs: they wait before they touch what it writes.
 
 The interpreter stops a kernel that reads such memory before `griddepcontrol.wait`, or through the path for data that no
 kernel writes meanwhile (`ld.global.nc`).
@@ -19,6 +19,7 @@ from . import test_ptx_skinny_mma_sm80 as skinny_mma_sm80
 from . import test_ptx_wgmma_sm90a as wgmma_sm90a
 from .launcher import Launcher
 from .product import check_wrong_forms, compiled, kernel, module, prepared_header, product_call, source_of_type
+from .test_ptx_align import check_align
 from .test_ptx_launchers import product_job
 from .test_ptx_pack import check_pack
 
@@ -33,9 +34,9 @@ Y = 9
 
 
 class BehindPack:
-    """A module whose products start before pack, which writes their x and its set bits, has ended.
+    """A module whose products start before the kernel that makes x has ended.
 
-    `fields` are those of the memory that pack writes.
+    Pack writes x and its set bits; align writes the set bits and perhaps x. `fields` are those of what is written.
     """
 
     def __init__(self, module: Module, fields: tuple[int, ...] = X) -> None:
@@ -151,11 +152,14 @@ def test_mutants_of_the_wait_are_caught(name):
 
 
 @pytest.mark.parametrize("target", ["sm_80", TARGET, "sm_120"])
-def test_pack_lets_the_product_start(target):
-    """Each thread of pack says so at once, on the target whose products are launched in this way."""
-    report = check_pack(module("pack.cu", target), torch.bfloat16, 3, 700)
-    said = report.instructions["griddepcontrol.launch_dependents"]
-    assert said == (256 if target == TARGET else 0)
+def test_the_kernel_that_makes_x_lets_the_product_start(target):
+    """Each thread of pack and align says so at once, on the target whose products are launched in this way."""
+    for report in (
+        check_pack(module("pack.cu", target), torch.bfloat16, 3, 700),
+        check_align(module("align.cu", target), 3, 700),
+    ):
+        said = report.instructions["griddepcontrol.launch_dependents"]
+        assert said == (256 if target == TARGET else 0)
 
 
 @each_product
