@@ -35,7 +35,8 @@
 // Behind pack (launch.cuh), the producer copies the weights of the first stages before it waits for x. Both consumers
 // wait too, because they read x's set bits, and before they write.
 //
-// The sums are exact for any k. The steps of 256 bits past k multiply zeros, up to three in a row's last stage.
+// The sums are exact for any k. A row's last stage is multiplied up to the step of 256 bits in which k ends; what lies past
+// k in that step are zeros.
 #include <algorithm>
 
 #include "check_prepared.cuh"
@@ -144,6 +145,8 @@ struct Ring {
 
     __device__ __forceinline__ uint32_t parity() const { return place >= Shape::kStages; }
     __device__ __forceinline__ int stage() const { return place - (place >= Shape::kStages ? Shape::kStages : 0); }
+    // The stage of the place before.
+    __device__ __forceinline__ int last() const { return (stage() == 0 ? Shape::kStages : stage()) - 1; }
     __device__ __forceinline__ void next() { place = place == 2 * Shape::kStages - 1 ? 0 : place + 1; }
     __device__ __forceinline__ void skip(int count) { place = (place + count) % (2 * Shape::kStages); }
 };
@@ -219,37 +222,60 @@ __device__ __forceinline__ constexpr int sum_of(int group, int e) {
 
 // Multiplies a tile, in the consumer's turn.
 template <class As, class Shape>
-__device__ __forceinline__ void multiply_tile(int stages, bool leads, uint64_t& my_turn, uint64_t& next_turn,
-                                              uint32_t turn_parity, Ring<Shape>& ring, Shared<As, Shape>& shared,
-                                              Sums<Shape>& sums) {
-    int last = 0;
+__device__ __forceinline__ void multiply_tile(const Product& product, int stages, bool leads, uint64_t& my_turn,
+                                              uint64_t& next_turn, uint32_t turn_parity, Ring<Shape>& ring,
+                                              Shared<As, Shape>& shared, Sums<Shape>& sums) {
+    // Multiplies 256 bits of a stage.
+    const auto multiply_step = [&](uint64_t x, uint64_t weight, int step, bool accumulate) {
+#pragma unroll
+        for (int strip = 0; strip < kStrips; ++strip) {
+            const int bytes = step * kInstructionBits / 8;
+            multiply_bits(sums[strip], advance(x, strip * kInstructionRows * kLineBytes + bytes),
+                          advance(weight, bytes), accumulate);
+        }
+    };
+    // Gives the stage before back to the producer, once its products are done. Those of one later group may be in flight.
+    const auto release_last = [&](int index) {
+        if (index == 0) return;
+        wait_for_products<1>();
+        if (leads) arrive(shared.empty[ring.last()]);
+    };
     wait(my_turn, turn_parity);
+    const int rest = static_cast<int>((product.k + kInstructionBits - 1) / kInstructionBits) % kSteps;
+    const int whole = stages - (rest != 0);
 #pragma unroll 1
-    for (int index = 0; index < stages; ++index) {
+    for (int index = 0; index < whole; ++index) {
         const auto& stage = shared.stages[ring.stage()];
         const uint64_t x = describe(stage.x), weight = describe(stage.weight);
         wait(shared.full[ring.stage()], ring.parity());
         fence_products();
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-            for (int strip = 0; strip < kStrips; ++strip) {
-                const int bytes = step * kInstructionBits / 8;
-                multiply_bits(sums[strip], advance(x, strip * kInstructionRows * kLineBytes + bytes),
-                              advance(weight, bytes), index != 0 || step != 0);
-            }
-        }
+        for (int step = 0; step < kSteps; ++step) multiply_step(x, weight, step, index != 0 || step != 0);
         commit_products();
-        if (index == stages - 1 && leads) arrive(next_turn);
-        if (index != 0) {
-            wait_for_products<1>();
-            if (leads) arrive(shared.empty[last]);
-        }
-        last = ring.stage();
+        release_last(index);
         ring.next();
     }
+    if (rest != 0) {
+        const auto& stage = shared.stages[ring.stage()];
+        const uint64_t x = describe(stage.x), weight = describe(stage.weight);
+        wait(shared.full[ring.stage()], ring.parity());
+        // Each step is a group. A group that ended behind the loop would cost one more instruction of the tensor cores.
+        fence_products();
+        multiply_step(x, weight, 0, whole != 0);
+        commit_products();
+        release_last(whole);
+#pragma unroll 1
+        for (int step = 1; step < rest; ++step) {
+            fence_products();  // PTX needs none between such products, but ptxas would insert it and say so
+            multiply_step(x, weight, step, true);
+            commit_products();
+        }
+        ring.next();
+    }
+    // Products of the last stage are in flight, while the other consumer begins.
+    if (leads) arrive(next_turn);
     wait_for_products<0>();
-    if (leads) arrive(shared.empty[last]);
+    if (leads) arrive(shared.empty[ring.last()]);
 #pragma unroll
     for (int strip = 0; strip < kStrips; ++strip) hold(sums[strip]);
 }
@@ -434,8 +460,8 @@ __device__ __forceinline__ void consume(const Product& product, unsigned row_til
         load_margins<As, Shape>(product, at, thread, margins);
         sync_warpgroup(1 + which);
         Sums<Shape> sums;
-        multiply_tile<As, Shape>(stages, leads, shared.turn[which], shared.turn[other], turn_parity, ring, shared,
-                                 sums);
+        multiply_tile<As, Shape>(product, stages, leads, shared.turn[which], shared.turn[other], turn_parity, ring,
+                                 shared, sums);
         turn_parity ^= 1;
         ring.skip(stages);  // the other's tile
         if constexpr (kBits<As>) {

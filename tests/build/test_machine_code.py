@@ -112,6 +112,9 @@ def check_tensor_cores(kernel: Kernel, names: Counter[str]) -> None:
     if kernel.source == "gemm_wgmma_sm90a":
         kind = f"BGMMA.64x{kernel.sizes[0]}x256.AND.POPC"
     expected = {kind: work_of(kernel).count} if kernel.source in TENSOR_CORES else {}
+    if kernel.source == "gemm_wgmma_sm90a":
+        # A last stage that holds fewer than four steps has a first step of two products, and a loop over the others.
+        expected[kind] += 4
     assert {name: count for name, count in names.items() if gpu_model.TENSOR.match(name)} == expected
 
 
@@ -149,7 +152,9 @@ def check_warpgroups(kernel: Kernel, instructions: list[Instruction], passed: Co
     """
     columns, _, halves = kernel.sizes
     names = Counter(i.name for i in instructions)
-    assert passed["WARPGROUP.ARRIVE"] == passed["WARPGROUP.DEPBAR.LE"] == 1 and names["WARPGROUP.DEPBAR.LE"] == 2
+    assert passed["WARPGROUP.ARRIVE"] == passed["WARPGROUP.DEPBAR.LE"] == 1
+    # Beside the loop, those of a last stage with fewer steps (two groups, a wait for the stage before) and of the end.
+    assert names["WARPGROUP.ARRIVE"] == names["WARPGROUP.DEPBAR.LE"] == 3
     assert machine_code.count(passed, "R2UR") <= 1 and passed.total() <= 80
     (released,) = [i.address for i in instructions if i.name.startswith("USETMAXREG.DEALLOC")]
     # Behind the producer's end lie only the repetitions of both sides' waits.
