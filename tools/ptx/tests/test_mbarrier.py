@@ -329,7 +329,7 @@ def test_an_arrival_orders_the_accesses_of_its_lane(read, then, arrive, right):
 
 
 def test_the_reads_of_ldmatrix_are_those_of_all_lanes():
-    matrix = "mad.lo.u32 %r3, %r2, 16, %r20; and.b32 %r3, %r3, 0xFFFFFF7F; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%r20];"
+    matrix = "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%r20];"
     for then, right in (("bar.warp.sync -1;", True), ("", False)):
         body = GIVE_BACK.format(count=1, read=matrix, then=then, arrive="@%p4 " + ARRIVE_EMPTY)
         args = [Out(np.zeros(64, np.uint32)), In(X)]

@@ -181,7 +181,7 @@ def test_the_base_offset_says_where_the_pattern_begins(swizzle, stride, at, base
 def test_a_box_that_begins_within_a_pattern_is_no_matrix():
     """A tensor map swizzles by the address, so no base offset describes a box 512 bytes after a multiple of 1024.
 
-    CUDA Programming Guide, "Swizzle Pattern Pointer Offset Computation": chunk x of row y lies at chunk (y + 4) % 8 ^ x.
+    CUDA Programming Guide, "Swizzle Pattern Pointer Offset Computation": chunk x of row y lies at (y + 4) % 8 ^ x.
     """
     a, b = RNG.integers(0, 2, (64, 1024)), RNG.integers(0, 2, (8, 256))
     image = np.zeros(IMAGE, np.uint8)
@@ -310,6 +310,31 @@ def test_what_is_read_may_not_change():
         with pytest.raises(PtxFault) as caught:
             small(after.replace("SYNC", ""), seed=seed)
         assert caught.value.kind in ("race on shared memory", "warpgroup", "proxy")
+
+
+def test_one_lane_gives_back_what_its_warp_has_multiplied():
+    """PTX ISA, "wgmma.wait_group": each executing thread waits, so one lane may say that a wgmma has read its factors.
+
+    It cannot say so of what other lanes have read by ordinary loads.
+    """
+    init = ".shared .align 8 .b8 bar[8]; mov.u32 %r19, bar; setp.eq.u32 %p2, %tid, 0; mov.u32 %r8, %laneid;"
+    init += "setp.eq.u32 %p3, %r8, 0; @%p2 mbarrier.init.shared::cta.b64 [%r19], 4; bar.sync 0;"
+    arrive = "@%p3 mbarrier.arrive.shared::cta.b64 _, [%r19];"
+    then = "W: mbarrier.try_wait.parity.shared::cta.b64 %p4, [%r19], 0; @!%p4 bra W; @%p2 st.shared.u32 [%r20+4], 0;"
+    read, sync, product_ = "ld.shared.u32 %r9, [%r20+4];", "bar.warp.sync -1;", FENCE + FIRST + COMMIT
+    for seed in SEEDS:
+        small(init + product_ + WAIT + arrive + then, seed=seed)
+        small(init + product_ + WAIT + read + sync + arrive + then, seed=seed)
+    race = "the write .* is not ordered after the access by thread"
+    small_fault("race on shared memory", race, init + product_ + WAIT + read + arrive + then)
+    small_fault("warpgroup", "may still read it", init + product_ + arrive + then + WAIT)
+    # Lane 0 of warp 1 arrives before the warp has waited.
+    early = init + product_ + "setp.eq.u32 %p5, %tid, 32; @%p5 mbarrier.arrive.shared::cta.b64 _, [%r19];" + WAIT
+    late = "setp.ne.u32 %p5, %tid, 32; and.pred %p3, %p3, %p5;" + arrive + then
+    for seed in SEEDS:
+        with pytest.raises(PtxFault) as caught:
+            small(early + late, seed=seed)
+        assert caught.value.kind in ("race on shared memory", "warpgroup")
 
 
 def test_ordinary_writes_must_be_fenced():
