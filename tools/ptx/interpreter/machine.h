@@ -108,9 +108,9 @@ struct Program {
 
 // ---- The order of accesses ------------------------------------------------------------------------------------------
 // A warp's clock counts its synchronizing events. An access is stamped with its thread and its warp's clock; a thread
-// is ordered after the access if it knows of that clock. Between warps, knowledge is kept for each warp (`known`);
-// within a warp, for each lane. Clocks go on from block to block, so that a new block knows everything of its slot's
-// past at once.
+// is ordered after the access if it knows of that clock. A warp's lanes share what they know of other warps (`known`);
+// what they know of each other is kept for each lane. Clocks go on from block to block, so that a new block knows
+// everything of its slot's past at once.
 using Clocks = std::vector<u32>;
 
 inline void merge(Clocks& into, const Clocks& from) {
@@ -118,8 +118,8 @@ inline void merge(Clocks& into, const Clocks& from) {
     for (size_t w = 0; w < from.size(); ++w) into[w] = std::max(into[w], from[w]);
 }
 
-// What is known of the warps of a block, or of a cluster. A lane that releases alone knows its own accesses, but not
-// those of the other lanes of its warp, so more may be known of some lanes of a warp than of all.
+// Holds what is known of the warps of a cluster. A lane that releases alone knows its own accesses, but not those of the
+// other lanes of its warp, so more may be known of some lanes of a warp than of all.
 using LaneClocks = std::array<u32, kLanes>;
 struct Knowledge {
     Clocks whole;                        // [warp]: the clock of that warp up to which all its lanes are known

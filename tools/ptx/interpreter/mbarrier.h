@@ -1,10 +1,10 @@
 // PTX ISA, section "Parallel Synchronization and Communication Instructions: mbarrier": init, inval, arrive,
 // arrive_drop, expect_tx, complete_tx, test_wait, try_wait, pending_count; and "griddepcontrol".
 //
-// An arrival publishes what its lane did before, and what is ordered before that, to those who see the phase end. A phase ends when
-// arrivals and transactions are both zero. A waiter asks for a parity: it passes if the current phase has the other one,
-// so a wait that is two phases late, or early, passes at once. A wait that does not pass either blocks its lanes until the
-// phase ends or lets them go on without success. The hardware may do both, so the choice is random.
+// An arrival publishes what its lane did before, and what is ordered before that, to those who see the phase end. A
+// phase ends when arrivals and transactions are both zero. A waiter asks for a parity: it passes if the current phase has
+// the other one, so a wait that is two phases late, or early, passes at once. A wait that does not pass either blocks its
+// lanes until the phase ends or lets them go on without success. The hardware may do both, so the choice is random.
 #pragma once
 #include "async_copy.h"
 

@@ -24,7 +24,7 @@ inline constexpr u8 kAllocated = 1, kInitialised = 2, kPending = 4, kBarrier = 8
 inline constexpr int kWarpBits = 11;  // warps and agents of a cluster
 struct Read {
     s32 block;
-    u32 clock, lanes, pc_warp;  // no lanes: a wgmma
+    u32 clock, lanes, pc_warp;  // `lanes` is 0 for a wgmma
     int warp() const { return pc_warp & ((1 << kWarpBits) - 1); }
     u32 pc() const { return pc_warp >> kWarpBits; }
 };
@@ -45,9 +45,9 @@ struct Shadow {
 // earlier blocks.
 inline constexpr s32 kThisBlock = -1;
 
-// An access by kAllLanes is one by each lane of the warp. kWarp marks the reads of a wgmma: the warp makes them together,
-// and each of its lanes has waited for them.
-inline constexpr int kAllLanes = -1, kWarp = -2;
+// These stand for a lane. An access by kAllLanes is one by each lane of the warp. kTogether marks the reads of a wgmma,
+// which the lanes make together: each of them has waited for its end.
+inline constexpr int kAllLanes = -1, kTogether = -2;
 
 inline bool ordered(const Machine& m, const Warp& w, int lane, s32 block, int warp, u32 lanes, u32 clock) {
     if (block != m.block && block != kThisBlock) {
@@ -102,7 +102,7 @@ void record_access(const Machine& m, const Warp& w, int lane, s32 block, Record&
         return;
     }
     if (strong) return;
-    const u32 lanes = lane >= 0 ? 1u << lane : lane == kWarp ? 0 : kAll;
+    const u32 lanes = lane >= 0 ? 1u << lane : lane == kTogether ? 0 : kAll;
     for (int i = 0; i < r.reads; ++i) {
         Read& read = r.read[i];
         if (read.block == block && read.warp() == w.id && read.clock == w.clock) {

@@ -39,7 +39,7 @@ inline void wgmma_wait(Machine& m, Warp& w, const Instr& i, u32) {  // i.b group
         const WarpgroupProduct& product = w.products.front();
         if (product.group == kOpenGroup || product.group + i.b >= w.products_committed) return;
         for (const s32 row : product.registers) --w.flying[static_cast<size_t>(row)];
-        record_reads(m, w, kWarp, product.chunks);
+        record_reads(m, w, kTogether, product.chunks);
         w.products.pop_front();
     }
 }
