@@ -31,7 +31,8 @@ BITORCH_QLINEAR_EXPORT int bitorch_qlinear_cuda_code(int device_index) {
     }
 }
 
-// Returns the names of the kernels that run on a compute capability in code for another one, or for the same if it is 0.
+// Returns the names of the kernels that run on a compute capability in code for another one, or for the same if it is
+// 0.
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_kernels(int capability, int code) {
     return hold([&] { return kernel_names(gpu_with(capability, 0, code)); });
 }

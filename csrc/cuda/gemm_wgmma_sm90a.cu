@@ -35,8 +35,8 @@
 // Behind pack (launch.cuh), the producer copies the weights of the first stages before it waits for x. Both consumers
 // wait too, because they read x's set bits, and before they write.
 //
-// The sums are exact for any k. A row's last stage is multiplied up to the step of 256 bits in which k ends; what lies past
-// k in that step are zeros.
+// The sums are exact for any k. A row's last stage is multiplied up to the step of 256 bits in which k ends; what lies
+// past k in that step are zeros.
 #include <algorithm>
 
 #include "check_prepared.cuh"
@@ -151,8 +151,8 @@ struct Ring {
     __device__ __forceinline__ void skip(int count) { place = (place + count) % (2 * Shape::kStages); }
 };
 
-// Copies the boxes of stage `index` of a tile to an empty stage of the ring: those of weight, that of x, or all of them.
-// Those of weight come first.
+// Copies the boxes of stage `index` of a tile to an empty stage of the ring: those of weight, that of x, or all of
+// them. Those of weight come first.
 template <bool Weight, bool X, class As, class Shape>
 __device__ __forceinline__ void copy_boxes(const Maps& maps, int row, int column, int index, int to,
                                            Shared<As, Shape>& shared) {
@@ -234,7 +234,8 @@ __device__ __forceinline__ void multiply_tile(const Product& product, int stages
                           advance(weight, bytes), accumulate);
         }
     };
-    // Gives the stage before back to the producer, once its products are done. Those of one later group may be in flight.
+    // Gives the stage before back to the producer, once its products are done. Those of one later group may be in
+    // flight.
     const auto release_last = [&](int index) {
         if (index == 0) return;
         wait_for_products<1>();

@@ -13,17 +13,17 @@
 //   - x's set bits and words, which the maker writes, are loaded after wait_for_kernel_before(), which returns when all
 //     of the maker has ended, and not through the path of load_once(), which may keep what it found before.
 //   - The product writes y, which depends on x, after that wait too. Memory that the allocator gave to y may have
-//     belonged to a tensor that the maker or a kernel before it reads. The product may write a report of a wrong prepared
-//     form earlier, which no kernel reads.
+//     belonged to a tensor that the maker or a kernel before it reads. The product may write a report of a wrong
+//     prepared form earlier, which no kernel reads.
 //   - Every block waits. So the product ends after the maker, and the kernel behind it, which is launched as usual,
 //     starts after both. It may write to x, to the words, or to the weights.
-// Another thread of the program may launch a kernel into the same stream between the maker and the product. If that kernel
-// writes the weights, the call sees old or new words, as it would with usual launches, and perhaps some of both.
+// Another thread of the program may launch a kernel into the same stream between the maker and the product. If that
+// kernel writes the weights, the call sees old or new words, as it would with usual launches, and perhaps some of both.
 //
-// The wait is an instruction of 9.0 and later, and only code for 9.0 has it, because on other devices products are never
-// launched in this way. A library that was built for older targets alone (TORCH_CUDA_ARCH_LIST="8.0+PTX") runs on 9.0 by
-// PTX that the driver compiles, and its kernels do not wait. So launches_depend() in records.h decides by the target of
-// the code that the device runs.
+// The wait is an instruction of 9.0 and later, and only code for 9.0 has it, because on other devices products are
+// never launched in this way. A library that was built for older targets alone (TORCH_CUDA_ARCH_LIST="8.0+PTX") runs on
+// 9.0 by PTX that the driver compiles, and its kernels do not wait. So launches_depend() in records.h decides by the
+// target of the code that the device runs.
 //
 // A captured graph keeps the same order, as an edge of its own kind.
 #pragma once
@@ -47,8 +47,8 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 #endif
 }
 
-// Launches a kernel; with `behind_pack`, before the kernel in front of it in the stream has ended. Such a kernel must call
-// wait_for_kernel_before(), in code that waits (launches_depend in records.h).
+// Launches a kernel; with `behind_pack`, before the kernel in front of it in the stream has ended. Such a kernel must
+// call wait_for_kernel_before(), in code that waits (launches_depend in records.h).
 template <class... Parameters>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
                           cudaStream_t stream, bool behind_pack, Parameters... arguments) {

@@ -50,9 +50,9 @@ struct KernelRecord {
 constexpr int kNewest = INT32_MAX;
 constexpr int64_t kAnyRows = INT64_MAX;
 
-// wgmma_sm90a has code for sm_90a alone, where the "a" means that no other device runs it, not even a later one. A build
-// whose chosen targets lack it, or have plain 9.0 too (setup.py), has the kernel for no device. In all others, code for
-// 9.0 is that of 9.0a.
+// wgmma_sm90a has code for sm_90a alone, where the "a" means that no other device runs it, not even a later one. A
+// build whose chosen targets lack it, or have plain 9.0 too (setup.py), has the kernel for no device. In all others,
+// code for 9.0 is that of 9.0a.
 #ifdef BITORCH_QLINEAR_WITHOUT_SM90A
 constexpr int kHopper = 0;
 #else
