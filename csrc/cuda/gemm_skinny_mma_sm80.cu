@@ -1,9 +1,10 @@
-// Binary product of at most 16 rows of x on tensor cores, m16n8k256 and.popc, for compute capability 8.0 to 9.0: bound
-// by reading the weights once. Twin: gemm_skinny.cu.
+// Binary product of at most 64 rows of x on tensor cores, m16n8k256 and.popc, for compute capability 8.0 to 9.0: bound
+// by reading the weights once, if there are few rows. Twin for up to 16: gemm_skinny.cu.
 //
-// All rows of x are one fragment of an instruction, and Tiles fragments of 8 weight rows are a block's columns of y.
-// The bits of k may be summed in any order, so lane (g, q) loads 16 bytes of rows g and g + 8 of x and of row g of each
-// tile of weights directly into the registers of two instructions, without shared memory or ldmatrix:
+// All rows of x are one, two or four fragments of an instruction, and Tiles fragments of 8 weight rows are a block's
+// columns of y. The bits of k may be summed in any order, so lane (g, q) loads 16 bytes of rows g and g + 8 of each
+// fragment of x and of row g of each tile of weights directly into the registers of two instructions, without shared
+// memory or ldmatrix:
 //
 //     word of a slice   4 q      4 q + 1   |  4 q + 2   4 q + 3
 //     x row g           a[0]     a[2]      |  a[0]      a[2]
@@ -28,6 +29,17 @@
 // At n = 256, k = 65536 there are 32 blocks of 64 KB of weights and 128 KB of x, and an SM takes 64 bytes a clock from
 // L2: 1.6 us, while all SMs together would need 0.5 us, and the second launch. If outputs are bits, they are 8 blocks of
 // 256 KB of weights, because a block has the 32 columns of a word: 3.4 us, for which the same holds.
+//
+// More than 16 rows cost memory no more, because a lane uses the weights that it loads for all fragments. But each block
+// brings all of x from L2 and counts its bits. With 64 rows, n = k = 4096 are 128 blocks of 16 KB of weights and 32 KB of
+// x, 6 MB in all. The 64 blocks of mma_sm80's smallest tile bring 4 MB, but leave half of an H200 idle and have 32 of
+// their 64 KB in flight, while a block of this kernel has all of its 48. Its tensor cores need 1024 clocks instead of
+// 2048, and the counting of 96 rows needs 768 beside that. At its end 4 warps add 2048 sums each in shared memory, which
+// takes about 512 clocks. mma_sm80 adds none, because its warps have outputs of their own. If there are many columns, the
+// bytes decide: x is brought n / 32 times here and n / 64 times there, so at n = k = 8192 L2 (24 bytes a clock) is busy
+// for 8200 clocks instead of 5500. heuristics.h compares the two. Blocks that share a multiprocessor may find each
+// other's words of x in its L1 cache, but no estimate counts on that. Blocks of 64 columns would bring as few bytes as
+// mma_sm80, but for n = 4096 they would be 64 again; those of 16 would bring four times as much of x as of weights.
 #include <algorithm>
 
 #include "check_prepared.cuh"
@@ -51,6 +63,7 @@ struct Shape {
     static constexpr int kThreads = kWarp * Warps;
     static constexpr int kHalves = 2 * kFragments, kRows = kHalves * kSide;
     static constexpr int kColumns = kTiles * kSide, kStep = kSlices * kSlice;
+    static_assert(kRows <= kFragmentRows, "rows that the launcher takes");
 };
 
 constexpr int kManyBlocks = 256;  // two per SM of the largest chips; from here on a block may have more columns
@@ -233,24 +246,20 @@ cudaError_t launch(const Product& product, cudaStream_t stream, bool behind_pack
                          product, static_cast<int>(width));
 }
 
-// Returns the launch of more rows than an instruction has. If there are more blocks than multiprocessors, several share
-// one, and each has fewer warps: a warp more is not needed to have enough loads in flight, and adds to all outputs.
-template <class As>
+// Launches a product of more rows than an instruction has. If there are more blocks than multiprocessors, several share
+// one. Then each has few warps, because their loads suffice, and because each warp adds to all sums of the block.
+template <class As, class Shape>
 cudaError_t launch_fragments(const Product& product, cudaStream_t stream, bool behind_pack) {
-    const bool many = product.n > kManyBlocks / 2 * 4 * kSide;
-    const auto with = [&](auto shape) {
-        using Shape = decltype(shape);
-        return launch<As, Shape>(product, stream, behind_pack, kFewestWarps, many ? kFewestWarps : Shape::kWarps);
-    };
-    if (product.m <= 2 * kSkinnyRows) return with(Shape<2, 4, 2, 12, 1>{});
-    return with(Shape<4, 4, 2, 8, 1>{});
+    const bool many = product.n > kManyBlocks / 2 * Shape::kColumns;
+    return launch<As, Shape>(product, stream, behind_pack, kFewestWarps, many ? kFewestWarps : Shape::kWarps);
 }
 
 // Blocks with many columns load x less often; if that leaves too few blocks, more of K in a block keeps the loads in
 // flight. Blocks that write bits have the 32 columns of a word.
 template <class As>
 cudaError_t launch_tiles(const Product& product, cudaStream_t stream, bool behind_pack) {
-    if (product.m > kSkinnyRows) return launch_fragments<As>(product, stream, behind_pack);
+    if (product.m > 2 * kSkinnyRows) return launch_fragments<As, Shape<4, 4, 2, 8, 1>>(product, stream, behind_pack);
+    if (product.m > kSkinnyRows) return launch_fragments<As, Shape<2, 4, 2, 12, 1>>(product, stream, behind_pack);
     if (kBits<As> || product.n >= kManyBlocks * 4 * kSide)
         return launch<As, Shape<1, 4, 2, 8, 2>>(product, stream, behind_pack);
     if constexpr (!kBits<As>) {

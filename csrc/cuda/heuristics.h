@@ -175,8 +175,8 @@ static inline double estimated_fragment_clocks(const Gpu& gpu, int64_t m, int64_
     const double stage = std::max({clocks(rows * kFragmentColumns * kTileStageBits, chip.multiplies),
                                    clocks((m + kFragmentColumns) * kTileStageBits / 8, chip.l2_bytes),
                                    clocks((rows + kFragmentColumns) * kTileStageBits / kWordBits, 16)});
-    const double of_block = static_cast<double>(ceil_div(k, kTileStageBits)) * stage +
-                            clocks(rows * kFragmentColumns * (2 * 4 + 1), 32);
+    const double of_block =
+        static_cast<double>(ceil_div(k, kTileStageBits)) * stage + clocks(rows * kFragmentColumns * (2 * 4 + 1), 32);
     return static_cast<double>(ceil_div(of_one, residents)) * kClocksAround + static_cast<double>(of_one) * of_block;
 }
 

@@ -38,11 +38,11 @@ from .product import (
 TARGETS = targets("sm_80", "sm_90a")
 NAME = "gemm_skinny_mma_sm80.cu"
 SLICE = 16  # the words of a slice
-# A shape of up to 16 rows has a number of tiles of 8 columns. Its values are the slices that a lane loads at once and the
-# maximum of warps.
+# A shape of up to 16 rows has a number of tiles of 8 columns. Its values are the slices that a lane loads at once and
+# the maximum of warps.
 SHAPES = {1: (4, 16), 2: (2, 8), 4: (2, 8)}
-# A shape of more rows has a number of fragments of 16 rows, and 4 tiles. Its values are the same. It has at least 4 warps,
-# and no more if there are many columns.
+# A shape of more rows has a number of fragments of 16 rows, and 4 tiles. Its values are the same. It has at least 4
+# warps, and no more if there are many columns.
 FRAGMENTS = {2: (2, 12), 4: (2, 8)}
 FEWEST_WARPS, MANY_COLUMNS = 4, 4096
 
