@@ -240,14 +240,14 @@ static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int
     if (m <= kCountedRows) {
         return choice(GemmKernel::skinny, "up to 4 rows are counted on CUDA cores while memory brings the weights");
     }
-    if (m > kSkinnyRows && takes(GemmKernel::skinny_mma_sm80) && fragments_win(gpu, m, n, k, value_bytes == 0)) {
-        return choice(GemmKernel::skinny_mma_sm80, "tensor cores by narrow blocks that count set bits themselves");
-    }
     if (m <= kSkinnyRows && takes(GemmKernel::skinny_mma_sm80)) {
         return choice(GemmKernel::skinny_mma_sm80, "tensor cores count up to 16 rows while memory brings the weights");
     }
     if (takes(GemmKernel::skinny)) {
         return choice(GemmKernel::skinny, "up to 16 rows, which a tile of more would leave mostly empty");
+    }
+    if (takes(GemmKernel::skinny_mma_sm80) && fragments_win(gpu, m, n, k, value_bytes == 0)) {
+        return choice(GemmKernel::skinny_mma_sm80, "tensor cores by narrow blocks, which count set bits themselves");
     }
     if (takes(GemmKernel::wgmma_sm90a) && warpgroups_win(gpu.multiprocessors, m, n, k)) {
         return {GemmKernel::wgmma_sm90a, best_tile(gpu, m, n, k),
