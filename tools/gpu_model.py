@@ -219,7 +219,7 @@ def epilogue(kernel: Kernel) -> Epilogue | None:
     return Epilogue(rows, columns, int(columns * channels) + counts, written, sectors, between)
 
 
-_COUNTED = ("gemm_skinny_mma_sm80", "gemm_mma_sm80", "gemm_mma_int8_sm80", "gemm_wgmma_sm90a")
+_COUNTED = ("gemm_mma_sm80", "gemm_mma_int8_sm80", "gemm_wgmma_sm90a")
 """The kernels that count a & b, and so read the set bits of each row (csrc/cuda/records.h)."""
 
 
