@@ -161,9 +161,10 @@ constexpr double kClocksLess = 1300;
 // The launch that counts the set bits of x, by the time of pack's (kMicrosOfPack) at 1.75 GHz.
 constexpr double kClocksOfCount = 2800;
 
-// Estimates the clocks of a product of 17 to 64 rows by skinny_mma_sm80, as estimated_clocks does. Beside tensor cores and
-// L2, the counting of set bits bounds a stage: 16 words a clock, of the rows of x and of the columns. At its end each of
-// at least 4 warps adds its sums to those in shared memory, which are then read: 32 sums in 2 clocks and in one.
+// Estimates the clocks of a product of 17 to 64 rows by skinny_mma_sm80, as estimated_clocks does, but without a doubt.
+// Beside tensor cores and L2, the counting of set bits bounds a stage: 16 words a clock, of the rows of x and of the
+// columns. At its end each of at least 4 warps adds its sums to those in shared memory, which are then read: 32 sums are
+// added in 2 clocks and read in one.
 static inline double estimated_fragment_clocks(const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
     const Multiprocessor chip = multiprocessor(gpu.capability);
     const int64_t rows = m <= kFragmentRows / 2 ? kFragmentRows / 2 : kFragmentRows;
