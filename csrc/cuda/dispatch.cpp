@@ -83,9 +83,13 @@ int code_of(int32_t device_index) {
     if (current != device_index) check(cudaSetDevice(device_index));
     const auto error = find_code(&code);
     if (current != device_index) check(cudaSetDevice(current));
-    if (error != cudaSuccess) {
+    if (error == cudaErrorNoKernelImageForDevice) {
         throw std::runtime_error("bitorch_qlinear: expected CUDA kernels that were built for " +
                                  in_words(devices().at(device_index).gpu.capability) + ": " +
+                                 cudaGetErrorString(error));
+    }
+    if (error != cudaSuccess) {  // such as that of a kernel that failed before, which every call returns from then on
+        throw std::runtime_error(std::string("bitorch_qlinear: the CUDA kernels cannot be loaded: ") +
                                  cudaGetErrorString(error));
     }
     return code;
@@ -93,7 +97,11 @@ int code_of(int32_t device_index) {
 
 }  // namespace
 
-void check_supported(int32_t device_index) { value_of(decide(nullptr, devices().at(device_index).gpu, 0, 0, 0)); }
+void check_supported(int32_t device_index) {
+    const Gpu& gpu = devices().at(device_index).gpu;
+    // The code is left out, because another thread may be asking for it now.
+    value_of(decide(nullptr, {gpu.capability, gpu.multiprocessors}, 0, 0, 0));
+}
 
 const Gpu& gpu_of(int32_t device_index) {
     KnownDevice& device = devices().at(device_index);

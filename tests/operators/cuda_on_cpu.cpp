@@ -21,12 +21,13 @@
 
 namespace {
 
-// The devices, and the code that each runs; 0 stands for a device that the library has no code for. All kernels except
-// wgmma_sm90a run on the first one.
+// The devices, and the code that each runs; 0 stands for a device that the library has no code for, and -1 for one
+// where a kernel has failed before. All kernels except wgmma_sm90a run on the first one.
 struct OneDevice {
     int capability, multiprocessors, code;
 };
-constexpr OneDevice kDevices[] = {{80, 108, 80}, {90, 132, 80}, {90, 132, 75}, {90, 132, 90}, {80, 108, 0}};
+constexpr OneDevice kDevices[] = {{80, 108, 80}, {90, 132, 80}, {90, 132, 75},
+                                  {90, 132, 90}, {80, 108, 0},  {80, 108, -1}};
 
 int device_of_tensors, current_device;
 cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
@@ -208,8 +209,8 @@ void multiply(const Product& product, bool masks, bool popcounts) {
     }
 }
 
-// A kernel that may start before pack or align has ended must lie directly behind it, and that must make nothing but x.
-// Its name then has a star.
+// A product that starts early must be the launch after a pack or an align that makes nothing but x. Its name then has a
+// star.
 cudaError_t product(GemmKernel kernel, const Product& job, bool behind_pack = false) {
     const KernelRecord& known = record(kernel);
     const std::string before = launches.substr(launches.rfind(' ') + 1);
@@ -224,7 +225,7 @@ cudaError_t product(GemmKernel kernel, const Product& job, bool behind_pack = fa
 cudaError_t find_code(int* capability) {
     if (capture_mode != cudaStreamCaptureModeRelaxed) return cudaErrorStreamCaptureUnsupported;
     *capability = kDevices[current_device].code;
-    return *capability ? cudaSuccess : cudaErrorNoKernelImageForDevice;
+    return *capability > 0 ? cudaSuccess : *capability ? cudaErrorLaunchFailure : cudaErrorNoKernelImageForDevice;
 }
 
 static void align_words(const Align& job);

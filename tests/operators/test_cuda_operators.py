@@ -244,7 +244,7 @@ def test_nothing_starts_early_behind_a_kernel_that_does_not_make_x(library, ops,
 # ---- code for earlier devices ----------------------------------------------------------------------------------------
 
 # The devices of cuda_on_cpu.cpp: all of the second to the fourth are of compute capability 9.0.
-CODE_80, CODE_75, CODE_90, NO_CODE = range(1, 5)
+CODE_80, CODE_75, CODE_90, NO_CODE, FAILED = range(1, 6)
 
 
 @pytest.mark.parametrize(
@@ -277,6 +277,15 @@ def test_a_device_without_code_is_an_error(library, ops):
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"expected CUDA kernels that were built for compute capability 8\.0: "):
             ops.linear(x, weight, 40)
+    assert launches(library) == []
+
+
+def test_a_failure_before_the_first_product_is_not_blamed_on_the_build(library, ops):
+    """Every call of CUDA returns the error of a kernel that failed, and so does the one that asks for the code."""
+    x, weight, _, _ = problem(3, 5, 40)
+    library.cuda_on_cpu_device(FAILED)
+    with pytest.raises(RuntimeError, match=r"the CUDA kernels cannot be loaded: another error"):
+        ops.linear(x, weight, 40)
     assert launches(library) == []
 
 
