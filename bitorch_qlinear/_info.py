@@ -24,7 +24,8 @@ class Info:
         torch_running: Version of torch in this process.
         cuda: Targets that the CUDA operators were compiled for, or the reason why there are no CUDA operators.
         cuda_devices: One text for each CUDA device: its name, compute capability and kernels, and which of them
-            computes some example products and why. Empty without CUDA operators.
+            computes some example products and why. Empty without CUDA operators. To ask a device which code it runs
+            loads that code, which takes memory on the device.
         cuda_kernel: The forced CUDA kernel, "chosen by each product's sizes", or "none" without CUDA operators.
         cpu_capability: Best instruction set of processor and operating system: "AVX512", "AVX2", "NEON" or "DEFAULT".
         kernels: The CPU kernels that this processor can run, best first.
@@ -109,6 +110,8 @@ def _cuda_device(index: int) -> str:
     device = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
     if not kernels:
         return f"{device}: no kernel, 7.5 or later is needed"
+    if not code:
+        return f"{device}: no kernel, because CUDA loads no code for it"
     choices = "; ".join(
         f"{rows} × 4096 → 4096 in bfloat16: "
         + _kernels.cuda_choice(capability, properties.multi_processor_count, rows, 4096, 4096, 2, code)

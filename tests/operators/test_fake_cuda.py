@@ -14,7 +14,7 @@ from support.calls import Calls
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bitorch_qlinear
-from bitorch_qlinear import PackedQLinear, QLinear, _kernels, _library, _product, functional, kernels, pack
+from bitorch_qlinear import PackedQLinear, QLinear, _info, _kernels, _library, _product, functional, kernels, pack
 
 OPERATORS = ["pack_bits", "unpack_bits", "prepare_weight", "binary_linear", "linear", "sign_linear", "linear_train"]
 K, N = 70, 10
@@ -53,6 +53,7 @@ def test_info_says_what_a_device_would_choose(monkeypatch):
     made_up = SimpleNamespace(name="Made up", major=8, minor=6, multi_processor_count=82)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: made_up)
+    monkeypatch.setattr(_kernels, "cuda_code", lambda index: 86)
     info = bitorch_qlinear.info()
     said, _ = info.cuda_devices
     assert len(re.findall("Made up, compute capability 8.6: popc", str(info))) == 2
@@ -63,6 +64,16 @@ def test_info_says_what_a_device_would_choose(monkeypatch):
     assert re.search(r"; 4096 × 4096 → 4096 in bfloat16: mma_sm80 with tiles of \d+ x \d+: ", said)
     made_up.major, made_up.minor = 7, 0
     assert bitorch_qlinear.info().cuda_devices[0].endswith("7.0: no kernel, 7.5 or later is needed")
+
+
+def test_info_says_that_a_device_has_no_code(monkeypatch):
+    made_up = SimpleNamespace(name="Made up", major=8, minor=6, multi_processor_count=82)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: made_up)
+    monkeypatch.setattr(_kernels, "available_cuda_kernels", lambda capability, code: ["popc"])
+    monkeypatch.setattr(_kernels, "cuda_choice", lambda *arguments: "popc: it is the only one")
+    for code, said in ((80, "popc; "), (0, "no kernel, because CUDA loads no code for it")):
+        monkeypatch.setattr(_kernels, "cuda_code", lambda index, code=code: code)
+        assert _info._cuda_device(0).startswith(f"Made up, compute capability 8.6: {said}")
 
 
 @pytest.mark.parametrize("k", [1, 70, 128, 256])
