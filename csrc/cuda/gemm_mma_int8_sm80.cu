@@ -67,10 +67,10 @@ struct ByteProducts {
 
 }  // namespace
 
-cudaError_t gemm_mma_int8_sm80(const Product& product, cudaStream_t stream, bool behind_pack) {
+cudaError_t gemm_mma_int8_sm80(const Product& product, cudaStream_t stream, bool starts_early) {
     if (product.m == 0 || product.n == 0) return cudaSuccess;
     if (!are_aligned(product) || !have_popcounts(product)) return cudaErrorInvalidValue;
-    return launch<ByteProducts, ShapeOf<static_cast<int>(kInt8Tile)>>(product, stream, behind_pack);
+    return launch<ByteProducts, ShapeOf<static_cast<int>(kInt8Tile)>>(product, stream, starts_early);
 }
 
 }  // namespace bitorch_qlinear::cuda

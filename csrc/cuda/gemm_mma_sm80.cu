@@ -53,19 +53,19 @@ struct BitProducts {
 };
 
 template <Tile tile>
-cudaError_t launch(const Product& product, cudaStream_t stream, bool behind_pack) {
-    return launch<BitProducts, ShapeOf<static_cast<int>(tile)>>(product, stream, behind_pack);
+cudaError_t launch(const Product& product, cudaStream_t stream, bool starts_early) {
+    return launch<BitProducts, ShapeOf<static_cast<int>(tile)>>(product, stream, starts_early);
 }
 
 }  // namespace
 
-cudaError_t gemm_mma_sm80(const Product& product, Tile tile, cudaStream_t stream, bool behind_pack) {
+cudaError_t gemm_mma_sm80(const Product& product, Tile tile, cudaStream_t stream, bool starts_early) {
     if (product.m == 0 || product.n == 0) return cudaSuccess;
     if (!are_aligned(product) || !have_popcounts(product)) return cudaErrorInvalidValue;
     switch (tile) {
-        case Tile::m128n256: return launch<Tile::m128n256>(product, stream, behind_pack);
-        case Tile::m128n128: return launch<Tile::m128n128>(product, stream, behind_pack);
-        case Tile::m64n64: return launch<Tile::m64n64>(product, stream, behind_pack);
+        case Tile::m128n256: return launch<Tile::m128n256>(product, stream, starts_early);
+        case Tile::m128n128: return launch<Tile::m128n128>(product, stream, starts_early);
+        case Tile::m64n64: return launch<Tile::m64n64>(product, stream, starts_early);
     }
     return cudaErrorInvalidValue;
 }

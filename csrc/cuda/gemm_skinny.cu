@@ -188,13 +188,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skin
 }
 
 template <class As, class Shape>
-cudaError_t launch(const Product& product, cudaStream_t stream, bool behind_pack) {
+cudaError_t launch(const Product& product, cudaStream_t stream, bool starts_early) {
     using Block = Block<As, Shape>;
     const int64_t blocks = ceil_div(product.n, Block::kColumns), width = aligned_words_for(product.k);
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
     const int64_t parts = std::clamp<int64_t>(ceil_div(width, Shape::kStep), 1, Shape::kWarps / Block::kAcross);
     const int64_t warps = parts * Block::kAcross;
-    return launch_kernel(multiply_skinny<As, Shape>, blocks, static_cast<int>(kWarp * warps), 0, stream, behind_pack,
+    return launch_kernel(multiply_skinny<As, Shape>, blocks, static_cast<int>(kWarp * warps), 0, stream, starts_early,
                          product, static_cast<int>(width));
 }
 
@@ -202,24 +202,24 @@ cudaError_t launch(const Product& product, cudaStream_t stream, bool behind_pack
 // columns, blocks load x less often; if that leaves too few blocks, few columns and more of K in a block keep the loads
 // in flight.
 template <class As>
-cudaError_t launch_rows(const Product& product, cudaStream_t stream, bool behind_pack) {
+cudaError_t launch_rows(const Product& product, cudaStream_t stream, bool starts_early) {
     const bool wide = product.n >= kManyBlocks * kGroups * 4;
-    if (product.m > 8) return launch<As, Shape<16, 2, 2, 8, 2>>(product, stream, behind_pack);
-    if (product.m > 4) return launch<As, Shape<8, 2, 2, 8, 2>>(product, stream, behind_pack);
-    if (product.m > 2) return launch<As, Shape<4, 2, 2, 8, 3>>(product, stream, behind_pack);
-    if (product.m > 1 && wide) return launch<As, Shape<2, 4, 1, 8, 3>>(product, stream, behind_pack);
-    if (product.m > 1) return launch<As, Shape<2, 1, 4, 16, 1>>(product, stream, behind_pack);
-    if (wide) return launch<As, Shape<1, 4, 1, 8, 4>>(product, stream, behind_pack);
-    return launch<As, Shape<1, 1, 4, 16, 1>>(product, stream, behind_pack);
+    if (product.m > 8) return launch<As, Shape<16, 2, 2, 8, 2>>(product, stream, starts_early);
+    if (product.m > 4) return launch<As, Shape<8, 2, 2, 8, 2>>(product, stream, starts_early);
+    if (product.m > 2) return launch<As, Shape<4, 2, 2, 8, 3>>(product, stream, starts_early);
+    if (product.m > 1 && wide) return launch<As, Shape<2, 4, 1, 8, 3>>(product, stream, starts_early);
+    if (product.m > 1) return launch<As, Shape<2, 1, 4, 16, 1>>(product, stream, starts_early);
+    if (wide) return launch<As, Shape<1, 4, 1, 8, 4>>(product, stream, starts_early);
+    return launch<As, Shape<1, 1, 4, 16, 1>>(product, stream, starts_early);
 }
 
 }  // namespace
 
-cudaError_t gemm_skinny(const Product& product, cudaStream_t stream, bool behind_pack) {
+cudaError_t gemm_skinny(const Product& product, cudaStream_t stream, bool starts_early) {
     if (product.m == 0 || product.n == 0) return cudaSuccess;
     if (product.m > kSkinnyRows || product.k > kMaxValues || !are_aligned(product)) return cudaErrorInvalidValue;
     return with_output_type(product.y.dtype,
-                            [&](auto as) { return launch_rows<decltype(as)>(product, stream, behind_pack); });
+                            [&](auto as) { return launch_rows<decltype(as)>(product, stream, starts_early); });
 }
 
 }  // namespace bitorch_qlinear::cuda

@@ -32,8 +32,8 @@
 // Two maps, whose rows are two rows of weight apart, copy them so, and lane q has the outputs 16 j + 4 q ... + 3. No
 // output passes through shared memory, which the tensor cores read at nearly its full rate.
 //
-// Behind pack (launch.cuh), the producer copies the weights of the first stages before it waits for x. Both consumers
-// wait too, because they read x's set bits, and before they write.
+// If the product starts early (launch.cuh), the producer copies the weights of the first stages before it waits for the
+// kernel that makes x. Both consumers wait, too, before they read x's set bits and write y.
 //
 // The sums are exact for any k. A row's last stage is multiplied up to the step of 256 bits in which k ends; what lies
 // past k in that step are zeros.
@@ -453,7 +453,7 @@ __device__ __forceinline__ void consume(const Product& product, unsigned row_til
     ring.skip(which * stages);
     uint32_t turn_parity = which == 0;  // nobody gives the first consumer its first turn
     const unsigned step = kConsumers * gridDim.x;
-    wait_for_kernel_before();  // which makes x's set bits; its words arrive behind the producer's wait
+    wait_for_kernel_before();  // it makes x's set bits; the producer waits for it before it copies x's words
     for (unsigned tile = blockIdx.x + gridDim.x * which; tile < row_tiles * column_tiles; tile += step) {
         const Corner at = corner<Shape>(tile, row_tiles, column_tiles);
         // The margins arrive while the other consumer multiplies.
@@ -540,7 +540,7 @@ static inline bool rows_on_vectors(const Output& y, int64_t n, int64_t outputs) 
 }
 
 template <class As, class Shape>
-cudaError_t launch(const Product& product, cudaStream_t stream, bool behind_pack) {
+cudaError_t launch(const Product& product, cudaStream_t stream, bool starts_early) {
     int device = 0, multiprocessors = 0;
     auto error = cudaGetDevice(&device);
     if (error == cudaSuccess) {
@@ -559,29 +559,29 @@ cudaError_t launch(const Product& product, cudaStream_t stream, bool behind_pack
     const int64_t row_tiles = ceil_div(product.m, Shape::kRows), column_tiles = ceil_div(product.n, Shape::kColumns);
     if (row_tiles > INT32_MAX / column_tiles) return cudaErrorInvalidConfiguration;
     const int64_t blocks = std::min(row_tiles * column_tiles, int64_t{multiprocessors});
-    return launch_kernel(kernel, blocks, kBlockThreads, kBytes, stream, behind_pack, product, maps,
+    return launch_kernel(kernel, blocks, kBlockThreads, kBytes, stream, starts_early, product, maps,
                          static_cast<unsigned>(row_tiles), static_cast<unsigned>(column_tiles),
                          rows_on_vectors(product.y, product.n, Shape::kOutputs));
 }
 
 template <WarpgroupTile tile>
-cudaError_t launch(const Product& product, cudaStream_t stream, bool behind_pack) {
+cudaError_t launch(const Product& product, cudaStream_t stream, bool starts_early) {
     return with_output_type(product.y.dtype, [&](auto as) {
         using As = decltype(as);
-        return launch<As, ShapeOf<As, tile>>(product, stream, behind_pack);
+        return launch<As, ShapeOf<As, tile>>(product, stream, starts_early);
     });
 }
 
 }  // namespace
 
-cudaError_t gemm_wgmma_sm90a(const Product& product, WarpgroupTile tile, cudaStream_t stream, bool behind_pack) {
+cudaError_t gemm_wgmma_sm90a(const Product& product, WarpgroupTile tile, cudaStream_t stream, bool starts_early) {
     if (product.m == 0 || product.n == 0) return cudaSuccess;
     if (!are_aligned(product) || !have_popcounts(product)) return cudaErrorInvalidValue;
     if (product.k == 0) return gemm_popc(product, stream);  // a map cannot be empty
     if (product.m > kMostMapRows || product.n > kMostMapRows) return cudaErrorInvalidValue;
     switch (tile) {
-        case WarpgroupTile::m128n192: return launch<WarpgroupTile::m128n192>(product, stream, behind_pack);
-        case WarpgroupTile::m128n128: return launch<WarpgroupTile::m128n128>(product, stream, behind_pack);
+        case WarpgroupTile::m128n192: return launch<WarpgroupTile::m128n192>(product, stream, starts_early);
+        case WarpgroupTile::m128n128: return launch<WarpgroupTile::m128n128>(product, stream, starts_early);
     }
     return cudaErrorInvalidValue;
 }

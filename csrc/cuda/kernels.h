@@ -139,14 +139,13 @@ cudaError_t gemm_popc(const Product&, cudaStream_t);
 // The other kernels read the aligned form, and return cudaErrorInvalidValue for operands or sizes that they do not
 // take.
 //
-// With `behind_pack` they are launched while pack or align, which must be the kernel before them in the stream and make
-// nothing but x, still runs
-// (launch.cuh; compute capability 9.0).
-cudaError_t gemm_skinny(const Product&, cudaStream_t, bool behind_pack = false);  // any capability; without popcounts
-cudaError_t gemm_skinny_mma_sm80(const Product&, cudaStream_t, bool behind_pack = false);  // 8.0 to 9.0; the same
-cudaError_t gemm_mma_sm80(const Product&, Tile, cudaStream_t, bool behind_pack = false);   // capability 8.0 to 9.0
-cudaError_t gemm_mma_int8_sm80(const Product&, cudaStream_t, bool behind_pack = false);    // capability 8.0 and later
-cudaError_t gemm_wgmma_sm90a(const Product&, WarpgroupTile, cudaStream_t, bool behind_pack = false);  // capability 9.0
+// With `starts_early` a product may start while the kernel before it in the stream still runs, which must be a pack or
+// an align that makes nothing but x (launch.cuh; compute capability 9.0).
+cudaError_t gemm_skinny(const Product&, cudaStream_t, bool starts_early = false);  // any capability; without popcounts
+cudaError_t gemm_skinny_mma_sm80(const Product&, cudaStream_t, bool starts_early = false);  // 8.0 to 9.0; the same
+cudaError_t gemm_mma_sm80(const Product&, Tile, cudaStream_t, bool starts_early = false);   // capability 8.0 to 9.0
+cudaError_t gemm_mma_int8_sm80(const Product&, cudaStream_t, bool starts_early = false);    // capability 8.0 and later
+cudaError_t gemm_wgmma_sm90a(const Product&, WarpgroupTile, cudaStream_t, bool starts_early = false);  // capability 9.0
 cudaError_t gemm_mma_sm75(const Product&, cudaStream_t);  // capability 7.5 to 8.9; without popcounts
 
 // The fused kernels pack x in the launch of the product. They return cudaErrorInvalidValue for weights that are not in

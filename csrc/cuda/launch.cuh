@@ -1,20 +1,19 @@
 // Products that are launched while the kernel that makes their x still runs (programmatic dependent launch, CUDA C++
-// programming guide; compute capability 9.0). That kernel is pack, or align if x is packed already and its set bits are
-// counted. Blocks of the product start as soon as every block of that kernel has started, load the weights and all else
-// that is not x, and wait for it only then.
+// programming guide; compute capability 9.0). That kernel is pack, or align if x is packed already and has to be
+// aligned or counted. Blocks of the product may start as soon as every block of that kernel has started. Some load
+// weights first, and all of them wait for that kernel before they read x or write y.
 //
 // A product may do so only directly behind pack or align, called "the maker" here, which itself is launched as usual.
 // This is why it is safe:
 //   - The maker makes nothing but x: a launch that also counts or aligns the weights is followed by a product as usual.
-//   - What ran before the maker has ended, and its writes are visible, before the first block of the maker starts. So
-//     whatever wrote the weights, their prepared form, scale, bias, limits or flips, such as an optimizer's step or a
-//     launch that aligns the weights, has ended before a block of the product starts and loads them. So has whatever
-//     wrote words of x that are an input, though the product loads these behind the wait, too.
+//   - Every kernel before the maker has ended, and its writes are visible, before the first block of the maker starts,
+//     and so before a block of the product starts. Among them are those that wrote the weights, their prepared form,
+//     scale, bias, limits, flips and an x that is given as words, such as an optimizer's step or a launch that aligns
+//     the weights.
 //   - x's set bits and words, which the maker writes, are loaded after wait_for_kernel_before(), which returns when all
 //     of the maker has ended, and not through the path of load_once(), which may keep what it found before.
-//   - The product writes y, which depends on x, after that wait too. Memory that the allocator gave to y may have
-//     belonged to a tensor that the maker or a kernel before it reads. The product may write a report of a wrong
-//     prepared form earlier, which no kernel reads.
+//   - The product writes y after that wait, too, even if it writes only that there is no result. So the allocator may
+//     give y memory that the maker reads. The product may report a wrong prepared form earlier, which no kernel reads.
 //   - Every block waits. So the product ends after the maker, and the kernel behind it, which is launched as usual,
 //     starts after both. It may write to x, to the words, or to the weights.
 // Another thread of the program may launch a kernel into the same stream between the maker and the product. If that
@@ -25,7 +24,7 @@
 // 9.0 by PTX that the driver compiles, and its kernels do not wait. So launches_depend() in records.h decides by the
 // target of the code that the device runs.
 //
-// A captured graph keeps the same order, as an edge of its own kind.
+// A captured graph keeps the same order: the edge from the maker to the product is a programmatic one.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -47,11 +46,11 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 #endif
 }
 
-// Launches a kernel; with `behind_pack`, before the kernel in front of it in the stream has ended. Such a kernel must
-// call wait_for_kernel_before(), in code that waits (launches_depend in records.h).
+// Launches a kernel. With `starts_early` it may start before the kernel in front of it in the stream has ended; then
+// each of its blocks must call wait_for_kernel_before(), in code that waits (launches_depend in records.h).
 template <class... Parameters>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
-                          cudaStream_t stream, bool behind_pack, Parameters... arguments) {
+                          cudaStream_t stream, bool starts_early, Parameters... arguments) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -59,7 +58,7 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int thr
     configuration.gridDim = dim3(static_cast<unsigned>(blocks));
     configuration.blockDim = dim3(static_cast<unsigned>(threads));
     configuration.dynamicSmemBytes = shared_bytes, configuration.stream = stream;
-    configuration.attrs = &attribute, configuration.numAttrs = behind_pack ? 1 : 0;
+    configuration.attrs = &attribute, configuration.numAttrs = starts_early ? 1 : 0;
     static_cast<void>(cudaLaunchKernelEx(&configuration, kernel, arguments...));
     return cudaGetLastError();  // which also clears the error, before others see it
 }

@@ -303,7 +303,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 }
 
 template <class Instructions, class Shape>
-cudaError_t launch(const Product& product, cudaStream_t stream, bool behind_pack) {
+cudaError_t launch(const Product& product, cudaStream_t stream, bool starts_early) {
     const int64_t row_tiles = ceil_div(product.m, Shape::kRows), column_tiles = ceil_div(product.n, Shape::kColumns);
     if (row_tiles > INT32_MAX / column_tiles) return cudaErrorInvalidConfiguration;
     return with_output_type(product.y.dtype, [&](auto as) {
@@ -316,7 +316,7 @@ cudaError_t launch(const Product& product, cudaStream_t stream, bool behind_pack
             const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
             if (error != cudaSuccess) return cudaGetLastError();  // which clears the error, before others see it
         }
-        return launch_kernel(kernel, row_tiles * column_tiles, Shape::kThreads, kBytes, stream, behind_pack, product,
+        return launch_kernel(kernel, row_tiles * column_tiles, Shape::kThreads, kBytes, stream, starts_early, product,
                              row_tiles, column_tiles, rows_on_16_bytes(product.y, product.n));
     });
 }

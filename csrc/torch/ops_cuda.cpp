@@ -172,15 +172,16 @@ class AlignedVector {
     std::optional<Tensor> words_;
 };
 
-// Launches a product of words; with `behind_pack`, before pack or align has ended, which made x in the launch before.
-cudaError_t launch_product(const Choice& choice, const Product& product, bool behind_pack, cudaStream_t stream) {
+// Launches a product of words. With `starts_early` it may start before the launch in front of it, a pack or align that
+// makes nothing but x, has ended.
+cudaError_t launch_product(const Choice& choice, const Product& product, bool starts_early, cudaStream_t stream) {
     switch (choice.kernel) {
-        case GemmKernel::skinny: return gemm_skinny(product, stream, behind_pack);
-        case GemmKernel::skinny_mma_sm80: return gemm_skinny_mma_sm80(product, stream, behind_pack);
+        case GemmKernel::skinny: return gemm_skinny(product, stream, starts_early);
+        case GemmKernel::skinny_mma_sm80: return gemm_skinny_mma_sm80(product, stream, starts_early);
         case GemmKernel::mma_sm75: return gemm_mma_sm75(product, stream);
-        case GemmKernel::mma_int8_sm80: return gemm_mma_int8_sm80(product, stream, behind_pack);
-        case GemmKernel::mma_sm80: return gemm_mma_sm80(product, choice.tile, stream, behind_pack);
-        case GemmKernel::wgmma_sm90a: return gemm_wgmma_sm90a(product, choice.warpgroup_tile, stream, behind_pack);
+        case GemmKernel::mma_int8_sm80: return gemm_mma_int8_sm80(product, stream, starts_early);
+        case GemmKernel::mma_sm80: return gemm_mma_sm80(product, choice.tile, stream, starts_early);
+        case GemmKernel::wgmma_sm90a: return gemm_wgmma_sm90a(product, choice.warpgroup_tile, stream, starts_early);
         default: return gemm_popc(product, stream);
     }
 }
@@ -241,8 +242,8 @@ Tensor multiply(int64_t m, int64_t n, int64_t k, const Outputs& outputs, const L
     product.x = x.operand;
     // A launch directly before the product must make x, and not the weights too. (Without values there may be none.)
     const bool makes_x = x.pack || x.align.m > 0, makes_weights = w.align.m > 0;
-    const bool behind_pack = makes_x && !makes_weights && k > 0 && launches_depend(gpu);
-    check_launch(kernel.name, launch_product(choice, product, behind_pack, launch.stream()));
+    const bool starts_early = makes_x && !makes_weights && k > 0 && launches_depend(gpu);
+    check_launch(kernel.name, launch_product(choice, product, starts_early, launch.stream()));
     return y;
 }
 

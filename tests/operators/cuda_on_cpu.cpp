@@ -211,11 +211,11 @@ void multiply(const Product& product, bool masks, bool popcounts) {
 
 // A product that starts early must be the launch after a pack or an align that makes nothing but x. Its name then has a
 // star.
-cudaError_t product(GemmKernel kernel, const Product& job, bool behind_pack = false) {
+cudaError_t product(GemmKernel kernel, const Product& job, bool starts_early = false) {
     const KernelRecord& known = record(kernel);
     const std::string before = launches.substr(launches.rfind(' ') + 1);
-    if (behind_pack && before != "pack" && before != "align") return cudaErrorNotSupported;
-    const std::string name = known.name + std::string(behind_pack ? "*" : "");
+    if (starts_early && before != "pack" && before != "align") return cudaErrorNotSupported;
+    const std::string name = known.name + std::string(starts_early ? "*" : "");
     return launched(name.c_str(), [&] { multiply(job, !known.aligned, known.popcounts); });
 }
 
@@ -313,20 +313,20 @@ cudaError_t align(const Align& job, const Align& other, cudaStream_t) {
 
 cudaError_t gemm_popc(const Product& job, cudaStream_t) { return product(GemmKernel::popc, job); }
 cudaError_t gemm_mma_sm75(const Product& job, cudaStream_t) { return product(GemmKernel::mma_sm75, job); }
-cudaError_t gemm_skinny(const Product& job, cudaStream_t, bool behind_pack) {
-    return product(GemmKernel::skinny, job, behind_pack);
+cudaError_t gemm_skinny(const Product& job, cudaStream_t, bool starts_early) {
+    return product(GemmKernel::skinny, job, starts_early);
 }
-cudaError_t gemm_skinny_mma_sm80(const Product& job, cudaStream_t, bool behind_pack) {
-    return product(GemmKernel::skinny_mma_sm80, job, behind_pack);
+cudaError_t gemm_skinny_mma_sm80(const Product& job, cudaStream_t, bool starts_early) {
+    return product(GemmKernel::skinny_mma_sm80, job, starts_early);
 }
-cudaError_t gemm_mma_sm80(const Product& job, Tile, cudaStream_t, bool behind_pack) {
-    return product(GemmKernel::mma_sm80, job, behind_pack);
+cudaError_t gemm_mma_sm80(const Product& job, Tile, cudaStream_t, bool starts_early) {
+    return product(GemmKernel::mma_sm80, job, starts_early);
 }
-cudaError_t gemm_mma_int8_sm80(const Product& job, cudaStream_t, bool behind_pack) {
-    return product(GemmKernel::mma_int8_sm80, job, behind_pack);
+cudaError_t gemm_mma_int8_sm80(const Product& job, cudaStream_t, bool starts_early) {
+    return product(GemmKernel::mma_int8_sm80, job, starts_early);
 }
-cudaError_t gemm_wgmma_sm90a(const Product& job, WarpgroupTile, cudaStream_t, bool behind_pack) {
-    return product(GemmKernel::wgmma_sm90a, job, behind_pack);
+cudaError_t gemm_wgmma_sm90a(const Product& job, WarpgroupTile, cudaStream_t, bool starts_early) {
+    return product(GemmKernel::wgmma_sm90a, job, starts_early);
 }
 
 static cudaError_t fused(GemmKernel kernel, const FusedProduct& job) {

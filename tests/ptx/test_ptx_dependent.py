@@ -1,4 +1,4 @@
-"""Products behind pack or align, launched while it still runs: they wait before they touch what it writes.
+"""Products that start while pack or align still runs, which makes their x: they wait before they touch what it writes.
 
 The interpreter stops a kernel that reads such memory before `griddepcontrol.wait`, or through the path for data that no
 kernel writes meanwhile (`ld.global.nc`).
@@ -33,7 +33,7 @@ Y = 9
 """The field with the outputs, which the product may not write before x is there either."""
 
 
-class BehindPack:
+class Early:
     """A module whose products start before the kernel that makes x has ended.
 
     Pack writes x and its set bits; align writes the set bits and perhaps x. `fields` are those of what is written.
@@ -70,38 +70,38 @@ each_product = pytest.mark.parametrize("name", PRODUCTS)
 
 
 @each_product
-def test_products_behind_pack(name):
-    behind = BehindPack(module(f"{name}.cu", TARGET))
+def test_products_that_start_early(name):
+    early = Early(module(f"{name}.cu", TARGET))
     for seed, (m, n, k) in enumerate([(1, 9, 700), (2, 70, 4129), (4, 9, 1), (16, 33, 9000), (3, 5, 0)]):
-        PRODUCTS[name](behind, m, n, k, seed=seed)
-        PRODUCTS[name](behind, m, n, k, torch.bool, seed=seed)
+        PRODUCTS[name](early, m, n, k, seed=seed)
+        PRODUCTS[name](early, m, n, k, torch.bool, seed=seed)
     for m, n, k in [(20, 33, 700), (64, 5, 2100)] if name == "gemm_skinny_mma_sm80" else ():
-        PRODUCTS[name](behind, m, n, k, torch.bfloat16)
+        PRODUCTS[name](early, m, n, k, torch.bfloat16)
 
 
-def test_wgmma_behind_pack():
+def test_wgmma_starts_early():
     """The weights of all stages of the ring, and of fewer, are copied before x is there; a block has several tiles."""
-    behind = BehindPack(module("gemm_wgmma_sm90a.cu", TARGET))
+    early = Early(module("gemm_wgmma_sm90a.cu", TARGET))
     for seed, stages in enumerate([1, 5, 7]):
         for tile in wgmma_sm90a.STAGES:
             n = (tile[1] + 3, 2 * tile[1] + 5)[seed % 2]
-            wgmma_sm90a.check_wgmma(behind, 140, n, 1024 * stages - 7, torch.bfloat16, tile, seed, blocks=1)
+            wgmma_sm90a.check_wgmma(early, 140, n, 1024 * stages - 7, torch.bfloat16, tile, seed, blocks=1)
 
 
 @each_product
 def test_weights_are_read_early(name):
-    behind = BehindPack(module(f"{name}.cu", TARGET), WEIGHT)
+    early = Early(module(f"{name}.cu", TARGET), WEIGHT)
     if name in EARLY:
         with pytest.raises(PtxFault, match=r"is read before griddepcontrol\.wait"):
-            PRODUCTS[name](behind, 4, 9, 700)
+            PRODUCTS[name](early, 4, 9, 700)
     else:
-        PRODUCTS[name](behind, 4, 9, 700)
+        PRODUCTS[name](early, 4, 9, 700)
 
 
 def test_wgmma_without_a_result_waits():
-    """y may be written only when all before pack has ended, also if the weights were prepared for another product."""
-    behind = BehindPack(module("gemm_wgmma_sm90a.cu", TARGET))
-    check_wrong_forms(lambda call: wgmma_sm90a.launch(behind, call, wgmma_sm90a.NARROW), 3, 9, 700)
+    """It writes y only after pack has ended, even if the weights were prepared for another product."""
+    early = Early(module("gemm_wgmma_sm90a.cu", TARGET))
+    check_wrong_forms(lambda call: wgmma_sm90a.launch(early, call, wgmma_sm90a.NARROW), 3, 9, 700)
 
 
 @pytest.mark.parametrize("name", [name for name in PRODUCTS if "wgmma" not in name])
@@ -119,10 +119,10 @@ def test_mutants_of_the_waits_of_wgmma_are_caught():
     """The producer waits, each consumer, and a block without results."""
 
     def run(module: Module, seed: int) -> None:
-        behind = BehindPack(module)
-        wgmma_sm90a.check_wgmma(behind, 4, 9, 700, torch.bfloat16, seed=seed)
+        early = Early(module)
+        wgmma_sm90a.check_wgmma(early, 4, 9, 700, torch.bfloat16, seed=seed)
         call = product_call(4, 9, 700, torch.bfloat16, seed=seed, aligned=True, header=prepared_header(9, 701))
-        wgmma_sm90a.launch(behind, call, wgmma_sm90a.NARROW, seed=seed)
+        wgmma_sm90a.launch(early, call, wgmma_sm90a.NARROW, seed=seed)
         call.check_no_result((9, 701))
 
     text = wgmma_sm90a.ptx()
@@ -135,7 +135,7 @@ def test_mutants_of_the_waits_of_wgmma_are_caught():
 def test_mutants_of_the_wait_are_caught(name):
     def run(module: Module, seed: int) -> None:
         try:
-            PRODUCTS[name](BehindPack(module), 4, 9, 700, seed=seed)
+            PRODUCTS[name](Early(module), 4, 9, 700, seed=seed)
         except PtxFault as fault:
             assert fault.kind == "dependent launch"
             raise
@@ -170,7 +170,7 @@ def test_launchers(name):
     """A product is launched in this way if that is asked for, and in all else as usual."""
     launcher = Launcher(name)
     _, (usual,) = launcher(product_job(4, 70, 700))
-    _, (behind,) = launcher(product_job(4, 70, 700), behind_pack=True)
-    assert behind.behind_pack and not usual.behind_pack
-    behind.behind_pack = False
-    assert behind == usual
+    _, (early,) = launcher(product_job(4, 70, 700), starts_early=True)
+    assert early.starts_early and not usual.starts_early
+    early.starts_early = False
+    assert early == usual

@@ -134,7 +134,7 @@ class Launch:
     most_dynamic: int  # the limit to which the kernel's dynamic shared memory was raised, or 0
     stream: int
     arguments: list[bytes]
-    behind_pack: bool  # whether it may start before the kernel in front of it has ended
+    starts_early: bool  # whether it may start before the kernel in front of it has ended
     buffers: list[Buffer] = field(default_factory=list)
 
     def check(self) -> None:
@@ -224,7 +224,7 @@ class Launcher:
         tile: int | None = None,
         stream: int = 0,
         errors: tuple[int, int] = (SUCCESS, SUCCESS),
-        behind_pack: bool = False,
+        starts_early: bool = False,
         other: Struct | None = None,
     ) -> tuple[int, list[Launch]]:
         """Return the launcher's error and its launches; the runtime returns `errors` for a launch and an attribute.
@@ -248,7 +248,7 @@ class Launcher:
         if self.name in ("pack", "align"):
             data += _with_addresses(other, buffers) if other else bytes(struct.calcsize(layout("Align")))
         tile = self.tile if tile is None else tile
-        error = getattr(self.library, f"launch_{self.name}")(data, len(data), tile, behind_pack, stream)
+        error = getattr(self.library, f"launch_{self.name}")(data, len(data), tile, starts_early, stream)
         assert not raised, raised
         assert error >= 0, f"{self.name}: a struct of {len(data)} bytes has the wrong size"
         assert self.library.cudaGetLastError() == SUCCESS, "the launcher does not clear its error"
@@ -265,7 +265,7 @@ class Launcher:
         most_dynamic: int,
         stream: int | None,
         arguments: Any,
-        behind_pack: int,
+        starts_early: int,
         buffers: list[Buffer],
     ) -> Launch:
         found = self.module
@@ -276,7 +276,7 @@ class Launcher:
         sizes = [parameter.size or 0 for parameter in found.ptx.kernels[kernel].params]
         values = [ctypes.string_at(arguments[i], size) for i, size in enumerate(sizes)]
         sides = (tuple(grid[:3]), tuple(block[:3]))
-        rest = shared_bytes, most_dynamic, stream or 0, values, bool(behind_pack), buffers
+        rest = shared_bytes, most_dynamic, stream or 0, values, bool(starts_early), buffers
         return Launch(found, kernel, *sides, *rest)
 
     def launch(
@@ -295,7 +295,7 @@ class Launcher:
         assert (error, len(launches)) == (SUCCESS, 1), args
         launch = launches[0]
         what = (launch.kernel, launch.grid, launch.block, launch.shared_bytes, launch.stream)
-        assert what == (kernel, dim3(grid), dim3(block), shared_bytes, stream) and not launch.behind_pack, args
+        assert what == (kernel, dim3(grid), dim3(block), shared_bytes, stream) and not launch.starts_early, args
         for actual, expected in zip(launch.arguments[1:], args[1:], strict=True):
             if isinstance(expected, Struct):
                 assert actual == _with_addresses(expected, launch.buffers), args

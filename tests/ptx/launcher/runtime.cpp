@@ -24,7 +24,7 @@ struct Configuration {
 };
 
 using OnLaunch = void (*)(const char* name, const dim3* grid, const dim3* block, uint64_t shared_bytes,
-                          uint64_t most_dynamic, cudaStream_t stream, void** arguments, int behind_pack);
+                          uint64_t most_dynamic, cudaStream_t stream, void** arguments, int starts_early);
 
 // Returns the kernels by their address on the host. The map is constructed at its first use, because static
 // constructors of other files fill it.
@@ -141,15 +141,15 @@ EXPORT cudaError_t __cudaLaunchKernel(cudaKernel_t handle, dim3 grid, dim3 block
 EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* configuration, const void* function,
                                        void** arguments) {
     if (error_of_launch != cudaSuccess) return remember(error_of_launch);
-    int behind_pack = 0;
+    int starts_early = 0;
     for (unsigned i = 0; i < configuration->numAttrs; ++i) {
         const cudaLaunchAttribute& attribute = configuration->attrs[i];
         if (attribute.id != cudaLaunchAttributeProgrammaticStreamSerialization) return remember(cudaErrorNotSupported);
-        behind_pack = attribute.val.programmaticStreamSerializationAllowed;
+        starts_early = attribute.val.programmaticStreamSerializationAllowed;
     }
     const Kernel& kernel = kernels().at(function);
     on_launch(kernel.name, &configuration->gridDim, &configuration->blockDim, configuration->dynamicSmemBytes,
-              kernel.most_dynamic, configuration->stream, arguments, behind_pack);
+              kernel.most_dynamic, configuration->stream, arguments, starts_early);
     return cudaSuccess;
 }
 
