@@ -148,5 +148,6 @@ cudaError_t gemm_mma_sm75(const Product&, cudaStream_t);  // capability 7.5 to 8
 // the aligned form and for sizes that they do not take (fits_fused in records.h).
 cudaError_t gemm_fused_skinny(const FusedProduct&, cudaStream_t);           // any compute capability; up to 4 rows
 cudaError_t gemm_fused_skinny_mma_sm80(const FusedProduct&, cudaStream_t);  // compute capability 8.0 to 9.0
+cudaError_t gemm_fused_cluster_sm90(const FusedProduct&, cudaStream_t);     // compute capability 9.0
 
 }  // namespace bitorch_qlinear::cuda

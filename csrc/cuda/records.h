@@ -23,6 +23,9 @@ constexpr int64_t kCountedRows = 4;
 // The most values of x, with rows rounded up to the aligned form's, that a block of a fused kernel packs: 16 KB of words.
 constexpr int64_t kFusedValues = 131072;
 
+// The blocks of a cluster of fused_cluster_sm90: as many as every whole GPU of 9.0 has room for.
+constexpr int64_t kClusterBlocks = 8;
+
 enum class GemmKernel : int {
     popc,
     skinny,
@@ -32,9 +35,10 @@ enum class GemmKernel : int {
     mma_int8_sm80,
     wgmma_sm90a,
     fused_skinny,
-    fused_skinny_mma_sm80
+    fused_skinny_mma_sm80,
+    fused_cluster_sm90
 };
-constexpr int kGemmKernels = 9;
+constexpr int kGemmKernels = 10;
 
 // A kernel and the devices and operands that it takes. A compute capability is one number here: 86 is 8.6, 120 is 12.0.
 struct KernelRecord {
@@ -50,7 +54,8 @@ constexpr int kNewest = INT32_MAX;
 constexpr int64_t kAnyRows = INT64_MAX;
 
 // wgmma_sm90a has code for sm_90a alone, where the "a" means that no other device runs it, not even a later one. A build
-// whose chosen targets lack it (setup.py) has the kernel for no device.
+// whose chosen targets lack it (setup.py) has the kernel for no device. fused_cluster_sm90 needs 9.0 without the "a", and
+// is left out with it, because only the code for 9.0 has clusters and the tensor cores' products of bits.
 #ifdef BITORCH_QLINEAR_WITHOUT_SM90A
 constexpr int kHopper = 0;
 #else
@@ -70,6 +75,7 @@ constexpr KernelRecord kKernels[kGemmKernels] = {
     {GemmKernel::wgmma_sm90a, "wgmma_sm90a", kHopper, kHopper, true, true, kMostWarpgroupRows},
     {GemmKernel::fused_skinny, "fused_skinny", 75, kNewest, true, false, kCountedRows, true},
     {GemmKernel::fused_skinny_mma_sm80, "fused_skinny_mma_sm80", 80, 90, true, false, kSkinnyRows, true},
+    {GemmKernel::fused_cluster_sm90, "fused_cluster_sm90", kHopper, kHopper, true, false, kSkinnyRows, true},
 };
 
 static constexpr const KernelRecord& record(GemmKernel kernel) { return kKernels[static_cast<int>(kernel)]; }
