@@ -168,6 +168,7 @@ WORKS: dict[str, dict[str, Callable[[Kernel], Work]]] = {
     "gemm_mma_sm75": {"": _mma_sm75},
     "gemm_fused_skinny": {"": _fused_skinny},
     "gemm_fused_skinny_mma_sm80": {"": _fused_skinny_mma},
+    "gemm_fused_cluster_sm90": {"": _fused_skinny_mma},
     "gemm_wgmma_sm90a": {"": _wgmma},
     "pack": {"": _pack, ", in range": _pack_with_range},
     "pack_limited": {"": _pack_limited},
@@ -203,7 +204,7 @@ def epilogue(kernel: Kernel) -> Epilogue | None:
             pass
         case "gemm_fused_skinny", (rows,):  # in a round, if each warp has a unit of its own
             columns = 64
-        case "gemm_fused_skinny_mma_sm80", ():
+        case "gemm_fused_skinny_mma_sm80" | "gemm_fused_cluster_sm90", ():
             rows, columns = 16, 64
         case "gemm_wgmma_sm90a", (columns, *_):
             rows = 128

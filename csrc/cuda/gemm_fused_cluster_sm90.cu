@@ -23,6 +23,7 @@
 #include <atomic>
 
 #include "fused_mma.cuh"
+#include "relaxed_capture.h"
 
 namespace bitorch_qlinear::cuda {
 namespace {
@@ -47,6 +48,7 @@ int clusters_at_once(const cudaLaunchConfig_t& configuration, const void* kernel
     if (cudaGetDevice(&device) != cudaSuccess) device = kRemembered;
     const int known = device < kRemembered ? remembered[device].load(std::memory_order_relaxed) : kUnknown;
     if (known != kUnknown) return known == kNone ? 0 : known;
+    const RelaxedCapture relaxed;  // the question may load the kernel's code
     int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration) != cudaSuccess) clusters = 0;
     static_cast<void>(cudaGetLastError());  // clears an error, before others see it

@@ -3,8 +3,8 @@
 //
 // These are estimates, not measured. A block packs all of x for itself, 28 bytes a clock (gemm_fused_skinny.cu): the 32
 // KB of 16 rows of 1024 values of bfloat16 take 0.7 us at 1.75 GHz, but the 128 KB of 4096 values take 2.7 us, more than
-// the launch that is saved (heuristics.h has the bound). Clusters of blocks that pack a part each would lift that bound;
-// the kernel does without, so that it serves 8.0 to 8.9 too.
+// the launch that is saved (heuristics.h has the bound). On 9.0 the blocks of a cluster can pack a part each
+// (gemm_fused_cluster_sm90.cu), which lifts that bound.
 //
 // At n = k = 8192 a multiprocessor has 16384 words of weights. On an H100 or H200 the tensor cores take 64 of them in 4
 // clocks, 1024 clocks in all. Shared memory takes 1500: it gives a warp 1 KB of x for every 512 bytes of weights. The

@@ -26,6 +26,7 @@ TENSOR_CORES = {
     "gemm_skinny_mma_sm80": ("sm_80", "sm_86", "sm_89", "sm_90a"),
     "gemm_fused_skinny_mma_sm80": ("sm_80", "sm_86", "sm_89", "sm_90a"),
     "gemm_mma_int8_sm80": ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"),
+    "gemm_fused_cluster_sm90": ("sm_90a",),
     "gemm_wgmma_sm90a": ("sm_90a",),
 }
 # These kernels use mma_tiles.cuh.
@@ -131,7 +132,7 @@ def promised_accesses(kernel: Kernel) -> dict[str, int]:
             return {r"LDG\.E\.NA\.128": tiles * slices, r"LDG\.E\.128": 2 * slices}
         case Kernel("gemm_fused_skinny", sizes=(rows,)):
             return {r"LDG\.E\.NA\.128": 4, r"LDS.*\.128": 4 * rows}
-        case Kernel("gemm_fused_skinny_mma_sm80"):
+        case Kernel("gemm_fused_skinny_mma_sm80" | "gemm_fused_cluster_sm90"):
             return {r"LDG\.E\.NA\.128": 4, r"LDS.*\.128": 8}
         case Kernel("pack", vectors=True):
             return {r"LDG\.E\.128": 4}
@@ -168,6 +169,17 @@ def check_warpgroups(kernel: Kernel, instructions: list[Instruction], passed: Co
     assert vectors == columns // (2 * halves), "results are not stored as whole vectors"
     if kernel.type in ("float16", "bfloat16"):
         assert machine_code.count(names, "F2FP") == columns, "pairs are not narrowed together, in both ways to store"
+
+
+def check_clusters(instructions: list[Instruction]) -> None:
+    """The blocks meet twice, and words go to other blocks 16 bytes at a time, before the second arrival."""
+    names = [i.name for i in instructions]
+    meetings = [name for name in names if name.startswith("UCGABAR")]
+    assert meetings == ["UCGABAR_ARV", "UCGABAR_WAIT"] * 2
+    assert [name for name in names if name.startswith("ST.")] == ["ST.E.128"]
+    fences = [at for at, name in enumerate(names) if name.startswith("MEMBAR") and ".GPU" in name]
+    (fence,), arrivals = fences, [at for at, name in enumerate(names) if name == "UCGABAR_ARV"]
+    assert names.index("ST.E.128") < fence < arrivals[1]
 
 
 def check_memory(kernel: Kernel, names: Counter[str], passed: Counter[str]) -> None:
@@ -213,6 +225,8 @@ def test_instructions(target):
             check_memory(kernel, names, passed)
             if kernel.source == "gemm_wgmma_sm90a":
                 check_warpgroups(kernel, instructions, passed)
+            if kernel.source == "gemm_fused_cluster_sm90":
+                check_clusters(instructions)
         except AssertionError as error:
             error.add_note(f"{kernel} for {target}")
             raise

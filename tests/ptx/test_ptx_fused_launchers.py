@@ -161,6 +161,7 @@ CLUSTER_MUTANTS = [
     ("none", "if (clusters == 0) return gemm_fused_skinny_mma_sm80(job, stream);", ""),
     ("remembered", "known == kNone ? 0 : known", "known"),
     ("blocks", "attribute.val.clusterDim.x = kBlocks", "attribute.val.clusterDim.x = 4"),
+    ("capture", "const RelaxedCapture relaxed;", ""),
     ("error", "static_cast<void>(cudaGetLastError());  // clears an error, before others see it", ""),
 ]
 

@@ -161,8 +161,8 @@ class Launch:
 
     def run(self, seed: int = 0) -> Report:
         arguments = [self._with_buffers(argument) for argument in self.arguments]
-        cluster = self.cluster or None
-        return self.module.launch(self.kernel, self.grid, self.block, arguments, self.shared_bytes, seed, cluster=cluster)
+        more = {"cluster": self.cluster} if self.cluster else {}
+        return self.module.launch(self.kernel, self.grid, self.block, arguments, self.shared_bytes, seed, **more)
 
     def _with_buffers(self, argument: bytes) -> Struct:
         """Return the argument with buffers in place of their fake addresses, and tensor maps with buffers."""

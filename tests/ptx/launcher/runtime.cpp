@@ -36,6 +36,7 @@ std::unordered_map<const void*, Kernel>& kernels() {
 
 Configuration configuration;
 OnLaunch on_launch;
+cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 int multiprocessors = 132, current_device = 0, clusters_at_once = INT32_MAX / 8;
 cudaError_t last_error, error_of_launch, error_of_attribute;
 
@@ -91,11 +92,18 @@ EXPORT cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     return cudaSuccess;
 }
 
+EXPORT cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+    std::swap(*mode, capture_mode);
+    return cudaSuccess;
+}
+
+// Does as if it loaded the kernel's code, which ends a capture unless the mode is relaxed.
 EXPORT cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* configuration) {
     const cudaLaunchAttribute* attribute = configuration->attrs;
     if (configuration->numAttrs != 1 || attribute->id != cudaLaunchAttributeClusterDimension || clusters_at_once < 0) {
         return remember(cudaErrorInvalidValue);
     }
+    if (capture_mode != cudaStreamCaptureModeRelaxed) return remember(cudaErrorStreamCaptureUnsupported);
     *clusters = clusters_at_once;
     return cudaSuccess;
 }
