@@ -1,8 +1,9 @@
 // The parts that the kernels which pack x themselves have in common: packing rows of real x into shared memory, and the
 // division of the weights among blocks and warps.
 //
-// A block packs all rows of x once and then multiplies, in rounds, columns of y. In a round each group of Parts warps
-// has one unit, the columns that a warp's load takes side by side, and the warps of a group divide K among them:
+// A block packs all rows of x once, alone or with the other blocks of its cluster, and then multiplies, in rounds,
+// columns of y. In a round each group of Parts warps has one unit, the columns that a warp's load takes side by side, and
+// the warps of a group divide K among them:
 //
 //     warp            0 ... Parts-1     Parts ... 2Parts-1    ...
 //     unit            first             first + 1             ...

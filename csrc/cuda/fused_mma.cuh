@@ -1,10 +1,10 @@
 // The kernels that pack at most 16 rows of real x and multiply them on tensor cores: m16n8k256 and.popc. In
-// gemm_fused_skinny_mma_sm80.cu each block packs x for itself, and in gemm_fused_cluster_sm90.cu the blocks of a cluster
-// pack it together. The set bits of x and of the weights are counted inside.
+// gemm_fused_skinny_mma_sm80.cu each block packs x for itself, and in gemm_fused_cluster_sm90.cu the blocks of a
+// cluster pack it together. The set bits of x and of the weights are counted inside.
 //
-// All rows of x are one fragment of an instruction, and 8 weight rows another. The bits of k may be summed in any order,
-// so lane (g, q) takes 16 bytes of row g of the weights from global memory, and of rows g and g + 8 of x from shared
-// memory, as the registers of two instructions, without ldmatrix:
+// All rows of x are one fragment of an instruction, and 8 weight rows another. The bits of k may be summed in any
+// order, so lane (g, q) takes 16 bytes of row g of the weights from global memory, and of rows g and g + 8 of x from
+// shared memory, as the registers of two instructions, without ldmatrix:
 //
 //     word of a slice   4 q      4 q + 1   |  4 q + 2   4 q + 3
 //     x row g           a[0]     a[2]      |  a[0]      a[2]
@@ -12,8 +12,8 @@
 //     weight row g      b[0]     b[1]      |  b[0]      b[1]
 //                       first instruction  |  second
 //
-// A slice is what one such load takes of a row, 16 words. A warp has kSlices loads of weights in flight, and the first of
-// them leave before x is read. fused.cuh says how columns and K are divided among warps and blocks.
+// A slice is what one such load takes of a row, 16 words. A warp has kSlices loads of weights in flight, and the first
+// of them leave before x is read. fused.cuh says how columns and K are divided among warps and blocks.
 #pragma once
 
 #include "cluster.cuh"

@@ -21,9 +21,9 @@ struct FusedPlan {
 // words, which a quarter of a warp reads at once, then lie in different banks.
 static constexpr int fused_pitch(int width) { return (width + 15) / 32 * 32 + 16; }
 
-// Returns the plan and the number of blocks, which is a multiple of `cluster`. The columns of y are ceil(n / unit) units;
-// `piece` is the fewest words of K that a warp loads. A block has at most `most` units in a round and, if outputs are
-// bits, whole words.
+// Returns the plan and the number of blocks, which is a multiple of `cluster`. The columns of y are ceil(n / unit)
+// units; `piece` is the fewest words of K that a warp loads. A block has at most `most` units in a round and, if
+// outputs are bits, whole words.
 static inline FusedPlan fused_plan(const FusedProduct& job, int unit, int piece, int most, int64_t* blocks,
                                    int64_t cluster = 1) {
     const Product& product = job.product;

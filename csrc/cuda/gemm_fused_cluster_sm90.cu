@@ -1,25 +1,26 @@
 // Packs at most 16 rows of real x and multiplies them, in one launch, on tensor cores, for compute capability 9.0: the
 // blocks of a cluster pack x together (fused_mma.cuh). Twins: pack.cu and gemm_skinny_mma_sm80.cu.
 //
-// Each of 8 blocks packs an eighth of k of all rows, in words of 16 bytes, and stores it in the shared memory of all 8.
-// Two barriers of the cluster order this. Before the first one ends, a block may not have started, and its shared memory
-// may belong to another one. Behind the second one all words are there, and no block touches the memory of another one
-// any more: a block that finds a wrong prepared form may write what no product gives and exit, whatever the others do.
+// Each of 8 blocks packs an eighth of k of all rows, in pieces of 16 bytes of words, and stores it in the shared
+// memory of all 8. Two barriers of the cluster order this. Before the first one ends, a block may not have started,
+// and its shared memory may belong to another one. Behind the second one all words are there, and no block touches the
+// memory of another one any more: a block that finds a wrong prepared form may write what no product gives and exit,
+// whatever the others do.
 //
 // These are estimates, not measured. At 28 bytes a clock (gemm_fused_skinny.cu) an eighth of 16 rows of 4096 values of
 // bfloat16, 16 KB, takes 0.33 us at 1.75 GHz, where a block alone takes 2.7 for all of it. Words and barrier need two
 // ways to another multiprocessor, of about 200 clocks each: 0.25 us. Blocks of a cluster share a group of 16 or 18
 // multiprocessors, so 128 of 132 work, which costs 0.05 us of a product of 2. heuristics.h has the bound that follows.
 // L2 gives x to 16 clusters, 2 MB, where a launch that packs x reads 128 KB once. The second arrival waits until the
-// stores have been made, and perhaps for the first weights too. Stores that count bytes at an mbarrier (st.async) would
-// need no such wait; they were not tried.
+// stores have been made, and perhaps for the first weights too. Stores that count bytes at an mbarrier (st.async)
+// would need no such wait; they were not tried.
 //
 // Tensor cores multiply up to 4 rows too, because their loop takes the same time for any number of rows and weights
 // from memory take twice as long (gemm_fused_skinny.cu, gemm_fused_skinny_mma_sm80.cu).
 //
 // If y has few columns, the blocks of a cluster could divide k and add their sums. That is not done. A row of x has at
-// most 4096 words, and 256 if there are 16 rows. With 8 columns, the fewest, each of a block's 16 warps has 256 of them,
-// four passes of its loop, or 16, a single load. There is little left to divide.
+// most 4096 words, and 256 if there are 16 rows. With 8 columns, the fewest, each of a block's 16 warps has 256 of
+// them, four passes of its loop, or 16, a single load. There is little left to divide.
 #include <atomic>
 
 #include "fused_mma.cuh"
@@ -39,8 +40,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) multiply_in_cluster(const Fu
 #endif
 }
 
-// Returns how many clusters of a kernel the current device runs at once, or 0 if it has none: a part of a GPU may be too
-// small (CUDA C++ programming guide, "Thread Block Clusters"). CUDA is asked once for each of the first devices.
+// Returns how many clusters of a kernel the current device runs at once, or 0 if it has none: a part of a GPU may be
+// too small (CUDA C++ programming guide, "Thread Block Clusters"). CUDA is asked once for each of the first devices.
 int clusters_at_once(const cudaLaunchConfig_t& configuration, const void* kernel) {
     constexpr int kRemembered = 32, kUnknown = 0, kNone = -1;
     static std::atomic<int> remembered[kRemembered];

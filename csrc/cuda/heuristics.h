@@ -182,9 +182,9 @@ static inline bool fused_is_faster(const Gpu& gpu, int64_t m, int64_t k, int64_t
 // multiprocessors that are in no cluster (gemm_fused_cluster_sm90.cu).
 constexpr double kMicrosOfCluster = 0.3;
 
-// Returns whether fused_cluster_sm90, whose blocks pack an eighth of x each, is faster than two launches: up to 196 KB of
-// x. By the same figures it is faster than a block alone from 17 KB on, by up to 0.4 us, but nobody has measured what a
-// launch of clusters costs; so blocks alone keep what they pack in time.
+// Returns whether fused_cluster_sm90, whose blocks pack an eighth of x each, is faster than two launches: up to 196 KB
+// of x. By the same figures it is faster than a block alone from 17 KB on, by up to 0.4 us, but nobody has measured
+// what a launch of clusters costs; so blocks alone keep what they pack in time.
 static inline bool cluster_is_faster(const Gpu& gpu, int64_t m, int64_t k, int64_t value_bytes) {
     const double saved = kMicrosOfPack - kMicrosHidden - kMicrosOfCluster;
     return gpu.multiprocessors >= kClusterBlocks &&

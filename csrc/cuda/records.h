@@ -20,7 +20,8 @@ constexpr int64_t kSkinnyRows = 16;
 // The most rows that are counted on CUDA cores if another kernel exists for more (heuristics.h).
 constexpr int64_t kCountedRows = 4;
 
-// The most values of x, with rows rounded up to the aligned form's, that a block of a fused kernel packs: 16 KB of words.
+// The most values of x, with rows rounded up to the aligned form's, that a block of a fused kernel has place for: 16
+// KB of words.
 constexpr int64_t kFusedValues = 131072;
 
 // The blocks of a cluster of fused_cluster_sm90: as many as every whole GPU of 9.0 has room for.
@@ -53,9 +54,9 @@ struct KernelRecord {
 constexpr int kNewest = INT32_MAX;
 constexpr int64_t kAnyRows = INT64_MAX;
 
-// wgmma_sm90a has code for sm_90a alone, where the "a" means that no other device runs it, not even a later one. A build
-// whose chosen targets lack it (setup.py) has the kernel for no device. fused_cluster_sm90 needs 9.0 without the "a", and
-// is left out with it, because only the code for 9.0 has clusters and the tensor cores' products of bits.
+// wgmma_sm90a has code for sm_90a alone, where the "a" means that no other device runs it, not even a later one. A
+// build whose chosen targets lack it (setup.py) has the kernel for no device. fused_cluster_sm90 needs 9.0 without the
+// "a", and is left out with it, because only the code for 9.0 has clusters and the tensor cores' products of bits.
 #ifdef BITORCH_QLINEAR_WITHOUT_SM90A
 constexpr int kHopper = 0;
 #else
