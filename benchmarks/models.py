@@ -194,7 +194,8 @@ def where_text(figures: Figures) -> str:
     count = len(figures["results"][0]["processes"])
     return (
         f"Medians over {count} process{'es' if count != 1 else ''} of {figures['rounds']} turns each: "
-        f"{describe(figures['setting'])}."
+        f"{describe(figures['setting'])}. A ratio is the median of the processes' ratios, so it need not be the "
+        "quotient of two medians here."
     )
 
 

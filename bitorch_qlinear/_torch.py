@@ -24,13 +24,16 @@ __all__ = [
     "any_global_hook",
     "any_hooks",
     "apply",
+    "call_overrides",
     "called_from",
     "does_more",
     "functorch_active",
     "has_hooks",
+    "has_own_call",
     "has_state_hooks",
     "hook_names",
     "is_dtensor",
+    "is_fsdp",
     "is_known",
     "is_plain",
     "is_proxy",
@@ -116,6 +119,34 @@ def has_hooks(module: nn.Module, allowed: Callable[..., Any] | None = None) -> b
     return False
 
 
+def has_own_call(module: nn.Module, allowed: Callable[..., Any] | None = None) -> bool:
+    """Whether a call of the module does more than its class's forward: by hooks, or by a forward set on the object.
+
+    Args:
+        module: The module.
+        allowed: A forward hook that does not count.
+    """
+    own = module.__dict__
+    try:
+        # The dictionary is read because each attribute of the module, and a call of has_hooks, would cost time.
+        if (
+            "forward" in own
+            or "_call_impl" in own
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+        ):
+            return True
+        hooks = own["_forward_hooks"]
+    except KeyError:
+        return True
+    if hooks:
+        for hook in hooks.values():
+            if hook is not allowed:
+                return True
+    return False
+
+
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The tables of a module's hooks that run in a call of it."""
 
@@ -134,6 +165,19 @@ any_global_hook: Callable[[], Any] = getattr(nn.modules.module, "_has_any_global
 
 MODULE_CALLS = tuple(name for name in ("__call__", "_call_impl") if hasattr(nn.Module, name))
 """The functions of nn.Module that lead from a call of a module to its forward."""
+
+
+def call_overrides(module: nn.Module, *methods: str) -> list[str]:
+    """Return the names of what replaces the way from a call of the module to its class's forward.
+
+    These are functions of `MODULE_CALLS` that its class overrides, and methods that are set on the object itself.
+
+    Args:
+        module: The module.
+        methods: Names of further methods, which decide about the values, to be found on the object.
+    """
+    by_class = [name for name in MODULE_CALLS if getattr(type(module), name) is not getattr(nn.Module, name)]
+    return by_class + [name for name in ("forward", *MODULE_CALLS[1:], *methods) if name in module.__dict__]
 
 
 def modes_active() -> bool:
@@ -180,6 +224,11 @@ def hook_names(module: nn.Module) -> list[str]:
 def own_attributes(module: nn.Module) -> dict[str, Any]:
     """Return what is kept on the module as attributes, except a compiled call, which a copy of a module loses too."""
     return {name: value for name, value in module.__dict__.items() if name != "_compiled_call_impl"}
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP2 shards the module, which gives it a class of its own with the same forward."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
 def is_dtensor(tensor: object) -> bool:

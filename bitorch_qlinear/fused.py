@@ -30,7 +30,7 @@ from ._torch import (
     any_global_hook,
     any_hooks,
     does_more,
-    has_hooks,
+    has_own_call,
     is_plain,
     operator_entry,
 )
@@ -155,8 +155,7 @@ def is_sequential(module: nn.Module | None) -> bool:
 
 def _has_own_call(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class's forward."""
-    attributes = module.__dict__
-    return has_hooks(module) or "forward" in attributes or "_compiled_call_impl" in attributes
+    return has_own_call(module) or "_compiled_call_impl" in module.__dict__
 
 
 def _flatten(sequential: nn.Module) -> Iterator[nn.Module]:

@@ -28,7 +28,7 @@ from ._product import (
     wants_gradient,
 )
 from ._sign_gemm import beats_blas
-from ._torch import called_from, has_hooks, is_dtensor, is_plain
+from ._torch import call_overrides, called_from, has_hooks, has_own_call, hook_names, is_dtensor, is_fsdp, is_plain
 from .checkpoint import (
     problem_of_lost_scale,
     problem_of_scale_in_float,
@@ -41,6 +41,7 @@ from .quantizations import (
     binary_rule,
     cancel_gradient,
     get_quantization,
+    guard,
     is_identity,
     is_ternary,
     kept_means,
@@ -165,6 +166,11 @@ class Activation(nn.Module):
         """Quantize x in float."""
         quantized: Tensor = self.activation_function(cancel_gradient(x, self.gradient_cancellation_threshold))
         return quantized
+
+
+def is_plain_activation(activation: nn.Module) -> bool:
+    """Whether a call of a layer's activation cancels gradients and calls the quantization, and does nothing else."""
+    return type(activation) is Activation and not has_own_call(activation, do_nothing)
 
 
 class QLinear(nn.Linear):
@@ -362,9 +368,12 @@ class QLinear(nn.Linear):
         """Return the rules of input and weight, or None if the packed path cannot compute both of them."""
         modules: dict[str, Any] = self._modules
         activation = modules["activation"]
-        if type(activation) is not Activation or has_hooks(activation, do_nothing):
+        if not is_plain_activation(activation):
             return None
         parts: dict[str, Any] = activation._modules
+        if _compiling():
+            for module in (activation, parts["activation_function"], modules["weight_quantization"]):
+                guard(module)
         input_rule = binary_rule(parts["activation_function"])
         weight_rule = self._weight_rule()
         return None if input_rule is None or weight_rule is None else (input_rule, weight_rule)
@@ -446,8 +455,7 @@ class QLinear(nn.Linear):
             and x.dim() > 0
             and x.shape[-1] == weight.shape[1]
             and beats_blas(x, weight.shape[0])
-            and type(activation) is Activation
-            and not has_hooks(activation, do_nothing)
+            and is_plain_activation(activation)
             and is_identity(activation.activation_function)
             and self._weight_rule() is not None
             and all(t.dtype is x.dtype and t.is_cpu and is_plain(t) for t in (x, weight, bias) if t is not None)
@@ -464,7 +472,7 @@ class QLinear(nn.Linear):
     def _level_bits(self) -> int | None:
         """Return the bits of the levels to which the packed path can round x in inference, or None."""
         activation = self.activation
-        if self.training or type(activation) is not Activation or has_hooks(activation, do_nothing):
+        if self.training or not is_plain_activation(activation):
             return None
         return None if self._weight_rule() is None else level_bits(activation.activation_function)
 
@@ -495,9 +503,7 @@ class QLinear(nn.Linear):
     def _input_sign_rule(self) -> BinaryRule | None:
         """Return the rule of the input's signs, or None if it has another quantization or hooks."""
         activation = self.activation
-        if type(activation) is not Activation or has_hooks(activation, do_nothing):
-            return None
-        return binary_rule(activation.activation_function)
+        return binary_rule(activation.activation_function) if is_plain_activation(activation) else None
 
     def _ternary(self, x: Tensor, weight: Tensor, bias: Tensor | None, rule: BinaryRule) -> Tensor:
         """Compute the output from the signs of x and ternary weights: by bits if no gradient is needed."""
@@ -590,7 +596,7 @@ class QLinear(nn.Linear):
         """What computes the layer's output, in words; for float computation with the reason."""
         if self._rules() is not None:
             return path_name(self.weight)
-        real = type(self.activation) is Activation and is_identity(self.activation.activation_function)
+        real = is_plain_activation(self.activation) and is_identity(self.activation.activation_function)
         if real and not self.training and self._weight_rule() and self.weight.is_cpu:
             return "packed weights, real input (in inference, if that is faster; else float)"
         if is_ternary(self.weight_quantization) and self._input_sign_rule() and has_kernels(self.weight):
@@ -599,6 +605,26 @@ class QLinear(nn.Linear):
         if bits is not None and self.weight.is_cpu:
             return f"packed weights, {bits}-bit input (in inference; else float)"
         return "float"
+
+
+def reason_of_call(layer: QLinear) -> str:
+    """Return what a call of the layer does that a packed layer would not do, or "" if nothing.
+
+    The quantizations are not looked at.
+    """
+    overrides = call_overrides(layer)
+    if type(layer).forward is not QLinear.forward and not is_fsdp(layer):
+        overrides = ["forward"]
+    if overrides:
+        return f"{type(layer).__name__} has a {overrides[0]} of its own"
+    if has_hooks(layer):
+        return f"it has hooks ({', '.join(hook_names(layer)) or 'of backward'}), which packing would lose"
+    activation = layer.activation
+    if type(activation) is not Activation:
+        return f"its activation is a {type(activation).__name__}, which may compute something else"
+    if overrides := call_overrides(activation):
+        return f"its activation has a {overrides[0]} of its own"
+    return "its activation has hooks" if has_hooks(activation, do_nothing) else ""
 
 
 def safe_globals() -> list[Any]:

@@ -26,7 +26,7 @@ from ._product import (
     ternary_linear,
     ternary_words,
 )
-from ._torch import called_from, functorch_active, is_plain, shares_data
+from ._torch import call_overrides, called_from, functorch_active, has_hooks, is_plain, shares_data
 from .checkpoint import (
     INPUT_RULES,
     LEVEL_INPUTS,
@@ -41,12 +41,14 @@ from .checkpoint import (
     word_rows,
     words_for,
 )
-from .linear import Activation, QLinear, WeightScale, check_weight_scale, path_name
+from .linear import Activation, QLinear, WeightScale, check_weight_scale, path_name, reason_of_call
 from .quantizations import (
     BinaryRule,
     Sign,
     Ternary,
+    additions,
     binary_rule,
+    cancel_gradient,
     depends_on_mode,
     get_quantization,
     is_identity,
@@ -54,6 +56,7 @@ from .quantizations import (
     level_bits,
     mean_scale,
     own_scale,
+    quantize,
     scaled_rule,
 )
 from .quantizations.ternary import all_finite
@@ -66,6 +69,11 @@ _compiling = torch.compiler.is_compiling
 _SIGN = BinaryRule()
 # An operator prepares this many words in the time that it takes to pass it their form (0.3 us) and to compare the two.
 FEW_WORDS = 1024
+
+
+def described(quantization: nn.Module) -> str:
+    """Return the quantization's repr, and in words the mode and the additions that decide about its values."""
+    return f"{quantization!r}{' in training mode' if quantization.training else ''}{additions(quantization)}"
 
 
 def input_rule_of(quantization: nn.Module) -> int:
@@ -81,10 +89,9 @@ def input_rule_of(quantization: nn.Module) -> int:
         return LEVEL_INPUTS[bits]
     rule = binary_rule(quantization)
     if rule is None:
-        mode = " in training mode" if quantization.training else ""
         raise ValueError(
             "input_quantization: expected a sign-like quantization, identity, or inputdorefa of 1 or 2 bits, got "
-            f"{quantization!r}{mode}"
+            f"{described(quantization)}"
         )
     return int(rule.strict)
 
@@ -133,10 +140,9 @@ def pack_weight(weight: Tensor, quantization: nn.Module) -> Tensor:
         else:
             values = quantization(values)
             if not values.is_meta and not bool((values.abs() == 1).all()):
-                mode = " in training mode" if quantization.training else ""
                 raise ValueError(
-                    f"weight_quantization: expected one whose values are +1 and -1, got {quantization!r}{mode}, which "
-                    "gives others"
+                    "weight_quantization: expected one whose values are +1 and -1, got "
+                    f"{described(quantization)}, which gives others"
                 )
         device = values.device if has_kernels(values) else torch.device("cpu")
         return functional.pack_bits(values.to(device), strict).to(weight.device)
@@ -153,6 +159,9 @@ class PackedQLinear(nn.Module):
     :mod:`bitorch_qlinear.checkpoint`); it takes 1/32 of the bytes of float32 weights. In memory the layer takes as much
     again if the CPU kernel reads a prepared form. Loading checks all entries; a float ``state_dict`` (of a QLinear or
     ``nn.Linear``) is packed while it loads.
+
+    ``input_quantization`` gives the gradient, but the layer does not call it: the values of x are those that
+    ``input_rule`` names, even if the quantization is exchanged or gets hooks or methods of its own later.
 
     The words may be written in any way, at any time, because the operator compares them with their form in every call.
 
@@ -279,9 +288,11 @@ class PackedQLinear(nn.Module):
             words: Its packed weights if it shares them with another layer; None packs them.
 
         Raises:
-            ValueError: A quantization is of another kind, as progressive_sign is in training mode, or the weights are
-                ternary and not finite.
+            ValueError: A quantization is of another kind, as progressive_sign is in training mode, the weights are
+                ternary and not finite, or a call of the layer does more than QLinear's, as with hooks.
         """
+        if reason := reason_of_call(layer):
+            raise ValueError(f"layer: expected one whose call computes what QLinear computes, got another: {reason}")
         weight, bias = layer.weight, layer.bias
         n, k = weight.shape
         packed = cls(
@@ -308,7 +319,20 @@ class PackedQLinear(nn.Module):
 
         Its weight quantization is sign if the packed weights came from one that is not sign-like, such as weightdorefa,
         or that has a scale of its own. Ternary weights stay ternary. A scale becomes a learned one.
+
+        Raises:
+            ValueError: A call of the layer does more than PackedQLinear's, as with hooks, or its input quantization is
+                no longer one with the values by which the layer was packed, so that the output would not be the same.
         """
+        overrides = call_overrides(self) if type(self).forward is PackedQLinear.forward else ["forward"]
+        if overrides or has_hooks(self):
+            has = f"a {overrides[0]} of its own" if overrides else "hooks"
+            raise ValueError(f"layer: expected one whose call computes what PackedQLinear computes, got one with {has}")
+        if input_rule_of(self.input_quantization) != self._input_rule:
+            raise ValueError(
+                f"input_quantization: expected one that gives {INPUT_RULES[self._input_rule]}, as the layer computes "
+                f"it, got {self.input_quantization!r}"
+            )
         scale = self._buffers.get("scale")
         quantization: nn.Module | None = None
         if self._weight_rule == TERNARY_WEIGHT:
@@ -428,7 +452,9 @@ class PackedQLinear(nn.Module):
         if self._input_rule != REAL_INPUT:
             signs = self._signs(torch.float64 if x.dtype is torch.float64 else torch.float32)
             in_float = ternary_in_float if self._weight_rule == TERNARY_WEIGHT else scaled_in_float
-            return in_float(self.activation(x), signs, scale, bias, dtype)
+            rule = self._sign_rule()
+            cancelled = cancel_gradient(x, self.activation.gradient_cancellation_threshold)
+            return in_float(quantize(cancelled, rule.signs, rule), signs, scale, bias, dtype)
         if scale is not None:
             return scaled(F.linear(x, self._signs(x.dtype)), scale, bias)
         return F.linear(x, self._signs(x.dtype), None if bias is None else bias.to(x.dtype)).to(dtype)

@@ -62,8 +62,8 @@ inline void write_floats(const Output& y, int64_t row, int64_t column, const int
     }
 }
 
-// Writes one word of bits for each 32 popcounts. The column is a multiple of 32, and so is `count`, unless it reaches to
-// the end of the row: then every word is written as a whole.
+// Writes one word of bits for each 32 popcounts. The column is a multiple of 32, and so is `count`, unless it reaches
+// to the end of the row: then every word is written as a whole.
 inline void write_bits(const Output& y, int64_t row, int64_t column, const int32_t* popcounts, int64_t count) {
     uint32_t* out = static_cast<uint32_t*>(y.data) + row * words_for(y.n) + column / kWordBits;
     const int32_t* limits = y.limits + column;

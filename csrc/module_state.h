@@ -82,8 +82,8 @@ class ModuleState {
     bool same_tensor(PyObject* tensor, const Form& form) const;
     Form form_of(const py::handle& tensor) const;
 
-    // The cache lines that same() reads, as far as they are known. They are fetched at once, because the last product may
-    // have put them all out of the caches, and each of them leads to the next one. An address may be out of date.
+    // The cache lines that same() reads, as far as they are known. They are fetched at once, because the last product
+    // may have put them all out of the caches, and each of them leads to the next one. An address may be out of date.
     std::vector<const void*> lines_;
     std::vector<Module> modules_;
     std::vector<Pinned> pinned_;

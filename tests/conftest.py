@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from random import Random
 from typing import Any
 
 import pytest
@@ -37,23 +38,29 @@ torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option of `make check`."""
+    """Add the options that leave out cases."""
     parser.addoption("--quick", action="store_true", help="one case of each test; no slow tests")
+    parser.addoption("--share", type=int, default=1, metavar="N", help="one of N cases of each test, at least one")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --quick, keep one case of each test that is not marked slow.
+    """Keep the cases of each test that --quick or --share asks for.
 
-    The name of the test decides which case, always the same one. Tests with the same parameters run different cases, so
-    together they run every kernel and every dtype.
+    The name of the test decides which cases, always the same ones. Tests with the same parameters run different cases,
+    so together they run every kernel and every dtype.
     """
-    if not config.getoption("quick"):
+    quick, share = config.getoption("quick"), config.getoption("share")
+    if not quick and share <= 1:
         return
     cases: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("slow") is None:
+        if not quick or item.get_closest_marker("slow") is None:
             cases[item.nodeid.partition("[")[0]].append(item)
-    kept = {id(each[zlib.crc32(name.encode()) % len(each)]) for name, each in cases.items()}
+    kept = {
+        id(item)
+        for name, each in cases.items()
+        for item in Random(name).sample(each, 1 if quick else math.ceil(len(each) / share))
+    }
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
     items[:] = [item for item in items if id(item) in kept]
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .._torch import has_hooks, has_state_hooks, hook_names, own_attributes
+from .._torch import call_overrides, has_hooks, has_state_hooks, hook_names, own_attributes
 from ..linear import QLinear, how_to_free
 
 __all__ = ["held", "is_bitorch_layer", "qlinear_of", "reason_against_sharing", "threshold_of"]
@@ -45,12 +45,13 @@ def threshold_of(value: float | None) -> float | None:
 def reason_against_sharing(layer: Any) -> str:
     """Return the reason why a layer of bitorch cannot become a QLinear that computes the same, or ""."""
     base: Any = next(cls for cls in type(layer).__mro__ if _name_of(cls) == _LAYER)
-    if type(layer).forward is not base.forward or "forward" in layer.__dict__:
-        return f"{type(layer).__name__} has a forward of its own"
+    overrides = call_overrides(layer) if type(layer).forward is base.forward else ["forward"]
+    if overrides:
+        return f"{type(layer).__name__} has a {overrides[0]} of its own"
     for name in ("weight", "bias"):
         if name not in layer._parameters:
             return f"its {name} is computed from other tensors: {how_to_free(layer, name)}"
-    if _name_of(type(layer.activation)) != _ACTIVATION or "forward" in layer.activation.__dict__:
+    if _name_of(type(layer.activation)) != _ACTIVATION or call_overrides(layer.activation):
         return f"its activation is a {type(layer.activation).__name__}, which may compute something else"
     for what, module in (("it", layer), ("its activation", layer.activation)):
         if has_hooks(module) or has_state_hooks(module):

@@ -67,7 +67,9 @@ def pack(model: nn.Module, *, inplace: bool = False, fuse: bool = False) -> nn.M
         source = qlinear_of(layer) if is_bitorch_layer(layer) else layer
         assert isinstance(source, QLinear)
         rule = weight_rule_of(source.weight_quantization)
-        key = id(source.weight), id(source.weight_quantization) if rule == QUANTIZED_WEIGHT else rule
+        # A computed weight is a new tensor at each access, and the next one may get its id.
+        weight_id = id(source.weight) if "weight" in source._parameters else id(source)
+        key = weight_id, id(source.weight_quantization) if rule == QUANTIZED_WEIGHT else rule
         packed = PackedQLinear.from_float(source, shared.get(key))
         shared[key] = packed.weight
         replacements[id(layer)] = packed

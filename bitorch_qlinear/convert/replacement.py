@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from .._torch import is_fsdp
 from .bitorch_layers import held
-from .report import GATHER, is_fsdp
+from .report import GATHER
 
 __all__ = ["check_model", "copy_model", "replace"]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .._torch import has_hooks, hook_names, is_dtensor, is_plain
+from .._torch import has_hooks, is_dtensor, is_plain
 from ..checkpoint import word_rows, words_for
 from ..fused import Fusion, fusions
-from ..linear import Activation, QLinear, check_weight_scale, do_nothing
+from ..linear import QLinear, check_weight_scale, reason_of_call
 from ..packed import PackedQLinear, check_rules, input_rule_of, pack_weight, weight_rule_of
 from ..quantizations import binary_rule
 from .bitorch_layers import is_bitorch_layer, qlinear_of, reason_against_sharing
@@ -148,19 +148,13 @@ def reason_against(layer: nn.Module, parent: nn.Module | None = None, name: str 
         return f"its weight is sharded: {GATHER}"
     if not is_plain(layer.weight):
         return f"its weight is a {type(layer.weight).__name__}, whose signs cannot be packed"
-    forward = type(layer).forward
-    if (forward is not QLinear.forward and not is_fsdp(layer)) or "forward" in layer.__dict__:
-        return f"{type(layer).__name__} has a forward of its own"
-    if has_hooks(layer):
-        return f"it has hooks ({', '.join(hook_names(layer)) or 'of backward'}), which packing would lose"
-    if type(layer.activation) is not Activation:
-        return f"its activation is a {type(layer.activation).__name__}, which may compute something else"
+    if reason := reason_of_call(layer):
+        return reason
     for what, module in (
-        ("activation", layer.activation),
         ("input quantization", layer.input_quantization),
         ("weight quantization", layer.weight_quantization),
     ):
-        if has_hooks(module, do_nothing):
+        if has_hooks(module):
             return f"its {what} has hooks"
     try:
         check_rules(input_rule_of(layer.input_quantization), weight_rule_of(layer.weight_quantization))
@@ -171,11 +165,6 @@ def reason_against(layer: nn.Module, parent: nn.Module | None = None, name: str 
     except ValueError as error:
         return str(error)
     return ""
-
-
-def is_fsdp(module: nn.Module) -> bool:
-    """Whether FSDP2 shards the module, which gives it a class of its own with the same forward."""
-    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, nn.Module]]:
@@ -201,12 +190,13 @@ def explain(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {model!r:.60}")
     found = list(binary_layers(model))
-    tensors = {
-        id(tensor): _bytes(tensor)
-        for _, _, layer in found
-        for tensor in (layer.weight, getattr(layer, "weight_prepared", None))
-        if isinstance(tensor, Tensor)
-    }
+    tensors: dict[int, int] = {}
+    for _, _, layer in found:
+        for name, tensor in (("weight", layer.weight), ("weight_prepared", getattr(layer, "weight_prepared", None))):
+            if isinstance(tensor, Tensor):
+                # A computed weight is a new tensor at each access, and the next one may get its id.
+                is_kept = any(name in table for table in (layer._parameters, layer._buffers, layer.__dict__))
+                tensors[id(tensor if is_kept else layer)] = _bytes(tensor)
     fused = fusions(model)
     return Report(tuple(_explain_layer(*each, fused) for each in found), sum(tensors.values()))
 

@@ -9,8 +9,10 @@ from .base import BinaryQuantization, Identity, Quantization
 from .dorefa import InputDoReFa, WeightDoReFa
 from .progressive_sign import ProgressiveSign, progressive_sign_scale, set_progressive_sign_scale
 from .recognition import (
+    additions,
     binary_rule,
     depends_on_mode,
+    guard,
     is_identity,
     is_ternary,
     level_bits,
@@ -37,10 +39,12 @@ __all__ = [
     "SwishSign",
     "Ternary",
     "WeightDoReFa",
+    "additions",
     "binary_rule",
     "cancel_gradient",
     "depends_on_mode",
     "get_quantization",
+    "guard",
     "is_identity",
     "is_ternary",
     "kept_means",

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard, cast
 
 from torch import Tensor, nn
 
-from .._torch import has_hooks
+from .._torch import call_overrides, has_hooks, has_own_call
 from .base import BinaryQuantization, Identity, Quantization, checked_scale, has_scale
 from .dorefa import InputDoReFa
 from .progressive_sign import ProgressiveSign
@@ -20,8 +20,10 @@ from .sign_family import ApproxSign, Sign, SteHeaviside, SwishSign
 from .ternary import Ternary, kept_means
 
 __all__ = [
+    "additions",
     "binary_rule",
     "depends_on_mode",
+    "guard",
     "is_identity",
     "is_ternary",
     "level_bits",
@@ -70,22 +72,47 @@ for _name in ("MixLinearScheduling", "StepScheduling"):
     _RULE_BY_NAME[_SCHEDULES, _name] = _rule_of_schedule
 
 
+# Methods that decide about the values. The packed path reads those of the class, so it does not take an object on which
+# one of them is set; a call of the object does.
+_METHODS = ("quantize", "rule", "weight_scale")
+
+
+def _is_changed(quantization: nn.Module) -> bool:
+    """Whether this very object computes something else than its class, by hooks or by methods that are set on it."""
+    own = quantization.__dict__
+    return "quantize" in own or "rule" in own or "weight_scale" in own or has_own_call(quantization)
+
+
+def additions(quantization: nn.Module) -> str:
+    """Return in words what this very object has beside its class, which the packed path would skip; "" if nothing."""
+    parts = [f"a {name} of its own" for name in call_overrides(quantization, *_METHODS)]
+    if has_hooks(quantization):
+        parts.append("hooks")
+    return f" with {' and '.join(parts)}" if parts else ""
+
+
+def guard(quantization: nn.Module) -> None:
+    """Let torch.compile compile again if one of these methods is set on the object later.
+
+    It notices that only for attributes that the traced code reads, and not for a test whether ``__dict__`` has them.
+    """
+    for name in ("forward", *_METHODS):
+        getattr(quantization, name, None)
+
+
 def _is_exactly(quantization: nn.Module, ours: type[nn.Module]) -> bool:
-    """Whether the quantization is of this class or of bitorch's of the same name, and of no subclass.
+    """Whether the quantization is of this class or of bitorch's of the same name, unchanged, and of no subclass.
 
     A finished schedule of bitorch counts as its last quantization.
     """
+    if _is_changed(quantization):
+        return False
     cls = type(quantization)
     name = cls.__module__, cls.__qualname__
     if _RULE_BY_NAME.get(name) is _rule_of_schedule:
         last = _last_of_schedule(quantization)
         return last is not None and _is_exactly(last, ours)
     return cls is ours or name == _BITORCH_NAMES[ours]
-
-
-def _is_overridden(quantization: nn.Module) -> bool:
-    """Whether this very object has a method of its own that decides about the values."""
-    return bool({"quantize", "forward", "rule", "weight_scale"} & quantization.__dict__.keys())
 
 
 def _follows_its_rule(quantization: nn.Module) -> TypeGuard[BinaryQuantization]:
@@ -96,8 +123,8 @@ def _follows_its_rule(quantization: nn.Module) -> TypeGuard[BinaryQuantization]:
     return (
         cls.quantize is BinaryQuantization.quantize
         and cls.forward is Quantization.forward
-        and cls.__call__ is nn.Module.__call__
-        and not _is_overridden(quantization)
+        and not call_overrides(quantization)
+        and not _is_changed(quantization)
     )
 
 
@@ -112,14 +139,14 @@ def binary_rule(quantization: nn.Module) -> BinaryRule | None:
     Returns:
         The rule if this is exactly one of sign, approxsign, swishsign, steheaviside, or progressive_sign in eval mode,
         of this package or of bitorch, a finished schedule of bitorch whose last quantization is one of them, or a
-        `BinaryQuantization` of the user's own that has no scale; and if it has no hooks (which the packed path would
-        skip). None for all others, such as subclasses that override `quantize`.
+        `BinaryQuantization` of the user's own that has no scale; and if it has no hooks and no methods set on the
+        object (which the packed path would skip). None for all others, such as subclasses that override `quantize`.
     """
     cls = type(quantization)
     rule = _RULE_BY_CLASS.get(cls) or _RULE_BY_NAME.get((cls.__module__, cls.__qualname__))
     if rule is not None:
-        return None if has_hooks(quantization) else rule(quantization)
-    if not _follows_its_rule(quantization) or has_scale(quantization) or has_hooks(quantization):
+        return None if _is_changed(quantization) else rule(quantization)
+    if not _follows_its_rule(quantization) or has_scale(quantization):
         return None
     return quantization.rule()
 
@@ -135,12 +162,12 @@ def scaled_rule(quantization: nn.Module) -> BinaryRule | None:
     """
     if type(quantization) in _RULE_BY_CLASS or not _follows_its_rule(quantization):
         return None
-    return quantization.rule() if has_scale(quantization) and not has_hooks(quantization) else None
+    return quantization.rule() if has_scale(quantization) else None
 
 
 def is_ternary(quantization: nn.Module) -> TypeGuard[Ternary]:
     """Whether this is exactly `Ternary`, without hooks or methods of its own, which the packed path would skip."""
-    return type(quantization) is Ternary and not has_hooks(quantization) and not _is_overridden(quantization)
+    return type(quantization) is Ternary and not _is_changed(quantization)
 
 
 def mean_scale(quantization: nn.Module, weight: Tensor) -> Tensor:
@@ -169,7 +196,7 @@ def own_scale(quantization: nn.Module, weight: Tensor) -> Tensor | None:
 
 def is_identity(quantization: nn.Module) -> bool:
     """Whether this is exactly the quantization that changes nothing, of this package or of bitorch, without hooks."""
-    return _is_exactly(quantization, Identity) and not has_hooks(quantization)
+    return _is_exactly(quantization, Identity)
 
 
 def level_bits(quantization: nn.Module) -> int | None:
@@ -179,7 +206,7 @@ def level_bits(quantization: nn.Module) -> int | None:
         1 or 2 for exactly inputdorefa with so many bits, of this package or of bitorch, or for a finished schedule of
         bitorch that ends with it; without hooks.
     """
-    if not _is_exactly(quantization, InputDoReFa) or has_hooks(quantization):
+    if not _is_exactly(quantization, InputDoReFa):
         return None
     name = type(quantization).__module__, type(quantization).__qualname__
     if _RULE_BY_NAME.get(name) is _rule_of_schedule:

@@ -227,8 +227,8 @@ inline void write_floats(const Output& y, int64_t row, int64_t column, const Sum
     });
 }
 
-// Turns the limits of `columns` outputs, a multiple of 32, into 16 bits: the least counts that exceed them. A count of a
-// span is at most 65520, so a limit from 65534 on is no other than 65534.
+// Turns the limits of `columns` outputs, a multiple of 32, into 16 bits: the least counts that exceed them. A count of
+// a span is at most 65520, so a limit from 65534 on is no other than 65534.
 inline void narrow_limits(const int32_t* limits, int64_t columns, uint16_t* least) {
     const auto narrow = [&](const int32_t* from) __attribute__((always_inline)) {
         const Vector never = _mm256_set1_epi32(-1), always = _mm256_set1_epi32(65534);

@@ -104,8 +104,8 @@ inline void write_floats(const Corner& corner, const Vector (&counts)[Rows][Vect
     }
 }
 
-// Writes bits directly from registers: a comparison gives those of 16 outputs. Two masks of 16 bits are joined as masks,
-// because gcc 12 may spill one that becomes a 32-bit integer as two bytes and read back four.
+// Writes bits directly from registers: a comparison gives those of 16 outputs. Two masks of 16 bits are joined as
+// masks, because gcc 12 may spill one that becomes a 32-bit integer as two bytes and read back four.
 template <int Rows, int Vectors>
 inline void write_bits(const Corner& corner, const Vector (&counts)[Rows][Vectors]) {
     const Output y = corner.y;  // a copy, which writes cannot change

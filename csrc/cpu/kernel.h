@@ -22,8 +22,8 @@ namespace bitorch_qlinear {
 using PackRow = void (*)(const void* x, int64_t k, bool strict, double threshold, uint32_t* words, uint32_t* in_range);
 
 // Packs the levels of one row of k values, contiguous, into as many rows of words_for(k) words as levels have bits:
-// planes[p * stride ..] holds bit p of each level (levels.h), and bits past k are 0. Returns whether the row holds a NaN,
-// whose level is 0.
+// planes[p * stride ..] holds bit p of each level (levels.h), and bits past k are 0. Returns whether the row holds a
+// NaN, whose level is 0.
 using PackLevels = bool (*)(const void* x, int64_t k, int bits, uint32_t* planes, int64_t stride);
 // Packs rows by a limit for each value (limits.h).
 using PackLimitedRows = void (*)(const LimitedRows&);

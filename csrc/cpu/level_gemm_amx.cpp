@@ -16,11 +16,11 @@
 // multiplied: then the 32 rows of levels and these weights stay in L1, and other units of the processor than those that
 // multiply do the unpacking and write the outputs.
 //
-// Measured on an Intel Xeon (family 6, model 167), one thread: the product of 64 rows by 1024 x 1024 weights takes 39 us,
-// of which the multiplying instructions alone would take 18. Tried and rejected there: unpacking 32 outputs once for all
-// rows, 48 us, because their bytes leave L1 (72 us if outputs are not written in the meantime either); four tiles of
-// rows by one of outputs, 49 us; prefetching the levels, 48 us; unpacking 1, 2, 4 or 6 steps ahead instead of 3, up to
-// 1.15 times the time.
+// Measured on an Intel Xeon (family 6, model 167), one thread: the product of 64 rows by 1024 x 1024 weights takes 39
+// us, of which the multiplying instructions alone would take 18. Tried and rejected there: unpacking 32 outputs once
+// for all rows, 48 us, because their bytes leave L1 (72 us if outputs are not written in the meantime either); four
+// tiles of rows by one of outputs, 49 us; prefetching the levels, 48 us; unpacking 1, 2, 4 or 6 steps ahead instead of
+// 3, up to 1.15 times the time.
 #include "target.h"
 
 #if defined(BITORCH_QLINEAR_HAS_AMX)
@@ -200,8 +200,8 @@ struct Sums {
 
 // ---- product --------------------------------------------------------------------------------------
 
-// Multiplies 16 or 32 rows of levels by 32 outputs, whose words for each word of K lie kPanel words apart, and meanwhile
-// writes the outputs of the tile before.
+// Multiplies 16 or 32 rows of levels by 32 outputs, whose words for each word of K lie kPanel words apart, and
+// meanwhile writes the outputs of the tile before.
 template <bool Two>
 inline void multiply_tiles(const Unpacker& given, const uint8_t* levels, int64_t group_bytes, const uint32_t* panel,
                            int64_t words, uint8_t* weights, int32_t* sums, const Sums& before) {
@@ -286,8 +286,8 @@ namespace bitorch_qlinear {
 
 // This is outside the region, because it runs before it is known that the processor has the instructions.
 static bool takes(int64_t m, int64_t, int64_t k, int bits) {
-    // Unpacking the weights takes the same time for 1 row as for 16. Measured (64 to 4096 values, 256 to 4096 outputs), it
-    // pays from 4 to 9 rows on with two bits, and from 7 to 25 rows on with one.
+    // Unpacking the weights takes the same time for 1 row as for 16. Measured (64 to 4096 values, 256 to 4096 outputs),
+    // it pays from 4 to 9 rows on with two bits, and from 7 to 25 rows on with one.
     const int64_t least_rows = bits == 1 ? 12 : 8;
     return m >= least_rows && k > 0 && k <= INT32_MAX / (2 * steps_of(bits)) && tiles_granted();
 }

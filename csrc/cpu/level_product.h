@@ -22,8 +22,8 @@ constexpr int64_t kMostLevelColumns = 512;
 // Up to this K the sums above fit into an int32.
 constexpr int64_t kMostNarrowValues = INT32_MAX / 16;
 
-// The sums of levels by weights of one row of a tile's outputs, from the products of each plane of signs and the sums of
-// weights. If levels have one bit, `high` is null.
+// The sums of levels by weights of one row of a tile's outputs, from the products of each plane of signs and the sums
+// of weights. If levels have one bit, `high` is null.
 template <class Integer, int Bits>
 struct PlaneSums {
     const int32_t *low, *high, *weights;

@@ -84,10 +84,10 @@ inline uint32_t above(const double* x, double limit) {
 }
 
 // Limits tests order(x[i]) >= order(limits[i]) (pack_portable.h) of 32 values. Signed patterns are in order if they are
-// not negative, and in the opposite order if they are. So the bits behind the sign of a pattern and of its limit are both
-// inverted if the limit is negative, and then the two are compared: if only one of them is negative, its sign decides.
-// The bit of a NaN does not depend on its limit: NanTest finds out whether any of the values that it is given is a NaN,
-// and nans() which.
+// not negative, and in the opposite order if they are. So the bits behind the sign of a pattern and of its limit are
+// both inverted if the limit is negative, and then the two are compared: if only one of them is negative, its sign
+// decides. The bit of a NaN does not depend on its limit: NanTest finds out whether any of the values that it is given
+// is a NaN, and nans() which.
 
 template <class T>
 struct Limits;

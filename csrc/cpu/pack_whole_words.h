@@ -110,8 +110,8 @@ inline void pack_limited_words(const LimitedRows& job, int64_t row, int64_t begi
     }
 }
 
-// Packs the whole words of so many rows. What lies ahead of a row's end is the beginning of the next row, which is packed
-// at the same time. What is packed next begins behind all rows, so that is prefetched there.
+// Packs the whole words of so many rows. What lies ahead of a row's end is the beginning of the next row, which is
+// packed at the same time. What is packed next begins behind all rows, so that is prefetched there.
 template <class T, int Rows>
 inline void pack_limited_rows_together(const LimitedRows& job, int64_t row) {
     constexpr int64_t kAhead = kPrefetchBytes / (kWordBits * static_cast<int64_t>(sizeof(T)));

@@ -31,8 +31,8 @@ inline void* allocate_for_devices(size_t bytes) {
 }
 
 // The device on which an operator launches its kernels, and torch's current stream there. While the object lives, the
-// device is the current one. The constructor throws if no kernel runs on the device, or if a kernel has reported a wrong
-// prepared form there, which an earlier call could not know.
+// device is the current one. The constructor throws if no kernel runs on the device, or if a kernel has reported a
+// wrong prepared form there, which an earlier call could not know.
 class Launch {
   public:
     explicit Launch(const Device& device)

@@ -293,9 +293,10 @@ Tensor multiply_signs(const Tensor& reals, const Tensor& sign_words, int64_t k, 
     return y;
 }
 
-// Computes the words that linear or binary_linear writes with limits, and negates bits of some channels: for each column
-// (channel, limit) of toggles that of each row whose count is at most the limit. A channel's counts are computed again
-// from its row of the weights, because they take K / 32 words, and the kernels write bits by one limit for each output.
+// Computes the words that linear or binary_linear writes with limits, and negates bits of some channels: for each
+// column (channel, limit) of toggles, the bit of each row whose count is at most the limit. A channel's counts are
+// computed again from its row of the weights, because they take K / 32 words, and the kernels write bits by one limit
+// for each output.
 Tensor toggled_linear(const Tensor& x, bool is_real, bool strict, const Tensor& weight_words, int64_t k,
                       const std::optional<Tensor>& weight_prepared, const Tensor& limits, const Tensor& flips,
                       const Tensor& toggles) {
@@ -314,13 +315,16 @@ Tensor toggled_linear(const Tensor& x, bool is_real, bool strict, const Tensor& 
     Tensor rows = empty_on_cpu({count, row_words}, ScalarType::Int);
     Tensor row_limits = empty_on_cpu({count}, ScalarType::Int),
            no_flips = empty_on_cpu({words_for(count)}, ScalarType::Int);
-    const auto* channels = static_cast<const int32_t*>(steps.data_ptr());
+    // The channels are copied before they are checked, because they are indices, and another thread may write them.
+    const auto* given = static_cast<const int32_t*>(steps.data_ptr());
+    const std::vector<int32_t> copied(given, given + count);
+    const int32_t* channels = copied.data();
     for (int64_t j = 0; j < count; ++j) {
         if (channels[j] < 0 || channels[j] >= n)
             fail("toggles", "expected channels from 0 to ", n - 1, ", got ", channels[j]);
         std::copy_n(words_of(from) + channels[j] * row_words, row_words, words_of(rows) + j * row_words);
     }
-    std::copy_n(channels + count, count, static_cast<int32_t*>(row_limits.data_ptr()));
+    std::copy_n(given + count, count, static_cast<int32_t*>(row_limits.data_ptr()));
     std::fill_n(words_of(no_flips), words_for(count), 0);
     const Tensor bits = binary_linear(words, rows, k, none, none, none, std::nullopt, row_limits, no_flips);
     const uint32_t* bit_row = words_of(bits);

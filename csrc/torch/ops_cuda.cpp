@@ -40,7 +40,7 @@ Tensor scratch(int64_t bytes, const Launch& launch) { return empty({bytes}, Scal
 
 bool starts_on_16_bytes(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-// ---- factors: words in the form that a kernel reads ------------------------------------------------------------------
+// ---- factors: words in the form that a kernel reads -----------------------------------------------------------------
 
 // A factor, and what a launch must do before the product reads it.
 struct Factor {
@@ -99,7 +99,7 @@ void make(const Factor& x, const Factor& weight, const Launch& launch) {
     if (!x.pack) check_launch("align", align(x.align, weight.align, launch.stream()));
 }
 
-// ---- the right-hand side ---------------------------------------------------------------------------------------------
+// ---- the right-hand side --------------------------------------------------------------------------------------------
 
 // Returns the memory of a prepared form, after the checks that need no waiting for the device: the kernel that reads it
 // checks its header.
@@ -140,7 +140,7 @@ Factor factor_of_weights(const Weights& weight, const KernelRecord& kernel, cons
     return {{words, aligned_words_for(weight.k), reinterpret_cast<const int32_t*>(popcounts)}, true};
 }
 
-// ---- the product -----------------------------------------------------------------------------------------------------
+// ---- the product ----------------------------------------------------------------------------------------------------
 
 // Bias or scale as contiguous values, copied if they are strided or do not lie at multiples of their size.
 class ContiguousChannels {
@@ -208,9 +208,9 @@ struct RealX {
     bool strict;
 };
 
-// Computes y[m][n] from the factors that make_x(record) and make_weight(record) give in the chosen kernel's form, or from
-// `real_x`, if it is not null and the kernel packs it. x is packed last, so that nothing is launched between pack and the
-// product, which may start before pack has ended (launch.cuh).
+// Computes y[m][n] from the factors that make_x(record) and make_weight(record) give in the chosen kernel's form, or
+// from `real_x`, if it is not null and the kernel packs it. x is packed last, so that nothing is launched between pack
+// and the product, which may start before pack has ended (launch.cuh).
 template <class MakeX, class MakeWeight>
 Tensor multiply(int64_t m, int64_t n, int64_t k, const Outputs& outputs, const Launch& launch, MakeX make_x,
                 MakeWeight make_weight, const RealX* real_x = nullptr) {
@@ -255,7 +255,7 @@ Tensor multiply(int64_t m, const Weights& weights, const Outputs& outputs, const
         [&](const KernelRecord& kernel) { return factor_of_weights(weights, kernel, launch); }, real_x);
 }
 
-// ---- operators -------------------------------------------------------------------------------------------------------
+// ---- operators ------------------------------------------------------------------------------------------------------
 
 Tensor pack_bits(const Tensor& x, bool strict, const std::optional<Tensor>& limits,
                  const std::optional<Tensor>& flips) {

@@ -24,8 +24,8 @@ bool is_readable(const Tensor& tensor) {
 }
 
 // Calls visit(data, bytes) for each part of a record: for each tensor its dtype, its number of dimensions and its sizes
-// as int64, and then its values, filled up to a multiple of 8 bytes. Stops at the first part for which it returns false,
-// and at a tensor that cannot be read; returns whether it came to the end.
+// as int64, and then its values, filled up to a multiple of 8 bytes. Stops at the first part for which it returns
+// false, and at a tensor that cannot be read; returns whether it came to the end.
 template <class Visit>
 bool visit_parts(const std::vector<Tensor>& tensors, const Visit& visit) {
     static constexpr uint8_t kZeros[kUnit] = {};

@@ -63,8 +63,8 @@ inline std::optional<int64_t> row_stride(const Tensor& x) {
     return stride;
 }
 
-// Returns a copy with the same sizes and strides, whose elements lie at multiples of their size. Bytes are copied and not
-// elements, because a GPU that reads an element at another address stops for good.
+// Returns a copy with the same sizes and strides, whose elements lie at multiples of their size. Bytes are copied and
+// not elements, because a GPU that reads an element at another address stops for good.
 inline Tensor aligned_copy(const char* argument, const Tensor& x) {
     const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()),
         strides(x.strides().begin(), x.strides().end());

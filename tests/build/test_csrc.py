@@ -46,6 +46,21 @@ def test_setup_compiles_every_source():
     assert {path.parent.name for path in SOURCES if path.suffix in (".cpp", ".cu")} == {"csrc", "torch", "cpu", "cuda"}
 
 
+def test_lines_have_at_most_120_columns():
+    """clang-format keeps the lines of comments as their author wrote them, so it does not find long ones."""
+    # The comments of csrc/cuda, of the PTX tests and of the interpreter still have longer lines.
+    files = [path for path in SOURCES if CSRC / "cuda" not in path.parents]
+    for folder in ("native", "operators"):
+        files += [path for path in (CHECKOUT / "tests" / folder).rglob("*") if path.suffix in (".h", ".cpp")]
+    long = [
+        f"{path.relative_to(CHECKOUT)}:{number}"
+        for path in files
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 120
+    ]
+    assert not long
+
+
 def test_drawn_files_exist():
     files = drawn("file")
     assert len(files) > 5

@@ -1,7 +1,7 @@
-// The CUDA operators on the CPU: csrc/torch/ops_cuda.cpp and csrc/cuda/dispatch.cpp, unchanged, with plain loops in place
-// of the kernels and of CUDA's runtime. They are registered as the operators of a library "cuda_on_cpu", for tensors on
-// the CPU. Each loop takes its arguments literally, as its kernel does: it masks nothing, uses the popcounts if its
-// kernel does, and refuses memory that is not aligned to its elements, at which a GPU would stop.
+// The CUDA operators on the CPU: csrc/torch/ops_cuda.cpp and csrc/cuda/dispatch.cpp, unchanged, with plain loops in
+// place of the kernels and of CUDA's runtime. They are registered as the operators of a library "cuda_on_cpu", for
+// tensors on the CPU. Each loop takes its arguments literally, as its kernel does: it masks nothing, uses the popcounts
+// if its kernel does, and refuses memory that is not aligned to its elements, at which a GPU would stop.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

@@ -2,6 +2,8 @@
 
 import itertools
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -193,6 +195,17 @@ TOGGLE_FAULTS = {
 }
 
 
+WRITER = """
+import mmap, sys
+with open(sys.argv[1], "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+    channel = memoryview(memory).cast("i")
+    print(flush=True)
+    while True:
+        channel[0] = 64
+        channel[0] = 0
+"""
+
+
 @pytest.mark.parametrize("what", TOGGLE_FAULTS)
 def test_wrong_toggles_are_refused(kernel, what):
     values = problem([70, 40, 9]) | {"toggles": [torch.tensor([[3, 39, 3], [30, 35, 40]], dtype=torch.int32)]}
@@ -208,6 +221,33 @@ def test_wrong_toggles_are_refused_while_torch_traces(what):
     values["toggles"] = [TOGGLE_FAULTS[what](values["toggles"][0])]
     with pytest.raises(RuntimeError, match="toggles: expected contiguous int32"):
         call({name: moved(value, lambda tensor: tensor.to("meta")) for name, value in values.items()})
+
+
+def test_channels_that_another_thread_writes_are_refused_or_right(tmp_path, threads):
+    """The operator uses the channels that it has checked: one that changes meanwhile cannot lead out of a row.
+
+    Another process writes 0 and a channel beyond the row in turn, into memory that both share.
+    """
+    values = problem([32, 33, 64], m=(2001,))
+    memory = tmp_path / "toggles"
+    memory.write_bytes(bytes(8 * 33))
+    toggles = torch.from_file(str(memory), shared=True, size=66, dtype=torch.int32).view(2, 33)
+    toggles.copy_(torch.stack([torch.arange(33), torch.full((33,), 32)]))
+    values["toggles"] = [toggles]
+    right = call(values)
+    torch.set_num_threads(1)  # further threads would take the time of the process that writes
+    with subprocess.Popen([sys.executable, "-c", WRITER, memory], stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        try:
+            for _ in range(1000):
+                try:
+                    y = call(values)
+                except RuntimeError as error:
+                    assert "toggles: expected channels from 0 to 32, got 64" in str(error)
+                else:
+                    assert_equal(y, right)
+        finally:
+            writer.kill()
 
 
 @pytest.mark.parametrize("argument", ["weights", "limits", "flips", "prepared", "toggles"])

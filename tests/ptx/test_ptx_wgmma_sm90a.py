@@ -289,6 +289,7 @@ PIPELINE_EDITS = [
     ("advance(weight, bytes)", "weight"),
     ("index != 0 || step != 0", "index != 0"),
     ("index != 0 || step != 0", "1"),
+    ("past ? kAlignment - past : 0", "(past ? kAlignment - past : 0) + 512"),
     ("past ? kAlignment - past : 0", "past + 64"),
     ("copy_box(stage.x, maps.x, word, row, full)", "copy_box(stage.x, maps.x, word, column, full)"),
     ("maps.weight[half], word, column", "maps.weight[0], word, column"),

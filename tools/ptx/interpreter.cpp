@@ -339,7 +339,7 @@ void start_cluster(Machine& m) {
         w.exited = w.at_barrier = w.at_members = w.at_wait = w.carry = 0;
         w.pc.fill(0);
         w.order = Order{};
-        w.order.known = known;
+        w.order.known.whole = known;
         w.order.all_lanes = known[static_cast<size_t>(w.id)];
         w.start = w.clock;
         w.fenced = w.fenced_gpu = w.acquired = Published{};

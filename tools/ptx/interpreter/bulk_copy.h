@@ -12,8 +12,7 @@ namespace ptx {
 // ---- Landing --------------------------------------------------------------------------------------------------------
 inline u32 agent_clock(Machine& m, Mbarrier& b) {
     const u32 clock = ++m.agents[b.agent - m.grid_agent() - 1];
-    b.gathered.known.resize(std::max<size_t>(b.gathered.known.size(), b.agent + 1));
-    b.gathered.known[b.agent] = clock;
+    b.gathered.known.set(b.agent, clock);
     return clock;
 }
 // Records a write of whole words by an mbarrier's agent.

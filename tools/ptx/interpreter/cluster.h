@@ -154,7 +154,7 @@ inline void leave(Machine& m, Warp& w) {
         const auto [clock, pc] = block.visitors[k];
         if (!clock) continue;
         bool known = false;
-        for (const Warp& other : warps) known = known || other.order.known[k] >= clock;
+        for (const Warp& other : warps) known = known || other.order.known.reaches(k, clock);
         if (!known)
             fault(-1, "cluster",
                   "the block exits, but the access to its shared memory by " +

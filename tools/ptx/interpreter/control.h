@@ -193,12 +193,13 @@ inline void decode_bar(Decoder& d) {
 
 // ---- membar, fence --------------------------------------------------------------------------------------------------
 // i.a says that the scope is the block. Earlier strong reads acquire here; later strong writes release what precedes.
-inline void fence(Machine& m, Warp& w, const Instr& i, u32) {
+inline void fence(Machine& m, Warp& w, const Instr& i, u32 mask) {
     if (w.has_acquired && (!i.a || w.acquired.block == m.block)) acquire(m, w, w.acquired);
-    w.fenced = publish(m, w);
+    const Published published = publish(m, w, mask);
+    merge(w.fenced, published);
     w.has_fenced = true;
     if (!i.a) {
-        w.fenced_gpu = w.fenced;
+        merge(w.fenced_gpu, published);
         w.has_fenced_gpu = true;
     }
 }
@@ -208,9 +209,14 @@ inline void fence_proxy(Machine& m, Warp& w, const Instr& i, u32 mask) {
     for (u32 space = 0; space < 2; ++space) {
         if (!(i.a >> space & 1)) continue;
         Proxied& p = m.proxied[space];
-        merge(p.warp, w.order.known);
+        merge(p.warp, w.order.known.whole);
         p.warp.resize(std::max(p.warp.size(), m.warps.size()));
         p.thread.resize(m.warps.size() * kLanes);
+        for (const auto& [warp, lanes] : w.order.known.lanes)
+            for (size_t j = 0; j < kLanes && warp < m.warps.size(); ++j) {
+                u32& clock = p.thread[warp * kLanes + j];
+                clock = std::max(clock, lanes[j]);
+            }
         u32& whole = p.warp[static_cast<size_t>(w.id)];
         whole = std::max(whole, (w.lanes & ~mask) == 0 ? w.clock : w.order.all_lanes);
         for (int j = 0; j < kLanes; ++j) {

@@ -1,6 +1,7 @@
 // The machine has programs of decoded instructions, warps, blocks, and the clocks that tell which access is ordered
 // before which. PTX ISA, section "PTX Machine Model".
 #pragma once
+#include <algorithm>
 #include <array>
 #include <deque>
 #include <map>
@@ -9,6 +10,9 @@
 #include <vector>
 
 #include "values.h"
+
+// Checks of rare cases are kept out of the path of ordinary accesses.
+#define PTX_OUT_OF_LINE __attribute__((noinline))
 
 namespace ptx {
 
@@ -104,36 +108,71 @@ struct Program {
 
 // ---- The order of accesses ------------------------------------------------------------------------------------------
 // A warp's clock counts its synchronizing events. An access is stamped with its thread and its warp's clock; a thread
-// is ordered after the access if it knows of that clock. Between warps, knowledge is kept for each warp (`known`);
-// within a warp, for each lane. Clocks go on from block to block, so that a new block knows everything of its slot's
-// past at once.
+// is ordered after the access if it knows of that clock. A warp's lanes share what they know of other warps (`known`);
+// what they know of each other is kept for each lane. Clocks go on from block to block, so that a new block knows
+// everything of its slot's past at once.
 using Clocks = std::vector<u32>;
 
-struct Order {
-    Clocks known;       // [warp]: the clock of that warp up to which everything is ordered before this one
-    u32 all_lanes = 0;  // the clock up to which every lane knows of every other
-    std::array<std::array<u32, kLanes>, kLanes> lane{};  // [i][j]: what lane i knows of lane j beyond all_lanes
-    std::map<s32, Clocks> blocks;                        // the same for other blocks, from atomics and fences
+inline void merge(Clocks& into, const Clocks& from) {
+    into.resize(std::max(into.size(), from.size()));
+    for (size_t w = 0; w < from.size(); ++w) into[w] = std::max(into[w], from[w]);
+}
 
-    void join(const Order& other) {
-        join(other.known);
-        for (const auto& [block, clocks] : other.blocks) {
-            Clocks& mine = blocks[block];
-            mine.resize(clocks.size());
-            for (size_t w = 0; w < clocks.size(); ++w) mine[w] = std::max(mine[w], clocks[w]);
-        }
+// Holds what is known of the warps of a cluster. A lane that releases alone knows its own accesses, but not those of the
+// other lanes of its warp, so more may be known of some lanes of a warp than of all.
+using LaneClocks = std::array<u32, kLanes>;
+struct Knowledge {
+    Clocks whole;                        // [warp]: the clock of that warp up to which all its lanes are known
+    std::map<size_t, LaneClocks> lanes;  // [warp]: the clocks of its lanes, if some are later
+
+    // Returns whether all accesses up to a clock by the lanes in `mask` of a warp are known. An empty mask stands for a
+    // wgmma of the warp, which is known if one lane is.
+    bool covers(size_t warp, u32 mask, u32 clock) const {
+        if (warp < whole.size() && clock <= whole[warp]) return true;
+        return !lanes.empty() && lanes_cover(warp, mask, clock);
     }
-    void join(const Clocks& other) {
-        known.resize(std::max(known.size(), other.size()));
-        for (size_t w = 0; w < other.size(); ++w) known[w] = std::max(known[w], other[w]);
+    // Returns whether an access up to a clock by some lane of a warp may be known.
+    bool reaches(size_t warp, u32 clock) const { return covers(warp, 0, clock); }
+    PTX_OUT_OF_LINE bool lanes_cover(size_t warp, u32 mask, u32 clock) const {
+        const auto found = lanes.find(warp);
+        if (found == lanes.end()) return false;
+        u32 known = 0;
+        for (size_t j = 0; j < kLanes; ++j) known |= u32{clock <= found->second[j]} << j;
+        return mask ? (mask & ~known) == 0 : known != 0;
     }
+    void set(size_t warp, u32 clock) {
+        whole.resize(std::max(whole.size(), warp + 1));
+        whole[warp] = clock;
+        lanes.erase(warp);
+    }
+};
+inline void merge(Knowledge& into, const Knowledge& from) {
+    merge(into.whole, from.whole);
+    for (const auto& [warp, clocks] : from.lanes) {
+        LaneClocks& mine = into.lanes[warp];  // zeros if it is new
+        for (size_t j = 0; j < kLanes; ++j) mine[j] = std::max(mine[j], clocks[j]);
+    }
+    for (auto at = into.lanes.begin(); at != into.lanes.end();) {
+        into.whole.resize(std::max(into.whole.size(), at->first + 1));
+        u32& whole = into.whole[at->first];
+        whole = std::max(whole, *std::min_element(at->second.begin(), at->second.end()));
+        const bool adds = whole < *std::max_element(at->second.begin(), at->second.end());
+        at = adds ? std::next(at) : into.lanes.erase(at);
+    }
+}
+
+struct Order {
+    Knowledge known;                        // of the other warps
+    u32 all_lanes = 0;                      // the clock up to which every lane knows of every other
+    std::array<LaneClocks, kLanes> lane{};  // [i][j]: what lane i knows of lane j beyond all_lanes
+    std::map<s32, Knowledge> blocks;        // what is known of other blocks, from atomics and fences
 };
 
 // The knowledge that a release leaves at an address for threads that acquire there, or that a barrier gathers.
 struct Published {
     s32 block = -1;
-    Clocks known;
-    std::map<s32, Clocks> blocks;
+    Knowledge known;
+    std::map<s32, Knowledge> blocks;
 };
 
 struct AsyncCopy {
@@ -362,22 +401,30 @@ inline void for_lanes(u32 mask, F&& f) {
 }
 
 // ---- Synchronizing events -------------------------------------------------------------------------------------------
-inline Published publish(Machine& m, Warp& w) {
+// Returns what the lanes of `mask` know and did.
+inline Published knowledge(const Machine& m, const Warp& w, u32 mask) {
     Published p{m.block, w.order.known, w.order.blocks};
-    p.known[w.id] = w.clock;
+    const size_t id = static_cast<size_t>(w.id);
+    if ((w.lanes & ~mask) == 0) {
+        p.known.set(id, w.clock);
+        return p;
+    }
+    p.known.set(id, w.order.all_lanes);
+    LaneClocks& lanes = p.known.lanes[id];
+    lanes.fill(w.order.all_lanes);
+    for (size_t j = 0; j < kLanes; ++j) {
+        for_lanes(mask, [&](int l) { lanes[j] = std::max(lanes[j], w.order.lane[l][j]); });
+        if ((mask | ~w.lanes) >> j & 1) lanes[j] = w.clock;
+    }
+    return p;
+}
+inline Published publish(Machine& m, Warp& w, u32 mask = kAll) {
+    Published p = knowledge(m, w, mask);
     ++w.clock;
     return p;
 }
-inline void merge(std::map<s32, Clocks>& into, const std::map<s32, Clocks>& from) {
-    for (const auto& [block, clocks] : from) {
-        Clocks& mine = into[block];
-        mine.resize(std::max(mine.size(), clocks.size()));
-        for (size_t w = 0; w < clocks.size(); ++w) mine[w] = std::max(mine[w], clocks[w]);
-    }
-}
-inline void merge(Clocks& into, const Clocks& from) {
-    into.resize(std::max(into.size(), from.size()));
-    for (size_t w = 0; w < from.size(); ++w) into[w] = std::max(into[w], from[w]);
+inline void merge(std::map<s32, Knowledge>& into, const std::map<s32, Knowledge>& from) {
+    for (const auto& [block, known] : from) merge(into[block], known);
 }
 // Adds the knowledge of `from` to `into`; clocks of a block other than into's stay with that block.
 inline void merge(Published& into, const Published& from) {

@@ -1,10 +1,10 @@
 // PTX ISA, section "Parallel Synchronization and Communication Instructions: mbarrier": init, inval, arrive,
 // arrive_drop, expect_tx, complete_tx, test_wait, try_wait, pending_count; and "griddepcontrol".
 //
-// An arrival publishes what its warp did before to those who see the phase end, as Barrier does. A phase ends when
-// arrivals and transactions are both zero. A waiter asks for a parity: it passes if the current phase has the other one,
-// so a wait that is two phases late, or early, passes at once. A wait that does not pass either blocks its lanes until the
-// phase ends or lets them go on without success. The hardware may do both, so the choice is random.
+// An arrival publishes what its lane did before, and what is ordered before that, to those who see the phase end. A
+// phase ends when arrivals and transactions are both zero. A waiter asks for a parity: it passes if the current phase has
+// the other one, so a wait that is two phases late, or early, passes at once. A wait that does not pass either blocks its
+// lanes until the phase ends or lets them go on without success. The hardware may do both, so the choice is random.
 #pragma once
 #include "async_copy.h"
 
@@ -93,7 +93,6 @@ inline void mbarrier_init(Machine& m, Warp& w, const Instr& i, u32 mask) {
         const u32 agent = static_cast<u32>(m.grid_agent()) + 1 + m.agents_used++;
         if (agent >> kWarpBits) throw std::runtime_error("a cluster has too many mbarriers and warps");
         m.agents.resize(std::max<size_t>(m.agents.size(), m.agents_used));
-        for (Warp& other : m.warps) other.order.known.resize(std::max<size_t>(other.order.known.size(), agent + 1));
         Mbarrier b{};
         b.at = at, b.agent = agent, b.pc = w.now;
         b.expected = b.pending = count;
@@ -106,7 +105,7 @@ inline void mbarrier_inval(Machine& m, Warp& w, const Instr& i, u32 mask) {
     for_lanes(mask, [&](int l) {
         Mbarrier& b = mbarrier(m, w, l, i);
         for (size_t k = 0; k < b.users.size(); ++k)
-            if (static_cast<int>(k) != w.id && b.users[k] > w.order.known[k])
+            if (static_cast<int>(k) != w.id && b.users[k] && !w.order.known.reaches(k, b.users[k]))
                 fault(l, "mbarrier",
                       state_text(m, b) + " is invalidated, but a use by " +
                           thread_text(m, m.block, static_cast<int>(k) * kLanes) + " or its warp is not ordered before");
@@ -126,14 +125,17 @@ inline u64 token_of(const Mbarrier& b) { return b.phase << 24 | b.pending; }
 // Each lane arrives and releases. i.a is 1 if the expected arrivals become fewer too (arrive_drop). i.b is 1 if s[1] is
 // the number of arrivals, and 2 if it is a number of bytes that are expected before the arrival.
 inline void mbarrier_arrive(Machine& m, Warp& w, const Instr& i, u32 mask) {
+    // Lanes that arrive together in one phase are published together, and otherwise one by one.
+    const Mbarrier& first = mbarrier(m, w, std::countr_zero(mask), i);
+    bool together = i.b != 1 && first.pending >= static_cast<u32>(std::popcount(mask));
+    const u64* address = m.in(w, i.s[0]);
+    for_lanes(mask, [&](int l) { together = together && address[l] == address[std::countr_zero(mask)]; });
     Published published;
-    if (i.release) {
-        published = publish(m, w);
-    } else if (w.has_fenced) {
-        published = w.fenced;
-    }
+    if (!i.release && w.has_fenced) published = w.fenced;
+    if (i.release && together) published = knowledge(m, w, mask);
     for_lanes(mask, [&](int l) {
         Mbarrier& b = mbarrier(m, w, l, i);
+        if (i.release && !together) published = knowledge(m, w, 1u << l);
         const u64 token = token_of(b);
         if (i.b == 2) add_transactions(m, b, l, static_cast<s64>(m.in(w, i.s[1])[l]));
         const u32 count = i.b == 1 ? static_cast<u32>(m.in(w, i.s[1])[l]) : 1;
@@ -145,6 +147,7 @@ inline void mbarrier_arrive(Machine& m, Warp& w, const Instr& i, u32 mask) {
         if (!i.d.empty() && i.d[0] != kNoRow) m.row(w, i.d[0])[l] = token;
         end_phase_if_complete(m, b);
     });
+    if (i.release) ++w.clock;
 }
 inline void mbarrier_expect(Machine& m, Warp& w, const Instr& i, u32 mask) {  // i.a is set for complete_tx
     for_lanes(mask, [&](int l) {
@@ -177,9 +180,13 @@ inline void mbarrier_wait(Machine& m, Warp& w, const Instr& i, u32 mask) {
             if (i.acquire) {
                 acquire(m, w, b.completed);
                 // Other lanes of this warp may have arrived too; this lane is ordered after them.
-                const Clocks& known = b.completed.known;
-                if (static_cast<size_t>(w.id) < known.size() && known[w.id] > w.order.all_lanes)
-                    for (u32& clock : w.order.lane[l]) clock = std::max(clock, known[w.id]);
+                const Knowledge& known = b.completed.known;
+                const size_t id = static_cast<size_t>(w.id);
+                if (id < known.whole.size() && known.whole[id] > w.order.all_lanes)
+                    for (u32& clock : w.order.lane[l]) clock = std::max(clock, known.whole[id]);
+                if (const auto found = known.lanes.find(id); found != known.lanes.end())
+                    for (size_t j = 0; j < kLanes; ++j)
+                        w.order.lane[l][j] = std::max(w.order.lane[l][j], found->second[j]);
             } else {
                 merge(w.acquired, b.completed);
                 w.has_acquired = true;
@@ -275,7 +282,7 @@ inline void decode_mbarrier(Decoder& d) {
 
 // PTX ISA, section "griddepcontrol". Buffers of the launch that are `dependent` may be touched after the wait only, or by
 // threads that are ordered after one that has waited.
-inline void grid_wait(Machine& m, Warp& w, const Instr&, u32) { w.order.known[m.grid_agent()] = 1; }
+inline void grid_wait(Machine& m, Warp& w, const Instr&, u32) { w.order.known.set(m.grid_agent(), 1); }
 inline void decode_griddepcontrol(Decoder& d) {
     d.expect(0);
     d.i.run = d.need_one({"launch_dependents", "wait"}) ? grid_wait : nothing;

@@ -2,12 +2,7 @@
 // counted.
 // PTX ISA, sections "State Spaces", "Generic Addressing" and "Memory Consistency Model".
 #pragma once
-#include <algorithm>
-
 #include "machine.h"
-
-// Checks of rare cases are kept out of the path of ordinary accesses.
-#define PTX_OUT_OF_LINE __attribute__((noinline))
 
 namespace ptx {
 
@@ -29,7 +24,7 @@ inline constexpr u8 kAllocated = 1, kInitialised = 2, kPending = 4, kBarrier = 8
 inline constexpr int kWarpBits = 11;  // warps and agents of a cluster
 struct Read {
     s32 block;
-    u32 clock, lanes, pc_warp;
+    u32 clock, lanes, pc_warp;  // `lanes` is 0 for a wgmma
     int warp() const { return pc_warp & ((1 << kWarpBits) - 1); }
     u32 pc() const { return pc_warp >> kWarpBits; }
 };
@@ -50,15 +45,18 @@ struct Shadow {
 // earlier blocks.
 inline constexpr s32 kThisBlock = -1;
 
+// These stand for a lane. An access by kAllLanes is one by each lane of the warp. kTogether marks the reads of a wgmma,
+// which the lanes make together: each of them has waited for its end.
+inline constexpr int kAllLanes = -1, kTogether = -2;
+
 inline bool ordered(const Machine& m, const Warp& w, int lane, s32 block, int warp, u32 lanes, u32 clock) {
     if (block != m.block && block != kThisBlock) {
         const auto other = w.order.blocks.find(block);
-        return other != w.order.blocks.end() && static_cast<size_t>(warp) < other->second.size() &&
-               clock <= other->second[warp];
+        return other != w.order.blocks.end() && other->second.covers(static_cast<size_t>(warp), lanes, clock);
     }
-    if (warp != w.id) return clock <= w.order.known[warp];
+    if (warp != w.id) return w.order.known.covers(static_cast<size_t>(warp), lanes, clock);
     if (clock <= w.order.all_lanes) return true;
-    // For lane -1 all lanes make the access, and each must know.
+    // If all lanes make the access, each must know.
     for (int i = lane < 0 ? 0 : lane; i < (lane < 0 ? kLanes : lane + 1); ++i) {
         u32 others = lanes & ~(1u << i);
         for (; others; others &= others - 1)
@@ -91,7 +89,7 @@ void record_access(const Machine& m, const Warp& w, int lane, s32 block, Record&
             if (!ordered(m, w, lane, read.block, read.warp(), read.lanes, read.clock)) {
                 u32 others = read.lanes;
                 if (read.warp() == w.id && lane >= 0) others &= ~(1u << lane);
-                const int other = read.warp() * kLanes + std::countr_zero(others);
+                const int other = read.warp() * kLanes + (others ? std::countr_zero(others) : 0);
                 race(m, kind, lane, "the write", read.block, other, read.pc(), where());
             }
         }
@@ -104,7 +102,7 @@ void record_access(const Machine& m, const Warp& w, int lane, s32 block, Record&
         return;
     }
     if (strong) return;
-    const u32 lanes = lane < 0 ? kAll : 1u << lane;
+    const u32 lanes = lane >= 0 ? 1u << lane : lane == kTogether ? 0 : kAll;
     for (int i = 0; i < r.reads; ++i) {
         Read& read = r.read[i];
         if (read.block == block && read.warp() == w.id && read.clock == w.clock) {
@@ -222,7 +220,7 @@ PTX_OUT_OF_LINE inline void visit(Machine& m, Warp& w, int lane, u32 rank) {
     // Whoever has passed a barrier of the cluster knows that all its blocks arrived there, even if they did so relaxed.
     bool started = lane >= 0 && w.cluster_waits[static_cast<size_t>(lane)] > 0;
     for (size_t k = rank * m.block_warps; k < (rank + 1) * m.block_warps; ++k)
-        started = started || w.order.known[k] >= m.warps[k].start;
+        started = started || w.order.known.reaches(k, m.warps[k].start);
     if (!started)
         fault(lane, "cluster",
               "the shared memory of " + name + " is accessed before anything ensures that the block has started");
@@ -318,7 +316,7 @@ inline std::string where_text(const Machine& m, const Place& p, u64 at) {
 PTX_OUT_OF_LINE inline void check_dependent(const Machine& m, const Warp& w, int lane, const Buffer& b, u64 offset,
                                             bool write, bool read_only) {
     const std::string where = "byte " + std::to_string(offset) + " of '" + b.name + "'";
-    if (w.order.known[m.grid_agent()] == 0)
+    if (!w.order.known.covers(m.grid_agent(), 0, 1))
         fault(lane, "dependent launch",
               where + (write ? " is written" : " is read") +
                   " before griddepcontrol.wait, while the kernel before may still use it");
@@ -430,7 +428,7 @@ struct Access {
 // place.
 inline Place access(Machine& m, Warp& w, int lane, Space space, u64 address, u32 bytes, Access how) {
     Place p = resolve(m, w, lane, space, address, bytes);
-    const int by = how.whole_warp ? -1 : lane;
+    const int by = how.whole_warp ? kAllLanes : lane;
     if (p.buffer) {
         Buffer& b = *p.buffer;
         if (m.has_dependent && b.dependent) check_dependent(m, w, lane, b, p.offset, how.write, how.nc);

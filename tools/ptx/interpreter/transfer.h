@@ -78,9 +78,9 @@ inline void acquire_at(Machine& m, Warp& w, u64 key, bool now) {
         w.has_acquired = true;
     }
 }
-inline void release_at(Machine& m, Warp& w, u64 key, bool now) {
+inline void release_at(Machine& m, Warp& w, int lane, u64 key, bool now) {
     if (now) {
-        merge(m.released[key], publish(m, w));
+        merge(m.released[key], publish(m, w, 1u << lane));
     } else if (key - kSharedWindow < kWindowSize ? w.has_fenced : w.has_fenced_gpu) {
         merge(m.released[key], key - kSharedWindow < kWindowSize ? w.fenced : w.fenced_gpu);
     }
@@ -116,7 +116,7 @@ inline void st(Machine& m, Warp& w, const Instr& i, u32 mask) {
     for_lanes(mask, [&](int l) {
         const Place p = access(m, w, l, i.space, address[l], bytes, {.write = true, .read = false, .strong = i.strong});
         for (int e = 0; e < i.vector; ++e) std::memcpy(p.data + e * i.bytes, &m.in(w, i.s[1 + e])[l], i.bytes);
-        if (i.strong) release_at(m, w, sync_key(p, address[l]), i.release);
+        if (i.strong) release_at(m, w, l, sync_key(p, address[l]), i.release);
     });
     count_access(m, w, address, mask, bytes, i.space);
 }
@@ -299,7 +299,7 @@ void atomically(Machine& m, Warp& w, const Instr& i, u32 mask, Update&& update) 
         old[l] = put(value);
         value = update(l, value);
         std::memcpy(p.data, &value, sizeof(T));
-        release_at(m, w, key, i.release);
+        release_at(m, w, l, key, i.release);
     }
     if (d) for_lanes(mask, [&](int l) { d[l] = old[l]; });
     count_access(m, w, address, mask, sizeof(T), i.space);

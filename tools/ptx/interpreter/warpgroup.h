@@ -39,7 +39,7 @@ inline void wgmma_wait(Machine& m, Warp& w, const Instr& i, u32) {  // i.b group
         const WarpgroupProduct& product = w.products.front();
         if (product.group == kOpenGroup || product.group + i.b >= w.products_committed) return;
         for (const s32 row : product.registers) --w.flying[static_cast<size_t>(row)];
-        record_reads(m, w, -1, product.chunks);
+        record_reads(m, w, kTogether, product.chunks);
         w.products.pop_front();
     }
 }
@@ -56,9 +56,9 @@ struct Descriptor {
         static constexpr u32 kWidths[] = {0, 128, 64, 32};
         swizzle = kWidths[swizzle];
     }
-    // Returns the shared address of chunk k of row r; a chunk is 16 bytes along K. The rows of a core matrix, 8 rows, lie `swizzle` bytes
-    // apart (16 without one), core matrices `stride` bytes apart, and chunks `leading` bytes apart if nothing is swizzled.
-    // The pattern of a swizzle begins at line `base` of 128 bytes.
+    // Returns the shared address of chunk k of row r; a chunk is 16 bytes along K. The rows of a core matrix, 8 rows, lie
+    // `swizzle` bytes apart (16 without one), core matrices `stride` bytes apart, and chunks `leading` bytes apart if
+    // nothing is swizzled. The pattern of a swizzle begins at line `base` of 128 bytes after a multiple of 1024.
     u32 address(u32 r, u32 k) const {
         if (!swizzle) return start + r % 8 * 16 + r / 8 * stride + k * leading;
         const u32 linear = start + r % 8 * swizzle + r / 8 * stride + k * 16;
@@ -76,8 +76,27 @@ inline u32 and_popc(const u64* a, const u64* b) {
     return count;
 }
 
+// PTX ISA, "Canonical Layouts": the pattern of a swizzle repeats every 8 rows, from the first row on. "Matrix Descriptor
+// Format": the base offset must be 0 if the pattern starts on a boundary of its size, and otherwise the number of the
+// line of 128 bytes on which it starts. The text does not say what wgmma reads if it is another number.
+inline void check_base_offset(const Descriptor& d, u32 rows) {
+    if (!d.swizzle) return;
+    const u32 size = 8 * d.swizzle;
+    for (u32 group = 0; group < rows / 8; ++group) {
+        const u32 start = (d.start + group * d.stride) / d.swizzle * d.swizzle;  // without a step along K
+        if ((start - 128 * d.base) % size)
+            fault(-1, "misaligned",
+                  "rows " + std::to_string(8 * group) + " to " + std::to_string(8 * group + 7) +
+                      " of a matrix begin at shared address " + hex(start) + ", which is " +
+                      std::to_string(start % size) + " bytes after a multiple of " + std::to_string(size) +
+                      ", but the descriptor says by its base offset " + std::to_string(d.base) +
+                      " that the swizzle's pattern starts " + std::to_string(128 * d.base % size) + " bytes after one");
+    }
+}
+
 // Reads `rows` rows of 32 bytes of a matrix into `data`, and appends their places to `chunks`.
 inline void matrix_in_shared(Machine& m, Warp& w, const Descriptor& d, u32 rows, std::vector<u32>& chunks, u64* data) {
+    check_base_offset(d, rows);
     for (u32 r = 0; r < rows; ++r)
         for (u32 k = 0; k < 2; ++k) {
             const u64 at = shared_range(m, w, -1, Space::kShared, d.address(r, k), 16);

@@ -206,20 +206,74 @@ def test_a_flag_in_shared_memory():
         assert_fault("race on shared memory", "", body.format(st=st, ld=ld, before=before, after=after), threads=64)
 
 
-def random_program(rng: np.random.Generator) -> tuple[str, bool]:
+@pytest.mark.parametrize(
+    ("release", "acquire"),
+    [
+        ("{}st.release.cta.shared.u32 [%r20+252], 1;", "ld.acquire.cta.shared.u32 %r2, [%r20+252];"),
+        (
+            "{}membar.cta; {}st.relaxed.cta.shared.u32 [%r20+252], 1;",
+            "ld.relaxed.cta.shared.u32 %r2, [%r20+252]; membar.cta;",
+        ),
+        ("{}atom.release.cta.shared.add.u32 %r3, [%r20+252], 1;", "ld.acquire.cta.shared.u32 %r2, [%r20+252];"),
+    ],
+)
+def test_a_release_orders_the_accesses_of_its_lane(release, acquire):
+    """Lane 0 releases what it knows: what other lanes of its warp wrote only if the warp has synchronized."""
+    body = (
+        SHARED + "setp.eq.u32 %p1, %tid, 0; setp.lt.u32 %p2, %tid, 32; @%p1 st.relaxed.cta.shared.u32 [%r20+252], 0;"
+        "bar.sync 0; @!%p2 bra SPIN; st.shared.u32 [%r21], %tid; {sync}"
+        + release.replace("{}", "@%p1 ")
+        + "bra END; SPIN:"
+        + acquire
+        + "setp.eq.u32 %p3, %r2, 0; @%p3 bra SPIN; ld.shared.u32 %r1, [%r20+{at}]; END:"
+    )
+    two = "setp.lt.u32 %p4, %tid, 2; @%p4 bar.warp.sync 3;"
+    for sync, at in (("", 0), ("bar.warp.sync -1;", 4), (two, 4)):
+        for seed in range(4):
+            run(body.format(sync=sync, at=at), threads=64, seed=seed)
+    for sync, at in (("", 4), (two, 8)):
+        text = body.format(sync=sync, at=at)
+        assert_fault("race on shared memory", f"thread .{at // 4},0,0", text, threads=64)
+
+
+def test_the_last_block_reads_what_the_others_wrote():
+    """One thread's fence and atomic publish what its block wrote, if the block's threads have synchronized."""
+    body = (
+        "mov.u32 %r2, %ctaid.x; mad.lo.u32 %r3, %r2, 32, %tid; mad.wide.u32 %at, %r3, 4, %out;"
+        "setp.eq.u32 %p1, %tid, 0; st.global.u32 [%at], %r3; {sync} @!%p1 bra END; fence.acq_rel.gpu;"
+        "ld.param.u64 %rd1, [x]; atom.relaxed.gpu.global.add.u32 %r4, [%rd1], 1; fence.acq_rel.gpu;"
+        "setp.ne.u32 %p2, %r4, 2; @%p2 bra END; ld.global.u32 %r5, [%out]; ld.global.u32 %r5, [%out+{at}]; END:"
+    )
+
+    def last_block(sync: str, at: int, seed: int) -> None:
+        arguments = [out(96), InOut(np.zeros(1, np.uint32))]
+        run(body.format(sync=sync, at=at), arguments, params=TWO, grid=3, seed=seed)
+
+    for seed in range(6):
+        last_block("bar.warp.sync -1;", 4, seed)
+        last_block("", 128, seed)
+        for at in (4, 132):
+            with pytest.raises(PtxFault, match=r"thread \(1,0,0\)") as caught:
+                last_block("", at, seed)
+            assert caught.value.kind == "race on global memory"
+
+
+def random_program(rng: np.random.Generator, kinds: list[str]) -> tuple[str, bool]:
     """Return accesses by single threads of three warps with synchronizations, and whether two of the accesses race.
 
-    Each thread has a vector clock: an access is ordered after an earlier one if its thread knows the other's clock.
+    Each thread has a vector clock: an access is ordered after an earlier one if its thread knows the other's clock. In
+    a hand-over some threads arrive at an mbarrier, each for itself, and a warp waits for them.
     """
     threads, size = 96, 16
     body = f".shared .align 16 .b8 s[{size}]; mov.u32 %r20, s; mov.u32 %r1, 0; mov.u16 %h1, 0;"
-    body += f"setp.lt.u32 %p1, %tid, {size}; add.u32 %r2, %r20, %tid; @%p1 st.shared.u8 [%r2], %h1; bar.sync 0;"
+    body += f"setp.lt.u32 %p1, %tid, {size}; add.u32 %r2, %r20, %tid; @%p1 st.shared.u8 [%r2], %h1; INIT bar.sync 0;"
     knows = np.zeros((threads, threads), int)
     clock = np.ones(threads, int)
     accesses: list[tuple[int, int, range, bool]] = []
+    expected: list[int] = []  # the arrivals at each mbarrier
     racing = False
     for _ in range(rng.integers(3, 14)):
-        kind = rng.choice(["read", "write", "read", "write", "barrier", "warp", "half"])
+        kind = rng.choice(kinds)
         if kind in ("read", "write"):
             thread, width = int(rng.integers(threads)) // 8 * 8 % 96, int(rng.choice([1, 2, 4]))
             place = range(at := int(rng.integers(0, 2 * width, 1)[0]) // width * width, at + width)
@@ -231,6 +285,24 @@ def random_program(rng: np.random.Generator) -> tuple[str, bool]:
                 conflict = (write or kind == "write") and set(bytes_) & set(place) and other != thread
                 racing = racing or bool(conflict and knows[thread, other] < when)
             accesses.append((thread, clock[thread], place, kind == "write"))
+            continue
+        if kind == "hand over":
+            number, first, count = len(expected), int(rng.integers(12)) * 8, int(rng.choice([1, 8, 9, 32]))
+            first = first if count < 32 else first // 32 * 32
+            sources = np.arange(first, min(first + count, threads))
+            waiting = np.arange(32) + 32 * int(rng.integers(3))
+            expected.append(len(sources))
+            body += (
+                f"sub.u32 %r5, %tid, {first}; setp.lt.u32 %p1, %r5, {len(sources)};"
+                f"@%p1 mbarrier.arrive.shared::cta.b64 _, [%r19+{8 * number}];"
+                f"sub.u32 %r5, %tid, {waiting[0]}; setp.ge.u32 %p1, %r5, 32; @%p1 bra PAST{number};"
+                f"WAIT{number}: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r19+{8 * number}], 0;"
+                f"@!%p2 bra WAIT{number}; PAST{number}:"
+            )
+            message = knows[sources].max(0)
+            message[sources] = clock[sources]
+            clock[sources] += 1
+            knows[waiting] = np.maximum(knows[waiting], message)
             continue
         if kind == "barrier":
             body += "bar.sync 0;"
@@ -247,15 +319,19 @@ def random_program(rng: np.random.Generator) -> tuple[str, bool]:
             met[members] = clock[members]
             knows[members] = met
             clock[members] += 1
-    return body, racing
+    init = f".shared .align 8 .b8 bars[{8 * len(expected) + 8}]; mov.u32 %r19, bars; setp.eq.u32 %p1, %tid, 0;"
+    init += "".join(f"@%p1 mbarrier.init.shared::cta.b64 [%r19+{8 * k}], {n};" for k, n in enumerate(expected))
+    return body.replace("INIT", init if expected else ""), racing
 
 
-def test_races_are_found_exactly():
+@pytest.mark.parametrize("synchronizations", [["barrier", "warp", "half"], ["hand over"] * 4 + ["warp", "half"]])
+def test_races_are_found_exactly(synchronizations):
     """Every race that some order of the accesses allows is reported under each schedule, and nothing else is."""
     rng = np.random.default_rng(2)
     seen = [0, 0]
+    accesses = ["read", "write"] * 2 * (len(synchronizations) // 3)
     for _ in range(300):
-        body, racing = random_program(rng)
+        body, racing = random_program(rng, [*accesses, *synchronizations])
         seen[racing] += 1
         for seed in range(3):
             if racing:

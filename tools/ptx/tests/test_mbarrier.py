@@ -273,6 +273,104 @@ def test_a_stage_is_given_back():
                 run(wrong, [Out(got), In(X)], threads=64, params=TWO, seed=seed)
 
 
+# Warp 1 reads a stage, and arrives at the second barrier; thread 0 then loads the stage again.
+GIVE_BACK = (
+    barrier(1)
+    + "mov.u32 %r18, %r19; add.u32 %r18, %r18, 8; @%p1 mbarrier.init.shared::cta.b64 [%r18], {count}; bar.sync 0;"
+    "ld.param.u64 %rd1, [x]; setp.ge.u32 %p3, %tid, 32; @%p3 bra CONSUME; @!%p1 bra END;"
+    + EXPECT.format(bytes=256)
+    + LOAD.format(size=256)
+    + wait(0, "EMPTY", "[%r18]")
+    + EXPECT.format(bytes=256)
+    + LOAD.format(size=256)
+    + wait(1, "AGAIN")
+    + "bra END; CONSUME:"
+    + wait()
+    + "sub.u32 %r2, %tid, 32; setp.eq.u32 %p4, %r2, 0; {read} {then} {arrive}; END:"
+)
+ARRIVE_EMPTY = "mbarrier.arrive.shared::cta.b64 _, [%r18]"
+GIVE_BACK_READ = "mad.lo.u32 %r3, %r2, 4, %r20; ld.shared.u32 %r1, [%r3];"
+
+
+@pytest.mark.parametrize(
+    ("read", "then", "arrive", "right"),
+    [
+        ("", "bar.warp.sync -1;", "@%p4 " + ARRIVE_EMPTY, True),
+        ("", "bar.sync 1, 32;", "@%p4 " + ARRIVE_EMPTY, True),
+        ("", "", ARRIVE_EMPTY, True),  # each lane arrives for itself
+        ("@%p4", "", "@%p4 " + ARRIVE_EMPTY, True),  # only the lane that arrives has read
+        ("", "", "@%p4 " + ARRIVE_EMPTY, False),
+        ("", "shfl.sync.idx.b32 %r4, %r2, 0, 31, -1;", "@%p4 " + ARRIVE_EMPTY, False),
+        ("", "vote.sync.any.pred %p5, %p4, -1;", "@%p4 " + ARRIVE_EMPTY, False),
+        ("", "", "@%p4 bar.warp.sync 1; @%p4 " + ARRIVE_EMPTY, False),
+        ("", "fence.acq_rel.cta;", "@%p4 " + ARRIVE_EMPTY, False),
+    ],
+)
+def test_an_arrival_orders_the_accesses_of_its_lane(read, then, arrive, right):
+    """PTX ISA, "mbarrier.test_wait": a wait orders what the *participating threads* did before they arrived.
+
+    The accesses of other lanes are ordered before the arrival by barriers of the warp or the block only.
+    """
+    count = 32 if arrive == ARRIVE_EMPTY else 1
+    words = GIVE_BACK_READ.replace("ld.shared", read + " ld.shared")
+    body = GIVE_BACK.format(count=count, read=words, then=then, arrive=arrive)
+    args, options = [Out(np.zeros(64, np.uint32)), In(X)], {"threads": 64, "params": TWO}
+    for seed in SEEDS:
+        if right:
+            run(body, args, seed=seed, **options)
+            continue
+        with pytest.raises(
+            PtxFault, match=r"the write .* is not ordered after the access by thread \(33,0,0\)"
+        ) as caught:
+            run(body, args, seed=seed, **options)
+        assert caught.value.kind == "race on shared memory"
+    if "shfl" in then or "vote" in then:
+        run(body, args, collectives_order=True, **options)
+
+
+def test_the_reads_of_ldmatrix_are_those_of_all_lanes():
+    matrix = "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%r20];"
+    for then, right in (("bar.warp.sync -1;", True), ("", False)):
+        body = GIVE_BACK.format(count=1, read=matrix, then=then, arrive="@%p4 " + ARRIVE_EMPTY)
+        args = [Out(np.zeros(64, np.uint32)), In(X)]
+        if right:
+            run(body, args, threads=64, params=TWO)
+        else:
+            assert_fault("race on shared memory", "the write", body, args, threads=64, params=TWO)
+
+
+def test_an_order_passes_through_other_threads():
+    """Lane 0 of warp 1 arrives; thread 64 has waited for it, and arrives; thread 0 has waited for that, and writes."""
+    body = (
+        barrier(1) + "mov.u32 %r18, %r19; add.u32 %r18, %r18, 8; @%p1 mbarrier.init.shared::cta.b64 [%r18], 1;"
+        "setp.lt.u32 %p5, %tid, 64; mad.lo.u32 %r21, %tid, 4, %r20; @%p5 st.shared.u32 [%r21], %tid; bar.sync 0;"
+        "setp.eq.u32 %p3, %tid, 64; @%p3 bra MIDDLE; @%p1 bra LAST; setp.lt.u32 %p4, %tid, 32; @%p4 bra END;"
+        "setp.gt.u32 %p4, %tid, 64; @%p4 bra END; ld.shared.u32 %r1, [%r21]; {sync} setp.eq.u32 %p4, %tid, 32;"
+        "@%p4 "
+        + ARRIVE
+        + "bra END; MIDDLE:"
+        + wait()
+        + ARRIVE_EMPTY
+        + "; bra END; LAST:"
+        + wait(0, "EMPTY", "[%r18]")
+        + "st.shared.u32 [%r20+{at}], 0; END:"
+    )
+    for sync, at, right in (
+        ("", 128, True),
+        ("", 132, False),
+        ("bar.warp.sync -1;", 132, True),
+        ("bar.warp.sync -1;", 252, True),
+        ("setp.lt.u32 %p6, %tid, 34; @%p6 bar.warp.sync 3;", 132, True),
+        ("setp.lt.u32 %p6, %tid, 34; @%p6 bar.warp.sync 3;", 136, False),
+    ):
+        text = body.format(sync=sync, at=at)
+        if right:
+            for seed in SEEDS:
+                run(text, threads=96, seed=seed)
+        else:
+            assert_fault("race on shared memory", f"thread .{at // 4},0,0", text, threads=96, seeds=SEEDS)
+
+
 STORE_BULK = "cp.async.bulk.global.shared::cta.bulk_group [%out], [%r20], 256; cp.async.bulk.commit_group;"
 BULK_STORE = (
     ".shared .align 128 .b8 s[1024]; mov.u32 %r20, s; mad.lo.u32 %r21, %tid, 4, %r20; setp.eq.u32 %p1, %tid, 0;"

@@ -124,29 +124,80 @@ def test_steps_within_a_swizzled_line(step):
     run_product((128, 16, 1024), 64, step, k=1024)
 
 
-def test_a_pattern_that_begins_elsewhere():
-    """The base offset names the line of 128 bytes at which the swizzle's pattern begins, if it is no multiple of 8."""
-    layout, at = (128, 16, 1024), 3 * 128
-    image = np.zeros(IMAGE, np.uint8)
-    a, b = RNG.integers(0, 2, (64, 256)), RNG.integers(0, 2, (8, 256))
-    (
-        image_of(np.pad(a, ((0, 0), (0, 768))), image, at, layout),
-        image_of(np.pad(b, ((0, 0), (0, 768))), image, 20480, layout),
+# (swizzle, stride, bytes after a multiple of 1024, base offset, whether the ISA allows it): PTX ISA, "Matrix Descriptor
+# Format": 0 on a boundary of 1024, 512 or 256 bytes, by the swizzle, and otherwise (pattern start address >> 7) & 7.
+BASE_OFFSETS = [
+    (128, 1024, 0, 0, True),
+    (128, 1024, 384, 3, True),
+    (128, 1024, 384 + 32, 3, True),  # 32 bytes are a step along K within the rows
+    (128, 1024, 896, 7, True),
+    (128, 2048, 512, 4, True),
+    (64, 512, 512, 0, True),
+    (64, 512, 384, 3, True),
+    (32, 256, 256, 0, True),
+    (32, 256, 128, 1, True),
+    (128, 1024, 512, 0, False),
+    (128, 1024, 128, 0, False),
+    (128, 1024, 384, 2, False),
+    (128, 1024, 0, 4, False),
+    (128, 1024 + 512, 0, 0, False),  # the second 8 rows
+    (64, 512, 128, 0, False),
+    (64, 512, 64, 0, False),  # the second row of a pattern
+    (32, 256, 128, 0, False),
+    (32, 256, 32, 0, False),
+]
+
+
+def product_at(at: int, layout: tuple[int, int, int], step: int, base: int) -> str:
+    """Return a product of 64 rows of A at `at`, as its descriptor says, and 8 rows of B at 20480."""
+    return kernel(
+        f"add.u32 %r21, %r20, {at};"
+        + descriptor("%r21", layout, step, base).format("%rd6")
+        + "add.u32 %r21, %r20, 20480;"
+        + descriptor("%r21", LAYOUT).format("%rd7")
+        + FENCE
+        + ASYNC.format(n=8, d=registers(8), a="%rd6", p="%p7")
+        + COMMIT
+        + WAIT,
+        8,
     )
+
+
+@pytest.mark.parametrize(("swizzle", "stride", "at", "base", "allowed"), BASE_OFFSETS)
+def test_the_base_offset_says_where_the_pattern_begins(swizzle, stride, at, base, allowed):
+    layout, step = (swizzle, 16, stride), at % 128 if swizzle == 128 else 0
+    image = RNG.integers(0, 256, IMAGE).astype(np.uint8)
+    a, b = RNG.integers(0, 2, (64, 8 * swizzle)), RNG.integers(0, 2, (8, 256))
+    image_of(a, image, at - step, layout), image_of(b, image, 20480, LAYOUT)
     d = np.zeros((4, 128), np.int32)
-    for base, right in ((3, True), (0, False)):
-        body = (
-            f"add.u32 %r21, %r20, {at};"
-            + descriptor("%r21", layout, base=base).format("%rd6")
-            + "add.u32 %r21, %r20, 20480;"
-            + descriptor("%r21", layout).format("%rd7")
-            + FENCE
-            + ASYNC.format(n=8, d=registers(8), a="%rd6", p="%p7")
-            + COMMIT
-            + WAIT
-        )
-        run(kernel(body, 8), [Out(d), In(image)], threads=128, params=PARAMS)
-        assert (result(d) == product(a, b)).all() == right
+    body, args = product_at(at - step, layout, step, base), [Out(d), In(image)]
+    if allowed:
+        run(body, args, threads=128, params=PARAMS)
+        assert (result(d) == product(a[:, 8 * step : 8 * step + 256], b)).all()
+    else:
+        assert_fault("misaligned", "the swizzle's pattern starts", body, args, threads=128, params=PARAMS)
+
+
+def test_a_box_that_begins_within_a_pattern_is_no_matrix():
+    """A tensor map swizzles by the address, so no base offset describes a box 512 bytes after a multiple of 1024.
+
+    CUDA Programming Guide, "Swizzle Pattern Pointer Offset Computation": chunk x of row y lies at (y + 4) % 8 ^ x.
+    """
+    a, b = RNG.integers(0, 2, (64, 1024)), RNG.integers(0, 2, (8, 256))
+    image = np.zeros(IMAGE, np.uint8)
+    image_of(b, image, 20480, LAYOUT)
+    packed = np.packbits(a, axis=1, bitorder="little")
+    for y, x in np.ndindex(64, 8):
+        to = 512 + 128 * y + 16 * ((y + 4) % 8 ^ x)
+        image[to : to + 16] = packed[y, 16 * x : 16 * x + 16]
+    d = np.zeros((4, 128), np.int32)
+    for base in range(8):
+        body, args = product_at(512, (128, 16, 1024), 0, base), [Out(d), In(image)]
+        if base == 4:
+            run(body, args, threads=128, params=PARAMS)
+            assert (result(d) != product(a[:, :256], b)).any()
+        else:
+            assert_fault("misaligned", "which is 512 bytes after", body, args, threads=128, params=PARAMS)
 
 
 # ---- The rules, with n = 8 and the 32-byte swizzle -------------------------------------------------------------------
@@ -261,6 +312,31 @@ def test_what_is_read_may_not_change():
         assert caught.value.kind in ("race on shared memory", "warpgroup", "proxy")
 
 
+def test_one_lane_gives_back_what_its_warp_has_multiplied():
+    """PTX ISA, "wgmma.wait_group": each executing thread waits, so one lane may say that a wgmma has read its factors.
+
+    It cannot say so of what other lanes have read by ordinary loads.
+    """
+    init = ".shared .align 8 .b8 bar[8]; mov.u32 %r19, bar; setp.eq.u32 %p2, %tid, 0; mov.u32 %r8, %laneid;"
+    init += "setp.eq.u32 %p3, %r8, 0; @%p2 mbarrier.init.shared::cta.b64 [%r19], 4; bar.sync 0;"
+    arrive = "@%p3 mbarrier.arrive.shared::cta.b64 _, [%r19];"
+    then = "W: mbarrier.try_wait.parity.shared::cta.b64 %p4, [%r19], 0; @!%p4 bra W; @%p2 st.shared.u32 [%r20+4], 0;"
+    read, sync, product_ = "ld.shared.u32 %r9, [%r20+4];", "bar.warp.sync -1;", FENCE + FIRST + COMMIT
+    for seed in SEEDS:
+        small(init + product_ + WAIT + arrive + then, seed=seed)
+        small(init + product_ + WAIT + read + sync + arrive + then, seed=seed)
+    race = "the write .* is not ordered after the access by thread"
+    small_fault("race on shared memory", race, init + product_ + WAIT + read + arrive + then)
+    small_fault("warpgroup", "may still read it", init + product_ + arrive + then + WAIT)
+    # Lane 0 of warp 1 arrives before the warp has waited.
+    early = init + product_ + "setp.eq.u32 %p5, %tid, 32; @%p5 mbarrier.arrive.shared::cta.b64 _, [%r19];" + WAIT
+    late = "setp.ne.u32 %p5, %tid, 32; and.pred %p3, %p3, %p5;" + arrive + then
+    for seed in SEEDS:
+        with pytest.raises(PtxFault) as caught:
+            small(early + late, seed=seed)
+        assert caught.value.kind in ("race on shared memory", "warpgroup")
+
+
 def test_ordinary_writes_must_be_fenced():
     body = FENCE + FIRST + COMMIT + WAIT
     fault = small_fault(
@@ -295,7 +371,7 @@ def test_memory_that_nothing_wrote_is_garbage():
     body = kernel(DESCRIPTORS + FENCE + FIRST.replace("%rd7,", "%rd8,") + COMMIT + WAIT, 8, fill=fill)
     body = body.replace(FENCE, "add.u64 %rd8, %rd7, 16;" + FENCE, 1)
     run(body, [Out(d), In(SMALL)], threads=128, params=PARAMS)
-    far = "add.u64 %rd7, %rd7, 3000;" + FENCE + FIRST + COMMIT + WAIT
+    far = "add.u64 %rd7, %rd7, 3008;" + FENCE + FIRST + COMMIT + WAIT
     small_fault("out of bounds", "", far)
 
 
