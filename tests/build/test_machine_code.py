@@ -433,6 +433,19 @@ def test_bounds_of_products_by_warpgroups():
     assert lines["ViT-B, 256 images, 768 → 3072"][7] == "output"
 
 
+def test_few_rows():
+    """A block packs 49 bytes in a nanosecond, so 16 rows of 4096 take 2.67 us alone, and 0.33 + 0.3 us in a cluster."""
+    lines = {line[0]: line for line in gpu_model.few_rows_table()}
+    assert lines["16 × 4096"][2:4] == pytest.approx([2.67, 0.634], abs=0.01)
+    chosen = [lines[x][-1] for x in ("16 × 1024", "16 × 4096", "16 × 8192", "1 × 16384")]
+    assert chosen == ["block", "cluster", "launch", "block"]
+    text, figures = HEURISTICS.read_text(), gpu_model.FEW_ROWS
+    named = ("MicrosOfPack", "MicrosHidden", "PackedBytesAMicro", "MicrosOfCluster")
+    values = [float(re.search(rf"\bk{name} = ([\d.e]+)", text)[1]) for name in named]
+    assert values == [figures.launch, figures.hidden, figures.packed_bytes, figures.cluster]
+    assert f"kClusterBlocks = {figures.blocks};" in (HEURISTICS.parent / "records.h").read_text()
+
+
 def test_rates_are_those_of_the_heuristics():
     text = (HEURISTICS.parent / "warpgroup_tiles.h").read_text()
     assert int(re.search(r"kWarpgroupL2Bytes = (\d+)", text)[1]) == gpu_model.WARPGROUP.l2
