@@ -36,9 +36,9 @@ def forced(name: str | None) -> Iterator[None]:
     """Make one kernel compute inside a ``with`` block, and restore the former choice at its end.
 
     A CPU kernel computes everything on the CPU. A CUDA kernel computes all products on CUDA devices that it can
-    compute: the skinny kernels take at most 16 rows, and the fused ones few values of real x, which they pack
-    themselves. Blocks can be nested; for each of CPU and CUDA the innermost counts. The choice holds for the whole
-    process, so do not force kernels in several threads at once.
+    compute: ``skinny`` takes at most 16 rows, ``skinny_mma_sm80`` 64, and the fused kernels few values of real x, which
+    they pack themselves. Blocks can be nested; for each of CPU and CUDA the innermost counts. The choice holds for the
+    whole process, so do not force kernels in several threads at once.
 
     A prepared weight (:func:`bitorch_qlinear.functional.prepare_weight`) belongs to the CPU kernel that was active when
     it was made; with another CPU kernel the operators prepare the weight in each call. The CUDA kernels share one form.

@@ -85,11 +85,11 @@ def _skinny(kernel: Kernel) -> Work:
 
 
 def _skinny_mma(kernel: Kernel) -> Work:
-    tiles, slices, *_ = kernel.sizes
-    row = slices * 64  # bytes
-    multiplies = 16 * 8 * tiles * 8 * row
+    fragments, tiles, slices, *_ = kernel.sizes
+    row, rows = slices * 64, 16 * fragments  # bytes, and rows of x
+    multiplies = rows * 8 * tiles * 8 * row
     weights = 8 * tiles * row
-    return Work("BMMA", multiplies // (16 * 8 * 256), "memory", multiplies, l2=weights + 16 * row, memory=weights)
+    return Work("BMMA", multiplies // (16 * 8 * 256), "memory", multiplies, l2=weights + rows * row, memory=weights)
 
 
 def _fused_skinny(kernel: Kernel) -> Work:
@@ -202,8 +202,8 @@ def epilogue(kernel: Kernel) -> Epilogue | None:
             rows, columns = 64, 64
         case "gemm_skinny", (rows, each, *_):
             columns = 32 if kernel.type == "bits" else 4 * each
-        case "gemm_skinny_mma_sm80", (tiles, *_):
-            rows, columns = 16, 8 * tiles
+        case "gemm_skinny_mma_sm80", (fragments, tiles, *_):
+            rows, columns = 16 * fragments, 8 * tiles
         case "gemm_mma_sm80" | "gemm_mma_int8_sm80", (rows, columns, *_):
             pass
         case "gemm_fused_skinny", (rows,):  # in a round, if each warp has a unit of its own
@@ -224,7 +224,7 @@ def epilogue(kernel: Kernel) -> Epilogue | None:
     return Epilogue(rows, columns, int(columns * channels) + counts, written, sectors, between)
 
 
-_COUNTED = ("gemm_skinny_mma_sm80", "gemm_mma_sm80", "gemm_mma_int8_sm80", "gemm_wgmma_sm90a")
+_COUNTED = ("gemm_mma_sm80", "gemm_mma_int8_sm80", "gemm_wgmma_sm90a")
 """The kernels that count a & b, and so read the set bits of each row (csrc/cuda/records.h)."""
 
 

@@ -124,7 +124,8 @@ def ours(shape: Shape, device: torch.device) -> list[Contestant]:
             if m <= (4 if kernel == "fused_skinny" else 16):
                 moved = 2 * m * k + weight_bytes + 2 * m * n
                 made.append(Contestant(f"{PACKING}, {kernel}", packing, moved, weight_bytes, kernel))
-        elif m <= 16 or not kernel.startswith("skinny"):  # The skinny kernels take at most 16 rows.
+        # The skinny kernels take at most 16 rows or 64.
+        elif m <= (64 if kernel == "skinny_mma_sm80" else 16) or not kernel.startswith("skinny"):
             made.append(Contestant(f"{PACKED}, {kernel}", bf16_out, words_moved + 2 * m * n, weight_bytes, kernel))
     return made
 

@@ -5,6 +5,7 @@
 //     rows of x      7.5         8.0 to 8.9         9.0                later, known or not
 //     up to 4        skinny      skinny             skinny             skinny
 //     5 to 16        skinny      skinny_mma_sm80    skinny_mma_sm80    skinny
+//     17 to 64       mma_sm75    skinny_mma_sm80 or mma_sm80 (fragments_win)      mma_int8_sm80
 //     more           mma_sm75    mma_sm80           mma_sm80           mma_int8_sm80
 //     256 or more    mma_sm75    mma_sm80           wgmma_sm90a        mma_int8_sm80
 //
@@ -17,8 +18,8 @@
 // On 9.0, fused_cluster_sm90 takes what is too much for a block and not too much for a cluster (cluster_is_faster).
 //
 // popc runs everywhere, and the others are tested against it. If x is given as words, the kernel does not depend on n and
-// k, because a tiny product costs a launch by any kernel; except that mma_sm80 keeps products of few tiles
-// (warpgroup_tiles.h). The tile of mma_sm80 is the one of least estimated time. For all sizes:
+// k, because a tiny product costs a launch by any kernel; except that 17 to 64 rows have two kernels, and that mma_sm80
+// keeps products of few tiles (warpgroup_tiles.h). The tile of mma_sm80 is the one of least estimated time. For all sizes:
 //   - the kernel is legal, and as m grows, a kernel that was abandoned is never chosen again (for x as words);
 //   - the tile depends on m and n in units of 64 and on k in stages, all rounded up;
 //   - as k grows, a tile that was abandoned is never chosen again; the least estimate never falls as m, n or k grows;
@@ -146,6 +147,52 @@ static inline Tile best_tile(const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
     return std::min({Tile::m128n256, Tile::m128n128, Tile::m64n64}, faster);
 }
 
+// ---- 17 to 64 rows --------------------------------------------------------------------------------------------------
+
+// A block of skinny_mma_sm80 multiplies all rows of x by this many columns, so 4096 columns are 128 blocks, and 64 of
+// mma_sm80's smallest tile. But each block brings all of x from L2, m k / 8 bytes: with 64 rows twice as much as its
+// weights, so that both are 1.5 times what the tiles of mma_sm80 bring. skinny_mma_sm80 is for few columns, where that
+// costs less than multiprocessors that are idle, and for words of x that a launch would have to count for mma_sm80.
+constexpr int64_t kFragmentColumns = 32;
+
+// How much less time skinny_mma_sm80 takes than the difference of the estimates says: in 0.7 us it has twice the bytes in
+// flight. This was measured on an H200 with 16 rows, where both kernels read popcounts: 5.07 us and 6.60 at 4096 x 4096,
+// and 6.64 and 8.76 at 8192 x 8192, while the estimates differ by 0.78 us in both cases. That leaves 0.75 to 1.3 us.
+constexpr double kClocksLess = 1300;
+
+// The launch that counts the set bits of x, by the time of pack's (kMicrosOfPack) at 1.75 GHz.
+constexpr double kClocksOfCount = 2800;
+
+// Estimates the clocks of a product of 17 to 64 rows by skinny_mma_sm80, as estimated_clocks does, but without a doubt.
+// Beside tensor cores and L2, the counting of set bits bounds a stage: 16 words a clock, of the rows of x and of the
+// columns. At its end each of at least 4 warps adds its sums to those in shared memory, which are then read: 32 sums are
+// added in 2 clocks and read in one.
+static inline double estimated_fragment_clocks(const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
+    const Multiprocessor chip = multiprocessor(gpu.capability);
+    const int64_t rows = m <= kFragmentRows / 2 ? kFragmentRows / 2 : kFragmentRows;
+    const int64_t residents = rows == kFragmentRows ? 2 : 3;  // blocks of 4 warps whose registers fit a multiprocessor
+    const int64_t of_one = ceil_div(ceil_div(n, kFragmentColumns), std::max(gpu.multiprocessors, 1));
+    const auto clocks = [](int64_t work, int64_t rate) {
+        return static_cast<double>(work) / static_cast<double>(rate);
+    };
+    const double stage = std::max({clocks(rows * kFragmentColumns * kTileStageBits, chip.multiplies),
+                                   clocks((m + kFragmentColumns) * kTileStageBits / 8, chip.l2_bytes),
+                                   clocks((rows + kFragmentColumns) * kTileStageBits / kWordBits, 16)});
+    const double of_block =
+        static_cast<double>(ceil_div(k, kTileStageBits)) * stage + clocks(rows * kFragmentColumns * (2 * 4 + 1), 32);
+    return static_cast<double>(ceil_div(of_one, residents)) * kClocksAround + static_cast<double>(of_one) * of_block;
+}
+
+// Returns whether skinny_mma_sm80 is estimated to be faster than mma_sm80. `words` says that x is given as words, whose set
+// bits a launch would count for mma_sm80, unless a launch has to align them anyway. (In linear_train the launch that
+// packs x would count them for nothing. It is not distinguished.)
+static inline bool fragments_win(const Gpu& gpu, int64_t m, int64_t n, int64_t k, bool words) {
+    const double counted = words && !prepared_holds_words(k) ? kClocksOfCount : 0;
+    const Tile tile = best_tile(gpu, m, n, k);
+    const double tiles = estimated_clocks(tile, gpu, m, n, k) / kDoubt[static_cast<int>(tile)];
+    return estimated_fragment_clocks(gpu, m, n, k) < tiles + kClocksLess + counted;
+}
+
 // ---- the choice -----------------------------------------------------------------------------------------------------
 
 struct Choice {
@@ -212,11 +259,14 @@ static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int
     if (m <= kCountedRows) {
         return choice(GemmKernel::skinny, "up to 4 rows are counted on CUDA cores while memory brings the weights");
     }
-    if (takes(GemmKernel::skinny_mma_sm80)) {
+    if (m <= kSkinnyRows && takes(GemmKernel::skinny_mma_sm80)) {
         return choice(GemmKernel::skinny_mma_sm80, "tensor cores count up to 16 rows while memory brings the weights");
     }
     if (takes(GemmKernel::skinny)) {
         return choice(GemmKernel::skinny, "up to 16 rows, which a tile of more would leave mostly empty");
+    }
+    if (takes(GemmKernel::skinny_mma_sm80) && fragments_win(gpu, m, n, k, value_bytes == 0)) {
+        return choice(GemmKernel::skinny_mma_sm80, "tensor cores by narrow blocks, which count set bits themselves");
     }
     if (takes(GemmKernel::wgmma_sm90a) && warpgroups_win(gpu.multiprocessors, m, n, k)) {
         return {GemmKernel::wgmma_sm90a, best_tile(gpu, m, n, k),
@@ -254,6 +304,8 @@ static inline OrError<Choice> decide(const KernelRecord* forced, const Gpu& gpu,
         choice.reason = forced->fused ? "the automatic choice: the kernel that is forced takes few values of real x"
                         : forced->most_rows == kSkinnyRows
                             ? "the automatic choice: the kernel that is forced takes at most 16 rows"
+                        : forced->most_rows == kFragmentRows
+                            ? "the automatic choice: the kernel that is forced takes at most 64 rows"
                             : "the automatic choice: the kernel that is forced takes at most 2147483647 rows";
         return choice;
     }

@@ -138,7 +138,7 @@ cudaError_t gemm_popc(const Product&, cudaStream_t);
 // With `behind_pack` they are launched while pack, which must be the kernel before them in the stream, still runs
 // (launch.cuh; compute capability 9.0).
 cudaError_t gemm_skinny(const Product&, cudaStream_t, bool behind_pack = false);  // any capability; without popcounts
-cudaError_t gemm_skinny_mma_sm80(const Product&, cudaStream_t, bool behind_pack = false);  // the same, 8.0 to 9.0
+cudaError_t gemm_skinny_mma_sm80(const Product&, cudaStream_t, bool behind_pack = false);  // 8.0 to 9.0; the same
 cudaError_t gemm_mma_sm80(const Product&, Tile, cudaStream_t, bool behind_pack = false);   // capability 8.0 to 9.0
 cudaError_t gemm_mma_int8_sm80(const Product&, cudaStream_t, bool behind_pack = false);    // capability 8.0 and later
 cudaError_t gemm_wgmma_sm90a(const Product&, WarpgroupTile, cudaStream_t);                 // capability 9.0

@@ -14,8 +14,8 @@
 
 namespace bitorch_qlinear::cuda {
 
-// The most rows of x that a skinny kernel takes.
-constexpr int64_t kSkinnyRows = 16;
+// The most rows of x that a skinny kernel takes. skinny_mma_sm80 takes more, as several fragments of an instruction.
+constexpr int64_t kSkinnyRows = 16, kFragmentRows = 64;
 
 // The most rows that are counted on CUDA cores if another kernel exists for more (heuristics.h).
 constexpr int64_t kCountedRows = 4;
@@ -69,7 +69,7 @@ constexpr int kHopper = 90;
 constexpr KernelRecord kKernels[kGemmKernels] = {
     {GemmKernel::popc, "popc", 75, kNewest, false, false, kAnyRows},
     {GemmKernel::skinny, "skinny", 75, kNewest, true, false, kSkinnyRows},
-    {GemmKernel::skinny_mma_sm80, "skinny_mma_sm80", 80, 90, true, false, kSkinnyRows},
+    {GemmKernel::skinny_mma_sm80, "skinny_mma_sm80", 80, 90, true, false, kFragmentRows},
     {GemmKernel::mma_sm75, "mma_sm75", 75, 89, true, false, kAnyRows},
     {GemmKernel::mma_sm80, "mma_sm80", 80, 90, true, true, kAnyRows},
     {GemmKernel::mma_int8_sm80, "mma_int8_sm80", 80, kNewest, true, true, kAnyRows},

@@ -128,8 +128,8 @@ def promised_accesses(kernel: Kernel) -> dict[str, int]:
         case Kernel("gemm_skinny", sizes=(rows, each, lines, *_)):
             x = lines * (rows // 4 if rows >= 4 else rows)
             return {r"LDG\.E\.NA\.128": each * lines, r"LDG\.E\.128": x}
-        case Kernel("gemm_skinny_mma_sm80", sizes=(tiles, slices, *_)):
-            return {r"LDG\.E\.NA\.128": tiles * slices, r"LDG\.E\.128": 2 * slices}
+        case Kernel("gemm_skinny_mma_sm80", sizes=(fragments, tiles, slices, *_)):
+            return {r"LDG\.E\.NA\.128": tiles * slices, r"LDG\.E\.128": 2 * fragments * slices}
         case Kernel("gemm_fused_skinny", sizes=(rows,)):
             return {r"LDG\.E\.NA\.128": 4, r"LDS.*\.128": 4 * rows}
         case Kernel("gemm_fused_skinny_mma_sm80" | "gemm_fused_cluster_sm90"):

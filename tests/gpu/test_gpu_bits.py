@@ -72,7 +72,7 @@ def test_every_edge(cuda_kernel, k):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("strict", [False, True])
 def test_of_real_rows(cuda_kernel, dtype, strict):
-    for m, n, k in ((1, 70, 333), (4, 31, 1024), (16, 129, 97), (70, 97, 650)):
+    for m, n, k in ((1, 70, 333), (4, 31, 1024), (16, 129, 97), (33, 65, 1100), (70, 97, 650)):
         _, weight, limits, flips, _ = problem(m, n, k)
         x = random_values((m, k), dtype, torch.Generator().manual_seed(m))
         want = F.linear(x, weight, k, strict=strict, out_limits=limits, out_flips=flips)

@@ -198,7 +198,10 @@ def random_words_here(rows: int, k: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("m", "n", "k"),
-    [(1, 8192, 8192), (16, 8192, 8192), (16, 256, 65536), (4096, 4096, 4096), (2048, 3000, 5001)],
+    [
+        *[(1, 8192, 8192), (16, 8192, 8192), (16, 256, 65536), (4096, 4096, 4096), (2048, 3000, 5001)],
+        *[(17, 8192, 8192), (32, 4096, 4096), (33, 4097, 4097), (64, 4096, 4096), (64, 256, 65536)],
+    ],
 )
 def test_kernels_agree_on_large_products(m, n, k):
     agree(m, n, k, [*KERNELS, None])
@@ -220,6 +223,22 @@ def test_every_edge_of_every_tile(tile, k):
         for out in (torch.int32, torch.bfloat16):
             want = F.binary_linear(x, words, k, out_dtype=out).to(CUDA)
             for m, n, _ in shapes:
+                poison(m, n, dtype=out)
+                assert_same(F.binary_linear(gpu_x[:m], gpu_words[:n], k, out_dtype=out), want[:m, :n], (m, n, out))
+
+
+@pytest.mark.skipif("skinny_mma_sm80" not in KERNELS, reason="there is no kernel of fragments")
+@pytest.mark.parametrize("k", [0, 1, 1023, 1024, 1025, 4 * 1024, 8 * 1024 + 1, 12 * 1024, 12 * 1024 + 1, 17 * 1024])
+def test_edges_of_fragments_of_rows(k):
+    """The blocks of skinny_mma_sm80 have two or four fragments of 16 rows, and more warps if there are few columns."""
+    rows = (17, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64)
+    make = generator(k)
+    x, words = (random_words(most, k, make, stray=True) for most in (64, 4129))
+    gpu_x, gpu_words = moved(x), moved(words)
+    with forced(available()[0]), forced("skinny_mma_sm80"):
+        for out in (torch.int32, torch.bfloat16, torch.float64):
+            want = F.binary_linear(x, words, k, out_dtype=out).to(CUDA)
+            for m, n in itertools.product(rows, (1, 31, 32, 33, 65, 4096, 4097, 4129)):
                 poison(m, n, dtype=out)
                 assert_same(F.binary_linear(gpu_x[:m], gpu_words[:n], k, out_dtype=out), want[:m, :n], (m, n, out))
 

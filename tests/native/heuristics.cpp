@@ -26,6 +26,13 @@ void estimate_all(int64_t count, const int64_t (*queries)[5], double (*clocks)[k
         }
     }
 }
+void estimate_fragments(int64_t count, const int64_t (*queries)[5], double* clocks) {
+    for (int64_t i = 0; i < count; ++i) {
+        const auto& [capability, multiprocessors, m, n, k] = queries[i];
+        const Gpu gpu{static_cast<int>(capability), static_cast<int>(multiprocessors)};
+        clocks[i] = estimated_fragment_clocks(gpu, m, n, k);
+    }
+}
 void estimate_warpgroups(int64_t count, const int64_t (*queries)[5], double (*clocks)[kWarpgroupTiles]) {
     for (int64_t i = 0; i < count; ++i) {
         const auto& [capability, multiprocessors, m, n, k] = queries[i];

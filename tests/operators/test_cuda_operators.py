@@ -207,6 +207,23 @@ def test_launches_of_products(library, ops, kernel):
         assert launches(library) == ["pack", "pack", early]
 
 
+@pytest.mark.parametrize(("m", "kernel"), [(17, "skinny_mma_sm80"), (64, "skinny_mma_sm80"), (65, "mma_sm80")])
+def test_launches_of_few_packed_rows(library, ops, m, kernel):
+    """Up to 64 rows of packed x are not counted by a launch, with prepared weights or without."""
+    x, weight, bias, scale = problem(m, 40, 256)
+    words = pack_signs(x)
+    for formed in (True, False):
+        prepared = ops.prepare_weight(weight, 256) if formed else None
+        launches(library)
+        got = ops.binary_linear(words, weight, 256, bias, weight_prepared=prepared, scale=scale)
+        assert_equal(got, F.binary_linear(words, weight, 256, bias, scale=scale))
+        counted = ["align" if formed else "align+align"] if kernel == "mma_sm80" else []
+        assert launches(library) == [*counted, kernel]
+        ops.linear(x, weight, 256, weight_prepared=prepared)
+        both = kernel == "mma_sm80" and not formed
+        assert launches(library) == ["pack+align" if both else "pack", kernel if both else f"{kernel}*"]
+
+
 def test_nothing_starts_early_behind_another_kernel_than_pack(library, ops, kernel):
     """Without values pack launches nothing, and a product behind it would lie behind whatever ran before."""
     x, weight, bias, _ = problem(3, 5, 0)

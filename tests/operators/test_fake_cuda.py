@@ -248,7 +248,7 @@ def test_forced_tile():
         _kernels.force_cuda_tile("32x32")
     _kernels.force_cuda_tile("128x128")
     try:
-        assert _kernels.cuda_choice((9, 0), 132, 17, 5, 5).startswith("mma_sm80 with tiles of 128 x 128: the tile is")
+        assert _kernels.cuda_choice((9, 0), 132, 65, 5, 5).startswith("mma_sm80 with tiles of 128 x 128: the tile is")
     finally:
         _kernels.force_cuda_tile(None)
 
@@ -259,7 +259,8 @@ def test_forced_tile():
     [
         ((7, 5), 1, "skinny"),
         ((7, 5), 64, "mma_sm75"),
-        *(((8, minor), 16, "skinny_mma_sm80") for minor in (0, 6, 9)),
+        *(((8, minor), rows, "skinny_mma_sm80") for minor in (0, 6, 9) for rows in (16, 17)),
+        ((8, 0), 65, "mma_sm80"),
         ((9, 0), 4, "skinny"),
         ((9, 0), 255, "mma_sm80"),
         ((9, 0), 4096, "wgmma_sm90a"),

@@ -57,7 +57,7 @@ def library():
     lib.fits.argtypes = [ctypes.c_int64] * 2
     lib.choose_for_real_x.restype = None
     lib.choose_for_real_x.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
-    for function in (lib.choose_all, lib.estimate_all, lib.estimate_warpgroups):
+    for function in (lib.choose_all, lib.estimate_all, lib.estimate_fragments, lib.estimate_warpgroups):
         function.restype = None
         function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * (5 if function is lib.choose_all else 2)]
     return lib
@@ -99,6 +99,14 @@ def choose_for_real_x(value_bytes, *arguments):
     return kernels
 
 
+def estimate_fragments(*arguments):
+    """Return the same of skinny_mma_sm80, for 17 to 64 rows; of shape (queries,)."""
+    asked = queries(*arguments)
+    clocks = np.full(len(asked), np.nan)
+    library().estimate_fragments(len(asked), asked.ctypes.data, clocks.ctypes.data)
+    return clocks
+
+
 def estimate_warpgroups(*arguments):
     """Return the same of the tiles of wgmma_sm90a, of shape (queries, 2)."""
     asked = queries(*arguments)
@@ -127,7 +135,20 @@ def random_sizes(seed, count=SHAPES):
     return m, n, np.minimum(k, MOST_K), rng.integers(1, 201, count)
 
 
-def expected_kernel(capability, multiprocessors, m, n, k):
+def fragments_win(capability, multiprocessors, m, n, k, words):
+    """Return whether skinny_mma_sm80 is estimated to be faster than mma_sm80, which it can be for 17 to 64 rows."""
+    few = (m > 16) & (m <= 64)
+    if not 80 <= capability <= 90:
+        return few & False
+    multiprocessors, m, n, k = (np.where(few, size, 17) for size in (multiprocessors, m, n, k))
+    doubted, doubts = estimate(capability, multiprocessors, m, n, k), (17 / 16) ** np.arange(3)
+    tiles = doubted.min(1) / doubts[doubted.argmin(1)]
+    counted = np.where(words & (k.ravel() % 128 == 0), 2800, 0)
+    found = estimate_fragments(capability, multiprocessors, m, n, k) < tiles + 1300 + counted
+    return few & found.reshape(few.shape)
+
+
+def expected_kernel(capability, multiprocessors, m, n, k, words=True):
     """Return the kernels' indices according to the table at the top of heuristics.h and to warpgroup_tiles.h."""
     multiprocessors, m, n, k = np.broadcast_arrays(multiprocessors, m, n, k)
     if capability > 90:
@@ -140,7 +161,8 @@ def expected_kernel(capability, multiprocessors, m, n, k):
         tiles = np.where(warpgroups, KERNELS.index("wgmma_sm90a"), KERNELS.index(tiles))
     else:
         tiles = KERNELS.index(tiles)
-    return np.where(m > 16, tiles, names).ravel()
+    fragments = fragments_win(capability, multiprocessors, m, n, k, words)
+    return np.where((m > 16) & ~fragments, tiles, np.where(fragments, KERNELS.index("skinny_mma_sm80"), names)).ravel()
 
 
 # ---- the choice ------------------------------------------------------------------------------------
@@ -196,7 +218,7 @@ def test_real_x(capability, value_bytes):
     fused = few & fits & ((m <= 4) | tensor_cores)
     names = np.where(tensor_cores, KERNELS.index("fused_skinny_mma_sm80"), KERNELS.index("fused_skinny"))
     cluster = ~few & fits & (m * k * value_bytes <= 196_000) & (capability == 90) & (multiprocessors >= 8)
-    expected = np.where(cluster, KERNELS.index("fused_cluster_sm90"), choose(*device).kernel)
+    expected = np.where(cluster, KERNELS.index("fused_cluster_sm90"), expected_kernel(*device, words=False))
     np.testing.assert_array_equal(kernels, np.where(fused, names, expected))
     assert 0 < fused.sum() < SHAPES and (cluster.sum() > 0) == (capability == 90)
 
@@ -213,7 +235,7 @@ def test_fits():
 
 def random_tiles(capability, count=SHAPES):
     m, n, k, multiprocessors = random_sizes(1000 + capability, count)
-    return np.maximum(m, 17), np.minimum(n, MOST_OUTPUTS // np.maximum(m, 17)), k, multiprocessors
+    return np.maximum(m, 65), np.minimum(n, MOST_OUTPUTS // np.maximum(m, 65)), k, multiprocessors
 
 
 @pytest.mark.parametrize("capability", TENSOR_CORES)
@@ -288,6 +310,67 @@ def test_sizes_at_their_bounds():
                 expected = expected_kernel(capability, multiprocessors, m, n, k)
                 np.testing.assert_array_equal(choices.kernel, expected)
                 assert np.isfinite(estimate_warpgroups(capability, multiprocessors, m, n, k)).all()
+
+
+# ---- 17 to 64 rows ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "multiprocessors", "shape", "clocks"),
+    [
+        # 128 blocks, one on a multiprocessor: 8 stages of 96 rows from L2, and 2048 sums of 4 warps.
+        (90, 132, (64, 4096, 4096), 2000 + 8 * 256 + 576),
+        # 256 blocks, two on a multiprocessor, 16 stages of 64 rows.
+        (90, 132, (32, 8192, 8192), 2000 + 2 * (16 * 64 * 64 / 24 + 288)),
+        # 344 blocks, three on a multiprocessor, of which two can be there at the same time.
+        (90, 132, (33, 11008, 4096), 2 * 2000 + 3 * (8 * 65 * 64 / 24 + 576)),
+        # On 8.0, L2 keeps up with the counting of set bits.
+        (80, 108, (64, 4096, 512), 2000 + 2 * (96 * 64 / 47 + 576)),
+        (80, 108, (33, 64, 512), 2000 + 96 + 576),
+        (86, 82, (17, 1, 1), 2000 + 49 * 4 + 288),
+        (90, 132, (64, 1, 0), 2000 + 576),
+    ],
+)
+def test_estimates_of_fragments(capability, multiprocessors, shape, clocks):
+    assert estimate_fragments(capability, multiprocessors, *shape) == pytest.approx(clocks)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words", "real"),
+    [
+        ((17, 64, 64), True, True),
+        ((64, 4096, 4096), True, True),  # 128 blocks instead of 64
+        ((64, 256, 65536), True, True),
+        ((32, 8192, 8192), True, True),
+        ((64, 8192, 8192), True, False),  # for words of x a launch is saved
+        ((48, 8192, 8192), True, False),
+        ((48, 8192, 8191), False, False),  # which has to align these
+        ((32, 28672, 8192), True, False),
+        ((64, 28672, 8192), False, False),
+        ((65, 64, 64), False, False),
+    ],
+)
+def test_fragments_on_an_h200(shape, words, real):
+    found = KERNELS[choose(90, 132, *shape).kernel[0]], KERNELS[choose_for_real_x(2, 90, 132, *shape)[0]]
+    assert found == tuple("skinny_mma_sm80" if wins else "mma_sm80" for wins in (words, real))
+
+
+@pytest.mark.parametrize("capability", [80, 87, 90])
+def test_longer_rows_change_the_kernel_once(capability):
+    """Here the smallest tile is always the best one of mma_sm80, and both estimates are lines over k."""
+    _, n, _, multiprocessors = random_sizes(3000 + capability, SHAPES // 40)
+    m, n = np.random.default_rng(6).integers(17, 65, len(n)), np.minimum(n, MOST_OUTPUTS // 64)
+    k = 512 * np.r_[0, np.geomspace(1, MOST_K // 512, 60).astype(np.int64)]
+    kernels = choose(capability, multiprocessors[:, None], m[:, None], n[:, None], k).kernel.reshape(len(m), -1)
+    changes = (np.diff(kernels) != 0).sum(1)
+    assert changes.max() == 1
+    assert set(np.unique(kernels)) == {KERNELS.index("skinny_mma_sm80"), KERNELS.index("mma_sm80")}
+
+
+def test_the_shape_of_fragments_is_that_of_the_kernel():
+    """skinny_mma_sm80 has a shape for 32 rows and one for 64, whose columns the estimate uses."""
+    shapes = re.findall(r"Shape<([24]), (\d+), (\d+), (\d+), 1>", (CUDA / "gemm_skinny_mma_sm80.cu").read_text())
+    assert sorted((fragments, tiles) for fragments, tiles, *_ in shapes) == [("2", "4"), ("4", "4")]
 
 
 # ---- warpgroups ------------------------------------------------------------------------------------
@@ -405,7 +488,7 @@ def test_table_of_kernels():
     assert records() == [
         ("popc", 75, newest, False, False, any_rows),
         ("skinny", 75, newest, True, False, 16),
-        ("skinny_mma_sm80", 80, 90, True, False, 16),
+        ("skinny_mma_sm80", 80, 90, True, False, 64),
         ("mma_sm75", 75, 89, True, False, any_rows),
         ("mma_sm80", 80, 90, True, True, any_rows),
         ("mma_int8_sm80", 80, newest, True, True, any_rows),
@@ -447,7 +530,7 @@ def test_forced(capability):
     names = library().names_of(capability).decode()
     for name, lowest, highest, _, _, most_rows in records():
         assert (name in names.split(", ")) == (lowest <= capability <= highest)
-        for m in (0, 1, 16, 17, 5000, 2**31):
+        for m in (0, 1, 16, 17, 64, 65, 5000, 2**31):
             got = decide(name, *device, m, 300, 700)
             if not lowest <= capability <= highest:
                 major, minor = divmod(capability, 10)
@@ -486,12 +569,12 @@ def decide_tile(tile, name, capability, m, n, k):
 @pytest.mark.parametrize("tile", ["128x256", "128x128", "64x64"])
 def test_forced_tile(tile):
     """Every product of mma_sm80 has the tile; those of other kernels do not change."""
-    for name, sizes in (("", (17, 9, 9)), ("", (255, 8192, 8192)), ("mma_sm80", (1, 1, 1))):
+    for name, sizes in (("", (65, 9, 9)), ("", (255, 8192, 8192)), ("mma_sm80", (1, 1, 1))):
         assert decide_tile(tile, name, 90, *sizes) == (
             f"mma_sm80 with tiles of {tile.replace('x', ' x ')}: "
             "the tile is forced, by BITORCH_QLINEAR_CUDA_TILE or by the program"
         )
-    for capability, m in ((90, 16), (75, 100), (120, 100)):
+    for capability, m in ((90, 16), (90, 17), (75, 100), (120, 100)):
         assert decide_tile(tile, "", capability, m, 300, 300) == decide("", capability, 100, m, 300, 300)
     assert decide_tile("", "", 90, 8192, 300, 300) == decide("", 90, 100, 8192, 300, 300)
 
@@ -519,7 +602,7 @@ def test_a_device_that_is_too_old_is_an_error(capability):
 def test_supported(capability):
     assert library().is_supported(capability)
     for kernel, (name, lowest, highest, _, _, most_rows) in enumerate(records()):
-        for m in (0, 1, 4, 5, 16, 17, 2**31 - 1, 2**31, MOST_OUTPUTS):
+        for m in (0, 1, 4, 5, 16, 17, 64, 65, 2**31 - 1, 2**31, MOST_OUTPUTS):
             legal = lowest <= capability <= highest and m <= most_rows
             assert bool(library().is_legal(kernel, capability, m, 64, 2)) == legal
             assert bool(library().is_legal(kernel, capability, m, 64, 0)) == (legal and not name.startswith("fused"))
@@ -538,6 +621,7 @@ def test_words():
     assert decide("", *h100, 255, 1024, 1024).startswith("mma_sm80 with tiles of 64 x 64: ")
     assert decide("", *h100, 1, 8192, 8192).startswith("skinny: ")
     assert decide("", *h100, 16, 8192, 8192).startswith("skinny_mma_sm80: ")
+    assert decide("", *h100, 64, 4096, 4096).startswith("skinny_mma_sm80: tensor cores by narrow blocks")
     assert decide("", 120, 170, 17, 8192, 8192).startswith("mma_int8_sm80: ")
     assert decide("mma_sm75", 75, 40, 1, 10, 10).startswith("mma_sm75: forced")
     assert decide("", *h100, 1, 8192, 8192, 2).startswith("fused_skinny: one launch")

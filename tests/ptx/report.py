@@ -34,6 +34,7 @@ ROWS: list[tuple[str, str, str, Callable[[Module], Report]]] = [
     ("gemm_skinny", "sm_80", "1 × 8192 → 64", lambda m: skinny.check_skinny(m, 1, 64, 8192, HALF)),
     ("gemm_skinny", "sm_80", "16 × 8192 → 64", lambda m: skinny.check_skinny(m, 16, 64, 8192, HALF)),
     ("gemm_skinny_mma_sm80", "sm_80", "16 × 8192 → 64", lambda m: skinny_mma_sm80.check_skinny(m, 16, 64, 8192, HALF)),
+    ("gemm_skinny_mma_sm80", "sm_80", "64 × 8192 → 64", lambda m: skinny_mma_sm80.check_skinny(m, 64, 64, 8192, HALF)),
     (
         *("gemm_fused_skinny", "sm_80", "1 × 8192 → 64"),
         lambda m: fused_skinny.check_fused(m, 1, 64, 8192, HALF, dtype=HALF, parts=1),

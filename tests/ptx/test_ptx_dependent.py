@@ -59,6 +59,8 @@ def test_products_behind_pack(name):
     for seed, (m, n, k) in enumerate([(1, 9, 700), (2, 70, 4129), (4, 9, 1), (16, 33, 9000), (3, 5, 0)]):
         PRODUCTS[name](behind, m, n, k, seed=seed)
         PRODUCTS[name](behind, m, n, k, torch.bool, seed=seed)
+    for m, n, k in [(20, 33, 700), (64, 5, 2100)] if name == "gemm_skinny_mma_sm80" else ():
+        PRODUCTS[name](behind, m, n, k, torch.bfloat16)
 
 
 @each_product
@@ -82,7 +84,8 @@ def test_mutants_of_the_wait_are_caught(name):
             raise
 
     text = compiled(source_of_type(f"{name}.cu", "int32"), TARGET)
-    launched = kernel(Module.from_ptx(text), {"gemm_skinny": "ShapeILi4ELi2E"}.get(name, "ShapeILi(1|64)E"))
+    shape = {"gemm_skinny": "ShapeILi4ELi2E", "gemm_skinny_mma_sm80": "ShapeILi1ELi1E"}.get(name, "ShapeILi64E")
+    launched = kernel(Module.from_ptx(text), shape)
     mutants = remove("wait removed", text, launched, r"griddepcontrol\.wait")
     assert len(mutants) == 1
     if name.startswith("gemm_skinny"):

@@ -51,6 +51,7 @@ from .test_ptx_unpack import ALL as VALUES
 from .test_ptx_unpack import SIZES, check_unpack
 
 OUTPUTS = [*FLOATS, torch.int32, torch.bool]
+HALF = torch.bfloat16
 TILES = list(mma_sm80.THREADS)
 """The tiles, in the order of Tile in csrc/cuda/heuristics.h."""
 # Each entry is a launcher and a tile, which only gemm_mma_sm80 uses. The fused kernels are in
@@ -60,6 +61,8 @@ LAUNCHERS += [("gemm_mma_sm80", i) for i in range(3)]
 GEMMS = [launcher for launcher in LAUNCHERS if launcher[0].startswith("gemm")]
 MOST_BLOCKS, MOST_VALUES, MOST_ROWS = 2**31 - 1, 2**31 - 1, 16
 """The largest number of blocks in a grid, of values in a row, and of rows of x in the skinny kernels."""
+MOST_FRAGMENT_ROWS = 64
+"""The number of rows up to which gemm_skinny_mma_sm80 takes more than these, with other shapes of blocks."""
 ADDRESS = 1 << 40
 NO_KERNEL_IMAGE, OUT_OF_RESOURCES = 209, 701  # values of cudaError_t that a device returns
 each_launcher = pytest.mark.parametrize("which", LAUNCHERS, ids=lambda which: f"{which[0]}-{which[1]}")
@@ -138,6 +141,8 @@ def check_product(launcher: Launcher, m: int, n: int, k: int, out: torch.dtype =
 
 def tile(launcher: Launcher, m: int, n: int, out: torch.dtype = torch.int32) -> tuple[int, int]:
     """Return the rows and columns of y that a block computes."""
+    if launcher.name == "gemm_skinny_mma_sm80" and m > MOST_ROWS:
+        return MOST_FRAGMENT_ROWS, 32
     if launcher.name.startswith("gemm_skinny") and out is torch.bool:
         return MOST_ROWS, 32
     if launcher.name == "gemm_skinny":
@@ -202,6 +207,11 @@ def check_product_edges(launcher: Launcher) -> None:
         for m, k in ((1, 32 * 2 * 128), (1, 32 * 2 * 128 + 1), (3, 32 * 2 * 64 + 1), (16, 32 * 8 * 32 + 1)):
             check_product(launcher, m, 33, k, torch.bool)
         check_product(launcher, 1, 256 * 16, 32 * 4 * 32 + 1, torch.bool)
+    if launcher.name == "gemm_skinny_mma_sm80":
+        # k fills the steps of the fewest warps or of the most, or one more.
+        for m, out, k in ((17, torch.int32, 4096), (32, torch.bool, 12289), (33, torch.bool, 4097), (64, HALF, 8192)):
+            check_product(launcher, m, 5, k, out)
+        check_product(launcher, 17, 4096 + 1, 33)  # more blocks than multiprocessors
 
 
 def check_unaligned_output(launcher: Launcher) -> None:
@@ -321,7 +331,7 @@ def check_errors(launcher: Launcher) -> None:
             launched(launcher, job(launcher, 3, 70, 200, **{f"{operand}_popcounts": None}))
         refused(**{f"{operand}_stride": aligned_words_for(200) - 4})
     if launcher.name.startswith("gemm_skinny"):
-        refused(m=17)
+        refused(m=17 if launcher.name == "gemm_skinny" else MOST_FRAGMENT_ROWS + 1)
         refused(k=MOST_VALUES + 1)
         launched(launcher, job(launcher, 16, 70, MOST_VALUES))
     if launcher.name == "gemm_mma_sm80":
@@ -335,6 +345,10 @@ def check_largest(launcher: Launcher) -> None:
         rows, columns = tile(launcher, 5, 2**40, out)
         dtype = OUT_TYPES[out][0]
         sizes = [(5, MOST_BLOCKS * columns)]
+        if launcher.name == "gemm_skinny_mma_sm80":
+            for m in (17, MOST_FRAGMENT_ROWS):
+                assert launched(launcher, product_job(m, MOST_BLOCKS * 32, 128, dtype)).grid == (MOST_BLOCKS, 1, 1)
+            nothing(launcher, product_job(17, MOST_BLOCKS * 32 + 1, 128, dtype), INVALID_CONFIGURATION)
         if rows != MOST_ROWS:
             sizes += [(MOST_BLOCKS * rows, 7), (2**15 * rows, (2**16 - 1) * columns), (rows, columns * MOST_BLOCKS)]
             nothing(launcher, product_job(2**15 * rows, 2**16 * columns, 128, dtype), INVALID_CONFIGURATION)
@@ -417,7 +431,8 @@ def check_rows_of_any_size(launcher: Launcher, generator: np.random.Generator) -
 def check_product_of_any_size(launcher: Launcher, generator: np.random.Generator) -> None:
     """Check a launch as the kernel's own tests expect it, or the error of too many blocks."""
     few = launcher.name.startswith("gemm_skinny")
-    m, n, k = (size(generator, most) for most in (MOST_ROWS if few else 2**36, 2**36, MOST_VALUES))
+    most_rows = MOST_FRAGMENT_ROWS if launcher.name == "gemm_skinny_mma_sm80" else MOST_ROWS if few else 2**36
+    m, n, k = (size(generator, most) for most in (most_rows, 2**36, MOST_VALUES))
     if few and generator.random() < 0.25:
         n = 256 * int(generator.integers(1, 3)) * 16 + int(generator.integers(-1, 2))  # where blocks become wide
     out = OUTPUTS[int(generator.integers(len(OUTPUTS)))]
@@ -515,7 +530,12 @@ MUTANTS = [
         "reinterpret_cast<uintptr_t>(operand.words) % 8",
     ),
     ("gemm_skinny_mma_sm80", "|| !are_aligned(product)", ""),
-    ("gemm_skinny_mma_sm80", "kManyBlocks * 4 * kSide", "kManyBlocks * 4 * kSide + 1"),
+    ("gemm_skinny_mma_sm80", "product.n >= kManyBlocks * 4 * kSide", "product.n > kManyBlocks * 4 * kSide"),
+    ("gemm_skinny_mma_sm80", "product.n > kManyBlocks / 2 * ", "product.n >= kManyBlocks / 2 * "),
+    ("gemm_skinny_mma_sm80", "many ? kFewestWarps : Shape::kWarps", "Shape::kWarps"),
+    ("gemm_skinny_mma_sm80", "product.m > 2 * kSkinnyRows", "product.m >= 2 * kSkinnyRows"),
+    ("gemm_skinny_mma_sm80", "kFewestWarps, many", "1, many"),
+    ("gemm_skinny_mma_sm80", "product.m > kFragmentRows ||", "product.m >= kFragmentRows ||"),
     ("gemm_skinny", "1, Shape::kWarps / Block::kAcross)", "1, Shape::kWarps)"),
     ("gemm_skinny", "warps = parts * Block::kAcross", "warps = parts"),
     ("gemm_skinny", "ceil_div(product.n, Block::kColumns)", "ceil_div(product.n, Shape::kColumns)"),

@@ -14,6 +14,8 @@ from tools.ptx.mutate import assert_caught, remove_barriers, swap_fragments
 from .product import (
     BIT_EDITS,
     DRAWN,
+    FULL,
+    SEEDS,
     Call,
     aligned_words_for,
     bit_shapes,
@@ -36,19 +38,26 @@ from .product import (
 TARGETS = targets("sm_80", "sm_90a")
 NAME = "gemm_skinny_mma_sm80.cu"
 SLICE = 16  # the words of a slice
-# A shape has a number of tiles of 8 columns. Its values are the slices that a lane loads at once and the maximum of
-# warps.
+# A shape of up to 16 rows has a number of tiles of 8 columns. Its values are the slices that a lane loads at once and
+# the maximum of warps.
 SHAPES = {1: (4, 16), 2: (2, 8), 4: (2, 8)}
+# A shape of more rows has a number of fragments of 16 rows, and 4 tiles. Its values are the same. It has at least 4
+# warps, and no more if there are many columns.
+FRAGMENTS = {2: (2, 12), 4: (2, 8)}
+FEWEST_WARPS, MANY_COLUMNS = 4, 4096
 
 
 def launch(module: Module, call: Call, tiles: int = 1, seed: int = 0) -> Report:
     """Launch the kernel as the launcher does, but with more tiles also for few columns; bits need the most of them."""
-    _, n, k, out = call.what
-    tiles = 4 if out is torch.bool else tiles
-    slices, most_warps = SHAPES[tiles]
-    pattern = rf"{output_name(out)}\w*ShapeILi{tiles}ELi{slices}ELi{most_warps}E"
-    width = aligned_words_for(k)
-    warps = min(max(ceil_div(width, slices * SLICE), 1), most_warps)
+    m, n, k, out = call.what
+    fragments = 1 if m <= 16 else 2 if m <= 32 else 4
+    tiles = 4 if out is torch.bool or m > 16 else tiles
+    slices, most_warps = SHAPES[tiles] if m <= 16 else FRAGMENTS[fragments]
+    pattern = rf"{output_name(out)}\w*ShapeILi{fragments}ELi{tiles}ELi{slices}ELi{most_warps}E"
+    width, fewest_warps = aligned_words_for(k), 1 if m <= 16 else FEWEST_WARPS
+    if m > 16 and n > MANY_COLUMNS:
+        most_warps = FEWEST_WARPS
+    warps = min(max(ceil_div(width, slices * SLICE), fewest_warps), most_warps)
     return module.launch(kernel(module, pattern), ceil_div(n, 8 * tiles), 32 * warps, [call.fields, width], seed=seed)
 
 
@@ -90,6 +99,26 @@ def shapes() -> list[tuple[int, int, int, int]]:
     return [*edges, *((*shape, (1, 2, 4)[i % 3]) for i, shape in enumerate(drawn))]
 
 
+def shapes_of_fragments() -> list[tuple[int, int, int]]:
+    """Return the same of more than 16 rows."""
+    edges = [(m, 9, 65) for m in (17, 24, 25, 31, 32, 33, 40, 41, 48, 49, 56, 57, 63, 64)]
+    edges += [(64, 31, 1), (17, 1, 128), (64, 32, 0), (18, 33, 33)]
+    for fragments, (slices, warps) in FRAGMENTS.items():
+        step = 32 * SLICE * slices
+        rows = itertools.cycle((16 * fragments, 16 * fragments - 15))
+        k = [step - 32, step, step + 1, 4 * step, 4 * step + 32, warps * step, warps * step + step + 32]
+        edges += [(next(rows), 9, k) for k in k]
+    generator = np.random.default_rng(1)
+    drawn = np.stack([generator.integers(least, most, DRAWN // 2) for least, most in ((17, 65), (1, 80), (1, 9000))], 1)
+    return [*edges, *map(tuple, drawn.tolist())]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_fragments(target):
+    for seed, (m, n, k) in enumerate((SEEDS if FULL else 1) * shapes_of_fragments()):
+        check_skinny(module(NAME, target), m, n, k, seed=seed)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_skinny(target):
     for seed, (m, n, k, tiles) in seeded(shapes()):
@@ -106,6 +135,8 @@ def test_skinny_outputs(target, out):
         check_skinny(module(NAME, target), 11, n, 333, out, **more)
     for tiles in SHAPES:
         check_skinny(module(NAME, target), 16, n, 333, out, tiles, **vectors[-1])
+    for m, more in itertools.product((29, 61), vectors[-2:]):
+        check_skinny(module(NAME, target), m, n, 333, out, **more)
 
 
 def shapes_of_bits() -> list[tuple[int, int, int]]:
@@ -113,7 +144,8 @@ def shapes_of_bits() -> list[tuple[int, int, int]]:
     slices, warps = SHAPES[4]
     step = 32 * SLICE * slices
     edges = [(m, n, k) for m, n, k in bit_shapes(16, 32) if m <= 16]
-    return [*edges, *((16, 45, k) for k in (0, 33, step, step + 1, warps * step, warps * step + 32))]
+    edges += [(16, 45, k) for k in (0, 33, step, step + 1, warps * step, warps * step + 32)]
+    return [*edges, *((m, n, k) for m, n in ((17, 32), (32, 33), (33, 95), (64, 31)) for k in (0, 33, 5 * step + 1))]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -122,36 +154,37 @@ def test_skinny_bits(target):
         check_skinny(module(NAME, target), m, n, k, torch.bool, seed=seed, flipped=seed % 4 > 0)
 
 
-@pytest.mark.parametrize("tiles", SHAPES)
-def test_skinny_moves_whole_sectors(tiles):
+@pytest.mark.parametrize(("m", "tiles"), [*((16, tiles) for tiles in SHAPES), (32, 4), (64, 4)])
+def test_skinny_moves_whole_sectors(m, tiles):
     """A warp reads or writes all of each 32 bytes of global memory that an instruction touches."""
-    report = check_skinny(module(NAME, "sm_80"), 16, 64, 8192, tiles=tiles)
+    report = check_skinny(module(NAME, "sm_80"), m, 64, 8192, tiles=tiles)
     assert report.sectors == report.sectors_needed, report.excess_sectors_by_source()
 
 
 def test_skinny_does_not_read_rows_that_do_not_exist():
-    """For half the rows of x, x is loaded half as often."""
+    """For half the rows of x, x is loaded half as often, and a warp without a part of K loads nothing."""
     loads = [
         sum(
             int(threads)
             for opcode, (_, threads, *_) in zip(r.opcodes, r.counts, strict=True)
             if opcode.startswith("ld.global.v4")
         )
-        for r in (check_skinny(module(NAME, "sm_80"), m, 8, 8192) for m in (8, 16))
+        for r in (check_skinny(module(NAME, "sm_80"), m, 8, 2048) for m in (8, 16, 24, 32, 48, 64))
     ]
-    assert 2 * loads[0] == loads[1] == 16 * 8192 // 128
+    assert loads == [m * 2048 // 128 for m in (8, 16, 24, 32, 48, 64)]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_skinny_reports_weights_prepared_for_another_product(target):
-    check_wrong_forms(functools.partial(launch, module(NAME, target)), 3, 75, 700)
+    for m in (3, 20, 50):
+        check_wrong_forms(functools.partial(launch, module(NAME, target)), m, 75, 700)
 
 
 @pytest.mark.parametrize("target", ["sm_75", "sm_120"])
 def test_kernels_write_no_result_where_the_instruction_is_not(target):
     """The heuristics choose another kernel for these targets; if this one ran, no output would look like a result."""
-    for out in (torch.bfloat16, torch.int32, torch.bool):
-        call = product_call(3, 75, 700, out, aligned=True)
+    for m, out in itertools.product((3, 20, 50), (torch.bfloat16, torch.int32, torch.bool)):
+        call = product_call(m, 75, 700, out, aligned=True)
         launch(module(NAME, target), call)
         call.wrong_form[:] = [75, 700, 0, 0, 1]  # the kernel has no form to report
         call.check_no_result((0, 0))
@@ -164,6 +197,15 @@ def run_small(module: Module, seed: int) -> None:
     check(m=5, n=11, k=2048 + 129, tiles=1, bias=bias[:11])
     check(m=16, n=37, k=700, tiles=4)
     check(m=4, n=3, k=0)
+
+
+def run_fragments(module: Module, seed: int) -> None:
+    """Check shapes of which each warp has one step and one has two, some have none, and rows lack of each fragment."""
+    bias = torch.randn(43, generator=torch.Generator().manual_seed(seed))
+    check = functools.partial(check_skinny, module, out=torch.float32, seed=seed)
+    check(m=57, n=37, k=8 * 1024 + 65, bias=bias[:37], scale=bias[:37].flip(0))
+    check(m=23, n=32, k=1024 + 65)
+    check(m=40, n=9, k=0)
 
 
 # What follows the bound of a load of weights and of x.
@@ -180,7 +222,7 @@ def test_mutants_of_skinny_are_caught():
         ("while (left > 0)", "while (left > kStep)"),
         ("i < product.m * kColumns", "i <= product.m * kColumns"),
         ("thread < kColumns)", "thread < kColumns - 1)"),
-        ("thread < kSkinnyRows)", "thread < kSkinnyRows - 8)"),
+        ("thread < kRows)", "thread < kRows - 8)"),
         # These change which words a lane reads.
         ("weight += warps * kStep", "weight += (warps - 1) * kStep"),
         ("x += warps * kStep", "x += kStep"),
@@ -191,11 +233,11 @@ def test_mutants_of_skinny_are_caught():
         ("{top.z, bottom.z, top.w, bottom.w}", "{top.z, bottom.z, top.y, bottom.w}"),
         ("{w.z, w.w}", "{w.w, w.z}"),
         # These change what is computed from the popcounts.
-        ("row / kSide * 2 + column % 2", "column % 2 * 2 + row / kSide"),
+        ("half * 2 + column % 2", "column % 2 * 2 + half"),
         ("row % kSide * 4 + column % kSide / 2", "column % kSide * 4 + row % kSide / 2"),
         ("sums.words[i] = 0", "sums.words[i] = 1"),
         ("bits.x[row] + bits.weight[j]", "bits.x[row] + bits.weight[j ^ 1]"),
-        ("x_bits[1] += count_bits(bottom)", "x_bits[1] += count_bits(top)"),
+        ("x_bits[2 * i + 1] += count_bits(bottom)", "x_bits[2 * i + 1] += count_bits(top)"),
         ("weight_bits[tile] += count_bits(w)", "weight_bits[tile] = count_bits(w)"),
         ("__popc(words.z) + __popc(words.w)", "__popc(words.z)"),
         ("count += __shfl_xor_sync(kAllLanes, count, 2);", ""),
@@ -209,11 +251,32 @@ def test_mutants_of_skinny_are_caught():
         ("+ kWarp / 2 / Tiles", ""),
     ]
     text = compiled(source_of_type(NAME), "sm_80")
-    mutants = edited(source_of_type(NAME), edits)
-    name = kernel(Module.from_ptx(text), "ShapeILi2E")
+    mutants = edited(source_of_type(NAME), edits, few=True)
+    name = kernel(Module.from_ptx(text), "ShapeILi1ELi2E")
     barriers, fragments = remove_barriers(text, name), swap_fragments(text, name)[:13]  # registers of one instruction
     assert (len(barriers), len(fragments)) == (2, 13)
     assert_caught(text, [*mutants, *barriers, *fragments], run_small, seeds=range(2))
+
+
+def test_mutants_of_fragments_are_caught():
+    edits = [
+        ("index * kStep >= width", "index * kStep + kStep >= width"),
+        ("bottom = a[slice][2 * i + 1]", "bottom = a[slice][2 * i]"),
+        ("if (i == 0) weight_bits", "weight_bits"),
+        ("top = a[slice][2 * i]", "top = a[slice][2 * (i / 2)]"),
+        ("Fragments == 1 ? 0 : row / (2 * kSide)", "0"),
+        ("half = row / kSide - 2 * fragment", "half = row / kSide"),
+        ("words[fragment * kFragment + ", "words["),
+        ("x_bits[2 * i] += count_bits(top)", "x_bits[2 * (i / 2)] += count_bits(top)"),
+        ("kRows = kHalves * kSide", "kRows = 2 * kSide"),
+        ("kFragment = Tiles * kTile", "kFragment = kTile"),
+        ("half < kHalves; ++half) add_row", "half < 2; ++half) add_row"),
+    ]
+    cxx = source_of_type(NAME)
+    text = compiled(cxx, "sm_80")
+    barriers = remove_barriers(text, kernel(Module.from_ptx(text), "ShapeILi4ELi4E"))
+    assert len(barriers) == 2
+    assert_caught(text, [*edited(cxx, edits, few=True), *barriers], run_fragments, seeds=range(2))
 
 
 def test_mutants_of_bits_are_caught():
