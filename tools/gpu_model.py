@@ -353,13 +353,13 @@ class Bound(NamedTuple):
 def warpgroup_bound(m: int, n: int, k: int, columns: int, chip: Warpgroup = WARPGROUP) -> Bound:
     """Return the bounds of m x k times k x n by tiles of 128 rows and so many columns."""
     rounds = -(-(-(-m // _TILE_ROWS) * -(-n // columns)) // chip.multiprocessors)
-    stages = rounds * -(-k // _STAGE_BITS)
+    stages, steps = rounds * -(-k // _STAGE_BITS), rounds * -(-k // _STEP_BITS)
     copied = (_TILE_ROWS + columns) * _STAGE_BITS // 8
     # Each instruction of 64 rows reads its rows of x and all columns.
-    read = _STAGE_BITS // _STEP_BITS * _TILE_ROWS // 64 * (64 + columns) * _STEP_BITS // 8
+    read = _TILE_ROWS // 64 * (64 + columns) * _STEP_BITS // 8
     clocks = (
-        stages * _TILE_ROWS * columns * _STAGE_BITS / chip.multiplies,
-        stages * (copied + read) / chip.shared,
+        steps * _TILE_ROWS * columns * _STEP_BITS / chip.multiplies,
+        (stages * copied + steps * read) / chip.shared,
         stages * copied / chip.l2,
     )
     return Bound(columns, rounds, *(each / chip.gigahertz / 1e3 for each in clocks), m * n * 2 / chip.memory * 1e6)

@@ -134,4 +134,4 @@ def kernels(device: torch.device) -> list[str]:
     """List the CUDA kernels that a device can run; for the CPU there are none."""
     if device.type != "cuda":
         return []
-    return _kernels.available_cuda_kernels(torch.cuda.get_device_capability(device))
+    return _kernels.device_cuda_kernels(device)

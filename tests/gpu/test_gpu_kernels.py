@@ -275,6 +275,22 @@ def test_a_forced_tile_computes_any_product(tile):
         _kernels.force_cuda_tile(before)
 
 
+@pytest.mark.skipif("wgmma_sm90a" not in KERNELS, reason="there is no kernel of warpgroups")
+@pytest.mark.parametrize("tile", ["128x192", "128x128"])
+def test_a_forced_tile_of_warpgroups_computes_any_product(tile):
+    before = _kernels.forced_cuda_tile()
+    _kernels.force_cuda_tile(tile)
+    try:
+        with forced("wgmma_sm90a"):
+            assert choice(1, 1, 1).startswith(
+                f"wgmma_sm90a with tiles of {tile.replace('x', ' x ')}: the tile is forced"
+            )
+        for m, n, k in ((1, 1, 1), (130, 260, 1100), (300, 40, 4097)):
+            agree(m, n, k, ["wgmma_sm90a"])
+    finally:
+        _kernels.force_cuda_tile(before)
+
+
 def test_a_forced_kernel_is_the_one_that_runs():
     shapes = {name: (4, 300, 512, 2) if "skinny" in name else (300, 300, 512, 2) for name in KERNELS}
     before = _kernels.forced_cuda_kernel()

@@ -4,7 +4,6 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <unordered_map>
 #include <utility>
@@ -37,7 +36,7 @@ std::unordered_map<const void*, Kernel>& kernels() {
 Configuration configuration;
 OnLaunch on_launch;
 cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
-int multiprocessors = 132, current_device = 0, clusters_at_once = INT32_MAX / 8;
+int multiprocessors = 132, code = 90, current_device = 0, clusters_at_once = INT32_MAX / 8;
 cudaError_t last_error, error_of_launch, error_of_attribute;
 
 cudaError_t remember(cudaError_t error) {
@@ -62,6 +61,8 @@ EXPORT void runtime_multiprocessors(int count) { multiprocessors = count; }
 // Sets the current device and how many clusters it runs at once; a negative number of clusters is an error.
 EXPORT void runtime_device(int device, int clusters) { current_device = device, clusters_at_once = clusters; }
 
+EXPORT void runtime_code(int capability) { code = capability; }
+
 // ---- called by launchers --------------------------------------------------------------------------------------------
 
 EXPORT cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
@@ -73,12 +74,12 @@ EXPORT cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute 
     return cudaSuccess;
 }
 
-// Returns the target of the kernels' PTX: 9.0, unless the environment names another one for the whole process.
-EXPORT cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
-    const char* target = std::getenv("PTX_TARGET_OF_KERNELS");
+// Returns the target of a kernel's PTX, or fails if Python said that it is 0.
+EXPORT cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
+    static_cast<void>(kernels().at(function));
     *attributes = {};
-    attributes->ptxVersion = target ? std::atoi(target) : 90;
-    return attributes->ptxVersion ? cudaSuccess : remember(cudaErrorNoKernelImageForDevice);
+    attributes->ptxVersion = code;
+    return code ? cudaSuccess : remember(cudaErrorNoKernelImageForDevice);
 }
 
 EXPORT cudaError_t cudaGetDevice(int* device) {
