@@ -107,7 +107,7 @@ def prepared_bytes(device_type: str, n: int, k: int) -> int:
 
 CUDA_KERNELS = (
     *("popc", "skinny", "skinny_mma_sm80", "mma_sm75", "mma_sm80", "mma_int8_sm80"),
-    *("wgmma_sm90a", "fused_skinny", "fused_skinny_mma_sm80"),
+    *("wgmma_sm90a", "fused_skinny", "fused_skinny_mma_sm80", "fused_cluster_sm90"),
 )
 """Names of all CUDA kernels, which a build without CUDA operators has nowhere else. A test compares them with csrc."""
 

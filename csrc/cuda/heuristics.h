@@ -15,6 +15,8 @@
 //     2 to 4         fused_skinny    fused_skinny_mma_sm80    fused_skinny_mma_sm80    fused_skinny
 //     5 to 16        as above        fused_skinny_mma_sm80    fused_skinny_mma_sm80    as above
 //
+// On 9.0, fused_cluster_sm90 takes what is too much for a block and not too much for a cluster (cluster_is_faster).
+//
 // A device that runs code for an earlier one (records.h) has the kernels that both have, and takes its figures from
 // itself. For code of 7.5 on 9.0 and later, popc is what remains for more than 16 rows: mma_sm75 would be emulated.
 //
@@ -226,6 +228,19 @@ static inline bool fused_is_faster(const Gpu& gpu, int64_t m, int64_t k, int64_t
     return static_cast<double>(m * k * value_bytes) <= saved * kPackedBytesAMicro;
 }
 
+// What a cluster costs beside packing: words and a barrier that go from one multiprocessor to others, and 4 of 132
+// multiprocessors that are in no cluster (gemm_fused_cluster_sm90.cu).
+constexpr double kMicrosOfCluster = 0.3;
+
+// Returns whether fused_cluster_sm90, whose blocks pack an eighth of x each, is faster than two launches: up to 196 KB
+// of x. By the same figures it is faster than a block alone from 17 KB on, by up to 0.4 us, but nobody has measured
+// what a launch of clusters costs; so blocks alone keep what they pack in time.
+static inline bool cluster_is_faster(const Gpu& gpu, int64_t m, int64_t k, int64_t value_bytes) {
+    const double saved = kMicrosOfPack - kMicrosHidden - kMicrosOfCluster;
+    return gpu.multiprocessors >= kClusterBlocks &&
+           static_cast<double>(m * k * value_bytes) <= saved * kPackedBytesAMicro * kClusterBlocks;
+}
+
 // Returns the automatic choice for real x with values of so many bytes, or 0 if x is given as words, or if its words
 // are a result too; `float64` tells whether y is float64. Without binary tensor cores gemm_skinny is best for all the
 // rows that it takes. On 7.5, a T4's memory brings 1.3 words per clock, which for 16 rows are 20 to count. From 10.0
@@ -241,6 +256,9 @@ static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int
             return choice(GemmKernel::fused_skinny_mma_sm80, "one launch that packs x and multiplies on tensor cores");
         }
         return choice(GemmKernel::fused_skinny, "one launch that packs x and multiplies on CUDA cores");
+    }
+    if (takes(GemmKernel::fused_cluster_sm90) && cluster_is_faster(gpu, m, k, value_bytes)) {
+        return choice(GemmKernel::fused_cluster_sm90, "one launch, in which the blocks of a cluster pack x together");
     }
     if (m <= kCountedRows) {
         return choice(GemmKernel::skinny, "up to 4 rows are counted on CUDA cores while memory brings the weights");

@@ -115,7 +115,7 @@ struct RealRows {
 };
 
 // A product of real x. `product` has all but x: its x and the popcounts of its weights are not read. A block of a fused
-// kernel packs all of x, so there should be no more blocks than multiprocessors.
+// kernel needs all of x packed, which takes time, so there should be no more blocks than multiprocessors.
 struct FusedProduct {
     Product product;
     RealRows x;
@@ -148,9 +148,11 @@ cudaError_t gemm_mma_int8_sm80(const Product&, cudaStream_t, bool starts_early =
 cudaError_t gemm_wgmma_sm90a(const Product&, WarpgroupTile, cudaStream_t, bool starts_early = false);  // capability 9.0
 cudaError_t gemm_mma_sm75(const Product&, cudaStream_t);  // capability 7.5 to 8.9; without popcounts
 
-// The fused kernels pack x in the launch of the product. They return cudaErrorInvalidValue for weights that are not in
-// the aligned form and for sizes that they do not take (fits_fused in records.h).
+// The fused kernels pack x in the launch of the product; the one of clusters leaves it to fused_skinny_mma_sm80 if the
+// device has no room for a cluster. They return cudaErrorInvalidValue for weights that are not in the aligned form and
+// for sizes that they do not take (fits_fused in records.h).
 cudaError_t gemm_fused_skinny(const FusedProduct&, cudaStream_t);           // any compute capability; up to 4 rows
 cudaError_t gemm_fused_skinny_mma_sm80(const FusedProduct&, cudaStream_t);  // compute capability 8.0 to 9.0
+cudaError_t gemm_fused_cluster_sm90(const FusedProduct&, cudaStream_t);     // compute capability 9.0
 
 }  // namespace bitorch_qlinear::cuda

@@ -21,8 +21,12 @@ constexpr int64_t kSkinnyRows = 16, kFragmentRows = 64;
 // The most rows that are counted on CUDA cores if another kernel exists for more (heuristics.h).
 constexpr int64_t kCountedRows = 4;
 
-// The most values of x, with rows rounded up to the aligned form's, that a block of a fused kernel packs: 16 KB of words.
+// The most values of x, with rows rounded up to the aligned form's, that a block of a fused kernel has place for: 16
+// KB of words.
 constexpr int64_t kFusedValues = 131072;
+
+// The blocks of a cluster of fused_cluster_sm90: as many as every whole GPU of 9.0 has room for.
+constexpr int64_t kClusterBlocks = 8;
 
 enum class GemmKernel : int {
     popc,
@@ -33,9 +37,10 @@ enum class GemmKernel : int {
     mma_int8_sm80,
     wgmma_sm90a,
     fused_skinny,
-    fused_skinny_mma_sm80
+    fused_skinny_mma_sm80,
+    fused_cluster_sm90
 };
-constexpr int kGemmKernels = 9;
+constexpr int kGemmKernels = 10;
 
 // A kernel and the devices and operands that it takes. A compute capability is one number here: 86 is 8.6, 120 is 12.0.
 struct KernelRecord {
@@ -62,6 +67,7 @@ constexpr int kHopper = 90;
 // mma_sm80 stops at 9.0: sm_90 still has the BMMA instruction, but for sm_100 and sm_120 nvcc emulates it by eight IMMA
 // on unpacked bytes. mma_int8_sm80 unpacks in a better way; on devices with BMMA it has an eighth of mma_sm80's rate
 // and exists for tests. mma_sm75 stops before 9.0, where xor is no longer a single instruction (mma.cuh).
+// fused_cluster_sm90 is for 9.0 alone: earlier devices have no clusters, and later ones no tensor cores for bits.
 constexpr KernelRecord kKernels[kGemmKernels] = {
     {GemmKernel::popc, "popc", 75, kNewest, false, false, kAnyRows},
     {GemmKernel::skinny, "skinny", 75, kNewest, true, false, kSkinnyRows},
@@ -72,6 +78,7 @@ constexpr KernelRecord kKernels[kGemmKernels] = {
     {GemmKernel::wgmma_sm90a, "wgmma_sm90a", kHopper, kHopper, true, true, kMostWarpgroupRows},
     {GemmKernel::fused_skinny, "fused_skinny", 75, kNewest, true, false, kCountedRows, true},
     {GemmKernel::fused_skinny_mma_sm80, "fused_skinny_mma_sm80", 80, 90, true, false, kSkinnyRows, true},
+    {GemmKernel::fused_cluster_sm90, "fused_cluster_sm90", 90, 90, true, false, kSkinnyRows, true},
 };
 
 static constexpr const KernelRecord& record(GemmKernel kernel) { return kKernels[static_cast<int>(kernel)]; }

@@ -188,6 +188,7 @@ cudaError_t launch_product(const Choice& choice, const Product& product, bool st
 
 // Launches a product of real x.
 cudaError_t launch_fused(const Choice& choice, const FusedProduct& job, cudaStream_t stream) {
+    if (choice.kernel == GemmKernel::fused_cluster_sm90) return gemm_fused_cluster_sm90(job, stream);
     if (choice.kernel == GemmKernel::fused_skinny_mma_sm80) return gemm_fused_skinny_mma_sm80(job, stream);
     return gemm_fused_skinny(job, stream);
 }

@@ -349,6 +349,9 @@ cudaError_t gemm_fused_skinny(const FusedProduct& job, cudaStream_t) { return fu
 cudaError_t gemm_fused_skinny_mma_sm80(const FusedProduct& job, cudaStream_t) {
     return fused(GemmKernel::fused_skinny_mma_sm80, job);
 }
+cudaError_t gemm_fused_cluster_sm90(const FusedProduct& job, cudaStream_t) {
+    return fused(GemmKernel::fused_cluster_sm90, job);
+}
 
 }  // namespace bitorch_qlinear::cuda
 

@@ -267,6 +267,19 @@ def test_the_code_that_a_device_runs_decides(library, ops, device, few, many, mo
         assert launches(library) == ["pack", expected]
 
 
+@pytest.mark.parametrize(
+    ("device", "kernel"), [(CODE_80, "skinny_mma_sm80"), (CODE_75, "skinny"), (CODE_90, "fused_cluster_sm90")]
+)
+def test_clusters_need_code_for_them(library, ops, device, kernel):
+    """16 rows of 4096 values of bfloat16 are too much for a block; a cluster packs them if the code has clusters."""
+    x, weight, bias, scale = problem(16, 40, 4096)
+    x = x.bfloat16()
+    library.cuda_on_cpu_device(device)
+    got = ops.linear(x, weight, 4096, bias, scale=scale)
+    assert_equal(got, F.linear(x, weight, 4096, bias, scale=scale))
+    assert launches(library) == ([kernel] if device == CODE_90 else ["pack", kernel])
+
+
 def test_the_code_is_asked_for_on_its_device(library):
     assert [library.cuda_on_cpu_code(device) for device in (0, CODE_80, CODE_75, CODE_90)] == [80, 80, 75, 90]
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 CUDA = CSRC / "cuda"
 KERNELS = ["popc", "skinny", "skinny_mma_sm80", "mma_sm75", "mma_sm80", "mma_int8_sm80"]
-KERNELS += ["wgmma_sm90a", "fused_skinny", "fused_skinny_mma_sm80"]
+KERNELS += ["wgmma_sm90a", "fused_skinny", "fused_skinny_mma_sm80", "fused_cluster_sm90"]
 WIDEST, MIDDLE, SMALLEST = range(3)
 CAPABILITIES = [75, 80, 86, 87, 88, 89, 90, 91, 99, 100, 103, 110, 120, 121, 130, 200]
 TENSOR_CORES = [80, 86, 87, 88, 89, 90]  # the capabilities with mma_sm80
@@ -224,9 +224,10 @@ def test_real_x(capability, value_bytes):
     tensor_cores = (m > 1) & (80 <= capability <= 90)
     fused = few & fits & ((m <= 4) | tensor_cores)
     names = np.where(tensor_cores, KERNELS.index("fused_skinny_mma_sm80"), KERNELS.index("fused_skinny"))
-    expected = np.where(fused, names, expected_kernel(*device, words=False))
-    np.testing.assert_array_equal(kernels, expected)
-    assert 0 < fused.sum() < SHAPES
+    cluster = ~few & fits & (m * k * value_bytes <= 196_000) & (capability == 90) & (multiprocessors >= 8)
+    expected = np.where(cluster, KERNELS.index("fused_cluster_sm90"), expected_kernel(*device, words=False))
+    np.testing.assert_array_equal(kernels, np.where(fused, names, expected))
+    assert 0 < fused.sum() < SHAPES and (cluster.sum() > 0) == (capability == 90)
 
 
 def test_fits():
@@ -501,6 +502,7 @@ def test_table_of_kernels():
         ("wgmma_sm90a", 90, 90, True, True, 2**31 - 1),
         ("fused_skinny", 75, newest, True, False, 4),
         ("fused_skinny_mma_sm80", 80, 90, True, False, 16),
+        ("fused_cluster_sm90", 90, 90, True, False, 16),
     ]
 
 
@@ -714,6 +716,11 @@ def test_words():
     assert decide("mma_sm75", 75, 40, 1, 10, 10).startswith("mma_sm75: forced")
     assert decide("", *h100, 1, 8192, 8192, 2).startswith("fused_skinny: one launch")
     assert decide("", *h100, 16, 1024, 1024, 2).startswith("fused_skinny_mma_sm80: one launch")
+    for m, k, value_bytes in ((16, 4096, 2), (8, 8192, 2), (4, 8192, 2), (8, 11008, 2), (5, 16384, 2), (1, 28672, 2)):
+        assert decide("", *h100, m, 8192, k, value_bytes).startswith("fused_cluster_sm90: one launch, in which the ")
     assert decide("", *h100, 16, 8192, 8192, 2).startswith("skinny_mma_sm80: ")
+    assert decide("", *h100, 16, 8192, 4096, 4).startswith("skinny_mma_sm80: ")
+    assert decide("", 90, 7, 16, 8192, 4096, 2).startswith("skinny_mma_sm80: ")
+    assert decide("fused_cluster_sm90", *h100, 16, 8192, 8192, 2).startswith("fused_cluster_sm90: forced")
     assert decide("fused_skinny", *h100, 4, 8192, 8192, 2).startswith("fused_skinny: forced")
-    assert decide("fused_skinny", *h100, 5, 8192, 8192, 2).startswith("skinny_mma_sm80: the automatic choice: ")
+    assert decide("fused_skinny", *h100, 16, 8192, 8192, 2).startswith("skinny_mma_sm80: the automatic choice: ")

@@ -46,4 +46,5 @@ LAUNCHER(gemm_mma_sm80, Product, job, static_cast<Tile>(tile), stream, starts_ea
 LAUNCHER(gemm_mma_int8_sm80, Product, job, stream, starts_early != 0)
 LAUNCHER(gemm_fused_skinny, FusedProduct, job, stream)
 LAUNCHER(gemm_fused_skinny_mma_sm80, FusedProduct, job, stream)
+LAUNCHER(gemm_fused_cluster_sm90, FusedProduct, job, stream)
 LAUNCHER(gemm_wgmma_sm90a, Product, job, static_cast<WarpgroupTile>(tile), stream, starts_early != 0)
