@@ -306,9 +306,8 @@ class Launcher:
         assert (error, len(launches)) == (SUCCESS, 1), args
         launch = launches[0]
         what = (launch.kernel, launch.grid, launch.block, launch.shared_bytes, launch.stream, launch.cluster)
-        assert what == (kernel, dim3(grid), dim3(block), shared_bytes, stream, cluster) and not launch.starts_early, (
-            args
-        )
+        assert what == (kernel, dim3(grid), dim3(block), shared_bytes, stream, cluster), args
+        assert not launch.starts_early
         for actual, expected in zip(launch.arguments[1:], args[1:], strict=True):
             if isinstance(expected, Struct):
                 assert actual == _with_addresses(expected, launch.buffers), args
