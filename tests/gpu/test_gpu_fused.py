@@ -69,12 +69,14 @@ def test_long_rows(kernel):
 @pytest.mark.parametrize("kernel", [None, *KERNELS])
 @pytest.mark.parametrize("in_a_graph", [False, True])
 def test_weights_that_change_right_before_the_call(kernel, in_a_graph):
-    """A product that starts early must not start before the weights, the bias or x are written.
+    """A product that starts early must not start before the weights, their form, the bias or x are written.
 
-    Each step writes all three in the same stream, directly before the call, from tensors that hold its values.
+    Each step writes them in the same stream, directly before the calls, from tensors that hold its values. The kernels
+    that multiply tiles start early only if the weights have a form; otherwise the launch before counts the weights, too.
     """
-    steps, k = 50, 4096
-    for m, n in ((1, 4096), (4, 8192), (16, 4096), (16, 512), (64, 1024), (300, 512)):
+    steps = 50
+    shapes = [(1, 4096, 4096), (4, 8192, 4096), (16, 4096, 4096), (16, 512, 4000), (64, 1024, 4096), (300, 512, 4000)]
+    for m, n, k in shapes:
         make = torch.Generator(CUDA).manual_seed(m)
         all_x = torch.randn(steps, m, k, generator=make, device=CUDA).bfloat16()
         all_words = torch.randint(-(2**31), 2**31, (steps, n, k // 32), generator=make, device=CUDA, dtype=torch.int32)
@@ -85,7 +87,12 @@ def test_weights_that_change_right_before_the_call(kernel, in_a_graph):
             words.copy_(all_words[step])  # noqa: B023
             bias.copy_(all_bias[step])  # noqa: B023
             x.copy_(all_x[step])  # noqa: B023
-            return F.linear(x, words, k, bias)  # noqa: B023
+            y = F.linear(x, words, k, bias)  # noqa: B023
+            form = F.prepare_weight(words, k)  # noqa: B023
+            of_real = F.linear(x, words, k, bias, weight_prepared=form)  # noqa: B023
+            packed = F.pack_bits(x)  # noqa: B023
+            of_words = F.binary_linear(packed, words, k, bias, weight_prepared=form, out_dtype=x.dtype)  # noqa: B023
+            return torch.stack([y, of_real, of_words])
 
         def run() -> torch.Tensor:
             return torch.stack([call(step) for step in range(steps)])
@@ -99,7 +106,9 @@ def test_weights_that_change_right_before_the_call(kernel, in_a_graph):
         with forced("popc"):
             torch.cuda.synchronize()
             for step in range(steps):
-                assert_same(results[step], F.linear(all_x[step], all_words[step], k, all_bias[step]), (kernel, m, step))
+                want = F.linear(all_x[step], all_words[step], k, all_bias[step])
+                for result in results[step]:
+                    assert_same(result, want, (kernel, m, step))
 
 
 def test_results_that_are_overwritten_at_once():
