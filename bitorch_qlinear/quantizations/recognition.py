@@ -96,7 +96,7 @@ def guard(quantization: nn.Module) -> None:
 
     It notices that only for attributes that the traced code reads, and not for a test whether ``__dict__`` has them.
     """
-    for name in ("forward", *_METHODS):
+    for name in ("forward", "_call_impl", *_METHODS):
         getattr(quantization, name, None)
 
 

@@ -47,6 +47,7 @@ def setter(name, value):
 
 CHANGES = {
     "forward": setter("forward", other_signs),
+    "_call_impl": setter("_call_impl", other_signs),
     "quantize": setter("quantize", other_signs),
     "rule": setter("rule", strict_rule),
     "forward hook": lambda module: module.register_forward_hook(lambda module, args, output: other_signs(args[0])),
@@ -156,7 +157,7 @@ def test_calls_of_the_layer(name):
 
 
 @pytest.mark.parametrize("place", ["input_quantization", "weight_quantization", "activation"])
-@pytest.mark.parametrize("change", ["forward", "quantize", "rule"])
+@pytest.mark.parametrize("change", ["forward", "_call_impl", "quantize", "rule"])
 @pytest.mark.parametrize("quantization", ["sign", Mine], ids=["sign", "own"])
 def test_compiled_graphs_notice_what_is_set_later(quantization, change, place):
     made = (quantization if isinstance(quantization, str) else quantization() for _ in range(2))
