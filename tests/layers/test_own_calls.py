@@ -232,3 +232,17 @@ def test_unpacking_refuses_what_it_would_change(change):
     argument = "input_quantization" if "quantization" in change else "layer"
     with pytest.raises(ValueError, match=f"^{argument}: expected"):
         unpack(nn.Sequential(packed))
+
+
+@pytest.mark.parametrize("change", ["forward", "quantize", "hook", "exchanged"])
+@pytest.mark.parametrize("quantization", ["sign", "steheaviside", Scaled], ids=["sign", "steheaviside", "scaled"])
+def test_unpacking_leaves_out_a_changed_weight_quantization(quantization, change):
+    layer = QLinear(K, N, weight_quantization=quantization if isinstance(quantization, str) else quantization())
+    packed = PackedQLinear.from_float(layer)
+    if change == "exchanged":
+        packed.weight_quantization = Negative()
+    elif change == "hook":
+        packed.weight_quantization.register_forward_hook(lambda module, args, output: -output)
+    else:
+        setattr(packed.weight_quantization, change, lambda weight: -weight)
+    assert torch.equal(unpack(nn.Sequential(packed))(X), packed(X))
