@@ -195,6 +195,24 @@ def test_computed_weights_are_not_taken_for_shared_ones():
     assert explain(model).resident_bytes == 8 * K * K * 4
 
 
+@pytest.mark.parametrize("kept_as", ["parameter", "buffer", "attribute"])
+def test_weights_that_layers_share_are_packed_once(kept_as):
+    layers = [QLinear(K, K) for _ in range(3)]
+    weight = torch.randn(K, K)
+    parameter = nn.Parameter(weight)
+    for layer in layers:
+        del layer.weight
+        if kept_as == "buffer":
+            layer.register_buffer("weight", weight)
+        else:
+            layer.weight = parameter if kept_as == "parameter" else weight
+    model = nn.Sequential(*layers).eval()
+    packed = pack(model)
+    assert torch.equal(packed(X), model(X))
+    assert packed[0].weight is packed[1].weight is packed[2].weight
+    assert explain(packed).resident_bytes == K * K // 8
+
+
 @pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "orthogonal"])
 def test_parametrizations(name):
     layer = getattr(parametrizations, name)(QLinear(K, N, weight_scale="mean")).eval()
