@@ -188,7 +188,7 @@ def self_test() -> bool:
         on_cuda = [
             {name: want for name, want in results.items() if not name.startswith(_ON_CPU_ONLY)} for results in expected
         ]
-        for name in _kernels.available_cuda_kernels(torch.cuda.get_device_capability(device)):
+        for name in _kernels.device_cuda_kernels(device):
             wrong[f"{device} {name}"] = check(name, device, on_cuda)
     width = max(map(len, wrong)) + 2
     for name, text in wrong.items():

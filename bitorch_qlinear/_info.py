@@ -104,13 +104,14 @@ def _cuda_devices() -> tuple[str, ...]:
 def _cuda_device(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
     capability = properties.major, properties.minor
-    kernels = ", ".join(_kernels.available_cuda_kernels(capability))
+    code = _kernels.cuda_code(index)
+    kernels = ", ".join(_kernels.available_cuda_kernels(capability, code))
     device = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
     if not kernels:
         return f"{device}: no kernel, 7.5 or later is needed"
     choices = "; ".join(
         f"{rows} × 4096 → 4096 in bfloat16: "
-        + _kernels.cuda_choice(capability, properties.multi_processor_count, rows, 4096, 4096, 2)
+        + _kernels.cuda_choice(capability, properties.multi_processor_count, rows, 4096, 4096, 2, code)
         for rows in (1, 16, 4096)
     )
     return f"{device}: {kernels}; {choices}"

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 from typing import NamedTuple
 
+import torch
+
 from ._library import cpu_library, cuda_library, no_cuda_reason
 
 # ---- CPU kernels ----------------------------------------------------------------------------------------------------
@@ -105,23 +107,53 @@ def prepared_bytes(device_type: str, n: int, k: int) -> int:
 
 CUDA_KERNELS = (
     *("popc", "skinny", "skinny_mma_sm80", "mma_sm75", "mma_sm80", "mma_int8_sm80"),
-    *("wgmma_sm90a", "fused_skinny", "fused_skinny_mma_sm80"),
+    *("wgmma_sm90a", "fused_skinny", "fused_skinny_mma_sm80", "fused_cluster_sm90"),
 )
 """Names of all CUDA kernels, which a build without CUDA operators has nowhere else. A test compares them with csrc."""
 
 
-def available_cuda_kernels(capability: tuple[int, int]) -> list[str]:
-    """Return the names of the CUDA kernels that a compute capability can run; none without CUDA operators."""
+def cuda_code(index: int) -> int:
+    """Return the compute capability that the code of a device was compiled for, such as 80 for 8.0.
+
+    It is lower than the device's if the device runs code of an earlier one. It is 0 if CUDA does not tell it, or if
+    there are no CUDA operators.
+    """
+    return 0 if cuda_library is None else int(cuda_library.bitorch_qlinear_cuda_code(index))
+
+
+def available_cuda_kernels(capability: tuple[int, int], code: int = 0) -> list[str]:
+    """Return the names of the CUDA kernels that a compute capability can run; none without CUDA operators.
+
+    Args:
+        capability: The device's compute capability.
+        code: What :func:`cuda_code` returns; 0 stands for code of that capability.
+    """
     if cuda_library is None:
         return []
-    names = str(cuda_library.bitorch_qlinear_cuda_kernels(10 * capability[0] + capability[1]).decode())
+    names = str(cuda_library.bitorch_qlinear_cuda_kernels(10 * capability[0] + capability[1], code).decode())
     return names.split(", ") if names else []
 
 
-def cuda_choice(capability: tuple[int, int], multiprocessors: int, m: int, n: int, k: int, value_bytes: int = 0) -> str:
+def device_cuda_kernels(device: torch.device) -> list[str]:
+    """Return the names of the CUDA kernels that a device of this machine can run."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return available_cuda_kernels(torch.cuda.get_device_capability(device), cuda_code(index))
+
+
+def cuda_choice(
+    capability: tuple[int, int],
+    multiprocessors: int,
+    m: int,
+    n: int,
+    k: int,
+    value_bytes: int = 0,
+    code: int = 0,
+    float64: bool = False,
+) -> str:
     """Return which CUDA kernel computes a product on such a device and why, or what is wrong, in words.
 
-    ``value_bytes`` is the size of a value of x, or 0 if x is packed.
+    ``value_bytes`` is the size of a value of x, or 0 if x is packed. ``code`` is that of
+    :func:`available_cuda_kernels`. ``float64`` says whether the result is float64.
 
     Raises:
         RuntimeError: This installation has no CUDA operators.
@@ -129,7 +161,8 @@ def cuda_choice(capability: tuple[int, int], multiprocessors: int, m: int, n: in
     if cuda_library is None:
         raise RuntimeError(f"bitorch_qlinear has no CUDA kernels here: {no_cuda_reason}.")
     number = 10 * capability[0] + capability[1]
-    return str(cuda_library.bitorch_qlinear_cuda_choice(number, multiprocessors, m, n, k, value_bytes).decode())
+    choice = cuda_library.bitorch_qlinear_cuda_choice(number, code, multiprocessors, m, n, k, value_bytes, float64)
+    return str(choice.decode())
 
 
 def forced_cuda_kernel() -> str:
@@ -157,15 +190,16 @@ def force_cuda_kernel(name: str | None) -> None:
 
 
 def forced_cuda_tile() -> str:
-    """Return the name of the forced tile of ``mma_sm80``, or "" if the sizes of each product choose it."""
+    """Return the name of the forced tile, or "" if the sizes of each product choose it."""
     return "" if cuda_library is None else str(cuda_library.bitorch_qlinear_cuda_tile().decode())
 
 
 def force_cuda_tile(name: str | None) -> None:
-    """Make ``mma_sm80`` compute all its products with one tile, in the whole process; for tests and benchmarks.
+    """Make kernels compute all products with one tile, in the whole process; for tests and benchmarks.
 
     Args:
-        name: "128x256", "128x128", "64x64" (rows x columns of y), or None for the automatic choice.
+        name: The rows and columns of y: "128x256" or "64x64" for ``mma_sm80``, "128x192" for ``wgmma_sm90a``, "128x128"
+            for both, or None for the automatic choice. A kernel that lacks the tile keeps the automatic choice.
 
     Raises:
         RuntimeError: This installation has no CUDA operators, or no tile has that name. Nothing has changed then.

@@ -94,10 +94,11 @@ def _reason_against_cuda(build: dict[str, str], torch_cuda: str | None) -> str:
 def _load_cuda_operators() -> ctypes.CDLL:
     strings = ("kernels", "kernel", "force_kernel", "tile", "force_tile", "choice")
     library = _load(_CUDA_OPERATORS, "bitorch_qlinear_cuda", strings)
-    library.bitorch_qlinear_cuda_kernels.argtypes = [ctypes.c_int]
+    library.bitorch_qlinear_cuda_code.argtypes = [ctypes.c_int]
+    library.bitorch_qlinear_cuda_kernels.argtypes = [ctypes.c_int] * 2
     library.bitorch_qlinear_cuda_force_kernel.argtypes = [ctypes.c_char_p]
     library.bitorch_qlinear_cuda_force_tile.argtypes = [ctypes.c_char_p]
-    library.bitorch_qlinear_cuda_choice.argtypes = [ctypes.c_int] * 2 + [ctypes.c_int64] * 4
+    library.bitorch_qlinear_cuda_choice.argtypes = [ctypes.c_int] * 3 + [ctypes.c_int64] * 4 + [ctypes.c_bool]
     return library
 
 

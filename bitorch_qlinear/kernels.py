@@ -3,8 +3,8 @@
 Every kernel computes the same bits; only the time differs. By default the CPU kernel is the best one that the processor
 can run, and the CUDA kernel is chosen by the device and the sizes of each product. The environment variables
 ``BITORCH_QLINEAR_CPU_KERNEL`` and ``BITORCH_QLINEAR_CUDA_KERNEL`` force a kernel for a whole process, and
-:func:`forced` forces one inside a block. ``BITORCH_QLINEAR_CUDA_TILE`` (128x256, 128x128 or 64x64) forces the tile of
-the CUDA kernel ``mma_sm80``.
+:func:`forced` forces one inside a block. ``BITORCH_QLINEAR_CUDA_TILE`` (128x256, 128x192, 128x128 or 64x64) forces the
+tile of the CUDA kernels ``mma_sm80`` and ``wgmma_sm90a``, if they have it.
 """
 
 from __future__ import annotations

@@ -28,6 +28,10 @@ kernel to read and pack them; one that writes bits has written the words.
 A third table estimates products by wgmma_sm90a on an H200, from the rates that were measured there with a prototype of
 that kernel (csrc/DESIGN.md, "What hardware said"). Such a kernel has one block on each multiprocessor, whose copies,
 products and stores overlap, so the slowest of its parts bounds the product.
+
+A fourth table is about few rows of real x on compute capability 9.0: how long it takes until a product has its words,
+if each block packs x for itself, if the blocks of a cluster pack it together, and if a launch packs it. It is the
+arithmetic by which csrc/cuda/heuristics.h chooses.
 """
 
 from __future__ import annotations
@@ -168,6 +172,7 @@ WORKS: dict[str, dict[str, Callable[[Kernel], Work]]] = {
     "gemm_mma_sm75": {"": _mma_sm75},
     "gemm_fused_skinny": {"": _fused_skinny},
     "gemm_fused_skinny_mma_sm80": {"": _fused_skinny_mma},
+    "gemm_fused_cluster_sm90": {"": _fused_skinny_mma},
     "gemm_wgmma_sm90a": {"": _wgmma},
     "pack": {"": _pack, ", in range": _pack_with_range},
     "pack_limited": {"": _pack_limited},
@@ -203,7 +208,7 @@ def epilogue(kernel: Kernel) -> Epilogue | None:
             pass
         case "gemm_fused_skinny", (rows,):  # in a round, if each warp has a unit of its own
             columns = 64
-        case "gemm_fused_skinny_mma_sm80", ():
+        case "gemm_fused_skinny_mma_sm80" | "gemm_fused_cluster_sm90", ():
             rows, columns = 16, 64
         case "gemm_wgmma_sm90a", (columns, *_):
             rows = 128
@@ -348,13 +353,13 @@ class Bound(NamedTuple):
 def warpgroup_bound(m: int, n: int, k: int, columns: int, chip: Warpgroup = WARPGROUP) -> Bound:
     """Return the bounds of m x k times k x n by tiles of 128 rows and so many columns."""
     rounds = -(-(-(-m // _TILE_ROWS) * -(-n // columns)) // chip.multiprocessors)
-    stages = rounds * -(-k // _STAGE_BITS)
+    stages, steps = rounds * -(-k // _STAGE_BITS), rounds * -(-k // _STEP_BITS)
     copied = (_TILE_ROWS + columns) * _STAGE_BITS // 8
     # Each instruction of 64 rows reads its rows of x and all columns.
-    read = _STAGE_BITS // _STEP_BITS * _TILE_ROWS // 64 * (64 + columns) * _STEP_BITS // 8
+    read = _TILE_ROWS // 64 * (64 + columns) * _STEP_BITS // 8
     clocks = (
-        stages * _TILE_ROWS * columns * _STAGE_BITS / chip.multiplies,
-        stages * (copied + read) / chip.shared,
+        steps * _TILE_ROWS * columns * _STEP_BITS / chip.multiplies,
+        (stages * copied + steps * read) / chip.shared,
         stages * copied / chip.l2,
     )
     return Bound(columns, rounds, *(each / chip.gigahertz / 1e3 for each in clocks), m * n * 2 / chip.memory * 1e6)
@@ -387,6 +392,31 @@ def product_table() -> list[list[object]]:
         found.append(
             [name, f"128 x {bound.columns}", bound.rounds, *parts, bound.slowest, bound.time, tops, bits, pack]
         )
+    return found
+
+
+class FewRows(NamedTuple):
+    """The figures of csrc/cuda/heuristics.h about few rows of real x on 9.0; times are in microseconds."""
+
+    launch: float = 1.6  # of packing by a launch of its own
+    hidden: float = 0.8  # the part of it that the product's launch hides
+    packed_bytes: float = 49e3  # of x that a block packs in a microsecond
+    cluster: float = 0.3  # what a cluster costs beside packing
+    blocks: int = 8  # of a cluster
+
+
+FEW_ROWS = FewRows()
+
+
+def few_rows_table() -> list[list[object]]:
+    """Return a row for each x in bfloat16 that has place in a block."""
+    found: list[list[object]] = []
+    launch = FEW_ROWS.launch - FEW_ROWS.hidden
+    for m, k in [(m, k) for k in (1024, 4096, 8192, 11008, 16384) for m in (1, 4, 8, 16) if m * k <= 131072]:
+        alone = 2 * m * k / FEW_ROWS.packed_bytes
+        cluster = alone / FEW_ROWS.blocks + FEW_ROWS.cluster
+        chosen = "block" if alone <= launch else "cluster" if cluster <= launch else "launch"
+        found.append([f"{m} × {k}", 2 * m * k / 1000, alone, cluster, launch, chosen])
     return found
 
 
@@ -474,7 +504,13 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         "\nAn estimate from rates that a prototype had on an H200: microseconds that each part is busy, and the "
         "slowest,\nwith outputs in bf16 and with bits. A launch, the first copies and the last epilogue take about "
-        "4 more. Packing x\nfrom bf16 is a launch of its own before it."
+        "4 more. Packing x\nfrom bf16 is a launch of its own before it.\n"
+    )
+    headers = ["bf16 x on 9.0", "KB", "each block packs it, µs", "a cluster", "a launch", "chosen"]
+    print(tabulate(few_rows_table(), headers=headers, floatfmt=".2f"))
+    print(
+        "\nAn estimate of the time until a product has the words of few rows of x. What a block packs in the time of a "
+        "launch\nis left to it, even if a cluster is estimated faster."
     )
 
 

@@ -83,7 +83,7 @@ def inside() -> None:
     """Run the program that each tool watches."""
     torch.manual_seed(0)
     device = torch.device("cuda")
-    kernels = _kernels.available_cuda_kernels(torch.cuda.get_device_capability(device))
+    kernels = _kernels.device_cuda_kernels(device)
     shapes = selection(torch.cuda.get_device_properties(device).multi_processor_count)
     for kernel in kernels:
         with forced(kernel):

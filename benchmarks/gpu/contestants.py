@@ -120,8 +120,8 @@ def ours(shape: Shape, device: torch.device) -> list[Contestant]:
         Contestant(LAYER, layer, 2 * m * k + weight_bytes + 2 * m * n, weight_bytes),
     ]
     for kernel in kernels(device):
-        if kernel.startswith("fused"):  # The fused kernels pack x; one takes at most 4 rows and the other 16.
-            if m <= (16 if "mma" in kernel else 4):
+        if kernel.startswith("fused"):  # The fused kernels pack x; one takes at most 4 rows and the others 16.
+            if m <= (4 if kernel == "fused_skinny" else 16):
                 moved = 2 * m * k + weight_bytes + 2 * m * n
                 made.append(Contestant(f"{PACKING}, {kernel}", packing, moved, weight_bytes, kernel))
         # The skinny kernels take at most 16 rows or 64.
@@ -134,4 +134,4 @@ def kernels(device: torch.device) -> list[str]:
     """List the CUDA kernels that a device can run; for the CPU there are none."""
     if device.type != "cuda":
         return []
-    return _kernels.available_cuda_kernels(torch.cuda.get_device_capability(device))
+    return _kernels.device_cuda_kernels(device)

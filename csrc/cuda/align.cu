@@ -11,6 +11,7 @@
 #include "align_rows.cuh"
 #include "check_prepared.cuh"
 #include "kernels.h"
+#include "launch.cuh"
 #include "row_grid.cuh"
 
 namespace bitorch_qlinear::cuda {
@@ -19,6 +20,7 @@ namespace {
 // popcounts has `rows` elements, which are zeros from m on. Blocks from `blocks` on do the other job.
 __global__ void __launch_bounds__(kRowThreads)
     align_rows(const Align job, int64_t rows, const PreparedHeader header, const Align other, int64_t blocks) {
+    let_next_kernel_start();
     if (blockIdx.x >= blocks) return align_rows_of_block(other, blockIdx.x - blocks);
     const int64_t row = row_of_warp(), width = word_count(job.k);
     int32_t count = 0;
@@ -33,6 +35,14 @@ __global__ void __launch_bounds__(kRowThreads)
 }
 
 }  // namespace
+
+cudaError_t find_code(int* capability) {
+    cudaFuncAttributes found{};
+    const auto error = cudaFuncGetAttributes(&found, align_rows);
+    if (error != cudaSuccess) return cudaGetLastError();  // which clears the error, before others see it
+    *capability = found.ptxVersion;
+    return cudaSuccess;
+}
 
 cudaError_t align(const Align& job, const Align& other, cudaStream_t stream) {
     const int64_t padded = prepared_popcount_bytes(job.m) / static_cast<int64_t>(sizeof(int32_t));

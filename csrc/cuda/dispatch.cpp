@@ -4,11 +4,14 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <optional>
+#include <deque>
+#include <mutex>
 #include <stdexcept>
 #include <utility>
 #include <variant>
-#include <vector>
+
+#include "kernels.h"
+#include "relaxed_capture.h"
 
 namespace bitorch_qlinear::cuda {
 namespace {
@@ -30,14 +33,12 @@ std::atomic<const KernelRecord*>& forced() {
     return kernel;
 }
 
-// -1 stands for no tile.
-std::atomic<int>& forced_tile_number() {
-    static std::atomic<int> number{[] {
+std::atomic<TileSize>& forced_tile_size() {
+    static std::atomic<TileSize> size{[] {
         const char* name = std::getenv(kTileVariable);
-        const std::optional<Tile> tile = value_of(find_tile(name ? name : ""));
-        return tile ? static_cast<int>(*tile) : -1;
+        return value_of(find_tile(name ? name : ""));
     }()};
-    return number;
+    return size;
 }
 
 void check(cudaError_t error) {
@@ -52,30 +53,56 @@ int attribute(cudaDeviceAttr which, int device) {
     return value;
 }
 
+// A device, whose code is asked for at its first product, because that makes CUDA occupy memory there.
+struct KnownDevice {
+    Gpu gpu;
+    std::once_flag asked;
+};
+
 // The figures of all devices, which are asked for once.
-const std::vector<Gpu>& devices() {
-    static const std::vector<Gpu> all = [] {
+std::deque<KnownDevice>& devices() {
+    static std::deque<KnownDevice> all = [] {
         int count = 0;
         check(cudaGetDeviceCount(&count));
-        std::vector<Gpu> found;
+        std::deque<KnownDevice> found(count);
         for (int i = 0; i < count; ++i) {
-            found.push_back(
-                {10 * attribute(cudaDevAttrComputeCapabilityMajor, i) + attribute(cudaDevAttrComputeCapabilityMinor, i),
-                 attribute(cudaDevAttrMultiProcessorCount, i)});
+            found[i].gpu.capability =
+                10 * attribute(cudaDevAttrComputeCapabilityMajor, i) + attribute(cudaDevAttrComputeCapabilityMinor, i);
+            found[i].gpu.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, i);
         }
         return found;
     }();
     return all;
 }
 
+// Returns the compute capability that the code of a device was compiled for, or throws.
+int code_of(int32_t device_index) {
+    const RelaxedCapture relaxed;
+    int current = 0, code = 0;
+    check(cudaGetDevice(&current));
+    if (current != device_index) check(cudaSetDevice(device_index));
+    const auto error = find_code(&code);
+    if (current != device_index) check(cudaSetDevice(current));
+    if (error != cudaSuccess) {
+        throw std::runtime_error("bitorch_qlinear: expected CUDA kernels that were built for " +
+                                 in_words(devices().at(device_index).gpu.capability) + ": " +
+                                 cudaGetErrorString(error));
+    }
+    return code;
+}
+
 }  // namespace
 
-void check_supported(int32_t device_index) { value_of(decide(nullptr, devices().at(device_index), 0, 0, 0)); }
+void check_supported(int32_t device_index) { value_of(decide(nullptr, devices().at(device_index).gpu, 0, 0, 0)); }
 
-const Gpu& gpu_of(int32_t device_index) { return devices().at(device_index); }
+const Gpu& gpu_of(int32_t device_index) {
+    KnownDevice& device = devices().at(device_index);
+    std::call_once(device.asked, [&] { device.gpu.code = code_of(device_index); });
+    return device.gpu;
+}
 
-Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, int64_t value_bytes) {
-    return choose_kernel(gpu_of(device_index), m, n, k, value_bytes);
+Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, int64_t value_bytes, bool float64) {
+    return choose_kernel(gpu_of(device_index), m, n, k, value_bytes, float64);
 }
 
 void force_kernel(const std::string& name) { forced().store(value_of(find_kernel(name))); }
@@ -85,20 +112,17 @@ std::string forced_kernel() {
     return kernel ? kernel->name : "";
 }
 
-void force_tile(const std::string& name) {
-    const std::optional<Tile> tile = value_of(find_tile(name));
-    forced_tile_number().store(tile ? static_cast<int>(*tile) : -1);
-}
+void force_tile(const std::string& name) { forced_tile_size().store(value_of(find_tile(name))); }
 
 std::string forced_tile() {
-    const int number = forced_tile_number().load();
-    return number < 0 ? "" : tile_name(static_cast<Tile>(number));
+    const TileSize size = forced_tile_size().load();
+    return size.rows ? tile_name(size) : "";
 }
 
-Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes) {
-    const int number = forced_tile_number().load(std::memory_order_relaxed);
-    const Choice choice = value_of(decide(forced().load(std::memory_order_relaxed), gpu, m, n, k, value_bytes));
-    return number < 0 ? choice : with_tile(choice, static_cast<Tile>(number));
+Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes, bool float64) {
+    const TileSize size = forced_tile_size().load(std::memory_order_relaxed);
+    const KernelRecord* kernel = forced().load(std::memory_order_relaxed);
+    return with_tile(value_of(decide(kernel, gpu, m, n, k, value_bytes, float64)), size, float64);
 }
 
 }  // namespace bitorch_qlinear::cuda

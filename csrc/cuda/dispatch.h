@@ -11,11 +11,12 @@ namespace bitorch_qlinear::cuda {
 // Throws std::runtime_error if the device is too old for any kernel.
 void check_supported(int32_t device_index);
 
-// Throws std::runtime_error if the device is too old, or lacks the kernel that is forced.
-Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, int64_t value_bytes);
-Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes);
+// Throws std::runtime_error if the device is too old, has no code, or lacks the kernel that is forced.
+Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, int64_t value_bytes, bool float64);
+Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes, bool float64);
 
-// The properties of a device.
+// Returns the properties of a device. The first call for a device loads code there; it may happen while a stream is
+// captured. Throws std::runtime_error if the library has no code for the device.
 const Gpu& gpu_of(int32_t device_index);
 
 // Makes the named kernel compute all products that it takes; "" selects the automatic choice. Throws std::runtime_error
@@ -25,8 +26,8 @@ void force_kernel(const std::string& name);
 // The name of the kernel that is forced, or "". Throws if BITORCH_QLINEAR_CUDA_KERNEL names no kernel.
 std::string forced_kernel();
 
-// Does the same for the tile of mma_sm80, such as "128x256"; kernels with one tile ignore it. Until the first call,
-// BITORCH_QLINEAR_CUDA_TILE decides.
+// Does the same for the tile of mma_sm80 and wgmma_sm90a, such as "128x256"; kernels that lack it ignore it. Until the
+// first call, BITORCH_QLINEAR_CUDA_TILE decides.
 void force_tile(const std::string& name);
 std::string forced_tile();
 

@@ -1,8 +1,9 @@
 // The parts that the kernels which pack x themselves have in common: packing rows of real x into shared memory, and the
 // division of the weights among blocks and warps.
 //
-// A block packs all rows of x once and then multiplies, in rounds, columns of y. In a round each group of Parts warps
-// has one unit, the columns that a warp's load takes side by side, and the warps of a group divide K among them:
+// A block packs all rows of x once, alone or with the other blocks of its cluster, and then multiplies, in rounds,
+// columns of y. In a round each group of Parts warps has one unit, the columns that a warp's load takes side by side, and
+// the warps of a group divide K among them:
 //
 //     warp            0 ... Parts-1     Parts ... 2Parts-1    ...
 //     unit            first             first + 1             ...
@@ -93,10 +94,11 @@ struct Eight {
     }
 };
 
-// Packs rows of x into words[row][pitch], zeros behind the row's values up to `width` words. All threads of the block
-// must call it, and reach a barrier before the first use. With Whole, rows are whole words and start on 16 bytes.
+// Packs words [first, first + width) of the rows of x into words[row][pitch], zeros behind the row's values. `first` is a
+// multiple of 4. All threads of the block must call it, and reach a barrier before the first use. With Whole, rows are
+// whole words and start on 16 bytes.
 template <class T, bool Whole>
-__device__ __forceinline__ void pack_typed(const FusedProduct& job, int width, int pitch, uint32_t* words) {
+__device__ __forceinline__ void pack_typed(const FusedProduct& job, int first, int width, int pitch, uint32_t* words) {
     constexpr int kItems = Whole ? 4 / Eight<T>::kLoads : 1;  // 4 loads of 16 bytes are in flight
     constexpr int kBytes = static_cast<int>(kWordBytes);
     const int row_bytes = width * kBytes, rows = static_cast<int>(job.product.m);
@@ -109,9 +111,9 @@ __device__ __forceinline__ void pack_typed(const FusedProduct& job, int width, i
     const int place_on = rows_on * pitch * kBytes + bytes_on, place_wraps = (pitch - width) * kBytes;
     int left = rows * row_bytes - static_cast<int>(threadIdx.x);
     int row = static_cast<int>(threadIdx.x) / row_bytes, byte = static_cast<int>(threadIdx.x) % row_bytes;
-    const T* from = static_cast<const T*>(job.x.data) + row * job.x.stride + 8 * byte;
-    auto* to = reinterpret_cast<uint8_t*>(words) + row * pitch * kBytes + byte;
-    const int values = static_cast<int>(job.product.k);
+    const T* from = static_cast<const T*>(job.x.data) + row * job.x.stride + 8 * kBytes * first + 8 * byte;
+    auto* to = reinterpret_cast<uint8_t*>(words + first) + row * pitch * kBytes + byte;
+    const int values = static_cast<int>(job.product.k) - 8 * kBytes * first;
 #pragma unroll 1
     for (; left > 0; left -= kItems * kFusedThreads) {
         Eight<T> eights[kItems];
@@ -140,22 +142,28 @@ __device__ __forceinline__ void pack_typed(const FusedProduct& job, int width, i
 }
 
 template <bool Whole>
-__device__ __forceinline__ void pack_rows(const FusedProduct& job, int width, int pitch, uint32_t* words) {
+__device__ __forceinline__ void pack_rows(const FusedProduct& job, int first, int width, int pitch, uint32_t* words) {
     switch (job.x.dtype) {
-        case DType::float64: pack_typed<double, Whole>(job, width, pitch, words); break;
-        case DType::float32: pack_typed<float, Whole>(job, width, pitch, words); break;
-        case DType::float16: pack_typed<__half, Whole>(job, width, pitch, words); break;
-        default: pack_typed<__nv_bfloat16, Whole>(job, width, pitch, words);
+        case DType::float64: pack_typed<double, Whole>(job, first, width, pitch, words); break;
+        case DType::float32: pack_typed<float, Whole>(job, first, width, pitch, words); break;
+        case DType::float16: pack_typed<__half, Whole>(job, first, width, pitch, words); break;
+        default: pack_typed<__nv_bfloat16, Whole>(job, first, width, pitch, words);
     }
 }
 
-// Packs all rows of x, as pack_typed() does.
-__device__ __forceinline__ void pack_x(const FusedProduct& job, const FusedPlan& plan, uint32_t* words) {
+// Packs words [first, first + width) of all rows of x, as pack_typed() does.
+__device__ __forceinline__ void pack_words(const FusedProduct& job, const FusedPlan& plan, int first, int width,
+                                           uint32_t* words) {
     if (plan.whole) {
-        pack_rows<true>(job, plan.width, plan.pitch, words);
+        pack_rows<true>(job, first, width, plan.pitch, words);
     } else {
-        pack_rows<false>(job, plan.width, plan.pitch, words);
+        pack_rows<false>(job, first, width, plan.pitch, words);
     }
+}
+
+// Packs all rows of x.
+__device__ __forceinline__ void pack_x(const FusedProduct& job, const FusedPlan& plan, uint32_t* words) {
+    pack_words(job, plan, 0, plan.width, words);
 }
 
 // ---- rounds ---------------------------------------------------------------------------------------------------------

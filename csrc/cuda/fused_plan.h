@@ -21,9 +21,11 @@ struct FusedPlan {
 // words, which a quarter of a warp reads at once, then lie in different banks.
 static constexpr int fused_pitch(int width) { return (width + 15) / 32 * 32 + 16; }
 
-// Returns the plan and the number of blocks. The columns of y are ceil(n / unit) units; `piece` is the fewest words of K
-// that a warp loads. A block has at most `most` units in a round and, if outputs are bits, whole words.
-static inline FusedPlan fused_plan(const FusedProduct& job, int unit, int piece, int most, int64_t* blocks) {
+// Returns the plan and the number of blocks, which is a multiple of `cluster`. The columns of y are ceil(n / unit)
+// units; `piece` is the fewest words of K that a warp loads. A block has at most `most` units in a round and, if
+// outputs are bits, whole words.
+static inline FusedPlan fused_plan(const FusedProduct& job, int unit, int piece, int most, int64_t* blocks,
+                                   int64_t cluster = 1) {
     const Product& product = job.product;
     const int64_t row_bytes = job.x.stride * element_size(job.x.dtype);
     FusedPlan plan{};
@@ -36,7 +38,8 @@ static inline FusedPlan fused_plan(const FusedProduct& job, int unit, int piece,
         const int units = kFusedWarps / parts;
         if (bits && unit * units < static_cast<int>(kWordBits)) break;
         const int64_t groups = ceil_div(product.n, int64_t{unit} * units);
-        const int64_t launched = std::min<int64_t>(groups, std::max(job.multiprocessors, 1));
+        const int64_t clusters = std::max(job.multiprocessors / cluster, int64_t{1});
+        const int64_t launched = std::min(ceil_div(groups, cluster), clusters) * cluster;
         const int64_t rounds = ceil_div(groups, launched);
         const int64_t chunk = ceil_div(ceil_div(std::max(plan.width, 1), parts), piece) * piece;
         // A round's barrier and outputs take about as long as a warp takes for 32 words.

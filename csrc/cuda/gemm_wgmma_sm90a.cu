@@ -32,11 +32,16 @@
 // Two maps, whose rows are two rows of weight apart, copy them so, and lane q has the outputs 16 j + 4 q ... + 3. No
 // output passes through shared memory, which the tensor cores read at nearly its full rate.
 //
-// The sums are exact for any k. The steps of 256 bits past k multiply zeros, up to three in a row's last stage.
+// Behind pack (launch.cuh), the producer copies the weights of the first stages before it waits for x. Both consumers
+// wait too, because they read x's set bits, and before they write.
+//
+// The sums are exact for any k. A row's last stage is multiplied up to the step of 256 bits in which k ends; what lies
+// past k in that step are zeros.
 #include <algorithm>
 
 #include "check_prepared.cuh"
 #include "epilogue.cuh"
+#include "launch.cuh"
 #include "mma_square.cuh"
 #include "tensor_map.h"
 #include "warpgroup.cuh"
@@ -69,7 +74,8 @@ struct Shape {
 
 // The sums of the wide tile leave no registers for float64.
 template <class As, WarpgroupTile tile>
-constexpr int kTileOf = static_cast<int>(std::is_same_v<typename As::Sum, double> ? WarpgroupTile::m128n128 : tile);
+constexpr int kTileOf =
+    static_cast<int>(has_results(tile, std::is_same_v<typename As::Sum, double>) ? tile : WarpgroupTile::m128n128);
 
 template <class As, WarpgroupTile tile>
 using ShapeOf = Shape<kWarpgroupColumns[kTileOf<As, tile>], kWarpgroupStages[kTileOf<As, tile>],
@@ -118,6 +124,7 @@ __device__ __forceinline__ Corner corner(unsigned tile, unsigned row_tiles, unsi
 // Writes tiles for which there is no result. All threads of the block call it.
 template <class As, class Shape>
 __device__ __forceinline__ void write_no_tiles(const Product& product, unsigned row_tiles, unsigned column_tiles) {
+    wait_for_kernel_before();
     for (unsigned tile = blockIdx.x; tile < row_tiles * column_tiles; tile += gridDim.x) {
         const Corner at = corner<Shape>(tile, row_tiles, column_tiles);
         write_no_result<As>(product, at.row, Shape::kRows, at.column, Shape::kColumns);
@@ -138,9 +145,29 @@ struct Ring {
 
     __device__ __forceinline__ uint32_t parity() const { return place >= Shape::kStages; }
     __device__ __forceinline__ int stage() const { return place - (place >= Shape::kStages ? Shape::kStages : 0); }
+    // The stage of the place before.
+    __device__ __forceinline__ int last() const { return (stage() == 0 ? Shape::kStages : stage()) - 1; }
     __device__ __forceinline__ void next() { place = place == 2 * Shape::kStages - 1 ? 0 : place + 1; }
     __device__ __forceinline__ void skip(int count) { place = (place + count) % (2 * Shape::kStages); }
 };
+
+// Copies the boxes of stage `index` of a tile to an empty stage of the ring: those of weight, that of x, or all of
+// them. Those of weight come first.
+template <bool Weight, bool X, class As, class Shape>
+__device__ __forceinline__ void copy_boxes(const Maps& maps, int row, int column, int index, int to,
+                                           Shared<As, Shape>& shared) {
+    auto& stage = shared.stages[to];
+    auto& full = shared.full[to];
+    const int word = index * static_cast<int>(kLineWords);
+    if constexpr (Weight) {
+        arrive_and_expect(full, Shape::kStageBytes);
+#pragma unroll
+        for (int half = 0; half < Shape::kHalves; ++half) {
+            copy_box(stage.weight[half], maps.weight[half], word, column, full);
+        }
+    }
+    if constexpr (X) copy_box(stage.x, maps.x, word, row, full);
+}
 
 template <class As, class Shape>
 __device__ __forceinline__ void produce(const Maps& maps, unsigned row_tiles, unsigned column_tiles, int stages,
@@ -149,18 +176,21 @@ __device__ __forceinline__ void produce(const Maps& maps, unsigned row_tiles, un
     for (unsigned tile = blockIdx.x; tile < row_tiles * column_tiles; tile += gridDim.x) {
         const Corner at = corner<Shape>(tile, row_tiles, column_tiles);
         const int row = static_cast<int>(at.row), column = static_cast<int>(at.column / Shape::kHalves);
+        int index = 0;
+        if (tile == blockIdx.x) {
+            // All stages are empty. They get their weights before x exists.
+            const int early = stages < Shape::kStages ? stages : Shape::kStages;
 #pragma unroll 1
-        for (int index = 0; index < stages; ++index, ring.next()) {
-            auto& stage = shared.stages[ring.stage()];
-            auto& full = shared.full[ring.stage()];
-            const int word = index * static_cast<int>(kLineWords);
+            for (int i = 0; i < early; ++i) copy_boxes<true, false>(maps, row, column, i, i, shared);
+            wait_for_kernel_before();
+#pragma unroll 1
+            for (; index < early; ++index) copy_boxes<false, true>(maps, row, column, index, index, shared);
+            ring.skip(early);
+        }
+#pragma unroll 1
+        for (; index < stages; ++index, ring.next()) {
             wait(shared.empty[ring.stage()], ring.parity() ^ 1);
-            arrive_and_expect(full, Shape::kStageBytes);
-            copy_box(stage.x, maps.x, word, row, full);
-#pragma unroll
-            for (int half = 0; half < Shape::kHalves; ++half) {
-                copy_box(stage.weight[half], maps.weight[half], word, column, full);
-            }
+            copy_boxes<true, true>(maps, row, column, index, ring.stage(), shared);
         }
     }
 }
@@ -192,37 +222,61 @@ __device__ __forceinline__ constexpr int sum_of(int group, int e) {
 
 // Multiplies a tile, in the consumer's turn.
 template <class As, class Shape>
-__device__ __forceinline__ void multiply_tile(int stages, bool leads, uint64_t& my_turn, uint64_t& next_turn,
-                                              uint32_t turn_parity, Ring<Shape>& ring, Shared<As, Shape>& shared,
-                                              Sums<Shape>& sums) {
-    int last = 0;
+__device__ __forceinline__ void multiply_tile(const Product& product, int stages, bool leads, uint64_t& my_turn,
+                                              uint64_t& next_turn, uint32_t turn_parity, Ring<Shape>& ring,
+                                              Shared<As, Shape>& shared, Sums<Shape>& sums) {
+    // Multiplies 256 bits of a stage.
+    const auto multiply_step = [&](uint64_t x, uint64_t weight, int step, bool accumulate) {
+#pragma unroll
+        for (int strip = 0; strip < kStrips; ++strip) {
+            const int bytes = step * kInstructionBits / 8;
+            multiply_bits(sums[strip], advance(x, strip * kInstructionRows * kLineBytes + bytes),
+                          advance(weight, bytes), accumulate);
+        }
+    };
+    // Gives the stage before back to the producer, once its products are done. Those of one later group may be in
+    // flight.
+    const auto release_last = [&](int index) {
+        if (index == 0) return;
+        wait_for_products<1>();
+        if (leads) arrive(shared.empty[ring.last()]);
+    };
     wait(my_turn, turn_parity);
+    const int rest = static_cast<int>((product.k + kInstructionBits - 1) / kInstructionBits) % kSteps;
+    const int whole = stages - (rest != 0);
 #pragma unroll 1
-    for (int index = 0; index < stages; ++index) {
+    for (int index = 0; index < whole; ++index) {
         const auto& stage = shared.stages[ring.stage()];
         const uint64_t x = describe(stage.x), weight = describe(stage.weight);
         wait(shared.full[ring.stage()], ring.parity());
         fence_products();
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-            for (int strip = 0; strip < kStrips; ++strip) {
-                const int bytes = step * kInstructionBits / 8;
-                multiply_bits(sums[strip], advance(x, strip * kInstructionRows * kLineBytes + bytes),
-                              advance(weight, bytes), index != 0 || step != 0);
-            }
-        }
+        for (int step = 0; step < kSteps; ++step) multiply_step(x, weight, step, index != 0 || step != 0);
         commit_products();
-        if (index == stages - 1 && leads) arrive(next_turn);
-        if (index != 0) {
-            wait_for_products<1>();
-            if (leads) arrive(shared.empty[last]);
-        }
-        last = ring.stage();
+        release_last(index);
         ring.next();
     }
+    if (rest != 0) {
+        const auto& stage = shared.stages[ring.stage()];
+        const uint64_t x = describe(stage.x), weight = describe(stage.weight);
+        wait(shared.full[ring.stage()], ring.parity());
+        // Each step is a group. A group that ended behind the loop would cost one more instruction of the tensor cores.
+        fence_products();
+        multiply_step(x, weight, 0, whole != 0);
+        commit_products();
+        release_last(whole);
+#pragma unroll 1
+        for (int step = 1; step < rest; ++step) {
+            fence_products();  // PTX needs none between such products, but ptxas would insert it and say so
+            multiply_step(x, weight, step, true);
+            commit_products();
+        }
+        ring.next();
+    }
+    // Products of the last stage are in flight, while the other consumer begins.
+    if (leads) arrive(next_turn);
     wait_for_products<0>();
-    if (leads) arrive(shared.empty[last]);
+    if (leads) arrive(shared.empty[ring.last()]);
 #pragma unroll
     for (int strip = 0; strip < kStrips; ++strip) hold(sums[strip]);
 }
@@ -399,6 +453,7 @@ __device__ __forceinline__ void consume(const Product& product, unsigned row_til
     ring.skip(which * stages);
     uint32_t turn_parity = which == 0;  // nobody gives the first consumer its first turn
     const unsigned step = kConsumers * gridDim.x;
+    wait_for_kernel_before();  // which makes x's set bits; its words arrive behind the producer's wait
     for (unsigned tile = blockIdx.x + gridDim.x * which; tile < row_tiles * column_tiles; tile += step) {
         const Corner at = corner<Shape>(tile, row_tiles, column_tiles);
         // The margins arrive while the other consumer multiplies.
@@ -406,8 +461,8 @@ __device__ __forceinline__ void consume(const Product& product, unsigned row_til
         load_margins<As, Shape>(product, at, thread, margins);
         sync_warpgroup(1 + which);
         Sums<Shape> sums;
-        multiply_tile<As, Shape>(stages, leads, shared.turn[which], shared.turn[other], turn_parity, ring, shared,
-                                 sums);
+        multiply_tile<As, Shape>(product, stages, leads, shared.turn[which], shared.turn[other], turn_parity, ring,
+                                 shared, sums);
         turn_parity ^= 1;
         ring.skip(stages);  // the other's tile
         if constexpr (kBits<As>) {
@@ -485,7 +540,7 @@ static inline bool rows_on_vectors(const Output& y, int64_t n, int64_t outputs) 
 }
 
 template <class As, class Shape>
-cudaError_t launch(const Product& product, cudaStream_t stream) {
+cudaError_t launch(const Product& product, cudaStream_t stream, bool behind_pack) {
     int device = 0, multiprocessors = 0;
     auto error = cudaGetDevice(&device);
     if (error == cudaSuccess) {
@@ -493,7 +548,7 @@ cudaError_t launch(const Product& product, cudaStream_t stream) {
     }
     constexpr int kBytes = kSharedBytes<As, Shape>;
     static_assert(kBytes <= 227 * 1024, "shared memory of a block");
-    const auto kernel = multiply_tiles<As, Shape>;
+    void (*const kernel)(Product, Maps, unsigned, unsigned, bool) = multiply_tiles<As, Shape>;
     if (error == cudaSuccess) {  // the attribute belongs to the current device, as in mma_tiles.cuh
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
     }
@@ -503,31 +558,30 @@ cudaError_t launch(const Product& product, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
     const int64_t row_tiles = ceil_div(product.m, Shape::kRows), column_tiles = ceil_div(product.n, Shape::kColumns);
     if (row_tiles > INT32_MAX / column_tiles) return cudaErrorInvalidConfiguration;
-    const auto blocks = static_cast<unsigned>(std::min(row_tiles * column_tiles, int64_t{multiprocessors}));
-    kernel<<<blocks, kBlockThreads, kBytes, stream>>>(product, maps, static_cast<unsigned>(row_tiles),
-                                                      static_cast<unsigned>(column_tiles),
-                                                      rows_on_vectors(product.y, product.n, Shape::kOutputs));
-    return cudaGetLastError();
+    const int64_t blocks = std::min(row_tiles * column_tiles, int64_t{multiprocessors});
+    return launch_kernel(kernel, blocks, kBlockThreads, kBytes, stream, behind_pack, product, maps,
+                         static_cast<unsigned>(row_tiles), static_cast<unsigned>(column_tiles),
+                         rows_on_vectors(product.y, product.n, Shape::kOutputs));
 }
 
 template <WarpgroupTile tile>
-cudaError_t launch(const Product& product, cudaStream_t stream) {
+cudaError_t launch(const Product& product, cudaStream_t stream, bool behind_pack) {
     return with_output_type(product.y.dtype, [&](auto as) {
         using As = decltype(as);
-        return launch<As, ShapeOf<As, tile>>(product, stream);
+        return launch<As, ShapeOf<As, tile>>(product, stream, behind_pack);
     });
 }
 
 }  // namespace
 
-cudaError_t gemm_wgmma_sm90a(const Product& product, WarpgroupTile tile, cudaStream_t stream) {
+cudaError_t gemm_wgmma_sm90a(const Product& product, WarpgroupTile tile, cudaStream_t stream, bool behind_pack) {
     if (product.m == 0 || product.n == 0) return cudaSuccess;
     if (!are_aligned(product) || !have_popcounts(product)) return cudaErrorInvalidValue;
     if (product.k == 0) return gemm_popc(product, stream);  // a map cannot be empty
     if (product.m > kMostMapRows || product.n > kMostMapRows) return cudaErrorInvalidValue;
     switch (tile) {
-        case WarpgroupTile::m128n192: return launch<WarpgroupTile::m128n192>(product, stream);
-        case WarpgroupTile::m128n128: return launch<WarpgroupTile::m128n128>(product, stream);
+        case WarpgroupTile::m128n192: return launch<WarpgroupTile::m128n192>(product, stream, behind_pack);
+        case WarpgroupTile::m128n128: return launch<WarpgroupTile::m128n128>(product, stream, behind_pack);
     }
     return cudaErrorInvalidValue;
 }

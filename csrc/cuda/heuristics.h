@@ -15,6 +15,11 @@
 //     2 to 4         fused_skinny    fused_skinny_mma_sm80    fused_skinny_mma_sm80    fused_skinny
 //     5 to 16        as above        fused_skinny_mma_sm80    fused_skinny_mma_sm80    as above
 //
+// On 9.0, fused_cluster_sm90 takes what is too much for a block and not too much for a cluster (cluster_is_faster).
+//
+// A device that runs code for an earlier one (records.h) has the kernels that both have, and takes its figures from
+// itself. For code of 7.5 on 9.0 and later, popc is what remains for more than 16 rows: mma_sm75 would be emulated.
+//
 // popc runs everywhere, and the others are tested against it. If x is given as words, the kernel does not depend on n and
 // k, because a tiny product costs a launch by any kernel; except that 17 to 64 rows have two kernels, and that mma_sm80
 // keeps products of few tiles (warpgroup_tiles.h). The tile of mma_sm80 is the one of least estimated time. For all sizes:
@@ -32,9 +37,9 @@
 #include <algorithm>
 #include <cstdint>
 #ifndef __CUDACC__
-#include <optional>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #endif
 
 #include "../packed.h"
@@ -232,16 +237,30 @@ constexpr double kMicrosOfPack = 1.6, kMicrosHidden = 0.8, kPackedBytesAMicro = 
 // and 78 KB on others. (For 2 to 4 rows at 8192 x 8192 the product on tensor cores is also faster than gemm_skinny's, by
 // about 1 us, measured without the counting of bits. The bound leaves that out.)
 static inline bool fused_is_faster(const Gpu& gpu, int64_t m, int64_t k, int64_t value_bytes) {
-    const double saved = kMicrosOfPack - (launches_depend(gpu.capability) ? kMicrosHidden : 0);
+    const double saved = kMicrosOfPack - (launches_depend(gpu) ? kMicrosHidden : 0);
     return static_cast<double>(m * k * value_bytes) <= saved * kPackedBytesAMicro;
 }
 
-// Returns the automatic choice for real x with values of so many bytes, or 0 if x is given as words, or if its words are
-// a result too. Without binary tensor cores gemm_skinny is best for all the rows that it takes. On 7.5,
-// a T4's memory brings 1.3 words per clock, which for 16 rows are 20 to count. From 10.0 on, a B200's memory brings
-// 7.3, so that 4 rows hardly keep up, and an RTX 5090's 1.1; but gemm_mma_int8_sm80 always multiplies 64 rows, in 1
-// clock for a word of weights (2 on 12.0), while 16 rows of gemm_skinny take 0.6.
-static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes = 0) {
+// What a cluster costs beside packing: words and a barrier that go from one multiprocessor to others, and 4 of 132
+// multiprocessors that are in no cluster (gemm_fused_cluster_sm90.cu).
+constexpr double kMicrosOfCluster = 0.3;
+
+// Returns whether fused_cluster_sm90, whose blocks pack an eighth of x each, is faster than two launches: up to 196 KB
+// of x. By the same figures it is faster than a block alone from 17 KB on, by up to 0.4 us, but nobody has measured
+// what a launch of clusters costs; so blocks alone keep what they pack in time.
+static inline bool cluster_is_faster(const Gpu& gpu, int64_t m, int64_t k, int64_t value_bytes) {
+    const double saved = kMicrosOfPack - kMicrosHidden - kMicrosOfCluster;
+    return gpu.multiprocessors >= kClusterBlocks &&
+           static_cast<double>(m * k * value_bytes) <= saved * kPackedBytesAMicro * kClusterBlocks;
+}
+
+// Returns the automatic choice for real x with values of so many bytes, or 0 if x is given as words, or if its words
+// are a result too; `float64` tells whether y is float64. Without binary tensor cores gemm_skinny is best for all the
+// rows that it takes. On 7.5, a T4's memory brings 1.3 words per clock, which for 16 rows are 20 to count. From 10.0
+// on, a B200's memory brings 7.3, so that 4 rows hardly keep up, and an RTX 5090's 1.1; but gemm_mma_int8_sm80 always
+// multiplies 64 rows, in 1 clock for a word of weights (2 on 12.0), while 16 rows of gemm_skinny take 0.6.
+static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes = 0,
+                            bool float64 = false) {
     const auto takes = [&](GemmKernel kernel) { return legal(kernel, gpu, m, k, value_bytes); };
     const auto choice = [](GemmKernel kernel, const char* reason) { return Choice{kernel, Tile::m64n64, reason}; };
     const bool on_tensor_cores = m > 1 && takes(GemmKernel::fused_skinny_mma_sm80);
@@ -250,6 +269,9 @@ static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int
             return choice(GemmKernel::fused_skinny_mma_sm80, "one launch that packs x and multiplies on tensor cores");
         }
         return choice(GemmKernel::fused_skinny, "one launch that packs x and multiplies on CUDA cores");
+    }
+    if (takes(GemmKernel::fused_cluster_sm90) && cluster_is_faster(gpu, m, k, value_bytes)) {
+        return choice(GemmKernel::fused_cluster_sm90, "one launch, in which the blocks of a cluster pack x together");
     }
     if (m <= kCountedRows) {
         return choice(GemmKernel::skinny, "up to 4 rows are counted on CUDA cores while memory brings the weights");
@@ -266,14 +288,17 @@ static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int
     if (takes(GemmKernel::wgmma_sm90a) && warpgroups_win(gpu.multiprocessors, m, n, k)) {
         return {GemmKernel::wgmma_sm90a, best_tile(gpu, m, n, k),
                 "tensor cores of warpgroups, from 256 rows on if there are many tiles or long rows",
-                best_warpgroup_tile(gpu.multiprocessors, m, n, k)};
+                best_warpgroup_tile(gpu.multiprocessors, m, n, k, float64)};
     }
     if (takes(GemmKernel::mma_sm80)) {
         const Tile tile = best_tile(gpu, m, n, k);
         return {GemmKernel::mma_sm80, tile, kTileReasons[static_cast<int>(tile)]};
     }
     if (takes(GemmKernel::mma_sm75)) return choice(GemmKernel::mma_sm75, "the tensor cores of compute capability 7.5");
-    return choice(GemmKernel::mma_int8_sm80, "tensor cores of bytes: there are none of bits after 9.0");
+    if (takes(GemmKernel::mma_int8_sm80)) {
+        return choice(GemmKernel::mma_int8_sm80, "tensor cores of bytes: there are none of bits after 9.0");
+    }
+    return choice(GemmKernel::popc, "CUDA cores: the code was compiled for a compute capability before the device's");
 }
 
 // ---- the override ---------------------------------------------------------------------------------------------------
@@ -284,18 +309,18 @@ static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int
 // an error. A product that the kernel does not take gets the automatic choice, because the layers of a model multiply
 // different numbers of rows.
 static inline OrError<Choice> decide(const KernelRecord* forced, const Gpu& gpu, int64_t m, int64_t n, int64_t k,
-                                     int64_t value_bytes = 0) {
+                                     int64_t value_bytes = 0, bool float64 = false) {
     if (!supported(gpu.capability)) {
         return in_words(gpu.capability) + " is not supported: the CUDA kernels need 7.5 or later";
     }
-    if (!forced) return choose(gpu, m, n, k, value_bytes);
-    if (!runs_on(*forced, gpu.capability)) {
-        return std::string(kKernelVariable) + ": expected one of the kernels that " + in_words(gpu.capability) +
-               " has (" + kernel_names(gpu.capability) + "), got \"" + forced->name + "\"";
+    if (!forced) return choose(gpu, m, n, k, value_bytes, float64);
+    if (!runs_on(*forced, gpu)) {
+        return std::string(kKernelVariable) + ": expected one of the kernels that " + in_words(gpu) + " has (" +
+               kernel_names(gpu) + "), got \"" + forced->name + "\"";
     }
     const bool too_wide = forced->kernel == GemmKernel::wgmma_sm90a && n > kMostWarpgroupRows;  // rows of the weights
     if (too_wide || !legal(forced->kernel, gpu, m, k, value_bytes)) {
-        Choice choice = choose(gpu, m, n, k, value_bytes);
+        Choice choice = choose(gpu, m, n, k, value_bytes, float64);
         choice.reason = forced->fused ? "the automatic choice: the kernel that is forced takes few values of real x"
                         : forced->most_rows == kSkinnyRows
                             ? "the automatic choice: the kernel that is forced takes at most 16 rows"
@@ -305,33 +330,50 @@ static inline OrError<Choice> decide(const KernelRecord* forced, const Gpu& gpu,
         return choice;
     }
     return Choice{forced->kernel, best_tile(gpu, m, n, k), "forced, by BITORCH_QLINEAR_CUDA_KERNEL or by the program",
-                  best_warpgroup_tile(gpu.multiprocessors, m, n, k)};
+                  best_warpgroup_tile(gpu.multiprocessors, m, n, k, float64)};
 }
 
 constexpr char kTileVariable[] = "BITORCH_QLINEAR_CUDA_TILE";
 
-static inline std::string tile_name(Tile tile) {
-    const int i = static_cast<int>(tile);
-    return std::to_string(kTileRows[i]) + "x" + std::to_string(kTileColumns[i]);
+// The rows and columns of a tile; 0 rows stand for no tile.
+struct TileSize {
+    int16_t rows, columns;
+};
+
+// The tiles of mma_sm80 and of wgmma_sm90a; 128 x 128 is one of both.
+constexpr TileSize kTileSizes[] = {{128, 256}, {128, 192}, {128, 128}, {64, 64}};
+
+static inline std::string tile_name(const TileSize& size) {
+    return std::to_string(size.rows) + "x" + std::to_string(size.columns);
 }
 
-// Returns the tile of that name, such as "128x256", or none for "", which is the automatic choice.
-static inline OrError<std::optional<Tile>> find_tile(std::string_view name) {
-    if (name.empty()) return std::nullopt;
+// Returns the size that has the name, such as "128x256", or none for "", which is the automatic choice.
+static inline OrError<TileSize> find_tile(std::string_view name) {
+    if (name.empty()) return TileSize{};
     std::string names;
-    for (const Tile tile : {Tile::m128n256, Tile::m128n128, Tile::m64n64}) {
-        if (name == tile_name(tile)) return tile;
-        names += (names.empty() ? "" : ", ") + tile_name(tile);
+    for (const TileSize& size : kTileSizes) {
+        if (name == tile_name(size)) return size;
+        names += (names.empty() ? "" : ", ") + tile_name(size);
     }
     return std::string(kTileVariable) + ": expected one of " + names + ", got \"" + std::string(name) + "\"";
 }
 
-// Returns the choice with the forced tile, if there is one and the kernel has several.
-static inline Choice with_tile(Choice choice, const std::optional<Tile>& forced) {
-    if (forced && choice.kernel == GemmKernel::mma_sm80) {
-        choice.tile = *forced;
-        choice.reason = "the tile is forced, by BITORCH_QLINEAR_CUDA_TILE or by the program";
+// Returns the choice with the forced tile, if there is one and the kernel has it for such results.
+static inline Choice with_tile(Choice choice, const TileSize& forced, bool float64 = false) {
+    bool found = false;
+    const auto take = [&](int64_t rows, int64_t columns, auto& tile, int index) {
+        if (rows != forced.rows || columns != forced.columns) return;
+        tile = static_cast<std::decay_t<decltype(tile)>>(index), found = true;
+    };
+    if (choice.kernel == GemmKernel::mma_sm80) {
+        for (int i = 0; i < kTiles; ++i) take(kTileRows[i], kTileColumns[i], choice.tile, i);
+    } else if (choice.kernel == GemmKernel::wgmma_sm90a) {
+        for (int i = 0; i < kWarpgroupTiles; ++i) {
+            if (!has_results(static_cast<WarpgroupTile>(i), float64)) continue;
+            take(kWarpgroupRows, kWarpgroupColumns[i], choice.warpgroup_tile, i);
+        }
     }
+    if (found) choice.reason = "the tile is forced, by BITORCH_QLINEAR_CUDA_TILE or by the program";
     return choice;
 }
 

@@ -68,6 +68,10 @@ constexpr Align kNoAlign{};
 cudaError_t pack(const Pack&, const Align& beside, cudaStream_t);
 cudaError_t align(const Align&, const Align& other, cudaStream_t);
 
+// Finds the compute capability that the kernels were compiled for in the code which the current device runs, such as 80
+// for 8.0. All kernels are compiled for the same targets. It loads code, but launches nothing.
+cudaError_t find_code(int* capability);
+
 // One factor of a product.
 struct Operand {
     const uint32_t* words;
@@ -111,7 +115,7 @@ struct RealRows {
 };
 
 // A product of real x. `product` has all but x: its x and the popcounts of its weights are not read. A block of a fused
-// kernel packs all of x, so there should be no more blocks than multiprocessors.
+// kernel needs all of x packed, which takes time, so there should be no more blocks than multiprocessors.
 struct FusedProduct {
     Product product;
     RealRows x;
@@ -135,18 +139,21 @@ cudaError_t gemm_popc(const Product&, cudaStream_t);
 // The other kernels read the aligned form, and return cudaErrorInvalidValue for operands or sizes that they do not
 // take.
 //
-// With `behind_pack` they are launched while pack, which must be the kernel before them in the stream, still runs
+// With `behind_pack` they are launched while pack or align, which must be the kernel before them in the stream and make
+// nothing but x, still runs
 // (launch.cuh; compute capability 9.0).
 cudaError_t gemm_skinny(const Product&, cudaStream_t, bool behind_pack = false);  // any capability; without popcounts
 cudaError_t gemm_skinny_mma_sm80(const Product&, cudaStream_t, bool behind_pack = false);  // 8.0 to 9.0; the same
 cudaError_t gemm_mma_sm80(const Product&, Tile, cudaStream_t, bool behind_pack = false);   // capability 8.0 to 9.0
 cudaError_t gemm_mma_int8_sm80(const Product&, cudaStream_t, bool behind_pack = false);    // capability 8.0 and later
-cudaError_t gemm_wgmma_sm90a(const Product&, WarpgroupTile, cudaStream_t);                 // capability 9.0
+cudaError_t gemm_wgmma_sm90a(const Product&, WarpgroupTile, cudaStream_t, bool behind_pack = false);  // capability 9.0
 cudaError_t gemm_mma_sm75(const Product&, cudaStream_t);  // capability 7.5 to 8.9; without popcounts
 
-// The fused kernels pack x in the launch of the product. They return cudaErrorInvalidValue for weights that are not in
-// the aligned form and for sizes that they do not take (fits_fused in records.h).
+// The fused kernels pack x in the launch of the product; the one of clusters leaves it to fused_skinny_mma_sm80 if the
+// device has no room for a cluster. They return cudaErrorInvalidValue for weights that are not in the aligned form and
+// for sizes that they do not take (fits_fused in records.h).
 cudaError_t gemm_fused_skinny(const FusedProduct&, cudaStream_t);           // any compute capability; up to 4 rows
 cudaError_t gemm_fused_skinny_mma_sm80(const FusedProduct&, cudaStream_t);  // compute capability 8.0 to 9.0
+cudaError_t gemm_fused_cluster_sm90(const FusedProduct&, cudaStream_t);     // compute capability 9.0
 
 }  // namespace bitorch_qlinear::cuda

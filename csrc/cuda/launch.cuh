@@ -1,25 +1,29 @@
-// Products that are launched while the kernel that packs their x still runs (programmatic dependent launch, CUDA C++
-// programming guide; compute capability 9.0). Their blocks start as soon as every block of that kernel has started, load
-// the weights and all else that is not x, and wait for it only then.
+// Products that are launched while the kernel that makes their x still runs (programmatic dependent launch, CUDA C++
+// programming guide; compute capability 9.0). That kernel is pack, or align if x is packed already and its set bits are
+// counted. Blocks of the product start as soon as every block of that kernel has started, load the weights and all else
+// that is not x, and wait for it only then.
 //
-// A product may do so only directly behind pack, and pack itself is launched as usual. This is why it is safe:
-//   - pack makes nothing but x: a launch that also aligns the weights is followed by a product as usual.
-//   - What ran before pack has ended, and its writes are visible, before the first block of pack starts. So whatever
-//     wrote the weights, their prepared form, scale, bias, limits or flips, such as an optimizer's step or a launch that
-//     aligns the weights, has ended before a block of the product starts and loads them.
-//   - x's words and set bits, which pack writes, are loaded after wait_for_kernel_before(), which returns when all of
-//     pack has ended, and not through the path of load_once(), which may keep what it found before.
-//   - The product writes y, which depends on x, after that wait too, when nothing before pack can still read memory that
-//     the allocator gave to y. It may write a report of a wrong prepared form earlier, which no kernel reads.
-//   - Every block waits. So the product ends after pack, and the kernel behind it, which is launched as usual, starts
-//     after both. It may write to x, to the words, or to the weights.
-// Another thread of the program may launch a kernel into the same stream between pack and the product. If that kernel
-// writes the weights, the call sees old or new words, as it would with usual launches, and perhaps some of both.
+// A product may do so only directly behind pack or align, called "the maker" here, which itself is launched as usual.
+// This is why it is safe:
+//   - The maker makes nothing but x: a launch that also counts or aligns the weights is followed by a product as usual.
+//   - What ran before the maker has ended, and its writes are visible, before the first block of the maker starts. So
+//     whatever wrote the weights, their prepared form, scale, bias, limits or flips, such as an optimizer's step or a
+//     launch that aligns the weights, has ended before a block of the product starts and loads them. So has whatever
+//     wrote words of x that are an input, though the product loads these behind the wait, too.
+//   - x's set bits and words, which the maker writes, are loaded after wait_for_kernel_before(), which returns when all
+//     of the maker has ended, and not through the path of load_once(), which may keep what it found before.
+//   - The product writes y, which depends on x, after that wait too. Memory that the allocator gave to y may have
+//     belonged to a tensor that the maker or a kernel before it reads. The product may write a report of a wrong
+//     prepared form earlier, which no kernel reads.
+//   - Every block waits. So the product ends after the maker, and the kernel behind it, which is launched as usual,
+//     starts after both. It may write to x, to the words, or to the weights.
+// Another thread of the program may launch a kernel into the same stream between the maker and the product. If that
+// kernel writes the weights, the call sees old or new words, as it would with usual launches, and perhaps some of both.
 //
-// The wait is an instruction of 9.0 and later, and only code for 9.0 has it, because on other devices products are never
-// launched in this way (launches_depend in records.h). A library that was built for older targets alone (TORCH_CUDA_ARCH_LIST=
-// "8.0+PTX") runs on 9.0 by PTX that the driver compiles, and its kernels do not wait. So launch_kernel() asks for which
-// target the kernel was compiled.
+// The wait is an instruction of 9.0 and later, and only code for 9.0 has it, because on other devices products are
+// never launched in this way. A library that was built for older targets alone (TORCH_CUDA_ARCH_LIST="8.0+PTX") runs on
+// 9.0 by PTX that the driver compiles, and its kernels do not wait. So launches_depend() in records.h decides by the
+// target of the code that the device runs.
 //
 // A captured graph keeps the same order, as an edge of its own kind.
 #pragma once
@@ -43,25 +47,11 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 #endif
 }
 
-// Returns whether wait_for_kernel_before() waits in the code of this kernel that the current device runs.
-inline bool has_code_that_waits(const void* kernel) {
-    cudaFuncAttributes found{};
-    if (cudaFuncGetAttributes(&found, kernel) == cudaSuccess) return found.ptxVersion >= 90;
-    static_cast<void>(cudaGetLastError());  // clears the error, before others see it
-    return false;
-}
-
-// Launches a kernel; with `behind_pack`, before the kernel in front of it in the stream has ended, if the code for the
-// device can wait for that kernel. Such a kernel must call wait_for_kernel_before().
+// Launches a kernel; with `behind_pack`, before the kernel in front of it in the stream has ended. Such a kernel must
+// call wait_for_kernel_before(), in code that waits (launches_depend in records.h).
 template <class... Parameters>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
                           cudaStream_t stream, bool behind_pack, Parameters... arguments) {
-    if (behind_pack) {
-        // This is asked once, because all kernels are compiled for the same targets, and `behind_pack` is for devices of
-        // one compute capability.
-        static const bool waits = has_code_that_waits(reinterpret_cast<const void*>(kernel));
-        behind_pack = waits;
-    }
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

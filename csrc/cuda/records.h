@@ -2,6 +2,7 @@
 // too.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #ifndef __CUDACC__
 #include <string>
@@ -20,8 +21,12 @@ constexpr int64_t kSkinnyRows = 16, kFragmentRows = 64;
 // The most rows that are counted on CUDA cores if another kernel exists for more (heuristics.h).
 constexpr int64_t kCountedRows = 4;
 
-// The most values of x, with rows rounded up to the aligned form's, that a block of a fused kernel packs: 16 KB of words.
+// The most values of x, with rows rounded up to the aligned form's, that a block of a fused kernel has place for: 16
+// KB of words.
 constexpr int64_t kFusedValues = 131072;
+
+// The blocks of a cluster of fused_cluster_sm90: as many as every whole GPU of 9.0 has room for.
+constexpr int64_t kClusterBlocks = 8;
 
 enum class GemmKernel : int {
     popc,
@@ -32,9 +37,10 @@ enum class GemmKernel : int {
     mma_int8_sm80,
     wgmma_sm90a,
     fused_skinny,
-    fused_skinny_mma_sm80
+    fused_skinny_mma_sm80,
+    fused_cluster_sm90
 };
-constexpr int kGemmKernels = 9;
+constexpr int kGemmKernels = 10;
 
 // A kernel and the devices and operands that it takes. A compute capability is one number here: 86 is 8.6, 120 is 12.0.
 struct KernelRecord {
@@ -49,8 +55,9 @@ struct KernelRecord {
 constexpr int kNewest = INT32_MAX;
 constexpr int64_t kAnyRows = INT64_MAX;
 
-// wgmma_sm90a has code for sm_90a alone, where the "a" means that no other device runs it, not even a later one. A build
-// whose chosen targets lack it (setup.py) has the kernel for no device.
+// wgmma_sm90a has code for sm_90a alone, where the "a" means that no other device runs it, not even a later one. A
+// build whose chosen targets lack it, or have plain 9.0 too (setup.py), has the kernel for no device. In all others,
+// code for 9.0 is that of 9.0a.
 #ifdef BITORCH_QLINEAR_WITHOUT_SM90A
 constexpr int kHopper = 0;
 #else
@@ -60,6 +67,7 @@ constexpr int kHopper = 90;
 // mma_sm80 stops at 9.0: sm_90 still has the BMMA instruction, but for sm_100 and sm_120 nvcc emulates it by eight IMMA
 // on unpacked bytes. mma_int8_sm80 unpacks in a better way; on devices with BMMA it has an eighth of mma_sm80's rate
 // and exists for tests. mma_sm75 stops before 9.0, where xor is no longer a single instruction (mma.cuh).
+// fused_cluster_sm90 is for 9.0 alone: earlier devices have no clusters, and later ones no tensor cores for bits.
 constexpr KernelRecord kKernels[kGemmKernels] = {
     {GemmKernel::popc, "popc", 75, kNewest, false, false, kAnyRows},
     {GemmKernel::skinny, "skinny", 75, kNewest, true, false, kSkinnyRows},
@@ -70,6 +78,7 @@ constexpr KernelRecord kKernels[kGemmKernels] = {
     {GemmKernel::wgmma_sm90a, "wgmma_sm90a", kHopper, kHopper, true, true, kMostWarpgroupRows},
     {GemmKernel::fused_skinny, "fused_skinny", 75, kNewest, true, false, kCountedRows, true},
     {GemmKernel::fused_skinny_mma_sm80, "fused_skinny_mma_sm80", 80, 90, true, false, kSkinnyRows, true},
+    {GemmKernel::fused_cluster_sm90, "fused_cluster_sm90", 90, 90, true, false, kSkinnyRows, true},
 };
 
 static constexpr const KernelRecord& record(GemmKernel kernel) { return kKernels[static_cast<int>(kernel)]; }
@@ -82,14 +91,27 @@ static constexpr bool runs_on(const KernelRecord& kernel, int capability) {
 static constexpr bool supported(int capability) { return runs_on(record(GemmKernel::popc), capability); }
 
 // The properties of a device on which the choice of a kernel depends.
+//   capability   what the device has: its rates, its memory and its instructions
+//   code         the compute capability that the code was compiled for which the device runs. It is lower than the
+//                device's if the code is that of another device of the family (8.0 on 8.7), or PTX, which the driver
+//                compiles: kernels that need a later one were left empty in it. kNewest stands for code of the device.
 struct Gpu {
     int capability;
     int multiprocessors;
+    int code = kNewest;
 };
 
-// Returns whether a product may be launched before the kernel that packs its x has ended (launch.cuh). 10.0 and later
-// have this too, but captures into graphs have been seen to fail on 12.0 (sglang, issue 18596).
-static constexpr bool launches_depend(int capability) { return capability == 90; }
+// Returns whether a kernel runs on the device in the code that the device runs. The code decides what a kernel was
+// compiled to, and the device which instructions are more than emulated: 11.0 runs PTX of 8.0, whose products of bits
+// the driver replaces by eight of bytes.
+static constexpr bool runs_on(const KernelRecord& kernel, const Gpu& gpu) {
+    return runs_on(kernel, gpu.capability) && runs_on(kernel, std::min(gpu.capability, gpu.code));
+}
+
+// Returns whether a product may be launched before the kernel that makes its x has ended (launch.cuh). Code for 9.0
+// alone waits for that kernel. 10.0 and later have this too, but captures into graphs have been seen to fail on 12.0
+// (sglang, issue 18596).
+static constexpr bool launches_depend(const Gpu& gpu) { return gpu.capability == 90 && gpu.code >= 90; }
 
 // Returns whether a block of a fused kernel has place for x.
 static inline bool fits_fused(int64_t m, int64_t k) {
@@ -98,8 +120,7 @@ static inline bool fits_fused(int64_t m, int64_t k) {
 
 static inline bool legal(GemmKernel kernel, const Gpu& gpu, int64_t m, int64_t k = 0, int64_t value_bytes = 0) {
     const KernelRecord& found = record(kernel);
-    return runs_on(found, gpu.capability) && m <= found.most_rows &&
-           (!found.fused || (value_bytes > 0 && fits_fused(m, k)));
+    return runs_on(found, gpu) && m <= found.most_rows && (!found.fused || (value_bytes > 0 && fits_fused(m, k)));
 }
 
 #ifndef __CUDACC__  // kernels do not need strings, which would cost nvcc two seconds for each file and target
@@ -110,11 +131,11 @@ constexpr char kKernelVariable[] = "BITORCH_QLINEAR_CUDA_KERNEL";
 template <class T>
 using OrError = std::variant<T, std::string>;
 
-// Returns the names of the kernels that run on a compute capability, separated by ", ".
-static inline std::string kernel_names(int capability) {
+// Returns the names of the kernels that run on a device, separated by ", ".
+static inline std::string kernel_names(const Gpu& gpu) {
     std::string names;
     for (const KernelRecord& kernel : kKernels) {
-        if (!runs_on(kernel, capability)) continue;
+        if (!runs_on(kernel, gpu)) continue;
         if (!names.empty()) names += ", ";
         names += kernel.name;
     }
@@ -123,6 +144,12 @@ static inline std::string kernel_names(int capability) {
 
 static inline std::string in_words(int capability) {
     return "compute capability " + std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+}
+
+// Does the same for a device, and names the code that it runs if that was compiled for an earlier one.
+static inline std::string in_words(const Gpu& gpu) {
+    const bool earlier = gpu.code < gpu.capability;
+    return in_words(gpu.capability) + (earlier ? ", with code for " + in_words(gpu.code) + "," : "");
 }
 
 // Returns the record of that name, or null for "", which is the automatic choice.

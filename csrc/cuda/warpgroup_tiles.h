@@ -38,9 +38,16 @@ static inline double warpgroup_clocks(WarpgroupTile tile, int64_t multiprocessor
            static_cast<double>(kWarpgroupClocksAColumn * columns);
 }
 
+// Returns whether a tile can make such results: the sums of the wide one leave no registers for float64.
+static constexpr bool has_results(WarpgroupTile tile, bool float64) {
+    return !float64 || tile == WarpgroupTile::m128n128;
+}
+
 // Returns the tile of least estimated time. It is 128 x 128 for 2048^3, 4096^3 and 512 x 4096 -> 4096, and 128 x 192
 // for 8192^3 and 2048 x 8192 -> 8192, as measured.
-static inline WarpgroupTile best_warpgroup_tile(int64_t multiprocessors, int64_t m, int64_t n, int64_t k) {
+static inline WarpgroupTile best_warpgroup_tile(int64_t multiprocessors, int64_t m, int64_t n, int64_t k,
+                                                bool float64) {
+    if (!has_results(WarpgroupTile::m128n192, float64)) return WarpgroupTile::m128n128;
     const double wide = warpgroup_clocks(WarpgroupTile::m128n192, multiprocessors, m, n, k);
     return wide < warpgroup_clocks(WarpgroupTile::m128n128, multiprocessors, m, n, k) ? WarpgroupTile::m128n192
                                                                                       : WarpgroupTile::m128n128;

@@ -1,12 +1,12 @@
 #include "wrong_form.h"
 
-#include <cuda_runtime_api.h>
-
 #include <atomic>
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+
+#include "relaxed_capture.h"
 
 namespace bitorch_qlinear::cuda {
 namespace {
@@ -15,18 +15,6 @@ constexpr int kMostDevices = 128;  // torch's index of a device is a signed byte
 
 // The records of all devices, or null until the first call of wrong_form_of.
 std::atomic<WrongForm*> records{nullptr};
-
-// While it lives, this thread may allocate memory of the host although a stream is captured, in this thread or another
-// one. In the other modes such a call would end the capture.
-class RelaxedCapture {
-  public:
-    RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-    ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-    RelaxedCapture(const RelaxedCapture&) = delete;
-
-  private:
-    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
 
 WrongForm* make_records(AllocateForDevices allocate) {
     constexpr size_t bytes = kMostDevices * sizeof(WrongForm);

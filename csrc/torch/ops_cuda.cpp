@@ -172,7 +172,7 @@ class AlignedVector {
     std::optional<Tensor> words_;
 };
 
-// Launches a product of words; with `behind_pack`, before pack has ended, which made x in the launch before.
+// Launches a product of words; with `behind_pack`, before pack or align has ended, which made x in the launch before.
 cudaError_t launch_product(const Choice& choice, const Product& product, bool behind_pack, cudaStream_t stream) {
     switch (choice.kernel) {
         case GemmKernel::skinny: return gemm_skinny(product, stream, behind_pack);
@@ -180,13 +180,14 @@ cudaError_t launch_product(const Choice& choice, const Product& product, bool be
         case GemmKernel::mma_sm75: return gemm_mma_sm75(product, stream);
         case GemmKernel::mma_int8_sm80: return gemm_mma_int8_sm80(product, stream, behind_pack);
         case GemmKernel::mma_sm80: return gemm_mma_sm80(product, choice.tile, stream, behind_pack);
-        case GemmKernel::wgmma_sm90a: return gemm_wgmma_sm90a(product, choice.warpgroup_tile, stream);
+        case GemmKernel::wgmma_sm90a: return gemm_wgmma_sm90a(product, choice.warpgroup_tile, stream, behind_pack);
         default: return gemm_popc(product, stream);
     }
 }
 
 // Launches a product of real x.
 cudaError_t launch_fused(const Choice& choice, const FusedProduct& job, cudaStream_t stream) {
+    if (choice.kernel == GemmKernel::fused_cluster_sm90) return gemm_fused_cluster_sm90(job, stream);
     if (choice.kernel == GemmKernel::fused_skinny_mma_sm80) return gemm_fused_skinny_mma_sm80(job, stream);
     return gemm_fused_skinny(job, stream);
 }
@@ -208,14 +209,15 @@ struct RealX {
 };
 
 // Computes y[m][n] from the factors that make_x(record) and make_weight(record) give in the chosen kernel's form, or
-// from `real_x`, if it is not null and the kernel packs it. x is packed last, so that nothing is launched between pack
-// and the product, which may start before pack has ended (launch.cuh).
+// from `real_x`, if it is not null and the kernel packs it. x is made last, so that nothing is launched between that
+// and the product, which may start before it has ended (launch.cuh).
 template <class MakeX, class MakeWeight>
 Tensor multiply(int64_t m, int64_t n, int64_t k, const Outputs& outputs, const Launch& launch, MakeX make_x,
                 MakeWeight make_weight, const RealX* real_x = nullptr) {
     Tensor y = empty(outputs.sizes, outputs.type, launch.device());
     const int64_t value_bytes = real_x ? element_size(real_x->rows.dtype) : 0;
-    const Choice choice = choose_kernel(launch.device().index, m, n, k, value_bytes);
+    const bool float64 = outputs.type == ScalarType::Double;
+    const Choice choice = choose_kernel(launch.device().index, m, n, k, value_bytes, float64);
     const KernelRecord& kernel = record(choice.kernel);
     if (m == 0 || n == 0) {
         if (n == 0) make(make_x(kernel), {}, launch);  // x_words of linear_train are an output, too
@@ -238,9 +240,9 @@ Tensor multiply(int64_t m, int64_t n, int64_t k, const Outputs& outputs, const L
     const Factor x = make_x(kernel);
     make(x, w, launch);
     product.x = x.operand;
-    // Nothing may lie between pack and the product, and pack must not make the weights too. (Without values it launches
-    // nothing.)
-    const bool behind_pack = x.pack && w.align.m == 0 && k > 0 && launches_depend(gpu.capability);
+    // A launch directly before the product must make x, and not the weights too. (Without values there may be none.)
+    const bool makes_x = x.pack || x.align.m > 0, makes_weights = w.align.m > 0;
+    const bool behind_pack = makes_x && !makes_weights && k > 0 && launches_depend(gpu);
     check_launch(kernel.name, launch_product(choice, product, behind_pack, launch.stream()));
     return y;
 }

@@ -26,6 +26,7 @@ TENSOR_CORES = {
     "gemm_skinny_mma_sm80": ("sm_80", "sm_86", "sm_89", "sm_90a"),
     "gemm_fused_skinny_mma_sm80": ("sm_80", "sm_86", "sm_89", "sm_90a"),
     "gemm_mma_int8_sm80": ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"),
+    "gemm_fused_cluster_sm90": ("sm_90a",),
     "gemm_wgmma_sm90a": ("sm_90a",),
 }
 # These kernels use mma_tiles.cuh.
@@ -112,6 +113,9 @@ def check_tensor_cores(kernel: Kernel, names: Counter[str]) -> None:
     if kernel.source == "gemm_wgmma_sm90a":
         kind = f"BGMMA.64x{kernel.sizes[0]}x256.AND.POPC"
     expected = {kind: work_of(kernel).count} if kernel.source in TENSOR_CORES else {}
+    if kernel.source == "gemm_wgmma_sm90a":
+        # A last stage that holds fewer than four steps has a first step of two products, and a loop over the others.
+        expected[kind] += 4
     assert {name: count for name, count in names.items() if gpu_model.TENSOR.match(name)} == expected
 
 
@@ -131,7 +135,7 @@ def promised_accesses(kernel: Kernel) -> dict[str, int]:
             return {r"LDG\.E\.NA\.128": tiles * slices, r"LDG\.E\.128": 2 * fragments * slices}
         case Kernel("gemm_fused_skinny", sizes=(rows,)):
             return {r"LDG\.E\.NA\.128": 4, r"LDS.*\.128": 4 * rows}
-        case Kernel("gemm_fused_skinny_mma_sm80"):
+        case Kernel("gemm_fused_skinny_mma_sm80" | "gemm_fused_cluster_sm90"):
             return {r"LDG\.E\.NA\.128": 4, r"LDS.*\.128": 8}
         case Kernel("pack", vectors=True):
             return {r"LDG\.E\.128": 4}
@@ -149,7 +153,9 @@ def check_warpgroups(kernel: Kernel, instructions: list[Instruction], passed: Co
     """
     columns, _, halves = kernel.sizes
     names = Counter(i.name for i in instructions)
-    assert passed["WARPGROUP.ARRIVE"] == passed["WARPGROUP.DEPBAR.LE"] == 1 and names["WARPGROUP.DEPBAR.LE"] == 2
+    assert passed["WARPGROUP.ARRIVE"] == passed["WARPGROUP.DEPBAR.LE"] == 1
+    # Beside the loop, those of a last stage with fewer steps (two groups, a wait for the stage before) and of the end.
+    assert names["WARPGROUP.ARRIVE"] == names["WARPGROUP.DEPBAR.LE"] == 3
     assert machine_code.count(passed, "R2UR") <= 1 and passed.total() <= 80
     (released,) = [i.address for i in instructions if i.name.startswith("USETMAXREG.DEALLOC")]
     # Behind the producer's end lie only the repetitions of both sides' waits.
@@ -158,7 +164,9 @@ def check_warpgroups(kernel: Kernel, instructions: list[Instruction], passed: Co
     for first, last, most in ((released, end, 24), (0, instructions[-1].address, 240)):
         code = (i.operands for i in instructions if first <= i.address <= last)
         assert max(int(number) for operands in code for number in re.findall(r"\bR(\d+)\b", operands)) < most
-    assert machine_code.count(names, "UTMALDG") == 1 + halves
+    # Boxes are copied in the loop, and before it those of the first stages: weight before x is there, and x.
+    assert machine_code.count(names, "UTMALDG") == 2 * (1 + halves)
+    assert names["ACQBULK"] == 3, "the producer, the consumers and a block without results wait for the kernel before"
     if kernel.type == "bits":
         assert names["STG.E"] == columns // 32 + 1, "words of 32 bits, and one without a result"
         return
@@ -168,6 +176,17 @@ def check_warpgroups(kernel: Kernel, instructions: list[Instruction], passed: Co
     assert vectors == columns // (2 * halves), "results are not stored as whole vectors"
     if kernel.type in ("float16", "bfloat16"):
         assert machine_code.count(names, "F2FP") == columns, "pairs are not narrowed together, in both ways to store"
+
+
+def check_clusters(instructions: list[Instruction]) -> None:
+    """The blocks meet twice, and words go to other blocks 16 bytes at a time, before the second arrival."""
+    names = [i.name for i in instructions]
+    meetings = [name for name in names if name.startswith("UCGABAR")]
+    assert meetings == ["UCGABAR_ARV", "UCGABAR_WAIT"] * 2
+    assert [name for name in names if name.startswith("ST.")] == ["ST.E.128"]
+    fences = [at for at, name in enumerate(names) if name.startswith("MEMBAR") and ".GPU" in name]
+    (fence,), arrivals = fences, [at for at, name in enumerate(names) if name == "UCGABAR_ARV"]
+    assert names.index("ST.E.128") < fence < arrivals[1]
 
 
 def check_memory(kernel: Kernel, names: Counter[str], passed: Counter[str]) -> None:
@@ -213,6 +232,8 @@ def test_instructions(target):
             check_memory(kernel, names, passed)
             if kernel.source == "gemm_wgmma_sm90a":
                 check_warpgroups(kernel, instructions, passed)
+            if kernel.source == "gemm_fused_cluster_sm90":
+                check_clusters(instructions)
         except AssertionError as error:
             error.add_note(f"{kernel} for {target}")
             raise
@@ -417,6 +438,19 @@ def test_bounds_of_products_by_warpgroups():
     lines = {line[0]: line for line in gpu_model.product_table()}
     assert lines["8192³"][1] == "128 x 192" and lines["1024³"][1] == "128 x 128"
     assert lines["ViT-B, 256 images, 768 → 3072"][7] == "output"
+
+
+def test_few_rows():
+    """A block packs 49 bytes in a nanosecond, so 16 rows of 4096 take 2.67 us alone, and 0.33 + 0.3 us in a cluster."""
+    lines = {line[0]: line for line in gpu_model.few_rows_table()}
+    assert lines["16 × 4096"][2:4] == pytest.approx([2.67, 0.634], abs=0.01)
+    chosen = [lines[x][-1] for x in ("16 × 1024", "16 × 4096", "16 × 8192", "1 × 16384")]
+    assert chosen == ["block", "cluster", "launch", "block"]
+    text, figures = HEURISTICS.read_text(), gpu_model.FEW_ROWS
+    named = ("MicrosOfPack", "MicrosHidden", "PackedBytesAMicro", "MicrosOfCluster")
+    values = [float(re.search(rf"\bk{name} = ([\d.e]+)", text)[1]) for name in named]
+    assert values == [figures.launch, figures.hidden, figures.packed_bytes, figures.cluster]
+    assert f"kClusterBlocks = {figures.blocks};" in (HEURISTICS.parent / "records.h").read_text()
 
 
 def test_rates_are_those_of_the_heuristics():

@@ -104,9 +104,8 @@ def test_every_cuda_kernel_of_every_device_is_checked(monkeypatch, capsys):
     monkeypatch.setattr(_library, "has_cuda", True)
     monkeypatch.setattr(_kernels, "forced_cuda_kernel", lambda: "")
     monkeypatch.setattr(_kernels, "force_cuda_kernel", forced.append)
-    monkeypatch.setattr(_kernels, "available_cuda_kernels", lambda capability: ["popc", "skinny"][: capability[0] - 6])
+    monkeypatch.setattr(_kernels, "device_cuda_kernels", lambda device: ["popc", "skinny"][: 1 + device.index])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7 + device.index, 5))
 
     def on_cpu(case, device):
         results = compute(case, CPU)

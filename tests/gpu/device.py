@@ -22,7 +22,7 @@ def why_not() -> str:
         return "there is no NVIDIA GPU that this torch can use"
     if not _library.has_cuda:
         return f"there are no CUDA operators: {_library.no_cuda_reason}"
-    if not _kernels.available_cuda_kernels(torch.cuda.get_device_capability(CUDA)):
+    if not _kernels.device_cuda_kernels(CUDA):
         return "the GPU is older than compute capability 7.5"
     return ""
 
@@ -32,7 +32,8 @@ if reason := why_not():
 
 CAPABILITY = torch.cuda.get_device_capability(CUDA)
 MULTIPROCESSORS = torch.cuda.get_device_properties(CUDA).multi_processor_count
-KERNELS = _kernels.available_cuda_kernels(CAPABILITY)
+CODE = _kernels.cuda_code(0)
+KERNELS = _kernels.device_cuda_kernels(CUDA)
 
 every_kernel = pytest.mark.parametrize("cuda_kernel", KERNELS, indirect=True)
 several_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
@@ -43,7 +44,7 @@ def choice(m: int, n: int, k: int, value_bytes: int = 0) -> str:
 
     ``value_bytes`` is the size of a value of x, or 0 if x is packed.
     """
-    return _kernels.cuda_choice(CAPABILITY, MULTIPROCESSORS, m, n, k, value_bytes)
+    return _kernels.cuda_choice(CAPABILITY, MULTIPROCESSORS, m, n, k, value_bytes, CODE)
 
 
 def moved(tensor: Tensor, device: torch.device = CUDA) -> Tensor:

@@ -275,6 +275,22 @@ def test_a_forced_tile_computes_any_product(tile):
         _kernels.force_cuda_tile(before)
 
 
+@pytest.mark.skipif("wgmma_sm90a" not in KERNELS, reason="there is no kernel of warpgroups")
+@pytest.mark.parametrize("tile", ["128x192", "128x128"])
+def test_a_forced_tile_of_warpgroups_computes_any_product(tile):
+    before = _kernels.forced_cuda_tile()
+    _kernels.force_cuda_tile(tile)
+    try:
+        with forced("wgmma_sm90a"):
+            assert choice(1, 1, 1).startswith(
+                f"wgmma_sm90a with tiles of {tile.replace('x', ' x ')}: the tile is forced"
+            )
+        for m, n, k in ((1, 1, 1), (130, 260, 1100), (300, 40, 4097)):
+            agree(m, n, k, ["wgmma_sm90a"])
+    finally:
+        _kernels.force_cuda_tile(before)
+
+
 def test_a_forced_kernel_is_the_one_that_runs():
     shapes = {name: (4, 300, 512, 2) if "skinny" in name else (300, 300, 512, 2) for name in KERNELS}
     before = _kernels.forced_cuda_kernel()
@@ -518,16 +534,20 @@ torch.manual_seed(0)
 k, n = 300, 70
 xs, words = [torch.randn(m, k) for m in (1, 9, 40)], F.pack_bits(torch.randn(n, k))
 gpu, gpu_words = [x.cuda() for x in xs], words.cuda()
+long, long_words = torch.randn(9, 4096).bfloat16(), F.pack_bits(torch.randn(n, 4096))  # a cluster packs it on 9.0
+gpu_long, gpu_long_words = long.cuda(), long_words.cuda()
 torch.cuda.synchronize()
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph, capture_error_mode={mode!r}):
     form = F.prepare_weight(gpu_words, k)
     ys = [F.linear(x, gpu_words, k, weight_prepared=form) for x in gpu]
     ys += [F.binary_linear(F.pack_bits(x), gpu_words, k) for x in gpu]
+    y_long = F.linear(gpu_long, gpu_long_words, 4096)
     values = F.unpack_bits(gpu_words, k)
 graph.replay()
 wanted = [F.linear(x, words, k) for x in xs]
 assert all(torch.equal(y.cpu(), want) for y, want in zip(ys, 2 * wanted, strict=True))
+assert torch.equal(y_long.cpu(), F.linear(long, long_words, 4096))
 assert torch.equal(values.cpu(), F.unpack_bits(words, k))
 print("computed")
 """

@@ -4,12 +4,22 @@
 #include <cstring>
 using namespace bitorch_qlinear::cuda;
 
+namespace {
+
+// `capability` is that of the device, such as 86, plus 1000 times that of its code if this is another one.
+Gpu gpu_of(int64_t capability, int64_t multiprocessors) {
+    const int code = static_cast<int>(capability / 1000);
+    return {static_cast<int>(capability % 1000), static_cast<int>(multiprocessors), code ? code : kNewest};
+}
+
+}  // namespace
+
 extern "C" {
 void choose_all(int64_t count, const int64_t (*queries)[5], int32_t* kernels, int32_t* tiles, int32_t* warpgroup_tiles,
                 const char** reasons) {
     for (int64_t i = 0; i < count; ++i) {
         const auto& [capability, multiprocessors, m, n, k] = queries[i];
-        const Gpu gpu{static_cast<int>(capability), static_cast<int>(multiprocessors)};
+        const Gpu gpu = gpu_of(capability, multiprocessors);
         const Choice choice = choose(gpu, m, n, k);
         kernels[i] = static_cast<int>(choice.kernel);
         tiles[i] = static_cast<int>(choice.tile);
@@ -20,7 +30,7 @@ void choose_all(int64_t count, const int64_t (*queries)[5], int32_t* kernels, in
 void estimate_all(int64_t count, const int64_t (*queries)[5], double (*clocks)[kTiles]) {
     for (int64_t i = 0; i < count; ++i) {
         const auto& [capability, multiprocessors, m, n, k] = queries[i];
-        const Gpu gpu{static_cast<int>(capability), static_cast<int>(multiprocessors)};
+        const Gpu gpu = gpu_of(capability, multiprocessors);
         for (int tile = 0; tile < kTiles; ++tile) {
             clocks[i][tile] = estimated_clocks(static_cast<Tile>(tile), gpu, m, n, k);
         }
@@ -48,38 +58,39 @@ void read_warpgroup_tiles(int64_t* figures) {
     std::memcpy(figures, all, sizeof all);
 }
 const char* decide_in_words(const char* name, int capability, int multiprocessors, int64_t m, int64_t n, int64_t k,
-                            int64_t value_bytes) {
+                            int64_t value_bytes, bool float64) {
     static std::string text;
     const auto kernel = find_kernel(name);
     if (const auto* error = std::get_if<std::string>(&kernel)) return (text = "error: " + *error).c_str();
-    const auto choice =
-        decide(std::get<const KernelRecord*>(kernel), {capability, multiprocessors}, m, n, k, value_bytes);
+    const auto choice = decide(std::get<const KernelRecord*>(kernel), gpu_of(capability, multiprocessors), m, n, k,
+                               value_bytes, float64);
     if (const auto* error = std::get_if<std::string>(&choice)) return (text = "error: " + *error).c_str();
     return (text = describe(std::get<Choice>(choice))).c_str();
 }
 void choose_for_real_x(int64_t count, const int64_t (*queries)[5], int64_t value_bytes, int32_t* kernels) {
     for (int64_t i = 0; i < count; ++i) {
         const auto& [capability, multiprocessors, m, n, k] = queries[i];
-        const Gpu gpu{static_cast<int>(capability), static_cast<int>(multiprocessors)};
+        const Gpu gpu = gpu_of(capability, multiprocessors);
         kernels[i] = static_cast<int>(choose(gpu, m, n, k, value_bytes).kernel);
     }
 }
 int fits(int64_t m, int64_t k) { return fits_fused(m, k); }
 // The same with a forced tile.
-const char* decide_tile_in_words(const char* tile, const char* name, int capability, int64_t m, int64_t n, int64_t k) {
+const char* decide_tile_in_words(const char* tile, const char* name, int capability, int64_t m, int64_t n, int64_t k,
+                                 bool float64) {
     static std::string text;
     const auto forced = find_tile(tile);
     if (const auto* error = std::get_if<std::string>(&forced)) return (text = "error: " + *error).c_str();
     const auto kernel = std::get<const KernelRecord*>(find_kernel(name));
-    const auto choice = std::get<Choice>(decide(kernel, {capability, 100}, m, n, k));
-    return (text = describe(with_tile(choice, std::get<std::optional<Tile>>(forced)))).c_str();
+    const auto choice = std::get<Choice>(decide(kernel, gpu_of(capability, 100), m, n, k, 0, float64));
+    return (text = describe(with_tile(choice, std::get<TileSize>(forced), float64))).c_str();
 }
 const char* names_of(int capability) {
     static std::string text;
-    return (text = kernel_names(capability)).c_str();
+    return (text = kernel_names(gpu_of(capability, 1))).c_str();
 }
 int is_legal(int kernel, int capability, int64_t m, int64_t k, int64_t value_bytes) {
-    return legal(static_cast<GemmKernel>(kernel), {capability, 1}, m, k, value_bytes);
+    return legal(static_cast<GemmKernel>(kernel), gpu_of(capability, 1), m, k, value_bytes);
 }
 int is_supported(int capability) { return supported(capability); }
 void read_record(int i, const char** name, int64_t* values) {

@@ -14,17 +14,37 @@
 #include <cstdlib>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 // ---- what torch and CUDA would say of the device --------------------------------------------------------------------
 
+namespace {
+
+// The devices, and the code that each runs; 0 stands for a device that the library has no code for. All kernels except
+// wgmma_sm90a run on the first one.
+struct OneDevice {
+    int capability, multiprocessors, code;
+};
+constexpr OneDevice kDevices[] = {{80, 108, 80}, {90, 132, 80}, {90, 132, 75}, {90, 132, 90}, {80, 108, 0}};
+
+int device_of_tensors, current_device;
+cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+
+}  // namespace
+
 namespace torch::stable::accelerator {
-struct NoGuard {
-    explicit NoGuard(DeviceIndex) {}
+class FakeGuard {
+  public:
+    explicit FakeGuard(DeviceIndex index) : before_(std::exchange(current_device, index)) {}
+    ~FakeGuard() { current_device = before_; }
+
+  private:
+    int before_;
 };
 }  // namespace torch::stable::accelerator
 
-static AOTITorchError device_index_of(AtenTensorHandle, int32_t* index) { return *index = 0; }
+static AOTITorchError device_index_of(AtenTensorHandle, int32_t* index) { return *index = device_of_tensors, 0; }
 static AOTITorchError current_stream_of(int32_t, void** stream) {
     *stream = nullptr;
     return 0;
@@ -40,7 +60,7 @@ static AOTITorchError call_dispatcher(const char* name, const char* overload, St
     return torch_call_dispatcher(name, overload, stack, version);
 }
 
-#define DeviceGuard NoGuard
+#define DeviceGuard FakeGuard
 #define torch_call_dispatcher call_dispatcher
 #define aoti_torch_device_type_cuda aoti_torch_device_type_cpu
 #define aoti_torch_get_device_index device_index_of
@@ -57,18 +77,25 @@ const char* cudaGetErrorString(cudaError_t error) {
     return error == cudaErrorMisalignedAddress ? "misaligned address" : "another error";
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
-cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-    // Devices of compute capability 8.0 have all kernels except wgmma_sm90a.
-    *value = which == cudaDevAttrComputeCapabilityMajor ? 8 : which == cudaDevAttrComputeCapabilityMinor ? 0 : 108;
+cudaError_t cudaGetDeviceCount(int* count) { return *count = std::size(kDevices), cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int index) {
+    const OneDevice& device = kDevices[index];
+    *value = which == cudaDevAttrComputeCapabilityMajor   ? device.capability / 10
+             : which == cudaDevAttrComputeCapabilityMinor ? device.capability % 10
+                                                          : device.multiprocessors;
     return cudaSuccess;
 }
-cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = current_device, cudaSuccess; }
+cudaError_t cudaSetDevice(int device) { return current_device = device, cudaSuccess; }
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+    std::swap(*mode, capture_mode);
+    return cudaSuccess;
+}
 }
 
 #include "../../csrc/cuda/dispatch.cpp"
-// Products may start before pack has ended, as on compute capability 9.0.
-#define launches_depend(capability) (static_cast<void>(capability), true)
+// Products may start early on the first device, too.
+#define launches_depend(gpu) (gpu.capability == 80 || (launches_depend)(gpu))
 #include "../../csrc/cuda/wrong_form.cpp"
 #include "../../csrc/torch/ops.cpp"
 // Without CUDA, torch has no page-locked memory.
@@ -181,16 +208,24 @@ void multiply(const Product& product, bool masks, bool popcounts) {
     }
 }
 
-// A kernel that may start before pack has ended must lie directly behind it, and pack must make nothing but x. Its name
-// then has a star.
+// A kernel that may start before pack or align has ended must lie directly behind it, and that must make nothing but x.
+// Its name then has a star.
 cudaError_t product(GemmKernel kernel, const Product& job, bool behind_pack = false) {
     const KernelRecord& known = record(kernel);
-    if (behind_pack && launches != "pack" && !launches.ends_with(" pack")) return cudaErrorNotSupported;
+    const std::string before = launches.substr(launches.rfind(' ') + 1);
+    if (behind_pack && before != "pack" && before != "align") return cudaErrorNotSupported;
     const std::string name = known.name + std::string(behind_pack ? "*" : "");
     return launched(name.c_str(), [&] { multiply(job, !known.aligned, known.popcounts); });
 }
 
 }  // namespace
+
+// Loading code ends a capture, unless the mode is relaxed.
+cudaError_t find_code(int* capability) {
+    if (capture_mode != cudaStreamCaptureModeRelaxed) return cudaErrorStreamCaptureUnsupported;
+    *capability = kDevices[current_device].code;
+    return *capability ? cudaSuccess : cudaErrorNoKernelImageForDevice;
+}
 
 static void align_words(const Align& job);
 
@@ -289,8 +324,8 @@ cudaError_t gemm_mma_sm80(const Product& job, Tile, cudaStream_t, bool behind_pa
 cudaError_t gemm_mma_int8_sm80(const Product& job, cudaStream_t, bool behind_pack) {
     return product(GemmKernel::mma_int8_sm80, job, behind_pack);
 }
-cudaError_t gemm_wgmma_sm90a(const Product& job, WarpgroupTile, cudaStream_t) {
-    return product(GemmKernel::wgmma_sm90a, job);
+cudaError_t gemm_wgmma_sm90a(const Product& job, WarpgroupTile, cudaStream_t, bool behind_pack) {
+    return product(GemmKernel::wgmma_sm90a, job, behind_pack);
 }
 
 static cudaError_t fused(GemmKernel kernel, const FusedProduct& job) {
@@ -313,6 +348,9 @@ cudaError_t gemm_fused_skinny(const FusedProduct& job, cudaStream_t) { return fu
 cudaError_t gemm_fused_skinny_mma_sm80(const FusedProduct& job, cudaStream_t) {
     return fused(GemmKernel::fused_skinny_mma_sm80, job);
 }
+cudaError_t gemm_fused_cluster_sm90(const FusedProduct& job, cudaStream_t) {
+    return fused(GemmKernel::fused_cluster_sm90, job);
+}
 
 }  // namespace bitorch_qlinear::cuda
 
@@ -326,3 +364,12 @@ EXPORT const char* cuda_on_cpu_launches() {
 }
 
 EXPORT void cuda_on_cpu_force(const char* kernel) { bitorch_qlinear::cuda::force_kernel(kernel); }
+
+// Moves all tensors to a device.
+EXPORT void cuda_on_cpu_device(int index) { device_of_tensors = index; }
+
+// Returns the code of a device, asked for while another one is the current device, or -1 if that changes.
+EXPORT int cuda_on_cpu_code(int index) {
+    const int before = current_device, code = bitorch_qlinear::cuda::code_of(index);
+    return current_device == before ? code : -1;
+}

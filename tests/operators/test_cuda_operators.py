@@ -50,6 +50,7 @@ def ops(library):
     library.cuda_on_cpu_launches()
     yield torch.ops.cuda_on_cpu
     library.cuda_on_cpu_force(b"")
+    library.cuda_on_cpu_device(0)
     library.cuda_on_cpu_launches()
 
 
@@ -185,7 +186,7 @@ def test_a_wrong_form_is_an_error_of_the_next_call(ops, kernel, out):
 def test_launches_of_products(library, ops, kernel):
     """At most one launch comes before the product's, whatever has to be packed, aligned and counted."""
     counts = kernel in ("mma_sm80", "mma_int8_sm80")
-    early = kernel + "*" * (kernel not in ("popc", "mma_sm75"))  # it starts before pack has ended
+    early = kernel + "*" * (kernel not in ("popc", "mma_sm75"))  # it starts before the launch that makes x has ended
     for k, formed in itertools.product((128, 200), (False, True)):
         x, weight, _, _ = problem(3, 5, k)
         words, reals = pack_signs(x), torch.randn(5, k)
@@ -197,10 +198,10 @@ def test_launches_of_products(library, ops, kernel):
         assert launches(library) == (["pack+align", kernel] if both else ["pack", early]), (k, formed)
         ops.binary_linear(words, weight, k, weight_prepared=prepared)
         before = [] if not x_needs_it else ["align+align" if both else "align"]
-        assert launches(library) == [*before, kernel], (k, formed)
+        assert launches(library) == [*before, early if before == ["align"] else kernel], (k, formed)
         ops.linear_train(x, weight, k, weight_prepared=prepared)
         if kernel != "popc" and k == 200:  # the words are an output, too, in another form than the kernel's
-            assert launches(library) == ["pack", "align+align" if both else "align", kernel], formed
+            assert launches(library) == ["pack", *(["align+align", kernel] if both else ["align", early])], formed
         else:
             assert launches(library) == (["pack+align", kernel] if both else ["pack", early]), formed
         ops.sign_linear(x, reals)
@@ -218,17 +219,78 @@ def test_launches_of_few_packed_rows(library, ops, m, kernel):
         got = ops.binary_linear(words, weight, 256, bias, weight_prepared=prepared, scale=scale)
         assert_equal(got, F.binary_linear(words, weight, 256, bias, scale=scale))
         counted = ["align" if formed else "align+align"] if kernel == "mma_sm80" else []
-        assert launches(library) == [*counted, kernel]
+        assert launches(library) == [*counted, f"{kernel}*" if counted == ["align"] else kernel]
         ops.linear(x, weight, 256, weight_prepared=prepared)
         both = kernel == "mma_sm80" and not formed
         assert launches(library) == ["pack+align" if both else "pack", kernel if both else f"{kernel}*"]
 
 
-def test_nothing_starts_early_behind_another_kernel_than_pack(library, ops, kernel):
+def test_nothing_starts_early_behind_a_kernel_that_does_not_make_x(library, ops, kernel):
     """Without values pack launches nothing, and a product behind it would lie behind whatever ran before."""
     x, weight, bias, _ = problem(3, 5, 0)
     ops.linear(x, weight, 0, bias)
     assert launches(library)[-1] == kernel
+    ops.binary_linear(F.pack_bits(x), weight, 0, bias, weight_prepared=ops.prepare_weight(weight, 0))
+    assert launches(library)[-1] == kernel
+    # Words that the kernel reads as they are are made by no launch.
+    x, weight, bias, _ = problem(3, 5, 128)
+    prepared, words = ops.prepare_weight(weight, 128), F.pack_bits(x)
+    launches(library)
+    ops.binary_linear(words, weight, 128, bias, weight_prepared=prepared)
+    counts = kernel in ("mma_sm80", "mma_int8_sm80")
+    assert launches(library) == (["align", f"{kernel}*"] if counts else [kernel])
+
+
+# ---- code for earlier devices ----------------------------------------------------------------------------------------
+
+# The devices of cuda_on_cpu.cpp: all of the second to the fourth are of compute capability 9.0.
+CODE_80, CODE_75, CODE_90, NO_CODE = range(1, 5)
+
+
+@pytest.mark.parametrize(
+    ("device", "few", "many", "most"),
+    [
+        (CODE_80, "skinny_mma_sm80", "mma_sm80", "mma_sm80"),
+        (CODE_75, "skinny", "popc", "popc"),
+        (CODE_90, "skinny_mma_sm80*", "mma_sm80*", "wgmma_sm90a*"),
+    ],
+)
+def test_the_code_that_a_device_runs_decides(library, ops, device, few, many, most):
+    """Kernels that are empty in it are not chosen, and without the wait no product starts early."""
+    library.cuda_on_cpu_device(device)
+    for m, expected in ((16, few), (65, many), (256, most)):
+        x, weight, bias, scale = problem(m, 40, 8192)
+        prepared = ops.prepare_weight(weight, 8192)
+        launches(library)
+        got = ops.linear(x, weight, 8192, bias, scale=scale, weight_prepared=prepared)
+        assert_equal(got, F.linear(x, weight, 8192, bias, scale=scale))
+        assert launches(library) == ["pack", expected]
+
+
+@pytest.mark.parametrize(
+    ("device", "kernel"), [(CODE_80, "skinny_mma_sm80"), (CODE_75, "skinny"), (CODE_90, "fused_cluster_sm90")]
+)
+def test_clusters_need_code_for_them(library, ops, device, kernel):
+    """16 rows of 4096 values of bfloat16 are too much for a block; a cluster packs them if the code has clusters."""
+    x, weight, bias, scale = problem(16, 40, 4096)
+    x = x.bfloat16()
+    library.cuda_on_cpu_device(device)
+    got = ops.linear(x, weight, 4096, bias, scale=scale)
+    assert_equal(got, F.linear(x, weight, 4096, bias, scale=scale))
+    assert launches(library) == ([kernel] if device == CODE_90 else ["pack", kernel])
+
+
+def test_the_code_is_asked_for_on_its_device(library):
+    assert [library.cuda_on_cpu_code(device) for device in (0, CODE_80, CODE_75, CODE_90)] == [80, 80, 75, 90]
+
+
+def test_a_device_without_code_is_an_error(library, ops):
+    x, weight, _, _ = problem(3, 5, 40)
+    library.cuda_on_cpu_device(NO_CODE)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"expected CUDA kernels that were built for compute capability 8\.0: "):
+            ops.linear(x, weight, 40)
+    assert launches(library) == []
 
 
 @pytest.mark.parametrize("forced", ["fused_skinny", "fused_skinny_mma_sm80", ""])

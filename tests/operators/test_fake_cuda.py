@@ -239,7 +239,7 @@ def test_tile_by_environment():
     result = import_with("", "128")
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
-    assert last.endswith('BITORCH_QLINEAR_CUDA_TILE: expected one of 128x256, 128x128, 64x64, got "128"')
+    assert last.endswith('BITORCH_QLINEAR_CUDA_TILE: expected one of 128x256, 128x192, 128x128, 64x64, got "128"')
 
 
 @needs_cuda_build

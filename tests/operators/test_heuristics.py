@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 CUDA = CSRC / "cuda"
 KERNELS = ["popc", "skinny", "skinny_mma_sm80", "mma_sm75", "mma_sm80", "mma_int8_sm80"]
-KERNELS += ["wgmma_sm90a", "fused_skinny", "fused_skinny_mma_sm80"]
+KERNELS += ["wgmma_sm90a", "fused_skinny", "fused_skinny_mma_sm80", "fused_cluster_sm90"]
 WIDEST, MIDDLE, SMALLEST = range(3)
 CAPABILITIES = [75, 80, 86, 87, 88, 89, 90, 91, 99, 100, 103, 110, 120, 121, 130, 200]
 TENSOR_CORES = [80, 86, 87, 88, 89, 90]  # the capabilities with mma_sm80
@@ -51,8 +51,14 @@ def library():
 
     lib = ctypes.CDLL(str(build_once(f"heuristics-{key}.so", make)))
     lib.decide_in_words.restype = lib.names_of.restype = lib.decide_tile_in_words.restype = ctypes.c_char_p
-    lib.decide_tile_in_words.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, *[ctypes.c_int64] * 3]
-    lib.decide_in_words.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 4]
+    lib.decide_tile_in_words.argtypes = [
+        ctypes.c_char_p,
+        ctypes.c_char_p,
+        ctypes.c_int,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_bool,
+    ]
+    lib.decide_in_words.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 4, ctypes.c_bool]
     lib.is_legal.argtypes = [ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 3]
     lib.fits.argtypes = [ctypes.c_int64] * 2
     lib.choose_for_real_x.restype = None
@@ -115,8 +121,9 @@ def estimate_warpgroups(*arguments):
     return clocks
 
 
-def decide(name, capability, multiprocessors, m, n, k, value_bytes=0):
-    return library().decide_in_words(name.encode(), capability, multiprocessors, m, n, k, value_bytes).decode()
+def decide(name, capability, multiprocessors, m, n, k, value_bytes=0, float64=False):
+    words = library().decide_in_words(name.encode(), capability, multiprocessors, m, n, k, value_bytes, float64)
+    return words.decode()
 
 
 def random_sizes(seed, count=SHAPES):
@@ -216,9 +223,10 @@ def test_real_x(capability, value_bytes):
     tensor_cores = (m > 1) & (80 <= capability <= 90)
     fused = few & fits & ((m <= 4) | tensor_cores)
     names = np.where(tensor_cores, KERNELS.index("fused_skinny_mma_sm80"), KERNELS.index("fused_skinny"))
-    expected = np.where(fused, names, expected_kernel(*device, words=False))
-    np.testing.assert_array_equal(kernels, expected)
-    assert 0 < fused.sum() < SHAPES
+    cluster = ~few & fits & (m * k * value_bytes <= 196_000) & (capability == 90) & (multiprocessors >= 8)
+    expected = np.where(cluster, KERNELS.index("fused_cluster_sm90"), expected_kernel(*device, words=False))
+    np.testing.assert_array_equal(kernels, np.where(fused, names, expected))
+    assert 0 < fused.sum() < SHAPES and (cluster.sum() > 0) == (capability == 90)
 
 
 def test_fits():
@@ -497,6 +505,7 @@ def test_table_of_kernels():
         ("wgmma_sm90a", 90, 90, True, True, 2**31 - 1),
         ("fused_skinny", 75, newest, True, False, 4),
         ("fused_skinny_mma_sm80", 80, 90, True, False, 16),
+        ("fused_cluster_sm90", 90, 90, True, False, 16),
     ]
 
 
@@ -520,6 +529,63 @@ def test_tensor_core_kernels_are_only_chosen_for_targets_that_have_their_code(ma
     for name, lowest, highest, *_ in records():
         if name.endswith(kernel):
             assert first <= 10 * lowest and 10 * highest < end
+
+
+# ---- code for an earlier device --------------------------------------------------------------------
+
+EARLIER_CODE = [(80, 75), (86, 80), (87, 80), (89, 75), (89, 86), (90, 75), (90, 80), (90, 89), (100, 75), (100, 80)]
+EARLIER_CODE += [(100, 90), (110, 80), (110, 103), (120, 75), (121, 120)]
+
+
+def with_code(capability, code):
+    """Return both as the harness expects them in place of a capability."""
+    return capability + 1000 * code
+
+
+@pytest.mark.parametrize(("capability", "code"), EARLIER_CODE)
+def test_kernels_are_those_that_device_and_code_have(capability, code):
+    """Neither a kernel that is empty in the code is chosen, nor one whose instructions the device emulates."""
+    device = with_code(capability, code)
+    common = [r for r in records() if r[1] <= min(capability, code) and max(capability, code) <= r[2]]
+    assert library().names_of(device).decode() == ", ".join(name for name, *_ in common)
+    m, n, k, multiprocessors = random_sizes(3000 + capability)
+    chosen = choose(device, multiprocessors, m, n, k)
+    expected = expected_kernel(capability, multiprocessors, m, n, k)
+    if code < 80:
+        tiles = "mma_sm75" if capability < 90 else "popc"
+        expected = np.where(m <= 16, KERNELS.index("skinny"), KERNELS.index(tiles))
+    elif capability == 90:
+        expected[expected == KERNELS.index("wgmma_sm90a")] = KERNELS.index("mma_sm80")
+    np.testing.assert_array_equal(chosen.kernel, expected)
+    for kernel in np.unique(chosen.kernel):
+        assert KERNELS[kernel] in [name for name, *_ in common]
+        assert library().is_legal(int(kernel), device, int(m[chosen.kernel == kernel].max()), 0, 0)
+
+
+@pytest.mark.parametrize(("capability", "code"), EARLIER_CODE)
+def test_the_device_gives_the_figures_whatever_its_code(capability, code):
+    m, n, k, multiprocessors = random_tiles(capability, 1000)
+    sizes = (multiprocessors, m, n, k)
+    np.testing.assert_array_equal(estimate(with_code(capability, code), *sizes), estimate(capability, *sizes))
+
+
+def test_code_that_cannot_wait():
+    """On 9.0 a launch that packs x costs less if the product behind it starts early, which code for 8.0 does not."""
+    for bytes_of_x, fused in ((39200, {0, 90, 89}), (39202, {89}), (78400, {89}), (78402, set())):
+        for code in (0, 90, 89):
+            chosen = choose_for_real_x(2, with_code(90, code), 132, 1, 64, bytes_of_x // 2)
+            assert (KERNELS[chosen[0]] == "fused_skinny") == (code in fused)
+
+
+def test_forced_though_the_code_lacks_it():
+    assert decide("wgmma_sm90a", with_code(90, 80), 132, 300, 300, 300) == (
+        "error: BITORCH_QLINEAR_CUDA_KERNEL: expected one of the kernels that compute capability 9.0, with code for "
+        "compute capability 8.0, has (popc, skinny, skinny_mma_sm80, mma_sm80, mma_int8_sm80, fused_skinny, "
+        'fused_skinny_mma_sm80), got "wgmma_sm90a"'
+    )
+    assert decide("", with_code(90, 75), 132, 300, 300, 300) == (
+        "popc: CUDA cores: the code was compiled for a compute capability before the device's"
+    )
 
 
 # ---- the override ----------------------------------------------------------------------------------
@@ -563,13 +629,13 @@ def test_forced_by_a_name_that_does_not_exist(name):
         )
 
 
-def decide_tile(tile, name, capability, m, n, k):
-    return library().decide_tile_in_words(tile.encode(), name.encode(), capability, m, n, k).decode()
+def decide_tile(tile, name, capability, m, n, k, float64=False):
+    return library().decide_tile_in_words(tile.encode(), name.encode(), capability, m, n, k, float64).decode()
 
 
 @pytest.mark.parametrize("tile", ["128x256", "128x128", "64x64"])
 def test_forced_tile(tile):
-    """Every product of mma_sm80 has the tile; those of other kernels do not change."""
+    """Every product of mma_sm80 has the tile; those of kernels with one tile do not change."""
     for name, sizes in (("", (65, 9, 9)), ("", (255, 8192, 8192)), ("mma_sm80", (1, 1, 1))):
         assert decide_tile(tile, name, 90, *sizes) == (
             f"mma_sm80 with tiles of {tile.replace('x', ' x ')}: "
@@ -580,10 +646,36 @@ def test_forced_tile(tile):
     assert decide_tile("", "", 90, 8192, 300, 300) == decide("", 90, 100, 8192, 300, 300)
 
 
+@pytest.mark.parametrize("float64", [False, True])
+@pytest.mark.parametrize("size", [2048, 8192])
+def test_forced_tile_of_warpgroups(size, float64):
+    """wgmma_sm90a has two of the tiles, and one of them for float64; mma_sm80 lacks the other one."""
+    product = 90, 100, size, size, size, 0, float64
+    automatic = decide("", *product)
+    expected = "128 x 128" if float64 or size == 2048 else "128 x 192"
+    assert automatic.startswith(f"wgmma_sm90a with tiles of {expected}: tensor cores of warpgroups")
+    for tile in ("128x256", "128x192", "128x128", "64x64"):
+        got = decide_tile(tile, "", 90, size, size, size, float64)
+        if tile == "128x128" or (tile == "128x192" and not float64):
+            assert got.startswith(f"wgmma_sm90a with tiles of {tile.replace('x', ' x ')}: the tile is forced, by ")
+        else:
+            assert got == automatic
+    assert decide_tile("128x192", "mma_sm80", 90, size, size, size) == decide("mma_sm80", 90, 100, size, size, size)
+
+
+def test_the_sizes_of_tiles_are_those_of_the_kernels():
+    """Every tile of a kernel can be forced."""
+    for tile in range(3):
+        rows, columns, *_ = read_tile(tile, 80)[0]
+        assert decide_tile(f"{rows}x{columns}", "", 80, 300, 300, 300).startswith(
+            f"mma_sm80 with tiles of {rows} x {columns}: the tile is forced"
+        )
+
+
 @pytest.mark.parametrize("tile", ["128", "128 x 256", "256x128", "m64n64"])
 def test_forced_by_a_tile_that_does_not_exist(tile):
     assert decide_tile(tile, "", 90, 10, 10, 10) == (
-        f'error: BITORCH_QLINEAR_CUDA_TILE: expected one of 128x256, 128x128, 64x64, got "{tile}"'
+        f'error: BITORCH_QLINEAR_CUDA_TILE: expected one of 128x256, 128x192, 128x128, 64x64, got "{tile}"'
     )
 
 
@@ -627,6 +719,11 @@ def test_words():
     assert decide("mma_sm75", 75, 40, 1, 10, 10).startswith("mma_sm75: forced")
     assert decide("", *h100, 1, 8192, 8192, 2).startswith("fused_skinny: one launch")
     assert decide("", *h100, 16, 1024, 1024, 2).startswith("fused_skinny_mma_sm80: one launch")
+    for m, k, value_bytes in ((16, 4096, 2), (8, 8192, 2), (4, 8192, 2), (8, 11008, 2), (5, 16384, 2), (1, 28672, 2)):
+        assert decide("", *h100, m, 8192, k, value_bytes).startswith("fused_cluster_sm90: one launch, in which the ")
     assert decide("", *h100, 16, 8192, 8192, 2).startswith("skinny_mma_sm80: ")
+    assert decide("", *h100, 16, 8192, 4096, 4).startswith("skinny_mma_sm80: ")
+    assert decide("", 90, 7, 16, 8192, 4096, 2).startswith("skinny_mma_sm80: ")
+    assert decide("fused_cluster_sm90", *h100, 16, 8192, 8192, 2).startswith("fused_cluster_sm90: forced")
     assert decide("fused_skinny", *h100, 4, 8192, 8192, 2).startswith("fused_skinny: forced")
-    assert decide("fused_skinny", *h100, 5, 8192, 8192, 2).startswith("skinny_mma_sm80: the automatic choice: ")
+    assert decide("fused_skinny", *h100, 16, 8192, 8192, 2).startswith("skinny_mma_sm80: the automatic choice: ")

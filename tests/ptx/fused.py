@@ -29,12 +29,16 @@ MOST_VALUES = 131072
 
 @dataclass(frozen=True)
 class Shape:
-    """The constants of a fused kernel: its columns of a unit, the words of a piece, and the most units and rows."""
+    """The constants of a fused kernel.
+
+    These are its columns of a unit, the words of a piece, the most units and rows, and the blocks of a cluster.
+    """
 
     unit: int
     piece: int
     most_units: int
     most_rows: int
+    cluster: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def plan(shape: Shape, n: int, k: int, multiprocessors: int, out: torch.dtype, w
         if each < WARPS // shape.most_units or (out is torch.bool and columns < 32) or (parts and each != parts):
             continue
         groups = ceil_div(n, columns)
-        blocks = min(groups, max(multiprocessors, 1))
+        blocks = min(ceil_div(groups, shape.cluster), max(multiprocessors // shape.cluster, 1)) * shape.cluster
         rounds, chunk = ceil_div(groups, blocks), ceil_div(ceil_div(max(width, 1), each), shape.piece) * shape.piece
         plans.append((rounds * (chunk + 32), each, chunk, rounds, blocks))
     _, parts, chunk, rounds, blocks = min(plans)

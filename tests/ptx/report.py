@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 from tools.ptx.machine import Module, Report
 
+from . import test_ptx_fused_cluster_sm90 as fused_cluster_sm90
 from . import test_ptx_fused_skinny as fused_skinny
 from . import test_ptx_fused_skinny_mma_sm80 as fused_skinny_mma_sm80
 from . import test_ptx_mma_sm75 as mma_sm75
@@ -41,6 +42,10 @@ ROWS: list[tuple[str, str, str, Callable[[Module], Report]]] = [
     (
         *("gemm_fused_skinny_mma_sm80", "sm_80", "16 × 8192 → 64"),
         lambda m: fused_skinny_mma_sm80.check_fused(m, 16, 64, 8192, HALF, dtype=HALF, parts=2),
+    ),
+    (
+        *("gemm_fused_cluster_sm90", "sm_90a", "16 × 8192 → 512"),
+        lambda m: fused_cluster_sm90.check_fused(m, 16, 512, 8192, HALF, dtype=HALF, parts=2),
     ),
     ("gemm_mma_sm75", "sm_75", "64 × 2048 → 64", lambda m: mma_sm75.check_mma(m, 64, 64, 2048, HALF)),
     *(

@@ -1,27 +1,25 @@
-"""Products behind pack, launched while it still runs: they touch what it writes only after they have waited for it.
+"""Products behind pack or align, launched while it still runs: they wait before they touch what it writes.
 
 The interpreter stops a kernel that reads such memory before `griddepcontrol.wait`, or through the path for data that no
 kernel writes meanwhile (`ld.global.nc`).
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tools.ptx.machine import In, Module, PtxFault, Report
+from tools.ptx.machine import In, Module, Out, PtxFault, Report
 from tools.ptx.mutate import Mutant, assert_caught, remove
 
 from . import test_ptx_mma_sm80 as mma_sm80
 from . import test_ptx_skinny as skinny
 from . import test_ptx_skinny_mma_sm80 as skinny_mma_sm80
+from . import test_ptx_wgmma_sm90a as wgmma_sm90a
 from .launcher import Launcher
-from .product import compiled, kernel, module, source_of_type
+from .product import check_wrong_forms, compiled, kernel, module, prepared_header, product_call, source_of_type
+from .test_ptx_align import check_align
 from .test_ptx_launchers import product_job
 from .test_ptx_pack import check_pack
 
@@ -29,14 +27,24 @@ TARGET = "sm_90a"
 """The target of the devices on which products are launched in this way (launches_depend in csrc/cuda/records.h)."""
 
 
-class BehindPack:
-    """A module whose products start before pack, which writes their x and its set bits, has ended."""
+X, WEIGHT = (0, 2), (3,)
+"""The fields of a Product with x's words and set bits, and with the words of the weights."""
+Y = 9
+"""The field with the outputs, which the product may not write before x is there either."""
 
-    def __init__(self, module: Module) -> None:
-        self.module, self.ptx = module, module.ptx
+
+class BehindPack:
+    """A module whose products start before the kernel that makes x has ended.
+
+    Pack writes x and its set bits; align writes the set bits and perhaps x. `fields` are those of what is written.
+    """
+
+    def __init__(self, module: Module, fields: tuple[int, ...] = X) -> None:
+        self.module, self.ptx, self.fields = module, module.ptx, (*fields, Y)
 
     def launch(self, kernel: str, grid: Any, block: Any, args: Sequence[Any], *rest: Any, **more: Any) -> Report:
-        written = [value for i, value in enumerate(args[0].values) if i in (0, 2) and isinstance(value, In)]
+        values = [args[0].values[field] for field in self.fields]
+        written = [value for value in values if isinstance(value, (In, Out))]
         return self.module.launch(kernel, grid, block, args, *rest, dependent=written, **more)
 
 
@@ -44,12 +52,20 @@ def check_mma(module: Module, m: int, n: int, k: int, out: torch.dtype = torch.i
     mma_sm80.check_mma(module, m, n, k, out, mma_sm80.SMALL, seed=seed)
 
 
+def check_wgmma(module: Module, m: int, n: int, k: int, out: torch.dtype = torch.int32, seed: int = 0) -> None:
+    if k:  # the launcher leaves a product of no values to another kernel
+        wgmma_sm90a.check_wgmma(module, m, n, k, out, list(wgmma_sm90a.STAGES)[seed % 2], seed)
+
+
 PRODUCTS: dict[str, Callable[..., object]] = {
     "gemm_skinny": skinny.check_skinny,
     "gemm_skinny_mma_sm80": skinny_mma_sm80.check_skinny,
     "gemm_mma_sm80": check_mma,
     "gemm_mma_int8_sm80": check_mma,
+    "gemm_wgmma_sm90a": check_wgmma,
 }
+EARLY = ("gemm_skinny", "gemm_skinny_mma_sm80", "gemm_wgmma_sm90a")
+"""The products that load or copy weights before they wait; the others, which copy stages, wait first."""
 each_product = pytest.mark.parametrize("name", PRODUCTS)
 
 
@@ -63,9 +79,34 @@ def test_products_behind_pack(name):
         PRODUCTS[name](behind, m, n, k, torch.bfloat16)
 
 
+def test_wgmma_behind_pack():
+    """The weights of all stages of the ring, and of fewer, are copied before x is there; a block has several tiles."""
+    behind = BehindPack(module("gemm_wgmma_sm90a.cu", TARGET))
+    for seed, stages in enumerate([1, 5, 7]):
+        for tile in wgmma_sm90a.STAGES:
+            n = (tile[1] + 3, 2 * tile[1] + 5)[seed % 2]
+            wgmma_sm90a.check_wgmma(behind, 140, n, 1024 * stages - 7, torch.bfloat16, tile, seed, blocks=1)
+
+
 @each_product
+def test_weights_are_read_early(name):
+    behind = BehindPack(module(f"{name}.cu", TARGET), WEIGHT)
+    if name in EARLY:
+        with pytest.raises(PtxFault, match=r"is read before griddepcontrol\.wait"):
+            PRODUCTS[name](behind, 4, 9, 700)
+    else:
+        PRODUCTS[name](behind, 4, 9, 700)
+
+
+def test_wgmma_without_a_result_waits():
+    """y may be written only when all before pack has ended, also if the weights were prepared for another product."""
+    behind = BehindPack(module("gemm_wgmma_sm90a.cu", TARGET))
+    check_wrong_forms(lambda call: wgmma_sm90a.launch(behind, call, wgmma_sm90a.NARROW), 3, 9, 700)
+
+
+@pytest.mark.parametrize("name", [name for name in PRODUCTS if "wgmma" not in name])
 def test_loads_of_weights_do_not_wait(name):
-    """The skinny kernels load their first weights before they wait; the others, which copy stages, wait first."""
+    """The skinny kernels load their first weights before they wait, by the path for data that no kernel writes."""
     for found in module(f"{name}.cu", TARGET).ptx.kernels.values():
         opcodes = [instruction.opcode for instruction in found.instructions]
         wait = opcodes.index("griddepcontrol.wait")
@@ -74,7 +115,23 @@ def test_loads_of_weights_do_not_wait(name):
         assert any(".nc." in opcode for opcode in early) == name.startswith("gemm_skinny")
 
 
-@each_product
+def test_mutants_of_the_waits_of_wgmma_are_caught():
+    """The producer waits, each consumer, and a block without results."""
+
+    def run(module: Module, seed: int) -> None:
+        behind = BehindPack(module)
+        wgmma_sm90a.check_wgmma(behind, 4, 9, 700, torch.bfloat16, seed=seed)
+        call = product_call(4, 9, 700, torch.bfloat16, seed=seed, aligned=True, header=prepared_header(9, 701))
+        wgmma_sm90a.launch(behind, call, wgmma_sm90a.NARROW, seed=seed)
+        call.check_no_result((9, 701))
+
+    text = wgmma_sm90a.ptx()
+    mutants = remove("wait removed", text, kernel(Module.from_ptx(text), "multiply_tiles"), r"griddepcontrol\.wait")
+    assert len(mutants) == 3
+    assert_caught(text, mutants, run, seeds=range(1))
+
+
+@pytest.mark.parametrize("name", [name for name in PRODUCTS if "wgmma" not in name])
 def test_mutants_of_the_wait_are_caught(name):
     def run(module: Module, seed: int) -> None:
         try:
@@ -98,11 +155,14 @@ def test_mutants_of_the_wait_are_caught(name):
 
 
 @pytest.mark.parametrize("target", ["sm_80", TARGET, "sm_120"])
-def test_pack_lets_the_product_start(target):
-    """Each thread of pack says so at once, on the target whose products are launched in this way."""
-    report = check_pack(module("pack.cu", target), torch.bfloat16, 3, 700)
-    said = report.instructions["griddepcontrol.launch_dependents"]
-    assert said == (256 if target == TARGET else 0)
+def test_the_kernel_that_makes_x_lets_the_product_start(target):
+    """Each thread of pack and align says so at once, on the target whose products are launched in this way."""
+    for report in (
+        check_pack(module("pack.cu", target), torch.bfloat16, 3, 700),
+        check_align(module("align.cu", target), 3, 700),
+    ):
+        said = report.instructions["griddepcontrol.launch_dependents"]
+        assert said == (256 if target == TARGET else 0)
 
 
 @each_product
@@ -114,22 +174,3 @@ def test_launchers(name):
     assert behind.behind_pack and not usual.behind_pack
     behind.behind_pack = False
     assert behind == usual
-
-
-ASKED_FOR = """
-from ptx.launcher import Launcher
-from ptx.test_ptx_launchers import product_job
-for name in ("gemm_skinny", "gemm_mma_sm80"):
-    for _ in range(2):
-        error, (launch,) = Launcher(name)(product_job(4, 70, 700), behind_pack=True)
-        print(error, launch.behind_pack)
-"""
-
-
-@pytest.mark.parametrize(("target", "depends"), [("80", False), ("90", True), ("0", False)])
-def test_code_that_cannot_wait_is_launched_as_usual(target, depends):
-    """PTX of 8.0, which the driver compiles for 9.0, lacks the wait; 0 stands for a target that cannot be asked for."""
-    tests = Path(__file__).parents[1]
-    environment = os.environ | {"PTX_TARGET_OF_KERNELS": target, "PYTHONPATH": os.pathsep.join([str(tests), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", ASKED_FOR], env=environment, capture_output=True, text=True)
-    assert done.stdout.splitlines() == [f"0 {depends}"] * 4, done.stderr[-2000:]

@@ -9,16 +9,18 @@ from support.reference import FLOATS
 
 from tools.ptx.machine import PtxFault, Struct
 
+from . import test_ptx_fused_cluster_sm90 as fused_cluster_sm90
 from . import test_ptx_fused_skinny as fused_skinny
 from . import test_ptx_fused_skinny_mma_sm80 as fused_skinny_mma_sm80
-from .fused import MOST_VALUES, WARPS, fits, plan
+from .fused import MOST_VALUES, WARPS, Shape, fits, plan
 from .launcher import INVALID_VALUE, SUCCESS, Launcher
-from .product import DTYPES, OUT_TYPES, aligned_words_for, kernel, layout, output_name, source, usual
+from .product import DTYPES, FULL, OUT_TYPES, aligned_words_for, kernel, layout, output_name, source, usual
 from .test_ptx_launchers import ADDRESS, NO_KERNEL_IMAGE, OUTPUTS, launched, nothing
 
 TESTS: dict[str, ModuleType] = {
     "gemm_fused_skinny": fused_skinny,
     "gemm_fused_skinny_mma_sm80": fused_skinny_mma_sm80,
+    "gemm_fused_cluster_sm90": fused_cluster_sm90,
 }
 each_launcher = pytest.mark.parametrize("name", TESTS)
 
@@ -98,11 +100,12 @@ def check_any_size(launcher: Launcher, count: int) -> None:
         rows = f"Li{4 if m > 2 else m}E" if launcher.name == "gemm_fused_skinny" else "EE"
         name = kernel(launcher, rf"{output_name(out)}E{rows}")
         launcher.execute = False
-        launcher.launch(name, divided.blocks, 32 * WARPS, [job, divided.struct()])
+        more = {"cluster": shape.cluster} if shape.cluster > 1 else {}
+        launcher.launch(name, divided.blocks, 32 * WARPS, [job, divided.struct()], **more)
         launcher.execute = True
         columns = shape.unit * WARPS // divided.parts
         assert divided.blocks * divided.rounds * columns >= n > (divided.blocks * (divided.rounds - 1)) * columns
-        assert divided.blocks <= max(multiprocessors, 1) and divided.chunk * divided.parts >= divided.width
+        assert divided.blocks <= max(multiprocessors, shape.cluster) and divided.chunk * divided.parts >= divided.width
         assert m * divided.pitch <= MOST_VALUES // 32 + 32 * 16, "the words of x exceed their place in shared memory"
 
 
@@ -123,6 +126,54 @@ def test_any_size(name):
     assert launcher.launched == set(launcher.ptx.kernels)
 
 
+def check_clusters(launcher: Launcher) -> None:
+    """No more clusters are launched, which CUDA is asked about once; without any, each block packs x for itself."""
+    job = fused_job(3, 1000, 200, multiprocessors=132)
+
+    def launched_on(device: int, clusters: int) -> tuple[int, int]:
+        launcher.library.runtime_device(device, clusters)
+        launch = launched(launcher, job)
+        assert ("multiply_in_cluster" in launch.kernel) == (launch.cluster > 0)
+        return launch.grid[0], launch.cluster
+
+    def planned(shape: Shape, multiprocessors: int) -> int:
+        return plan(shape, 1000, 200, multiprocessors, torch.int32, False).blocks
+
+    alone = planned(fused_skinny_mma_sm80.SHAPE, 132), 0
+    try:
+        for clusters in (15, 3, 1):
+            expected = planned(fused_cluster_sm90.SHAPE, 8 * clusters), 8
+            assert launched_on(clusters, clusters) == expected and expected[0] <= 8 * clusters
+            assert launched_on(clusters, 16) == expected, "the number is remembered"
+        for device, clusters in ((20, 0), (21, -1)):
+            assert launched_on(device, clusters) == launched_on(device, 16) == alone
+        assert launched_on(1000, 1) == (8, 8) and launched_on(1000, 0) == alone, "only the first devices are remembered"
+    finally:
+        launcher.library.runtime_device(0, 2**28)
+
+
+def test_clusters_that_a_device_runs_at_once():
+    check_clusters(Launcher("gemm_fused_cluster_sm90"))
+
+
+CLUSTER_MUTANTS = [
+    ("at once", "std::min(job.multiprocessors, clusters * kBlocks)", "job.multiprocessors"),
+    ("none", "if (clusters == 0) return gemm_fused_skinny_mma_sm80(job, stream);", ""),
+    ("remembered", "known == kNone ? 0 : known", "known"),
+    ("blocks", "attribute.val.clusterDim.x = kBlocks", "attribute.val.clusterDim.x = 4"),
+    ("capture", "const RelaxedCapture relaxed;", ""),
+    ("error", "static_cast<void>(cudaGetLastError());  // clears an error, before others see it", ""),
+]
+
+
+@pytest.mark.parametrize("what, old, new", CLUSTER_MUTANTS if FULL else CLUSTER_MUTANTS[:1])
+def test_mutants_of_clusters_are_caught(what, old, new):
+    text = source("gemm_fused_cluster_sm90.cu")
+    assert text.count(old) == 1, f"{what}: {old!r} occurs {text.count(old)} times"
+    with pytest.raises((AssertionError, PtxFault)):
+        check_clusters(Launcher("gemm_fused_cluster_sm90", text=text.replace(old, new)))
+
+
 MUTANTS = [
     ("pitch", "(width + 15) / 32 * 32 + 16", "(width + 31) / 32 * 32"),
     ("x", "reinterpret_cast<uintptr_t>(job.x.data) % 16 == 0 && ", ""),
@@ -131,7 +182,7 @@ MUTANTS = [
     ("bits", "if (bits && unit * units < static_cast<int>(kWordBits)) break;", ""),
     ("rounds", "rounds = ceil_div(groups, launched)", "rounds = groups / launched"),
     ("chunk", "ceil_div(ceil_div(std::max(plan.width, 1), parts), piece) * piece", "std::max(plan.width, 1) / parts"),
-    ("blocks", "std::min<int64_t>(groups, std::max(job.multiprocessors, 1))", "groups"),
+    ("blocks", "std::min(ceil_div(groups, cluster), clusters) * cluster", "groups"),
     ("rows", "product.m <= most_rows && ", ""),
     ("values", "fits_fused(product.m, product.k) && ", ""),
     ("address", "reinterpret_cast<uintptr_t>(product.weight.words) % 16 == 0 && ", ""),

@@ -3,6 +3,7 @@
 Other tests launch kernels as they expect the launchers to. Here the launchers launch them, and must agree.
 """
 
+import ctypes
 import math
 
 import numpy as np
@@ -24,7 +25,7 @@ from . import (
 from . import (
     test_ptx_skinny_mma_sm80 as skinny_mma_sm80,
 )
-from .launcher import INVALID_CONFIGURATION, INVALID_VALUE, NAMES, SUCCESS, TARGET, Launch, Launcher
+from .launcher import INVALID_CONFIGURATION, INVALID_VALUE, NAMES, SUCCESS, TARGET, Launch, Launcher, library
 from .product import (
     DTYPES,
     FULL,
@@ -253,6 +254,18 @@ def test_unpack(dtype):
 
 def test_align():
     check_align_edges(Launcher("align"))
+
+
+@pytest.mark.parametrize(("target", "expected"), [(75, (SUCCESS, 75)), (90, (SUCCESS, 90)), (0, (NO_KERNEL_IMAGE, -1))])
+def test_the_target_of_the_code(target, expected):
+    """The dispatch is told for which target the kernels were compiled, or the error, after which none is left."""
+    runtime, capability = library(), ctypes.c_int(-1)
+    runtime.runtime_code(target)
+    try:
+        assert (runtime.launch_find_code(ctypes.byref(capability)), capability.value) == expected
+        assert runtime.cudaGetLastError() == SUCCESS
+    finally:
+        runtime.runtime_code(90)
 
 
 @each_gemm

@@ -45,6 +45,7 @@ MAPS_BYTES = 3 * 128
 """The bytes of the only argument that consists of tensor maps."""
 NAMES = ["pack", "pack_limited", "unpack", "align", "gemm_popc", "gemm_skinny", "gemm_skinny_mma_sm80", "gemm_mma_sm75"]
 NAMES += ["gemm_mma_sm80", "gemm_mma_int8_sm80", "gemm_wgmma_sm90a", "gemm_fused_skinny", "gemm_fused_skinny_mma_sm80"]
+NAMES += ["gemm_fused_cluster_sm90"]
 SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION = 0, 1, 9  # cudaError_t
 # Host code is the same for all targets. For this one the tensor-core kernels of sm_80 are empty, which saves seconds.
 FLAGS = [
@@ -55,9 +56,11 @@ FLAGS = [
     "-Xcompiler=-fPIC",
 ]
 TARGET = "sm_80"
-"""The target whose PTX is executed; all kernels but one run there."""
-TARGETS = {"gemm_wgmma_sm90a": "sm_90a"}
+"""The target whose PTX is executed; nearly all kernels run there."""
+TARGETS = {"gemm_wgmma_sm90a": "sm_90a", "gemm_fused_cluster_sm90": "sm_90a"}
 """The target of a launcher whose kernels do not."""
+INSTEAD = ("gemm_popc", "gemm_fused_skinny_mma_sm80")
+"""Launchers to which another one may leave a product."""
 ADDRESS_SHIFT = 40
 """The fake addresses of buffers are 2**40 apart, which exceeds any size in a launch that is executed."""
 
@@ -81,6 +84,7 @@ def _object(path: str, text: str, more: Sequence[str] = (), depends: str = "") -
 _OnLaunch = ctypes.CFUNCTYPE(
     *(None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_uint32)),
     *(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int),
+    ctypes.c_int,
 )
 
 
@@ -103,6 +107,7 @@ def library(name: str = "", text: str = "") -> ctypes.CDLL:
     found.runtime_on_launch.argtypes = [_OnLaunch]
     found.runtime_errors.argtypes = [ctypes.c_int, ctypes.c_int]
     found.runtime_multiprocessors.argtypes = [ctypes.c_int]
+    found.runtime_device.argtypes = [ctypes.c_int, ctypes.c_int]
     for each in NAMES:
         getattr(found, f"launch_{each}").argtypes = [
             *(ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_void_p),
@@ -135,6 +140,7 @@ class Launch:
     stream: int
     arguments: list[bytes]
     behind_pack: bool  # whether it may start before the kernel in front of it has ended
+    cluster: int  # the blocks of a cluster, or 0 if there are no clusters
     buffers: list[Buffer] = field(default_factory=list)
 
     def check(self) -> None:
@@ -145,6 +151,7 @@ class Launch:
         assert 1 <= self.grid[0] < 2**31 and all(1 <= size <= 65535 for size in self.grid[1:]), self
         assert min(self.block) >= 1 and threads <= int(bound) <= 1024 and threads % 32 == 0 and self.block[2] == 1, self
         assert self.shared_bytes == 0 or compiled.dynamic_at is not None, self
+        assert self.cluster <= 8 and (self.cluster == 0 or self.grid[0] % self.cluster == 0), self
         if self.most_dynamic == 0:
             assert compiled.static_shared + self.shared_bytes <= 48 * 1024, self
         else:
@@ -154,7 +161,8 @@ class Launch:
 
     def run(self, seed: int = 0) -> Report:
         arguments = [self._with_buffers(argument) for argument in self.arguments]
-        return self.module.launch(self.kernel, self.grid, self.block, arguments, self.shared_bytes, seed)
+        more = {"cluster": self.cluster} if self.cluster else {}
+        return self.module.launch(self.kernel, self.grid, self.block, arguments, self.shared_bytes, seed, **more)
 
     def _with_buffers(self, argument: bytes) -> Struct:
         """Return the argument with buffers in place of their fake addresses, and tensor maps with buffers."""
@@ -266,17 +274,19 @@ class Launcher:
         stream: int | None,
         arguments: Any,
         behind_pack: int,
+        cluster: int,
         buffers: list[Buffer],
     ) -> Launch:
         found = self.module
-        if "gemm_popc" in name.decode():  # a launcher may leave a product to it
-            found = module("gemm_popc.cu", TARGET)
+        for other in INSTEAD:
+            if other != self.name and f"{other}_cu" in name.decode():
+                found = module(f"{other}.cu", TARGET)
         kernel = _kernels(found)[without_file(name.decode())]
         self.launched.add(kernel)
         sizes = [parameter.size or 0 for parameter in found.ptx.kernels[kernel].params]
         values = [ctypes.string_at(arguments[i], size) for i, size in enumerate(sizes)]
         sides = (tuple(grid[:3]), tuple(block[:3]))
-        rest = shared_bytes, most_dynamic, stream or 0, values, bool(behind_pack), buffers
+        rest = shared_bytes, most_dynamic, stream or 0, values, bool(behind_pack), cluster, buffers
         return Launch(found, kernel, *sides, *rest)
 
     def launch(
@@ -287,6 +297,7 @@ class Launcher:
         args: Sequence[Any],
         shared_bytes: int = 0,
         seed: int = 0,
+        cluster: int = 0,
     ) -> Report | None:
         """Do as Module.launch, through the launcher, which must launch exactly this in the caller's stream."""
         stream = 4096 + seed
@@ -294,8 +305,8 @@ class Launcher:
         error, launches = self(args[0], stream=stream, other=others[0] if others else None)
         assert (error, len(launches)) == (SUCCESS, 1), args
         launch = launches[0]
-        what = (launch.kernel, launch.grid, launch.block, launch.shared_bytes, launch.stream)
-        assert what == (kernel, dim3(grid), dim3(block), shared_bytes, stream) and not launch.behind_pack, args
+        what = (launch.kernel, launch.grid, launch.block, launch.shared_bytes, launch.stream, launch.cluster)
+        assert what == (kernel, dim3(grid), dim3(block), shared_bytes, stream, cluster) and not launch.behind_pack, args
         for actual, expected in zip(launch.arguments[1:], args[1:], strict=True):
             if isinstance(expected, Struct):
                 assert actual == _with_addresses(expected, launch.buffers), args

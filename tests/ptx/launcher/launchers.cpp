@@ -33,6 +33,9 @@ struct Both {
 LAUNCHER(pack, Both<Pack>, job.job, job.other, stream)
 LAUNCHER(pack_limited, PackLimited, job, stream)
 LAUNCHER(unpack, Unpack, job, stream)
+// What dispatch.cpp asks before it chooses a kernel.
+EXPORT int launch_find_code(int* capability) { return find_code(capability); }
+
 LAUNCHER(align, Both<Align>, job.job, job.other, stream)
 LAUNCHER(gemm_popc, Product, job, stream)
 LAUNCHER(gemm_skinny, Product, job, stream, behind_pack != 0)
@@ -42,4 +45,5 @@ LAUNCHER(gemm_mma_sm80, Product, job, static_cast<Tile>(tile), stream, behind_pa
 LAUNCHER(gemm_mma_int8_sm80, Product, job, stream, behind_pack != 0)
 LAUNCHER(gemm_fused_skinny, FusedProduct, job, stream)
 LAUNCHER(gemm_fused_skinny_mma_sm80, FusedProduct, job, stream)
-LAUNCHER(gemm_wgmma_sm90a, Product, job, static_cast<WarpgroupTile>(tile), stream)
+LAUNCHER(gemm_fused_cluster_sm90, FusedProduct, job, stream)
+LAUNCHER(gemm_wgmma_sm90a, Product, job, static_cast<WarpgroupTile>(tile), stream, behind_pack != 0)

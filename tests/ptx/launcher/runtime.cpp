@@ -4,7 +4,6 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <unordered_map>
 #include <utility>
@@ -25,7 +24,7 @@ struct Configuration {
 };
 
 using OnLaunch = void (*)(const char* name, const dim3* grid, const dim3* block, uint64_t shared_bytes,
-                          uint64_t most_dynamic, cudaStream_t stream, void** arguments, int behind_pack);
+                          uint64_t most_dynamic, cudaStream_t stream, void** arguments, int behind_pack, int cluster);
 
 // Returns the kernels by their address on the host. The map is constructed at its first use, because static
 // constructors of other files fill it.
@@ -36,7 +35,8 @@ std::unordered_map<const void*, Kernel>& kernels() {
 
 Configuration configuration;
 OnLaunch on_launch;
-int multiprocessors = 132;
+cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+int multiprocessors = 132, code = 90, current_device = 0, clusters_at_once = INT32_MAX / 8;
 cudaError_t last_error, error_of_launch, error_of_attribute;
 
 cudaError_t remember(cudaError_t error) {
@@ -58,6 +58,11 @@ EXPORT void runtime_errors(int launch, int attribute) {
 
 EXPORT void runtime_multiprocessors(int count) { multiprocessors = count; }
 
+// Sets the current device and how many clusters it runs at once; a negative number of clusters is an error.
+EXPORT void runtime_device(int device, int clusters) { current_device = device, clusters_at_once = clusters; }
+
+EXPORT void runtime_code(int capability) { code = capability; }
+
 // ---- called by launchers --------------------------------------------------------------------------------------------
 
 EXPORT cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
@@ -69,22 +74,38 @@ EXPORT cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute 
     return cudaSuccess;
 }
 
-// Returns the target of the kernels' PTX: 9.0, unless the environment names another one for the whole process.
-EXPORT cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
-    const char* target = std::getenv("PTX_TARGET_OF_KERNELS");
+// Returns the target of a kernel's PTX, or fails if Python said that it is 0.
+EXPORT cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
+    static_cast<void>(kernels().at(function));
     *attributes = {};
-    attributes->ptxVersion = target ? std::atoi(target) : 90;
-    return attributes->ptxVersion ? cudaSuccess : remember(cudaErrorNoKernelImageForDevice);
+    attributes->ptxVersion = code;
+    return code ? cudaSuccess : remember(cudaErrorNoKernelImageForDevice);
 }
 
 EXPORT cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
+    *device = current_device;
     return cudaSuccess;
 }
 
 EXPORT cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     if (attribute != cudaDevAttrMultiProcessorCount) return remember(cudaErrorNotSupported);
     *value = multiprocessors;
+    return cudaSuccess;
+}
+
+EXPORT cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+    std::swap(*mode, capture_mode);
+    return cudaSuccess;
+}
+
+// Does as if it loaded the kernel's code, which ends a capture unless the mode is relaxed.
+EXPORT cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* configuration) {
+    const cudaLaunchAttribute* attribute = configuration->attrs;
+    if (configuration->numAttrs != 1 || attribute->id != cudaLaunchAttributeClusterDimension || clusters_at_once < 0) {
+        return remember(cudaErrorInvalidValue);
+    }
+    if (capture_mode != cudaStreamCaptureModeRelaxed) return remember(cudaErrorStreamCaptureUnsupported);
+    *clusters = clusters_at_once;
     return cudaSuccess;
 }
 
@@ -133,22 +154,28 @@ EXPORT cudaError_t __cudaLaunchKernel(cudaKernel_t handle, dim3 grid, dim3 block
                                       cudaStream_t stream) {
     if (error_of_launch != cudaSuccess) return remember(error_of_launch);
     const auto& kernel = *reinterpret_cast<const Kernel*>(handle);
-    on_launch(kernel.name, &grid, &block, shared_bytes, kernel.most_dynamic, stream, arguments, 0);
+    on_launch(kernel.name, &grid, &block, shared_bytes, kernel.most_dynamic, stream, arguments, 0, 0);
     return cudaSuccess;
 }
 
 EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* configuration, const void* function,
                                        void** arguments) {
     if (error_of_launch != cudaSuccess) return remember(error_of_launch);
-    int behind_pack = 0;
+    int behind_pack = 0, cluster = 0;
     for (unsigned i = 0; i < configuration->numAttrs; ++i) {
         const cudaLaunchAttribute& attribute = configuration->attrs[i];
+        if (attribute.id == cudaLaunchAttributeClusterDimension) {
+            const auto& sides = attribute.val.clusterDim;
+            if (sides.y != 1 || sides.z != 1) return remember(cudaErrorNotSupported);
+            cluster = static_cast<int>(sides.x);
+            continue;
+        }
         if (attribute.id != cudaLaunchAttributeProgrammaticStreamSerialization) return remember(cudaErrorNotSupported);
         behind_pack = attribute.val.programmaticStreamSerializationAllowed;
     }
     const Kernel& kernel = kernels().at(function);
     on_launch(kernel.name, &configuration->gridDim, &configuration->blockDim, configuration->dynamicSmemBytes,
-              kernel.most_dynamic, configuration->stream, arguments, behind_pack);
+              kernel.most_dynamic, configuration->stream, arguments, behind_pack, cluster);
     return cudaSuccess;
 }
 

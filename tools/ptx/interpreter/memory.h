@@ -217,7 +217,8 @@ PTX_OUT_OF_LINE inline void visit(Machine& m, Warp& w, int lane, u32 rank) {
     Block& block = m.blocks[rank];
     const std::string name = block_text({block.ctaid[0], block.ctaid[1], block.ctaid[2]});
     if (block.exited) fault(lane, "cluster", "the shared memory of " + name + " is accessed, which has exited");
-    bool started = false;
+    // Whoever has passed a barrier of the cluster knows that all its blocks arrived there, even if they did so relaxed.
+    bool started = lane >= 0 && w.cluster_waits[static_cast<size_t>(lane)] > 0;
     for (size_t k = rank * m.block_warps; k < (rank + 1) * m.block_warps; ++k)
         started = started || w.order.known.reaches(k, m.warps[k].start);
     if (!started)

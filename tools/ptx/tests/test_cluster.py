@@ -139,6 +139,13 @@ def test_the_life_of_a_block():
         + "xor.b32 %r12, %r10, 1; mapa.shared::cluster.u32 %r13, %r21, %r12; st.shared::cluster.u32 [%r13], 0;"
         + SYNC,
     )
+    relaxed = SYNC.replace("arrive", "arrive.relaxed")
+    write = "xor.b32 %r12, %r10, 1; mapa.shared::cluster.u32 %r13, %r20, %r12; st.shared::cluster.u32 [%r13+512], 7;"
+    body = OWN + "setp.ne.u32 %p1, %tid, 0;" + relaxed + "@%p1 bra A;" + write
+    body += "A:" + SYNC + "ld.shared.u32 %r1, [%r20+512];"
+    for seed in SEEDS:
+        assert (run_all(body, 2, seed=seed) == 7).all(), "a relaxed arrival says that the block has started"
+    cluster_fault("cluster", "before anything ensures|has exited", body.replace(relaxed, ""))
     assert_fault(
         "illegal",
         "mapa: block 2 of a cluster of 2",
