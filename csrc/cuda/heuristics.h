@@ -170,7 +170,8 @@ constexpr int64_t kFragmentColumns = 32;
 // leaves 1.1 to 2.1 us, and the lesser is taken to hold for more rows.
 constexpr double kClocksLess = 2000;
 
-// The launch that counts the set bits of x, by the time of pack's (kMicrosOfPack) at 1.75 GHz.
+// The launch that counts the set bits of x, by the time of pack's (kMicrosOfPack) at 1.75 GHz. On 9.0 the product hides
+// half of it (kMicrosHidden) if the weights have a form, as those of layers do not. It is not distinguished.
 constexpr double kClocksOfCount = 2800;
 
 // Estimates the clocks of a product of 17 to 64 rows by skinny_mma_sm80, as estimated_clocks does, but without a doubt.
