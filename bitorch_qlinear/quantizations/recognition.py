@@ -10,7 +10,7 @@ from typing import Any, TypeGuard, cast
 
 from torch import Tensor, nn
 
-from .._torch import call_overrides, has_hooks
+from .._torch import CALL_HOOKS, call_overrides, has_hooks
 from .base import BinaryQuantization, Identity, Quantization, checked_scale, has_scale
 from .dorefa import InputDoReFa
 from .progressive_sign import ProgressiveSign
@@ -107,12 +107,15 @@ def additions(quantization: nn.Module) -> str:
 
 
 def guard(quantization: nn.Module) -> None:
-    """Let torch.compile compile again if one of these methods is set on the object later.
+    """Let torch.compile compile again if one of these methods is set on the object later, or if it gets hooks.
 
-    It notices that only for attributes that the traced code reads, and not for a test whether ``__dict__`` has them.
+    It notices that only for attributes that the traced code reads, and not for a test whether ``__dict__`` has them. It
+    notices hooks, as those of all modules, only if ``torch._dynamo.config.skip_nnmodule_hook_guards`` is False.
     """
     for name in ("forward", "_call_impl", *_METHODS):
         getattr(quantization, name, None)
+    for table in CALL_HOOKS:
+        list(getattr(quantization, table, ()))
 
 
 def _is_exactly(quantization: nn.Module, ours: type[nn.Module]) -> bool:

@@ -172,6 +172,18 @@ def test_compiled_graphs_notice_what_is_set_later(quantization, change, place):
         assert torch.equal(compiled(X), called(layer, X))
 
 
+@pytest.mark.parametrize("place", ["input_quantization", "weight_quantization", "activation"])
+@pytest.mark.parametrize("change", [change for change in CHANGES if "hook" in change])
+def test_compiled_graphs_notice_hooks_if_torch_is_told_to(change, place):
+    layer = QLinear(K, N).eval()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False), torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        compiled(X)
+        CHANGES[change](getattr(layer, place))
+        assert torch.equal(compiled(X), called(layer, X))
+
+
 def test_exported_programs_compute_what_is_set():
     layer = changed_layer("input_quantization", "sign", "forward")
     program = torch.export.export(layer, (X,)).module()
