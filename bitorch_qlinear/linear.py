@@ -345,10 +345,11 @@ class QLinear(nn.Linear):
         parameters: dict[str, Any] = self._parameters
         weight: Any = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
         bias: Any = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
-        rules = self._rules()
+        compiling = _compiling()
+        rules = self._rules(compiling)
         if rules is None or not has_kernels(x) or not has_kernels(weight):
             return self._in_float(x, weight, bias, rules)
-        if not (self.training or _compiling() or _warned_of_packing) and weight.numel() >= _MANY_WEIGHTS:
+        if not (self.training or compiling or _warned_of_packing) and weight.numel() >= _MANY_WEIGHTS:
             self._consider_warning(x, weight, bias)
         try:
             scale = self._scale(weight)
@@ -357,25 +358,30 @@ class QLinear(nn.Linear):
             threshold = self.activation.gradient_cancellation_threshold
             return train_linear(x, weight, bias, rules, threshold, scale, self.weight_scale == "mean")
         except NotImplementedError:
-            if _compiling() or (is_plain(x) and is_plain(weight)):
+            if compiling or (is_plain(x) and is_plain(weight)):
                 raise
             return self._in_float(x, weight, bias, rules)
         except RuntimeError as error:
             raise_of_dtype(x, error)
             raise
 
-    def _rules(self) -> tuple[BinaryRule, BinaryRule] | None:
-        """Return the rules of input and weight, or None if the packed path cannot compute both of them."""
+    def _rules(self, compiling: bool = False) -> tuple[BinaryRule, BinaryRule] | None:
+        """Return the rules of input and weight, or None if the packed path cannot compute both of them.
+
+        Args:
+            compiling: Whether torch traces the call, so that the graph must depend on what the answer depends on.
+        """
         modules: dict[str, Any] = self._modules
         activation = modules["activation"]
         if not is_plain_activation(activation):
             return None
         parts: dict[str, Any] = activation._modules
-        if _compiling():
+        if compiling:
             for module in (activation, parts["activation_function"], modules["weight_quantization"]):
                 guard(module)
         input_rule = binary_rule(parts["activation_function"])
-        weight_rule = self._weight_rule()
+        # Most weights need only binary_rule, which costs less than a call of _weight_rule.
+        weight_rule = binary_rule(modules["weight_quantization"]) or self._weight_rule()
         return None if input_rule is None or weight_rule is None else (input_rule, weight_rule)
 
     def _weight_rule(self) -> BinaryRule | None:

@@ -318,7 +318,8 @@ class PackedQLinear(nn.Module):
         """Make a QLinear with the same output, whose float weights are ±1, in the dtype of the bias.
 
         Its weight quantization is sign if the packed weights came from one that is not sign-like, such as weightdorefa,
-        or that has a scale of its own. Ternary weights stay ternary. A scale becomes a learned one.
+        or that has a scale of its own, and if the quantization is no longer sign-like, because of hooks for example.
+        Ternary weights stay ternary. A scale becomes a learned one.
 
         Raises:
             ValueError: A call of the layer does more than PackedQLinear's, as with hooks, or its input quantization is
@@ -337,8 +338,10 @@ class PackedQLinear(nn.Module):
         quantization: nn.Module | None = None
         if self._weight_rule == TERNARY_WEIGHT:
             quantization = Ternary()
-        elif self._weight_rule != QUANTIZED_WEIGHT and scaled_rule(self.weight_quantization) is None:
-            quantization = copy.deepcopy(self.weight_quantization)
+        elif self._weight_rule != QUANTIZED_WEIGHT:
+            present = self.weight_quantization
+            if binary_rule(present) is not None or depends_on_mode(present):  # which leave ±1 as they are
+                quantization = copy.deepcopy(present)
         layer = QLinear(
             self.in_features,
             self.out_features,

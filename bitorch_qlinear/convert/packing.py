@@ -13,7 +13,7 @@ from ..linear import QLinear
 from ..packed import PackedQLinear, weight_rule_of
 from .bitorch_layers import is_bitorch_layer, qlinear_of
 from .replacement import check_model, replace
-from .report import binary_layers, reason_against
+from .report import binary_layers, reason_against, tensor_id
 
 __all__ = ["pack", "unpack"]
 
@@ -67,9 +67,7 @@ def pack(model: nn.Module, *, inplace: bool = False, fuse: bool = False) -> nn.M
         source = qlinear_of(layer) if is_bitorch_layer(layer) else layer
         assert isinstance(source, QLinear)
         rule = weight_rule_of(source.weight_quantization)
-        # A computed weight is a new tensor at each access, and the next one may get its id.
-        weight_id = id(source.weight) if "weight" in source._parameters else id(source)
-        key = weight_id, id(source.weight_quantization) if rule == QUANTIZED_WEIGHT else rule
+        key = tensor_id(source, "weight"), id(source.weight_quantization) if rule == QUANTIZED_WEIGHT else rule
         packed = PackedQLinear.from_float(source, shared.get(key))
         shared[key] = packed.weight
         replacements[id(layer)] = packed

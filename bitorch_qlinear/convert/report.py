@@ -15,7 +15,7 @@ from ..packed import PackedQLinear, check_rules, input_rule_of, pack_weight, wei
 from ..quantizations import binary_rule
 from .bitorch_layers import is_bitorch_layer, qlinear_of, reason_against_sharing
 
-__all__ = ["LayerReport", "Report", "binary_layers", "explain", "reason_against"]
+__all__ = ["LayerReport", "Report", "binary_layers", "explain", "reason_against", "tensor_id"]
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,16 @@ def reason_against(layer: nn.Module, parent: nn.Module | None = None, name: str 
     return ""
 
 
+def tensor_id(layer: nn.Module, name: str) -> int:
+    """Return a number that layers have in common if they share the tensor of this name.
+
+    A computed tensor, as by a parametrization, is a new one at each access, and the next one may get its id. It has the
+    id of the layer.
+    """
+    is_kept = any(name in table for table in (layer._parameters, layer._buffers, layer.__dict__))
+    return id(getattr(layer, name) if is_kept else layer)
+
+
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, nn.Module]]:
     """Yield the path, a parent and the layer for each QLinear, of this package or bitorch's, and each PackedQLinear."""
     modules = dict(model.named_modules())
@@ -194,9 +204,7 @@ def explain(model: nn.Module) -> Report:
     for _, _, layer in found:
         for name, tensor in (("weight", layer.weight), ("weight_prepared", getattr(layer, "weight_prepared", None))):
             if isinstance(tensor, Tensor):
-                # A computed weight is a new tensor at each access, and the next one may get its id.
-                is_kept = any(name in table for table in (layer._parameters, layer._buffers, layer.__dict__))
-                tensors[id(tensor if is_kept else layer)] = _bytes(tensor)
+                tensors[tensor_id(layer, name)] = _bytes(tensor)
     fused = fusions(model)
     return Report(tuple(_explain_layer(*each, fused) for each in found), sum(tensors.values()))
 

@@ -109,15 +109,17 @@ constexpr const char* kTileReasons[kTiles] = {
 
 // Returns the clocks for a stage of a tile: those of the slowest of tensor cores, L2 and shared memory, whose work
 // overlaps. The three tiles, widest first, take 1024, 512, 192 on 8.0; 2048, 1024, 341 on 9.0; and 2048, 1024, 512 on
-// 8.6 and 8.9, where the tensor cores alone would need 256 for the third.
-static constexpr double stage_clocks(Tile tile, const Multiprocessor& chip) {
+// 8.6 and 8.9, where the tensor cores alone would need 256 for the third. L2 brings only rows of x that exist; `rows`
+// is their number.
+static constexpr double stage_clocks(Tile tile, const Multiprocessor& chip, int64_t rows = kAnyRows) {
     const int64_t i = static_cast<int64_t>(tile), outputs = kTileRows[i] * kTileColumns[i];
+    const int64_t brought = (std::min(rows, kTileRows[i]) + kTileColumns[i]) * kTileStageBits / 8;
     const int64_t copied = (kTileRows[i] + kTileColumns[i]) * kTileStageBits / 8;
     const int64_t read = outputs * 2 / kTileSide[i] * kTileStageBits / 8;  // each warp its rows and its columns
     const auto clocks = [](int64_t work, int64_t rate) {
         return static_cast<double>(work) / static_cast<double>(rate);
     };
-    return std::max({clocks(outputs * kTileStageBits, chip.multiplies), clocks(copied, chip.l2_bytes),
+    return std::max({clocks(outputs * kTileStageBits, chip.multiplies), clocks(brought, chip.l2_bytes),
                      clocks(copied + read, kSharedBytesAClock)});
 }
 
@@ -131,15 +133,19 @@ static constexpr int64_t resident_blocks(Tile tile, const Multiprocessor& chip) 
 
 // Estimates the clocks of a product. Blocks that share a multiprocessor also share its tensor cores and its part of L2,
 // so the number of tiles of the busiest multiprocessor counts; only kClocksAround passes once for all that it holds at
-// a time. The result is a double, because with k = 2^31 and m n = 2^40 the clocks exceed an int64.
-static inline double estimated_clocks(Tile tile, const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
+// a time. The result is a double, because with k = 2^31 and m n = 2^40 the clocks exceed an int64. `rows` is that of
+// stage_clocks: m for one row of tiles, and by default all of a tile's, so that the choice of a tile depends on m in
+// units of 64.
+static inline double estimated_clocks(Tile tile, const Gpu& gpu, int64_t m, int64_t n, int64_t k,
+                                      int64_t rows = kAnyRows) {
     const int64_t i = static_cast<int64_t>(tile);
     const Multiprocessor chip = multiprocessor(gpu.capability);
     const int64_t tiles = ceil_div(m, kTileRows[i]) * ceil_div(n, kTileColumns[i]);
     const int64_t of_one = ceil_div(tiles, std::max(gpu.multiprocessors, 1));
     const double rounds = static_cast<double>(ceil_div(of_one, resident_blocks(tile, chip)));
     const double stages = static_cast<double>(ceil_div(k, kTileStageBits));
-    const double clocks = rounds * kClocksAround + static_cast<double>(of_one) * stages * stage_clocks(tile, chip);
+    const double clocks =
+        rounds * kClocksAround + static_cast<double>(of_one) * stages * stage_clocks(tile, chip, rows);
     return clocks * kDoubt[i];
 }
 
@@ -158,12 +164,14 @@ static inline Tile best_tile(const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
 // costs less than multiprocessors that are idle, and for words of x that a launch would have to count for mma_sm80.
 constexpr int64_t kFragmentColumns = 32;
 
-// How much less time skinny_mma_sm80 takes than the difference of the estimates says: in 0.7 us it has twice the bytes in
-// flight. This was measured on an H200 with 16 rows, where both kernels read popcounts: 5.07 us and 6.60 at 4096 x 4096,
-// and 6.64 and 8.76 at 8192 x 8192, while the estimates differ by 0.78 us in both cases. That leaves 0.75 to 1.3 us.
-constexpr double kClocksLess = 1300;
+// How much less time skinny_mma_sm80 takes than the difference of the estimates says, because it has twice the bytes in
+// flight. On an H200, 16 rows by both kernels, which read popcounts then, took 5.07 us and 6.60 at 4096 x 4096,
+// and 6.64 and 8.76 at 8192 x 8192. The estimates, without the adding of sums, differ by 0.4 us and by nothing. That
+// leaves 1.1 to 2.1 us, and the lesser is taken to hold for more rows.
+constexpr double kClocksLess = 2000;
 
-// The launch that counts the set bits of x, by the time of pack's (kMicrosOfPack) at 1.75 GHz.
+// The launch that counts the set bits of x, by the time of pack's (kMicrosOfPack) at 1.75 GHz. On 9.0 the product hides
+// half of it (kMicrosHidden) if the weights have a form, as those of layers do not. It is not distinguished.
 constexpr double kClocksOfCount = 2800;
 
 // Estimates the clocks of a product of 17 to 64 rows by skinny_mma_sm80, as estimated_clocks does, but without a doubt.
@@ -186,13 +194,19 @@ static inline double estimated_fragment_clocks(const Gpu& gpu, int64_t m, int64_
     return static_cast<double>(ceil_div(of_one, residents)) * kClocksAround + static_cast<double>(of_one) * of_block;
 }
 
+// Estimates the clocks of the same product by mma_sm80, whose tiles bring only rows of x that exist: without that, 17 rows
+// would be estimated to bring as many bytes as 64.
+static inline double estimated_tile_clocks(const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
+    const Tile tile = best_tile(gpu, m, n, k);
+    return estimated_clocks(tile, gpu, m, n, k, m) / kDoubt[static_cast<int>(tile)];
+}
+
 // Returns whether skinny_mma_sm80 is estimated to be faster than mma_sm80. `words` says that x is given as words, whose set
 // bits a launch would count for mma_sm80, unless a launch has to align them anyway. (In linear_train the launch that
 // packs x would count them for nothing. It is not distinguished.)
 static inline bool fragments_win(const Gpu& gpu, int64_t m, int64_t n, int64_t k, bool words) {
     const double counted = words && !prepared_holds_words(k) ? kClocksOfCount : 0;
-    const Tile tile = best_tile(gpu, m, n, k);
-    const double tiles = estimated_clocks(tile, gpu, m, n, k) / kDoubt[static_cast<int>(tile)];
+    const double tiles = estimated_tile_clocks(gpu, m, n, k);
     return estimated_fragment_clocks(gpu, m, n, k) < tiles + kClocksLess + counted;
 }
 

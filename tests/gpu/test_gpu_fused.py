@@ -72,7 +72,7 @@ def test_weights_that_change_right_before_the_call(kernel, in_a_graph):
     """A product that starts early must not start before the weights, their form, the bias or x are written.
 
     Each step writes them in the same stream, directly before the calls, from tensors that hold its values. The kernels
-    that multiply tiles start early only if the weights have a form; otherwise the launch before counts the weights, too.
+    that multiply tiles start early only if the weights have a form, because else the launch before counts these, too.
     """
     steps = 50
     shapes = [(1, 4096, 4096), (4, 8192, 4096), (16, 4096, 4096), (16, 512, 4000), (64, 1024, 4096), (300, 512, 4000)]

@@ -47,6 +47,7 @@ def setter(name, value):
 
 CHANGES = {
     "forward": setter("forward", other_signs),
+    "_call_impl": setter("_call_impl", other_signs),
     "quantize": setter("quantize", other_signs),
     "rule": setter("rule", strict_rule),
     "forward hook": lambda module: module.register_forward_hook(lambda module, args, output: other_signs(args[0])),
@@ -156,7 +157,7 @@ def test_calls_of_the_layer(name):
 
 
 @pytest.mark.parametrize("place", ["input_quantization", "weight_quantization", "activation"])
-@pytest.mark.parametrize("change", ["forward", "quantize", "rule"])
+@pytest.mark.parametrize("change", ["forward", "_call_impl", "quantize", "rule"])
 @pytest.mark.parametrize("quantization", ["sign", Mine], ids=["sign", "own"])
 def test_compiled_graphs_notice_what_is_set_later(quantization, change, place):
     made = (quantization if isinstance(quantization, str) else quantization() for _ in range(2))
@@ -166,6 +167,18 @@ def test_compiled_graphs_notice_what_is_set_later(quantization, change, place):
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     with torch.no_grad():
+        compiled(X)
+        CHANGES[change](getattr(layer, place))
+        assert torch.equal(compiled(X), called(layer, X))
+
+
+@pytest.mark.parametrize("place", ["input_quantization", "weight_quantization", "activation"])
+@pytest.mark.parametrize("change", [change for change in CHANGES if "hook" in change])
+def test_compiled_graphs_notice_hooks_if_torch_is_told_to(change, place):
+    layer = QLinear(K, N).eval()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False), torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
         compiled(X)
         CHANGES[change](getattr(layer, place))
         assert torch.equal(compiled(X), called(layer, X))
@@ -192,6 +205,24 @@ def test_computed_weights_are_not_taken_for_shared_ones():
     for layer, each in zip(layers, packed, strict=True):
         assert torch.equal(each(X), layer(X))
     assert explain(model).resident_bytes == 8 * K * K * 4
+
+
+@pytest.mark.parametrize("kept_as", ["parameter", "buffer", "attribute"])
+def test_weights_that_layers_share_are_packed_once(kept_as):
+    layers = [QLinear(K, K) for _ in range(3)]
+    weight = torch.randn(K, K)
+    parameter = nn.Parameter(weight)
+    for layer in layers:
+        del layer.weight
+        if kept_as == "buffer":
+            layer.register_buffer("weight", weight)
+        else:
+            layer.weight = parameter if kept_as == "parameter" else weight
+    model = nn.Sequential(*layers).eval()
+    packed = pack(model)
+    assert torch.equal(packed(X), model(X))
+    assert packed[0].weight is packed[1].weight is packed[2].weight
+    assert explain(packed).resident_bytes == K * K // 8
 
 
 @pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "orthogonal"])
@@ -231,3 +262,17 @@ def test_unpacking_refuses_what_it_would_change(change):
     argument = "input_quantization" if "quantization" in change else "layer"
     with pytest.raises(ValueError, match=f"^{argument}: expected"):
         unpack(nn.Sequential(packed))
+
+
+@pytest.mark.parametrize("change", ["forward", "quantize", "hook", "exchanged"])
+@pytest.mark.parametrize("quantization", ["sign", "steheaviside", Scaled], ids=["sign", "steheaviside", "scaled"])
+def test_unpacking_leaves_out_a_changed_weight_quantization(quantization, change):
+    layer = QLinear(K, N, weight_quantization=quantization if isinstance(quantization, str) else quantization())
+    packed = PackedQLinear.from_float(layer)
+    if change == "exchanged":
+        packed.weight_quantization = Negative()
+    elif change == "hook":
+        packed.weight_quantization.register_forward_hook(lambda module, args, output: -output)
+    else:
+        setattr(packed.weight_quantization, change, lambda weight: -weight)
+    assert torch.equal(unpack(nn.Sequential(packed))(X), packed(X))

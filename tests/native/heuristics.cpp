@@ -36,11 +36,12 @@ void estimate_all(int64_t count, const int64_t (*queries)[5], double (*clocks)[k
         }
     }
 }
-void estimate_fragments(int64_t count, const int64_t (*queries)[5], double* clocks) {
+void estimate_fragments(int64_t count, const int64_t (*queries)[5], double (*clocks)[2]) {
     for (int64_t i = 0; i < count; ++i) {
         const auto& [capability, multiprocessors, m, n, k] = queries[i];
         const Gpu gpu{static_cast<int>(capability), static_cast<int>(multiprocessors)};
-        clocks[i] = estimated_fragment_clocks(gpu, m, n, k);
+        clocks[i][0] = estimated_fragment_clocks(gpu, m, n, k);
+        clocks[i][1] = estimated_tile_clocks(gpu, m, n, k);
     }
 }
 void estimate_warpgroups(int64_t count, const int64_t (*queries)[5], double (*clocks)[kWarpgroupTiles]) {

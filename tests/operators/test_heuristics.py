@@ -106,9 +106,9 @@ def choose_for_real_x(value_bytes, *arguments):
 
 
 def estimate_fragments(*arguments):
-    """Return the same of skinny_mma_sm80, for 17 to 64 rows; of shape (queries,)."""
+    """Return the same of skinny_mma_sm80 and of mma_sm80's best tile, for 17 to 64 rows; of shape (queries, 2)."""
     asked = queries(*arguments)
-    clocks = np.full(len(asked), np.nan)
+    clocks = np.full((len(asked), 2), np.nan)
     library().estimate_fragments(len(asked), asked.ctypes.data, clocks.ctypes.data)
     return clocks
 
@@ -148,10 +148,9 @@ def fragments_win(capability, multiprocessors, m, n, k, words):
     if not 80 <= capability <= 90:
         return few & False
     multiprocessors, m, n, k = (np.where(few, size, 17) for size in (multiprocessors, m, n, k))
-    doubted, doubts = estimate(capability, multiprocessors, m, n, k), (17 / 16) ** np.arange(3)
-    tiles = doubted.min(1) / doubts[doubted.argmin(1)]
     counted = np.where(words & (k.ravel() % 128 == 0), 2800, 0)
-    found = estimate_fragments(capability, multiprocessors, m, n, k) < tiles + 1300 + counted
+    fragments, tiles = estimate_fragments(capability, multiprocessors, m, n, k).T
+    found = fragments < tiles + 2000 + counted
     return few & found.reshape(few.shape)
 
 
@@ -326,20 +325,22 @@ def test_sizes_at_their_bounds():
     ("capability", "multiprocessors", "shape", "clocks"),
     [
         # 128 blocks, one on a multiprocessor: 8 stages of 96 rows from L2, and 2048 sums of 4 warps.
-        (90, 132, (64, 4096, 4096), 2000 + 8 * 256 + 576),
+        (90, 132, (64, 4096, 4096), (2000 + 8 * 256 + 576, 2000 + 8 * 128 * 64 / 24)),
         # 256 blocks, two on a multiprocessor, 16 stages of 64 rows.
-        (90, 132, (32, 8192, 8192), 2000 + 2 * (16 * 64 * 64 / 24 + 288)),
+        (90, 132, (32, 8192, 8192), (2000 + 2 * (16 * 64 * 64 / 24 + 288), 2000 + 16 * 96 * 64 / 24)),
         # 344 blocks, three on a multiprocessor, of which two can be there at the same time.
-        (90, 132, (33, 11008, 4096), 2 * 2000 + 3 * (8 * 65 * 64 / 24 + 576)),
+        (90, 132, (33, 11008, 4096), (2 * 2000 + 3 * (8 * 65 * 64 / 24 + 576), 2000 + 2 * 8 * 97 * 64 / 24)),
         # On 8.0, L2 keeps up with the counting of set bits.
-        (80, 108, (64, 4096, 512), 2000 + 2 * (96 * 64 / 47 + 576)),
-        (80, 108, (33, 64, 512), 2000 + 96 + 576),
-        (86, 82, (17, 1, 1), 2000 + 49 * 4 + 288),
-        (90, 132, (64, 1, 0), 2000 + 576),
+        (80, 108, (64, 4096, 512), (2000 + 2 * (96 * 64 / 47 + 576), 2000 + 192)),
+        (80, 108, (33, 64, 512), (2000 + 96 + 576, 2000 + 192)),
+        (86, 82, (17, 1, 1), (2000 + 49 * 4 + 288, 2000 + 81 * 4)),
+        # The tensor cores bound a tile that brings few rows of x.
+        (90, 132, (17, 64, 512), (2000 + 49 * 64 / 24 + 288, 2000 + 256)),
+        (90, 132, (64, 1, 0), (2000 + 576, 2000)),
     ],
 )
 def test_estimates_of_fragments(capability, multiprocessors, shape, clocks):
-    assert estimate_fragments(capability, multiprocessors, *shape) == pytest.approx(clocks)
+    assert estimate_fragments(capability, multiprocessors, *shape)[0] == pytest.approx(clocks)
 
 
 @pytest.mark.parametrize(
@@ -352,8 +353,10 @@ def test_estimates_of_fragments(capability, multiprocessors, shape, clocks):
         ((64, 8192, 8192), True, False),  # for words of x a launch is saved
         ((48, 8192, 8192), True, False),
         ((48, 8192, 8191), False, False),  # which has to align these
-        ((32, 28672, 8192), True, False),
+        ((32, 12672, 8192), True, True),
+        ((32, 28672, 8192), False, False),
         ((64, 28672, 8192), False, False),
+        ((17, 198528, 8192), False, False),  # of which tiles bring fewer bytes
         ((65, 64, 64), False, False),
     ],
 )

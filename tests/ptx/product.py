@@ -346,11 +346,8 @@ def source_of_type(name: str, dtype: str = "float32") -> str:
     return text
 
 
-def edited(text: str, edits: list[tuple[str, str]], target: str = "sm_80", few: bool = False) -> list[Mutant]:
-    """Return a mutant for each edit of a text, or for the usual ones if `few`; each old text must occur once."""
+def edited(text: str, edits: list[tuple[str, str]], target: str = "sm_80") -> list[Mutant]:
+    """Return a mutant for each of the usual edits of a text; each old text, of all edits, must occur once."""
     for old, _ in edits:
         assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"
-    return [
-        Mutant(f"{old} -> {new}", compiled(text.replace(old, new), target))
-        for old, new in (usual(edits) if few else edits)
-    ]
+    return [Mutant(f"{old} -> {new}", compiled(text.replace(old, new), target)) for old, new in usual(edits)]

@@ -161,7 +161,7 @@ def test_mutants_are_caught():
     start = "    arrive_at_start();\n", "    wait_for_cluster();  // until"
     assert all(cxx.count(line) == 1 for line in start)
     unordered = cxx.replace(start[0], "").replace(start[1], "    //")
-    mutants = edited(cxx, edits, "sm_90a", few=True)
+    mutants = edited(cxx, edits, "sm_90a")
     mutants += [*remove_barriers(text, name), *remove("removed", text, name, r"barrier\.cluster\..*")]
     mutants += edit("relaxed", text, name, r"barrier\.cluster\.arrive\.release.*", "release", "relaxed")
     mutants += [Mutant("blocks that may not have started", compiled(unordered, "sm_90a"))]

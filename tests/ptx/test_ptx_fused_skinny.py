@@ -212,7 +212,7 @@ def test_mutants_of_fused_are_caught():
     name = kernel(Module.from_ptx(text), "Li4E")
     barriers = remove_barriers(text, name)
     assert len(barriers) == 2
-    assert_caught(text, [*edited(cxx, edits, few=True), *barriers], run_small, seeds=range(2))
+    assert_caught(text, [*edited(cxx, edits), *barriers], run_small, seeds=range(2))
 
 
 def test_mutants_of_bits_are_caught():
@@ -231,4 +231,4 @@ def test_mutants_of_bits_are_caught():
         ("row, column, j, *sum, tile", "row, column, j, *sum + 1, tile"),
     ]
     cxx = source_of_type(NAME, "boolean")
-    assert_caught(compiled(cxx, "sm_80"), edited(cxx, edits, few=True), run, seeds=range(2))
+    assert_caught(compiled(cxx, "sm_80"), edited(cxx, edits), run, seeds=range(2))

@@ -189,7 +189,7 @@ def test_mutants_of_fused_are_caught():
     name = kernel(Module.from_ptx(text), "multiply_fused")
     barriers, fragments = remove_barriers(text, name), swap_fragments(text, name)[:13]  # registers of one instruction
     assert (len(barriers), len(fragments)) == (2, 13)
-    assert_caught(text, [*edited(cxx, edits, few=True), *barriers, *fragments], run_small, seeds=range(2))
+    assert_caught(text, [*edited(cxx, edits), *barriers, *fragments], run_small, seeds=range(2))
 
 
 def test_mutants_of_bits_are_caught():
@@ -206,4 +206,4 @@ def test_mutants_of_bits_are_caught():
         ("row, column, j, different, tile", "row, column, j, different + 1, tile"),
     ]
     cxx = source_of_type(NAME, "boolean")
-    assert_caught(compiled(cxx, "sm_80"), edited(cxx, edits, few=True), run, seeds=range(2))
+    assert_caught(compiled(cxx, "sm_80"), edited(cxx, edits), run, seeds=range(2))

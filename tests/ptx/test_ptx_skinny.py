@@ -193,7 +193,7 @@ def test_mutants_of_skinny_are_caught():
         ("channels.bias + j", "channels.bias + j + 1"),
     ]
     text = compiled(small_source(), "sm_80")
-    mutants = edited(small_source(), edits, few=True)
+    mutants = edited(small_source(), edits)
     barriers = remove_barriers(text, kernel(Module.from_ptx(text), "ShapeILi16E"))
     assert len(barriers) == 2
     assert_caught(text, [*mutants, *barriers], run_small, seeds=range(2))
@@ -224,4 +224,4 @@ def test_mutants_of_bits_are_caught():
         ("if (lane == 0) write_word", "if (lane < 2) write_word"),
     ]
     cxx = small_source("boolean")
-    assert_caught(compiled(cxx, "sm_80"), edited(cxx, edits, few=True), run, seeds=range(2))
+    assert_caught(compiled(cxx, "sm_80"), edited(cxx, edits), run, seeds=range(2))

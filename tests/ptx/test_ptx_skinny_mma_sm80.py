@@ -251,7 +251,7 @@ def test_mutants_of_skinny_are_caught():
         ("+ kWarp / 2 / Tiles", ""),
     ]
     text = compiled(source_of_type(NAME), "sm_80")
-    mutants = edited(source_of_type(NAME), edits, few=True)
+    mutants = edited(source_of_type(NAME), edits)
     name = kernel(Module.from_ptx(text), "ShapeILi1ELi2E")
     barriers, fragments = remove_barriers(text, name), swap_fragments(text, name)[:13]  # registers of one instruction
     assert (len(barriers), len(fragments)) == (2, 13)
@@ -276,7 +276,7 @@ def test_mutants_of_fragments_are_caught():
     text = compiled(cxx, "sm_80")
     barriers = remove_barriers(text, kernel(Module.from_ptx(text), "ShapeILi4ELi4E"))
     assert len(barriers) == 2
-    assert_caught(text, [*edited(cxx, edits, few=True), *barriers], run_fragments, seeds=range(2))
+    assert_caught(text, [*edited(cxx, edits), *barriers], run_fragments, seeds=range(2))
 
 
 def test_mutants_of_bits_are_caught():

@@ -372,7 +372,7 @@ def test_edits_of_the_pipeline_are_caught():
     give, take = "    if (leads) arrive(next_turn);\n", "    wait(my_turn, turn_parity);\n"
     assert text.count(give) == text.count(take) == 1
     early = Mutant("the turn is given on early", compiled(text.replace(give, "").replace(take, take + give), "sm_90a"))
-    mutants = [*edited(text, PIPELINE_EDITS, "sm_90a", few=True), early]
+    mutants = [*edited(text, PIPELINE_EDITS, "sm_90a"), early]
     assert_caught(ptx(), mutants, run_pipeline, seeds=range(2))
 
 
@@ -393,12 +393,12 @@ def test_edits_of_bands_are_caught():
 
 @pytest.mark.slow
 def test_edits_of_outputs_are_caught():
-    assert_caught(ptx(), edited(small_source("bfloat16"), OUTPUT_EDITS, "sm_90a", few=True), run_small, seeds=range(2))
+    assert_caught(ptx(), edited(small_source("bfloat16"), OUTPUT_EDITS, "sm_90a"), run_small, seeds=range(2))
 
 
 @pytest.mark.slow
 def test_edits_of_bits_are_caught():
     text = small_source("boolean")
     run = functools.partial(run_small, out=torch.bool)
-    edits = edited(text, [*BIT_EDITS, *OWN_BIT_EDITS], "sm_90a", few=True)
+    edits = edited(text, [*BIT_EDITS, *OWN_BIT_EDITS], "sm_90a")
     assert_caught(compiled(text, "sm_90a"), edits, run, seeds=range(2))
