@@ -11,8 +11,8 @@ constexpr int kAlignSteps = 8;
 constexpr int kAlignSegment = kAlignSteps * kWarp;
 static_assert(kAlignSegment % kAlignedWords == 0, "a row's padding words belong to its last segment");
 
-// Copies words [first, first + kAlignSegment) of a row, as far as they exist, and returns their set bits, distributed over
-// the lanes.
+// Copies words [first, first + kAlignSegment) of a row, as far as they exist, and returns their set bits, distributed
+// over the lanes.
 __device__ __forceinline__ int32_t align_segment(const Align& job, int64_t row, int64_t first) {
     const int64_t width = word_count(job.k),
                   aligned_width = (width + kAlignedWords - 1) / kAlignedWords * kAlignedWords;
@@ -36,8 +36,8 @@ __device__ __forceinline__ int32_t align_segment(const Align& job, int64_t row, 
     return count;
 }
 
-// Does all of a row by one warp. Blocks that a launch has for this beside its own work call it: `block` is the number of
-// such a block, which takes a row for each of its warps.
+// Does all of a row by one warp. Blocks that a launch has for this beside its own work call it: `block` is the number
+// of such a block, which takes a row for each of its warps.
 __device__ __forceinline__ void align_rows_of_block(const Align& job, int64_t block) {
     const int warp = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x) / kWarp;
     const int64_t row = block * kRowWarps + warp, width = word_count(job.k);

@@ -3,9 +3,9 @@
 //     popcount(a ^ b) = popcount(a) + popcount(b) - 2 popcount(a & b).
 // Everything is unsigned, modulo 2^32, so the sum may exceed 2^31 on its way; k - 2 popcount itself fits in an int32.
 //
-// An output may instead be a bit, (popcount <= limit) XOR flip, and the bits of 32 neighbouring columns are a word of y.
-// One warp makes all comparisons of a word and its lanes exchange the results, so that each word is written once, by one
-// thread.
+// An output may instead be a bit, (popcount <= limit) XOR flip, and the bits of 32 neighbouring columns are a word of
+// y. One warp makes all comparisons of a word and its lanes exchange the results, so that each word is written once, by
+// one thread.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -258,7 +258,8 @@ __device__ __forceinline__ void write_row_of_warp(const Product& product, int64_
     if (lane == 0) write_word(product, row, column, ones ^ channels.flips[0]);
 }
 
-// Returns whether every row of y starts on 16 bytes. Kernels that write bits, which are not stored as vectors, ignore it.
+// Returns whether every row of y starts on 16 bytes. Kernels that write bits, which are not stored as vectors, ignore
+// it.
 static inline bool rows_on_16_bytes(const Output& y, int64_t n) {
     return reinterpret_cast<uintptr_t>(y.data) % 16 == 0 && n * element_size(y.dtype) % 16 == 0;
 }

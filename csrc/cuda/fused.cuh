@@ -2,8 +2,8 @@
 // division of the weights among blocks and warps.
 //
 // A block packs all rows of x once, alone or with the other blocks of its cluster, and then multiplies, in rounds,
-// columns of y. In a round each group of Parts warps has one unit, the columns that a warp's load takes side by side, and
-// the warps of a group divide K among them:
+// columns of y. In a round each group of Parts warps has one unit, the columns that a warp's load takes side by side,
+// and the warps of a group divide K among them:
 //
 //     warp            0 ... Parts-1     Parts ... 2Parts-1    ...
 //     unit            first             first + 1             ...
@@ -94,9 +94,9 @@ struct Eight {
     }
 };
 
-// Packs words [first, first + width) of the rows of x into words[row][pitch], zeros behind the row's values. `first` is a
-// multiple of 4. All threads of the block must call it, and reach a barrier before the first use. With Whole, rows are
-// whole words and start on 16 bytes.
+// Packs words [first, first + width) of the rows of x into words[row][pitch], zeros behind the row's values. `first` is
+// a multiple of 4. All threads of the block must call it, and reach a barrier before the first use. With Whole, rows
+// are whole words and start on 16 bytes.
 template <class T, bool Whole>
 __device__ __forceinline__ void pack_typed(const FusedProduct& job, int first, int width, int pitch, uint32_t* words) {
     constexpr int kItems = Whole ? 4 / Eight<T>::kLoads : 1;  // 4 loads of 16 bytes are in flight

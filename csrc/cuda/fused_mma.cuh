@@ -56,8 +56,8 @@ __device__ __forceinline__ uint32_t count_row(const uint32_t* words, int width) 
     return __reduce_add_sync(kAllLanes, count);
 }
 
-// Packs all rows of x, of which each block of the cluster packs a part of k and stores it in all of them. Returns when x
-// is there. From then on no block touches the memory of another one, so a block may exit when it likes.
+// Packs all rows of x, of which each block of the cluster packs a part of k and stores it in all of them. Returns when
+// x is there. From then on no block touches the memory of another one, so a block may exit when it likes.
 template <int Blocks>
 __device__ __forceinline__ void pack_x_in_cluster(const FusedProduct& job, const FusedPlan& plan, uint32_t* words) {
 #ifdef BITORCH_QLINEAR_CLUSTERS
@@ -155,8 +155,8 @@ __device__ __forceinline__ void multiply_rows(const FusedProduct& job, const Fus
             fetch((last ? first_column(round + 1) : column) + own, last ? begin : word + kStep);
         }
         tile.load(product.y, product.n, column);
-        // popcount(a ^ b) = popcount(a) + popcount(b) - 2 popcount(a & b). The four lanes of a weight row add up its bits;
-        // a lane has the sums of columns 2 q and 2 q + 1.
+        // popcount(a ^ b) = popcount(a) + popcount(b) - 2 popcount(a & b). The four lanes of a weight row add up its
+        // bits; a lane has the sums of columns 2 q and 2 q + 1.
         weight_bits += __shfl_xor_sync(kAllLanes, weight_bits, 1);
         weight_bits += __shfl_xor_sync(kAllLanes, weight_bits, 2);
 #pragma unroll

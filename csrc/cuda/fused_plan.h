@@ -1,5 +1,5 @@
-// How the fused kernels divide the weights among blocks and warps; host code without CUDA's device side. fused.cuh draws
-// it.
+// How the fused kernels divide the weights among blocks and warps; host code without CUDA's device side. fused.cuh
+// draws it.
 #pragma once
 
 #include <algorithm>

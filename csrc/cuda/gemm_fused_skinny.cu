@@ -1,17 +1,17 @@
 // Packs at most 4 rows of real x and multiplies them, in one launch, for every architecture: XOR and popcount on CUDA
 // cores. Twins: pack.cu and gemm_skinny.cu.
 //
-// As in gemm_skinny.cu, a warp reads whole lines of 128 bytes: 8 lanes, a group, read one line of a weight row, and the 4
-// groups of a warp a line of 4 rows. A lane has kLines loads of weights in flight, of one row, and the first of them
+// As in gemm_skinny.cu, a warp reads whole lines of 128 bytes: 8 lanes, a group, read one line of a weight row, and the
+// 4 groups of a warp a line of 4 rows. A lane has kLines loads of weights in flight, of one row, and the first of them
 // leave before x is read. fused.cuh says how the rows and K are divided among warps and blocks.
 //
-// What one launch saves is measured, on an H200 in a CUDA graph with warm caches (benchmarks/results/gpu/gpu.md): packing
-// one row of bfloat16 by a launch of its own takes 1.6 us of 3.95 at n = k = 4096, and 1.9 of 5.1 at 8192. All else here
-// is an estimate. A block packs all of x for itself, so x is read from L2 by each of 132 blocks, one to a
-// multiprocessor: at k = 8192, 16 KB for one row and 64 KB for 4, where the weights are 64 KB. L1 takes 64 bytes a clock
-// from L2, but packing takes 45 instructions of a warp for 512 bytes of bfloat16, of which 37 take the units of logic:
-// 18 clocks, 28 bytes a clock. That is 0.3 us for 16 KB and 1.3 us for 64 KB at 1.75 GHz, and part of it passes while
-// the weights are on their way. heuristics.h has the bound from which two launches are faster.
+// What one launch saves is measured, on an H200 in a CUDA graph with warm caches (benchmarks/results/gpu/gpu.md):
+// packing one row of bfloat16 by a launch of its own takes 1.6 us of 3.95 at n = k = 4096, and 1.9 of 5.1 at 8192. All
+// else here is an estimate. A block packs all of x for itself, so x is read from L2 by each of 132 blocks, one to a
+// multiprocessor: at k = 8192, 16 KB for one row and 64 KB for 4, where the weights are 64 KB. L1 takes 64 bytes a
+// clock from L2, but packing takes 45 instructions of a warp for 512 bytes of bfloat16, of which 37 take the units of
+// logic: 18 clocks, 28 bytes a clock. That is 0.3 us for 16 KB and 1.3 us for 64 KB at 1.75 GHz, and part of it passes
+// while the weights are on their way. heuristics.h has the bound from which two launches are faster.
 //
 // A block has 32 KB of weights in flight, 4 MB on 132 multiprocessors, where 3 MB keep an H200's memory busy. The loop
 // over K takes 35 clocks of the units of logic for 2 KB of weights and one row, 56 for 2 rows and 94 for 4, and an

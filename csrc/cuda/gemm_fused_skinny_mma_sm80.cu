@@ -2,8 +2,8 @@
 // capability 8.0 to 9.0 (fused_mma.cuh). Twins: pack.cu and gemm_skinny_mma_sm80.cu.
 //
 // These are estimates, not measured. A block packs all of x for itself, 28 bytes a clock (gemm_fused_skinny.cu): the 32
-// KB of 16 rows of 1024 values of bfloat16 take 0.7 us at 1.75 GHz, but the 128 KB of 4096 values take 2.7 us, more than
-// the launch that is saved (heuristics.h has the bound). On 9.0 the blocks of a cluster can pack a part each
+// KB of 16 rows of 1024 values of bfloat16 take 0.7 us at 1.75 GHz, but the 128 KB of 4096 values take 2.7 us, more
+// than the launch that is saved (heuristics.h has the bound). On 9.0 the blocks of a cluster can pack a part each
 // (gemm_fused_cluster_sm90.cu), which lifts that bound.
 //
 // At n = k = 8192 a multiprocessor has 16384 words of weights. On an H100 or H200 the tensor cores take 64 of them in 4

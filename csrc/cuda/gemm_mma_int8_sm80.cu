@@ -11,7 +11,7 @@
 //     CUDA cores, gemm_popc          512    16 lanes of __popc (CUDA C++ programming guide, "Arithmetic Instructions")
 //     CUDA cores, with full adders   780    as gemm_skinny.cu counts, if it did nothing else
 //     int8, 12.0                    1024    838 TOPS of an RTX 5090 with 170 SMs at 2.41 GHz (its white paper)
-//     int8, 10.0                    2048    at least, which is an A100's. A B200's 4500 TOPS are 8200, but only by tcgen05
+//     int8, 10.0                    2048    at least, which is an A100's. a B200's 4500 TOPS are 8200, by tcgen05 only
 //
 // Other units unpack at the same time: from one bit of each byte they make 8 registers of two fragments of x and 8 of
 // weights, by a shift and an AND each. These 32 instructions of a warp take 64 clocks of a quarter of an SM, and the 8

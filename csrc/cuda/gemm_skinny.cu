@@ -19,8 +19,8 @@
 // does not provide, or a second launch of at least 1 us. It could only help if blocks are few and rows long. At n =
 // 256, k = 65536 there are 64 blocks of 32 KB of weights, and an SM takes 64 bytes a clock from L2: 0.3 us, less than
 // the 0.5 us in which the chip's memory gives these 2 MiB. (From 3 rows on they are 32 of 64 KB: 0.5 us. The counting
-// of 16 rows takes longer.) If outputs are bits, they are 8 of 256 KB, because a block has the 32 columns of a word: 2.3
-// us. Sums in memory and a second launch, which packs them, would take about as long.
+// of 16 rows takes longer.) If outputs are bits, they are 8 of 256 KB, because a block has the 32 columns of a word:
+// they take 2.3 us. Sums in memory and a second launch, which packs them, would take about as long.
 #include <algorithm>
 #include <type_traits>
 
@@ -48,9 +48,9 @@ struct Shape {
     static constexpr int kColumns = kGroups * Each, kStep = Lines * kLine;
 };
 
-// The columns of a block. If outputs are bits, they are the 32 of a word: each part of K has kAcross warps side by side,
-// with the columns of a Shape each. The rows of sums are kRow words apart: with those of one Shape between them, the sums
-// to which a warp adds at the same time lie in different banks.
+// The columns of a block. If outputs are bits, they are the 32 of a word: each part of K has kAcross warps side by
+// side, with the columns of a Shape each. The rows of sums are kRow words apart: with those of one Shape between them,
+// the sums to which a warp adds at the same time lie in different banks.
 template <class As, class Shape>
 struct Block {
     static constexpr int kAcross = kBits<As> ? kWarp / Shape::kColumns : 1, kPitch = kBits<As> ? kAcross + 1 : 1;
@@ -83,7 +83,8 @@ __device__ __forceinline__ void count_differences(const Product& product, int wi
     const int begin = index * kStep + kWords * place;
     const uint32_t* x = product.x.words + first_row * product.x.stride + begin;
     const uint32_t* weight = product.weight.words + (column + group * kEach) * product.weight.stride + begin;
-    // The rows that exist. Blocks that write bits count them in 32 bits, because ptxas would spill two registers on 12.0.
+    // The rows that exist. Blocks that write bits count them in 32 bits, because ptxas would spill two registers
+    // on 12.0.
     using Count = std::conditional_t<Block::kAcross == 1, int64_t, int>;
     const int64_t columns = product.n - column;
     const bool all_columns = Block::kAcross > 1 && columns > Shape::kColumns;

@@ -27,19 +27,20 @@
 // for a quarter of the 2 us that the memory takes. Blocks do not share a K, because that would need memory which the
 // interface does not provide, or a second launch of at least 1 us. It could only help if blocks are few and rows long.
 // At n = 256, k = 65536 there are 32 blocks of 64 KB of weights and 128 KB of x, and an SM takes 64 bytes a clock from
-// L2: 1.6 us, while all SMs together would need 0.5 us, and the second launch. If outputs are bits, they are 8 blocks of
-// 256 KB of weights, because a block has the 32 columns of a word: 3.4 us, for which the same holds.
+// L2: 1.6 us, while all SMs together would need 0.5 us, and the second launch. If outputs are bits, they are 8 blocks
+// of 256 KB of weights, because a block has the 32 columns of a word: 3.4 us, for which the same holds.
 //
-// More than 16 rows cost memory no more, because a lane uses the weights that it loads for all fragments. But each block
-// brings all of x from L2 and counts its bits. With 64 rows, n = k = 4096 are 128 blocks of 16 KB of weights and 32 KB of
-// x, 6 MB in all. The 64 blocks of mma_sm80's smallest tile bring 4 MB, but leave half of an H200 idle and have 32 of
-// their 64 KB in flight, while a block of this kernel has all of its 48. Its tensor cores need 1024 clocks instead of
-// 2048, and the counting of 96 rows needs 768 beside that. At its end 4 warps add 2048 sums each in shared memory, which
-// takes about 512 clocks. mma_sm80 adds none, because its warps have outputs of their own. If there are many columns, the
-// bytes decide: x is brought n / 32 times here and n / 64 times there, so at n = k = 8192 L2 (24 bytes a clock) is busy
-// for 8200 clocks instead of 5500. heuristics.h compares the two. Blocks that share a multiprocessor may find each
-// other's words of x in its L1 cache, but no estimate counts on that. Blocks of 64 columns would bring as few bytes as
-// mma_sm80, but for n = 4096 they would be 64 again; those of 16 would bring four times as much of x as of weights.
+// More than 16 rows cost memory no more, because a lane uses the weights that it loads for all fragments. But each
+// block brings all of x from L2 and counts its bits. With 64 rows, n = k = 4096 are 128 blocks of 16 KB of weights and
+// 32 KB of x, 6 MB in all. The 64 blocks of mma_sm80's smallest tile bring 4 MB, but leave half of an H200 idle and
+// have 32 of their 64 KB in flight, while a block of this kernel has all of its 48. Its tensor cores need 1024 clocks
+// instead of 2048, and the counting of 96 rows needs 768 beside that. At its end 4 warps add 2048 sums each in shared
+// memory, which takes about 512 clocks. mma_sm80 adds none, because its warps have outputs of their own. If there are
+// many columns, the bytes decide: x is brought n / 32 times here and n / 64 times there, so at n = k = 8192 L2 (24
+// bytes a clock) is busy for 8200 clocks instead of 5500. heuristics.h compares the two. Blocks that share a
+// multiprocessor may find each other's words of x in its L1 cache, but no estimate counts on that. Blocks of 64 columns
+// would bring as few bytes as mma_sm80, but for n = 4096 they would be 64 again; those of 16 would bring four times as
+// much of x as of weights.
 #include <algorithm>
 
 #include "check_prepared.cuh"
@@ -69,13 +70,14 @@ struct Shape {
 constexpr int kManyBlocks = 256;  // two per SM of the largest chips; from here on a block may have more columns
 static_assert(kSkinnyRows == 2 * kSide, "few rows of x are those of one instruction");
 
-// Blocks of more rows have at least this many warps, because many outputs take long to write. Some may have no part of K.
+// Blocks of more rows have at least this many warps, because many outputs take long to write. Some may have no part of
+// K.
 constexpr int kFewestWarps = 4;
 
 // The popcounts of a block's outputs in the order of the instructions' registers: [fragment][tile][register][lane], so
 // that a register of all lanes is 32 consecutive words. Outputs are read by rows, 32 lanes 8 / Tiles rows of 8 Tiles
-// columns: of each tile and of registers 0 and 1 (even and odd columns) 32 / Tiles / 2 words in a row, which the padding
-// puts side by side.
+// columns: of each tile and of registers 0 and 1 (even and odd columns) 32 / Tiles / 2 words in a row, which the
+// padding puts side by side.
 template <int Fragments, int Tiles>
 struct Sums {
     static constexpr int kRegister = kWarp + kWarp / 2, kTile = 4 * kRegister + kWarp / 2 / Tiles;
@@ -237,44 +239,45 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) multiply_skin
 }
 
 template <class As, class Shape>
-cudaError_t launch(const Product& product, cudaStream_t stream, bool behind_pack, int fewest_warps = 1,
+cudaError_t launch(const Product& product, cudaStream_t stream, bool starts_early, int fewest_warps = 1,
                    int most_warps = Shape::kWarps) {
     const int64_t blocks = ceil_div(product.n, Shape::kColumns), width = aligned_words_for(product.k);
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
     const int64_t warps = std::clamp<int64_t>(ceil_div(width, Shape::kStep), fewest_warps, most_warps);
-    return launch_kernel(multiply_skinny<As, Shape>, blocks, static_cast<int>(kWarp * warps), 0, stream, behind_pack,
+    return launch_kernel(multiply_skinny<As, Shape>, blocks, static_cast<int>(kWarp * warps), 0, stream, starts_early,
                          product, static_cast<int>(width));
 }
 
 // Launches a product of more rows than an instruction has. If there are more blocks than multiprocessors, several share
 // one. Then each has few warps, because their loads suffice, and because each warp adds to all sums of the block.
 template <class As, class Shape>
-cudaError_t launch_fragments(const Product& product, cudaStream_t stream, bool behind_pack) {
+cudaError_t launch_fragments(const Product& product, cudaStream_t stream, bool starts_early) {
     const bool many = product.n > kManyBlocks / 2 * Shape::kColumns;
-    return launch<As, Shape>(product, stream, behind_pack, kFewestWarps, many ? kFewestWarps : Shape::kWarps);
+    return launch<As, Shape>(product, stream, starts_early, kFewestWarps, many ? kFewestWarps : Shape::kWarps);
 }
 
 // Blocks with many columns load x less often; if that leaves too few blocks, more of K in a block keeps the loads in
 // flight. Blocks that write bits have the 32 columns of a word.
 template <class As>
-cudaError_t launch_tiles(const Product& product, cudaStream_t stream, bool behind_pack) {
-    if (product.m > 2 * kSkinnyRows) return launch_fragments<As, Shape<4, 4, 2, 8, 1>>(product, stream, behind_pack);
-    if (product.m > kSkinnyRows) return launch_fragments<As, Shape<2, 4, 2, 12, 1>>(product, stream, behind_pack);
+cudaError_t launch_tiles(const Product& product, cudaStream_t stream, bool starts_early) {
+    if (product.m > 2 * kSkinnyRows) return launch_fragments<As, Shape<4, 4, 2, 8, 1>>(product, stream, starts_early);
+    if (product.m > kSkinnyRows) return launch_fragments<As, Shape<2, 4, 2, 12, 1>>(product, stream, starts_early);
     if (kBits<As> || product.n >= kManyBlocks * 4 * kSide)
-        return launch<As, Shape<1, 4, 2, 8, 2>>(product, stream, behind_pack);
+        return launch<As, Shape<1, 4, 2, 8, 2>>(product, stream, starts_early);
     if constexpr (!kBits<As>) {
-        if (product.n >= kManyBlocks * 2 * kSide) return launch<As, Shape<1, 2, 2, 8, 3>>(product, stream, behind_pack);
-        return launch<As, Shape<1, 1, 4, 16, 1>>(product, stream, behind_pack);
+        if (product.n >= kManyBlocks * 2 * kSide)
+            return launch<As, Shape<1, 2, 2, 8, 3>>(product, stream, starts_early);
+        return launch<As, Shape<1, 1, 4, 16, 1>>(product, stream, starts_early);
     }
 }
 
 }  // namespace
 
-cudaError_t gemm_skinny_mma_sm80(const Product& product, cudaStream_t stream, bool behind_pack) {
+cudaError_t gemm_skinny_mma_sm80(const Product& product, cudaStream_t stream, bool starts_early) {
     if (product.m == 0 || product.n == 0) return cudaSuccess;
     if (product.m > kFragmentRows || product.k > kMaxValues || !are_aligned(product)) return cudaErrorInvalidValue;
     return with_output_type(product.y.dtype,
-                            [&](auto as) { return launch_tiles<decltype(as)>(product, stream, behind_pack); });
+                            [&](auto as) { return launch_tiles<decltype(as)>(product, stream, starts_early); });
 }
 
 }  // namespace bitorch_qlinear::cuda

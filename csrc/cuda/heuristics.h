@@ -20,15 +20,16 @@
 // A device that runs code for an earlier one (records.h) has the kernels that both have, and takes its figures from
 // itself. For code of 7.5 on 9.0 and later, popc is what remains for more than 16 rows: mma_sm75 would be emulated.
 //
-// popc runs everywhere, and the others are tested against it. If x is given as words, the kernel does not depend on n and
-// k, because a tiny product costs a launch by any kernel; except that 17 to 64 rows have two kernels, and that mma_sm80
-// keeps products of few tiles (warpgroup_tiles.h). The tile of mma_sm80 is the one of least estimated time. For all sizes:
+// popc runs everywhere, and the others are tested against it. If x is given as words, the kernel does not depend on n
+// and k, because a tiny product costs a launch by any kernel; except that 17 to 64 rows have two kernels, and that
+// mma_sm80 keeps products of few tiles (warpgroup_tiles.h). The tile of mma_sm80 is the one of least estimated time.
+// For all sizes:
 //   - the kernel is legal, and as m grows, a kernel that was abandoned is never chosen again (for x as words);
 //   - the tile depends on m and n in units of 64 and on k in stages, all rounded up;
 //   - as k grows, a tile that was abandoned is never chosen again; the least estimate never falls as m, n or k grows;
-//   - the tile is 128 x 256 if such tiles leave nothing idle (m and n are their multiples, and their number is a multiple
-//     of the number of multiprocessors), and whenever m and n are at least 4096 and there are at least 40 such tiles for
-//     each multiprocessor.
+//   - the tile is 128 x 256 if such tiles leave nothing idle (m and n are their multiples, and their number is a
+//     multiple of the number of multiprocessors), and whenever m and n are at least 4096 and there are at least 40 such
+//     tiles for each multiprocessor.
 //
 // Every rate and time here that is not called measured is an estimate, from data sheets, the CUDA C++ programming guide
 // ("Arithmetic Instructions") and the machine code that nvcc emits.
@@ -64,12 +65,15 @@ constexpr int64_t kTileStageBits = 512, kTileStages = 4;
 constexpr Tile kInt8Tile = Tile::m64n64;
 
 // A multiprocessor with binary tensor cores, by its rates per clock.
-//   multiplies    multiply-adds of bits: 8 times those of int8 in the data sheets of the A100, RTX 3090 and RTX 4090. An
-//                 H100 reaches half an A100's rate with this instruction, as its users report. (An H200 reaches 19,600
-//                 if it does nothing else, but the kernel 7,200 at 8192 x 8192 x 8192.) 8.7 is taken to be an 8.0.
-//   l2_bytes      bytes from L2: an A100 has 5120 for 108 multiprocessors (its white paper). NVIDIA gives no figure for the
-//                 others: an H100 is taken to have 5.5 TB/s for 132 at 1.75 GHz, an RTX 3090 2.2 TB/s and an RTX 4090 5
-//   shared_bytes  shared memory of all its blocks (programming guide, "Technical Specifications per Compute Capability")
+//   multiplies    multiply-adds of bits: 8 times those of int8 in the data sheets of the A100, RTX 3090 and RTX 4090.
+//                 An H100 reaches half an A100's rate with this instruction, as its users report. (An H200 reaches
+//                 19,600 if it does nothing else, but the kernel 7,200 at 8192 x 8192 x 8192.) 8.7 is taken to be an
+//                 8.0.
+//   l2_bytes      bytes from L2: an A100 has 5120 for 108 multiprocessors (its white paper). NVIDIA gives no figure for
+//                 the others: an H100 is taken to have 5.5 TB/s for 132 at 1.75 GHz, an RTX 3090 2.2 TB/s and an RTX
+//                 4090 5
+//   shared_bytes  shared memory of all its blocks (programming guide, "Technical Specifications per Compute
+//                 Capability")
 struct Multiprocessor {
     int64_t multiplies, l2_bytes, shared_bytes;
 };
@@ -176,8 +180,8 @@ constexpr double kClocksOfCount = 2800;
 
 // Estimates the clocks of a product of 17 to 64 rows by skinny_mma_sm80, as estimated_clocks does, but without a doubt.
 // Beside tensor cores and L2, the counting of set bits bounds a stage: 16 words a clock, of the rows of x and of the
-// columns. At its end each of at least 4 warps adds its sums to those in shared memory, which are then read: 32 sums are
-// added in 2 clocks and read in one.
+// columns. At its end each of at least 4 warps adds its sums to those in shared memory, which are then read: 32 sums
+// are added in 2 clocks and read in one.
 static inline double estimated_fragment_clocks(const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
     const Multiprocessor chip = multiprocessor(gpu.capability);
     const int64_t rows = m <= kFragmentRows / 2 ? kFragmentRows / 2 : kFragmentRows;
@@ -194,16 +198,16 @@ static inline double estimated_fragment_clocks(const Gpu& gpu, int64_t m, int64_
     return static_cast<double>(ceil_div(of_one, residents)) * kClocksAround + static_cast<double>(of_one) * of_block;
 }
 
-// Estimates the clocks of the same product by mma_sm80, whose tiles bring only rows of x that exist: without that, 17 rows
-// would be estimated to bring as many bytes as 64.
+// Estimates the clocks of the same product by mma_sm80, whose tiles bring only rows of x that exist: without that, 17
+// rows would be estimated to bring as many bytes as 64.
 static inline double estimated_tile_clocks(const Gpu& gpu, int64_t m, int64_t n, int64_t k) {
     const Tile tile = best_tile(gpu, m, n, k);
     return estimated_clocks(tile, gpu, m, n, k, m) / kDoubt[static_cast<int>(tile)];
 }
 
-// Returns whether skinny_mma_sm80 is estimated to be faster than mma_sm80. `words` says that x is given as words, whose set
-// bits a launch would count for mma_sm80, unless a launch has to align them anyway. (In linear_train the launch that
-// packs x would count them for nothing. It is not distinguished.)
+// Returns whether skinny_mma_sm80 is estimated to be faster than mma_sm80. `words` says that x is given as words, whose
+// set bits a launch would count for mma_sm80, unless a launch has to align them anyway. (In linear_train the launch
+// that packs x would count them for nothing. It is not distinguished.)
 static inline bool fragments_win(const Gpu& gpu, int64_t m, int64_t n, int64_t k, bool words) {
     const double counted = words && !prepared_holds_words(k) ? kClocksOfCount : 0;
     const double tiles = estimated_tile_clocks(gpu, m, n, k);
@@ -219,11 +223,12 @@ struct Choice {
     WarpgroupTile warpgroup_tile = WarpgroupTile::m128n128;  // for wgmma_sm90a
 };
 
-// gemm_skinny counts up to kCountedRows rows while the weights arrive from memory, on every chip that has another kernel
-// for them. Its adders (gemm_skinny.cu) take about 10 / 64 clocks of a lane for 4 words, so a multiprocessor counts 26
-// words per clock, each for one of 1, 2, 4, 8 or 16 rows (a smaller number is rounded up to one of these). Memory
-// brings it 4.7 words per clock on an H200 (4.3 TB/s for 132 at 1.75 GHz) and 3 on an A100, which for 4 rows are 19 and
-// 12 words to count, for 8 rows 37 and 24. At 8192 x 8192, 16 rows would take 5.6 us to count, while memory needs 2.
+// gemm_skinny counts up to kCountedRows rows while the weights arrive from memory, on every chip that has another
+// kernel for them. Its adders (gemm_skinny.cu) take about 10 / 64 clocks of a lane for 4 words, so a multiprocessor
+// counts 26 words per clock, each for one of 1, 2, 4, 8 or 16 rows (a smaller number is rounded up to one of these).
+// Memory brings it 4.7 words per clock on an H200 (4.3 TB/s for 132 at 1.75 GHz) and 3 on an A100, which for 4 rows are
+// 19 and 12 words to count, for 8 rows 37 and 24. At 8192 x 8192, 16 rows would take 5.6 us to count, while memory
+// needs 2.
 //
 // A tensor core's instruction takes 64 words by 16 rows in 4 clocks (H100; 2 on an A100): 16 words per clock for any
 // number of rows. But it needs the set bits of each row, and with up to 4 rows three quarters of its work are wasted.
@@ -235,8 +240,8 @@ struct Choice {
 constexpr double kMicrosOfPack = 1.6, kMicrosHidden = 0.8, kPackedBytesAMicro = 49e3;
 
 // Returns whether a fused kernel is faster than a launch that packs x and one that multiplies: up to 39 KB of x on 9.0,
-// and 78 KB on others. (For 2 to 4 rows at 8192 x 8192 the product on tensor cores is also faster than gemm_skinny's, by
-// about 1 us, measured without the counting of bits. The bound leaves that out.)
+// and 78 KB on others. (For 2 to 4 rows at 8192 x 8192 the product on tensor cores is also faster than gemm_skinny's,
+// by about 1 us, measured without the counting of bits. The bound leaves that out.)
 static inline bool fused_is_faster(const Gpu& gpu, int64_t m, int64_t k, int64_t value_bytes) {
     const double saved = kMicrosOfPack - (launches_depend(gpu) ? kMicrosHidden : 0);
     return static_cast<double>(m * k * value_bytes) <= saved * kPackedBytesAMicro;

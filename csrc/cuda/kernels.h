@@ -95,10 +95,10 @@ struct Output {
     Channels scale, bias;
 };
 
-// y = x . weight^T. If the weights or their popcounts are taken from a prepared form, `wrong_form` is where kernels report
-// a form of another product, and weight.popcounts must be the form's, because its header lies before them; otherwise it
-// is null. The host cannot read the header without waiting for the device, so every kernel that uses the form compares
-// its n, k and layout, and writes no result if they are wrong (check_prepared.cuh).
+// y = x . weight^T. If the weights or their popcounts are taken from a prepared form, `wrong_form` is where kernels
+// report a form of another product, and weight.popcounts must be the form's, because its header lies before them;
+// otherwise it is null. The host cannot read the header without waiting for the device, so every kernel that uses the
+// form compares its n, k and layout, and writes no result if they are wrong (check_prepared.cuh).
 struct Product {
     Operand x, weight;
     int64_t m, n, k;

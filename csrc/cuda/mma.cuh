@@ -1,8 +1,8 @@
 // The tensor cores' products of bits (PTX ISA, "Warp-level matrix instructions: mma").
 //
 // Fragments of m16n8k256, with g = lane / 4 and q = lane % 4, a register 32 consecutive bits of k:
-//     a[0] row g,     bits 32 q ...        b[0] column g, bits 32 q ...        c[0], c[1] row g,     columns 2 q, 2 q + 1
-//     a[1] row g + 8, bits 32 q ...        b[1] column g, bits 128 + 32 q ...  c[2], c[3] row g + 8, the same
+//     a[0] row g,     bits 32 q ...        b[0] column g, bits 32 q ...        c[0], c[1] row g, columns 2 q, 2 q + 1
+//     a[1] row g + 8, bits 32 q ...        b[1] column g, bits 128 + 32 q ...  c[2], c[3] row g + 8, the same columns
 //     a[2] row g,     bits 128 + 32 q ...
 //     a[3] row g + 8, bits 128 + 32 q ...
 // Which bits of k an instruction takes does not matter as long as a and b agree: a sum has no order.

@@ -46,8 +46,8 @@ __device__ __forceinline__ uint32_t transpose_bytes(uint32_t bytes, int q) {
 }
 
 // Writes the words of 32 rows, which begin at `row` of a block's tile, in the 32 columns that begin at its `column`.
-// popcount(i, c) is that of row 8 i + g and column 8 q + c. Of four rows, each of the four lanes q has a byte; after the
-// exchange each has the word of one row.
+// popcount(i, c) is that of row 8 i + g and column 8 q + c. Of four rows, each of the four lanes q has a byte; after
+// the exchange each has the word of one row.
 template <class Function, int Width>
 __device__ __forceinline__ void write_words(const Product& product, const Place& at, int row, int column,
                                             const ChannelTile<AsBits, Width>& channels, Function popcount) {

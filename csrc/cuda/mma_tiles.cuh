@@ -155,8 +155,8 @@ using Sums = int32_t[kFragments<Shape>][kGroups<Shape>][4][4];
 // next stage:
 //
 //     static constexpr bool kExists;
-//     static void multiply_stage(Fragments<Shape, Vector>& fragments, const typename Shape::Stage& next, const Place& at,
-//                                Sums<Shape>& sums);
+//     static void multiply_stage(Fragments<Shape, Vector>& fragments, const typename Shape::Stage& next,
+//                                const Place& at, Sums<Shape>& sums);
 
 // Multiplies a tile, and calls `meanwhile` once the first copies are on their way. Stages past the last are zeros or an
 // earlier stage; they are read into registers but not multiplied.

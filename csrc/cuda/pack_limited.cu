@@ -1,9 +1,9 @@
 // Packs rows of floats by a limit for each of their values, as csrc/cpu/limits.h defines it; its twin is
 // pack_limited_rows_portable (cpu/pack_portable.h).
 //
-// A warp packs a segment of a row, kWords words, whose values and limits are all loaded before the first is used. A lane
-// has a value of each word, neighbouring values are in neighbouring lanes, and a ballot is the word. So rows and limits
-// may begin at any value. The limits, which all rows share, come from a cache.
+// A warp packs a segment of a row, kWords words, whose values and limits are all loaded before the first is used. A
+// lane has a value of each word, neighbouring values are in neighbouring lanes, and a ballot is the word. So rows and
+// limits may begin at any value. The limits, which all rows share, come from a cache.
 #include <type_traits>
 
 #include "kernels.h"

@@ -8,7 +8,14 @@ import pytest
 
 CHECKOUT = Path(__file__).parents[2]
 CSRC = CHECKOUT / "csrc"
-SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cuh", ".cu"))
+
+
+def cxx_files(folder: Path) -> list[Path]:
+    """Return the C++ and CUDA files below a folder."""
+    return sorted(path for path in folder.rglob("*") if path.suffix in (".h", ".cpp", ".cuh", ".cu"))
+
+
+SOURCES = cxx_files(CSRC)
 DRAWING = ElementTree.parse(CSRC / "overview.svg").getroot()
 OF_TORCH = re.compile(r"torch/|ATen|c10/|caffe2/")
 
@@ -48,10 +55,7 @@ def test_setup_compiles_every_source():
 
 def test_lines_have_at_most_120_columns():
     """clang-format keeps the lines of comments as their author wrote them, so it does not find long ones."""
-    # The comments of csrc/cuda, of the PTX tests and of the interpreter still have longer lines.
-    files = [path for path in SOURCES if CSRC / "cuda" not in path.parents]
-    for folder in ("native", "operators"):
-        files += [path for path in (CHECKOUT / "tests" / folder).rglob("*") if path.suffix in (".h", ".cpp")]
+    files = [*SOURCES, *(path for folder in ("tests", "tools") for path in cxx_files(CHECKOUT / folder))]
     long = [
         f"{path.relative_to(CHECKOUT)}:{number}"
         for path in files

@@ -1,5 +1,5 @@
-// Prints the layout of the structs of csrc/cuda/kernels.h: a line for each field, with its offset and its code in Python's
-// module struct, and a line for each struct, with its size.
+// Prints the layout of the structs of csrc/cuda/kernels.h: a line for each field, with its offset and its code in
+// Python's module struct, and a line for each struct, with its size.
 #include <cstddef>
 #include <cstdio>
 #include <type_traits>

@@ -317,8 +317,8 @@ inline void box_pieces(Machine& m, int lane, BulkCopy& copy, const TensorMap& ma
         }
     }
 }
-// s holds the destination, the map, the coordinates, the mbarrier, and the mask of a multicast if i.b is set. i.a is the
-// number of dimensions. i.is_signed marks a store, for which s holds the source, the map and the coordinates.
+// s holds the destination, the map, the coordinates, the mbarrier, and the mask of a multicast if i.b is set. i.a is
+// the number of dimensions. i.is_signed marks a store, for which s holds the source, the map and the coordinates.
 inline void tensor_copy(Machine& m, Warp& w, const Instr& i, u32 mask) {
     for_lanes(mask, [&](int l) {
         const u64 shared = m.in(w, i.s[0])[l] + static_cast<u64>(i.offset);

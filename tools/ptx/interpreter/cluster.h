@@ -122,8 +122,8 @@ inline void decode_barrier_of(Decoder& d) {
 }
 
 // ---- Exit -----------------------------------------------------------------------------------------------------------
-// All lanes of a warp have exited. Nothing that it started may be under way; and once all warps of its block have, nobody
-// may use the block's shared memory.
+// All lanes of a warp have exited. Nothing that it started may be under way; and once all warps of its block have,
+// nobody may use the block's shared memory.
 inline void leave(Machine& m, Warp& w) {
     if (!w.products.empty())
         fault(-1, "warpgroup", "the warp exits before it waits for the wgmma at " + at_pc(w.products.front().pc));

@@ -203,8 +203,8 @@ inline void fence(Machine& m, Warp& w, const Instr& i, u32 mask) {
         w.has_fenced_gpu = true;
     }
 }
-// PTX ISA, section "fence.proxy": ordinary writes that are ordered before this become visible to the asynchronous proxy.
-// i.a is 1 if it concerns shared memory, 2 for global memory, and 3 for both.
+// PTX ISA, section "fence.proxy": ordinary writes that are ordered before this become visible to the asynchronous
+// proxy. i.a is 1 if it concerns shared memory, 2 for global memory, and 3 for both.
 inline void fence_proxy(Machine& m, Warp& w, const Instr& i, u32 mask) {
     for (u32 space = 0; space < 2; ++space) {
         if (!(i.a >> space & 1)) continue;

@@ -118,8 +118,8 @@ inline void merge(Clocks& into, const Clocks& from) {
     for (size_t w = 0; w < from.size(); ++w) into[w] = std::max(into[w], from[w]);
 }
 
-// Holds what is known of the warps of a cluster. A lane that releases alone knows its own accesses, but not those of the
-// other lanes of its warp, so more may be known of some lanes of a warp than of all.
+// Holds what is known of the warps of a cluster. A lane that releases alone knows its own accesses, but not those of
+// the other lanes of its warp, so more may be known of some lanes of a warp than of all.
 using LaneClocks = std::array<u32, kLanes>;
 struct Knowledge {
     Clocks whole;                        // [warp]: the clock of that warp up to which all its lanes are known
@@ -276,8 +276,8 @@ struct Region {  // a variable in shared, local or parameter space
     u32 offset, size;
 };
 
-// PTX ISA, section "mbarrier". The asynchronous writes that a barrier's phases publish are stamped with a warp that does
-// not exist, `agent`: a thread is ordered after them if it knows that agent's clock, which a wait acquires.
+// PTX ISA, section "mbarrier". The asynchronous writes that a barrier's phases publish are stamped with a warp that
+// does not exist, `agent`: a thread is ordered after them if it knows that agent's clock, which a wait acquires.
 struct Mbarrier {
     u32 at;  // place in Machine::shared
     u32 agent, pc;
@@ -290,8 +290,8 @@ struct Mbarrier {
 };
 
 // A copy between global and shared memory is a run of bytes of shared memory with pieces of it that lie in global
-// memory; what no piece covers is filled with zeros (a load) or left out (a store). It is under way until it lands or, a
-// store, until its thread has waited for it.
+// memory; what no piece covers is filled with zeros (a load) or left out (a store). It is under way until it lands or,
+// a store, until its thread has waited for it.
 struct Piece {
     u32 shared, bytes;  // place in Machine::shared
     Buffer* buffer;

@@ -2,9 +2,10 @@
 // arrive_drop, expect_tx, complete_tx, test_wait, try_wait, pending_count; and "griddepcontrol".
 //
 // An arrival publishes what its lane did before, and what is ordered before that, to those who see the phase end. A
-// phase ends when arrivals and transactions are both zero. A waiter asks for a parity: it passes if the current phase has
-// the other one, so a wait that is two phases late, or early, passes at once. A wait that does not pass either blocks its
-// lanes until the phase ends or lets them go on without success. The hardware may do both, so the choice is random.
+// phase ends when arrivals and transactions are both zero. A waiter asks for a parity: it passes if the current phase
+// has the other one, so a wait that is two phases late, or early, passes at once. A wait that does not pass either
+// blocks its lanes until the phase ends or lets them go on without success. The hardware may do both, so the choice is
+// random.
 #pragma once
 #include "async_copy.h"
 
@@ -280,8 +281,8 @@ inline void decode_mbarrier(Decoder& d) {
     }
 }
 
-// PTX ISA, section "griddepcontrol". Buffers of the launch that are `dependent` may be touched after the wait only, or by
-// threads that are ordered after one that has waited.
+// PTX ISA, section "griddepcontrol". Buffers of the launch that are `dependent` may be touched after the wait only, or
+// by threads that are ordered after one that has waited.
 inline void grid_wait(Machine& m, Warp& w, const Instr&, u32) { w.order.known.set(m.grid_agent(), 1); }
 inline void decode_griddepcontrol(Decoder& d) {
     d.expect(0);

@@ -2,9 +2,9 @@
 // commit_group, wait_group; and "setmaxnreg". A warpgroup is four warps of which the first is a multiple of four.
 //
 // Each warp executes a wgmma for its 16 rows, when it comes there; the warps of a warpgroup must execute the same ones.
-// The sums are computed at once, but until a wait has covered the group, no other instruction may name the accumulators,
-// and nobody may write what the wgmma reads. A register is "touched" at the start and when another instruction names it;
-// wgmma.fence clears that, and a wgmma must not find a register touched.
+// The sums are computed at once, but until a wait has covered the group, no other instruction may name the
+// accumulators, and nobody may write what the wgmma reads. A register is "touched" at the start and when another
+// instruction names it; wgmma.fence clears that, and a wgmma must not find a register touched.
 #pragma once
 #include "cluster.h"
 #include "matrix.h"
@@ -56,9 +56,9 @@ struct Descriptor {
         static constexpr u32 kWidths[] = {0, 128, 64, 32};
         swizzle = kWidths[swizzle];
     }
-    // Returns the shared address of chunk k of row r; a chunk is 16 bytes along K. The rows of a core matrix, 8 rows, lie
-    // `swizzle` bytes apart (16 without one), core matrices `stride` bytes apart, and chunks `leading` bytes apart if
-    // nothing is swizzled. The pattern of a swizzle begins at line `base` of 128 bytes after a multiple of 1024.
+    // Returns the shared address of chunk k of row r; a chunk is 16 bytes along K. The rows of a core matrix, 8 rows,
+    // lie `swizzle` bytes apart (16 without one), core matrices `stride` bytes apart, and chunks `leading` bytes apart
+    // if nothing is swizzled. The pattern of a swizzle begins at line `base` of 128 bytes after a multiple of 1024.
     u32 address(u32 r, u32 k) const {
         if (!swizzle) return start + r % 8 * 16 + r / 8 * stride + k * leading;
         const u32 linear = start + r % 8 * swizzle + r / 8 * stride + k * 16;
@@ -76,9 +76,9 @@ inline u32 and_popc(const u64* a, const u64* b) {
     return count;
 }
 
-// PTX ISA, "Canonical Layouts": the pattern of a swizzle repeats every 8 rows, from the first row on. "Matrix Descriptor
-// Format": the base offset must be 0 if the pattern starts on a boundary of its size, and otherwise the number of the
-// line of 128 bytes on which it starts. The text does not say what wgmma reads if it is another number.
+// PTX ISA, "Canonical Layouts": the pattern of a swizzle repeats every 8 rows, from the first row on. "Matrix
+// Descriptor Format": the base offset must be 0 if the pattern starts on a boundary of its size, and otherwise the
+// number of the line of 128 bytes on which it starts. The text does not say what wgmma reads if it is another number.
 inline void check_base_offset(const Descriptor& d, u32 rows) {
     if (!d.swizzle) return;
     const u32 size = 8 * d.swizzle;
@@ -105,8 +105,9 @@ inline void matrix_in_shared(Machine& m, Warp& w, const Descriptor& d, u32 rows,
             chunks.push_back(static_cast<u32>(at / 16));
         }
 }
-// i.a is the number of columns, i.b says whether A lies in registers. s holds A (a descriptor or four registers), B, and
-// whether D is added. Register r of D lies at row 16 warp + lane / 4 + 8 (r / 2 % 2) and column 8 (r / 4) + 2 (lane % 4)
+// i.a is the number of columns, i.b says whether A lies in registers. s holds A (a descriptor or four registers), B,
+// and whether D is added. Register r of D lies at row 16 warp + lane / 4 + 8 (r / 2 % 2) and column 8 (r / 4) +
+// 2 (lane % 4)
 // + r % 2. A thread holds of A what it holds for mma.m16n8k256.
 inline void wgmma(Machine& m, Warp& w, const Instr& i, u32 mask) {
     const size_t b_at = i.b ? 4 : 1, add_at = b_at + 1;

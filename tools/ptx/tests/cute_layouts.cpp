@@ -1,5 +1,5 @@
-// Prints what CuTe, NVIDIA's algebra of layouts, says about the matrices of wgmma and mma.sync: where their elements lie
-// in shared memory, the descriptors, and which element each register of each thread holds. test_vendor.py reads it.
+// Prints what CuTe, NVIDIA's algebra of layouts, says about the matrices of wgmma and mma.sync: where their elements
+// lie in shared memory, the descriptors, and which element each register of each thread holds. test_vendor.py reads it.
 #include <cstdint>
 #include <cstdio>
 
