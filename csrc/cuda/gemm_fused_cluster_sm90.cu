@@ -51,8 +51,10 @@ int clusters_at_once(const cudaLaunchConfig_t& configuration, const void* kernel
     if (known != kUnknown) return known == kNone ? 0 : known;
     const RelaxedCapture relaxed;  // the question may load the kernel's code
     int clusters = 0;
-    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration) != cudaSuccess) clusters = 0;
-    static_cast<void>(cudaGetLastError());  // clears an error, before others see it
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration) != cudaSuccess) {
+        clusters = 0;
+        static_cast<void>(cudaGetLastError());  // clears this error, before others see it
+    }
     if (device < kRemembered) remembered[device].store(clusters > 0 ? clusters : kNone, std::memory_order_relaxed);
     return clusters;
 }

@@ -1,6 +1,8 @@
 """The launchers of the kernels that pack x themselves launch what they should, and their mutants are caught."""
 
+import ctypes
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -148,6 +150,10 @@ def check_clusters(launcher: Launcher) -> None:
         for device, clusters in ((20, 0), (21, -1)):
             assert launched_on(device, clusters) == launched_on(device, 16) == alone
         assert launched_on(1000, 1) == (8, 8) and launched_on(1000, 0) == alone, "only the first devices are remembered"
+        launcher.library.runtime_device(22, 1)
+        with mock.patch.object(launcher.library, "runtime_errors"):  # which would clear the error
+            earlier = launcher.library.cudaDeviceGetAttribute(ctypes.byref(ctypes.c_int()), 0, 0)
+            assert launcher(job)[0] == earlier != SUCCESS, "an earlier error of the program is hidden"
     finally:
         launcher.library.runtime_device(0, 2**28)
 
@@ -161,8 +167,10 @@ CLUSTER_MUTANTS = [
     ("none", "if (clusters == 0) return gemm_fused_skinny_mma_sm80(job, stream);", ""),
     ("remembered", "known == kNone ? 0 : known", "known"),
     ("blocks", "attribute.val.clusterDim.x = kBlocks", "attribute.val.clusterDim.x = 4"),
+    ("asked", "configuration.gridDim = dim3(kBlocks), ", ""),
     ("capture", "const RelaxedCapture relaxed;", ""),
-    ("error", "static_cast<void>(cudaGetLastError());  // clears an error, before others see it", ""),
+    ("error", "static_cast<void>(cudaGetLastError());  // clears this error, before others see it", ""),
+    ("hidden", "const RelaxedCapture relaxed;", "const RelaxedCapture relaxed;\n    cudaGetLastError();"),
 ]
 
 

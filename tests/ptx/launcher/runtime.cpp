@@ -98,12 +98,16 @@ EXPORT cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mo
     return cudaSuccess;
 }
 
-// Does as if it loaded the kernel's code, which ends a capture unless the mode is relaxed.
+// Does as if it loaded the kernel's code, which ends a capture unless the mode is relaxed. The question must describe a
+// launch that is possible.
 EXPORT cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* configuration) {
     const cudaLaunchAttribute* attribute = configuration->attrs;
     if (configuration->numAttrs != 1 || attribute->id != cudaLaunchAttributeClusterDimension || clusters_at_once < 0) {
         return remember(cudaErrorInvalidValue);
     }
+    const unsigned blocks = attribute->val.clusterDim.x, threads = configuration->blockDim.x;
+    if (blocks == 0 || configuration->gridDim.x % blocks != 0) return remember(cudaErrorInvalidClusterSize);
+    if (threads < 32 || threads > 1024) return remember(cudaErrorInvalidConfiguration);
     if (capture_mode != cudaStreamCaptureModeRelaxed) return remember(cudaErrorStreamCaptureUnsupported);
     *clusters = clusters_at_once;
     return cudaSuccess;
