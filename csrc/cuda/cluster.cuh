@@ -23,7 +23,7 @@ __device__ __forceinline__ void arrive_at_start() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
-// Tells the cluster that this thread has written what it writes to the others. All threads call it.
+// Tells the cluster that this thread has made its stores to the other blocks. All threads call it.
 __device__ __forceinline__ void arrive_with_words() {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
@@ -33,7 +33,7 @@ __device__ __forceinline__ void wait_for_cluster() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Returns where the same variable lies in a block of the cluster.
+// Returns the address at which a variable of shared memory lies in a block of the cluster, for store_in_cluster().
 __device__ __forceinline__ uint32_t address_in_block(const void* shared, int rank) {
     uint32_t address;
     asm("mapa.shared::cluster.u32 %0, %1, %2;"
@@ -42,7 +42,7 @@ __device__ __forceinline__ uint32_t address_in_block(const void* shared, int ran
     return address;
 }
 
-// Stores four words there.
+// Stores four words in the shared memory of a block of the cluster.
 __device__ __forceinline__ void store_in_cluster(uint32_t address, uint4 words) {
     asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words.x), "r"(words.y),
                  "r"(words.z), "r"(words.w)

@@ -56,8 +56,8 @@ __device__ __forceinline__ uint32_t count_row(const uint32_t* words, int width) 
     return __reduce_add_sync(kAllLanes, count);
 }
 
-// Packs all rows of x, of which each block of the cluster packs a part of k and stores it in all of them. Returns when
-// x is there. From then on no block touches the memory of another one, so a block may exit when it likes.
+// Packs all rows of x: each block of the cluster packs a part of k and stores it in all blocks. Returns when x is
+// complete. From then on no block touches the memory of another one, so a block may exit at any time.
 template <int Blocks>
 __device__ __forceinline__ void pack_x_in_cluster(const FusedProduct& job, const FusedPlan& plan, uint32_t* words) {
 #ifdef BITORCH_QLINEAR_CLUSTERS

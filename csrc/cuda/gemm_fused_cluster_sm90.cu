@@ -3,17 +3,18 @@
 //
 // Each of 8 blocks packs an eighth of k of all rows, in pieces of 16 bytes of words, and stores it in the shared
 // memory of all 8. Two barriers of the cluster order this. Before the first one ends, a block may not have started,
-// and its shared memory may belong to another one. Behind the second one all words are there, and no block touches the
-// memory of another one any more: a block that finds a wrong prepared form may write what no product gives and exit,
-// whatever the others do.
+// and its shared memory may belong to another one. When the second one ends, x is complete in all blocks, and no block
+// touches the memory of another one any more. So a block that finds a wrong prepared form may write what no product
+// gives and exit, while the others are still at work.
 //
 // These are estimates, not measured. At 28 bytes a clock (gemm_fused_skinny.cu) an eighth of 16 rows of 4096 values of
 // bfloat16, 16 KB, takes 0.33 us at 1.75 GHz, where a block alone takes 2.7 for all of it. Words and barrier need two
 // ways to another multiprocessor, of about 200 clocks each: 0.25 us. Blocks of a cluster share a group of 16 or 18
 // multiprocessors, so 128 of 132 work, which costs 0.05 us of a product of 2. heuristics.h has the bound that follows.
-// Clusters of 4 blocks would pack for 0.67 us, which saves nothing here. L2 gives x to 16 clusters, 2 MB, where a
-// launch that packs x reads 128 KB once. The second arrival waits until the stores have been made, and perhaps for the
-// first weights too. Stores that count bytes at an mbarrier (st.async) would need no such wait; they were not tried.
+// Clusters of 4 blocks would pack for 0.67 us and cost more than the 0.8 of the launch that they save. L2 gives x to 16
+// clusters, 2 MB in all, while a launch that packs x reads 128 KB once. The second arrival waits until the stores have
+// been made, and perhaps for the first weights too. Stores that count bytes at an mbarrier (st.async) would need no
+// such wait; they were not tried.
 //
 // Tensor cores multiply up to 4 rows too, because their loop takes the same time for any number of rows and weights
 // from memory take twice as long (gemm_fused_skinny.cu, gemm_fused_skinny_mma_sm80.cu).
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) multiply_in_cluster(const Fu
 #endif
 }
 
-// Returns how many clusters of a kernel the current device runs at once, or 0 if it has none: a part of a GPU may be
+// Returns how many clusters of a kernel the current device runs at once, or 0 if it runs none: a part of a GPU may be
 // too small (CUDA C++ programming guide, "Thread Block Clusters"). CUDA is asked once for each of the first devices.
 int clusters_at_once(const cudaLaunchConfig_t& configuration, const void* kernel) {
     constexpr int kRemembered = 32, kUnknown = 0, kNone = -1;
@@ -67,7 +68,8 @@ cudaError_t launch(const FusedProduct& job, cudaStream_t stream) {
     cudaLaunchConfig_t configuration{};
     configuration.gridDim = dim3(kBlocks), configuration.blockDim = dim3(kFusedThreads);
     configuration.stream = stream, configuration.attrs = &attribute, configuration.numAttrs = 1;
-    // All kernels of this file take one block's registers of a multiprocessor, so the number is the same for all.
+    // A block of any kernel of this file takes more than half of a multiprocessor's registers, so all have the same
+    // number.
     const auto kernel = multiply_in_cluster<As>;
     const int clusters = clusters_at_once(configuration, reinterpret_cast<const void*>(kernel));
     if (clusters == 0) return gemm_fused_skinny_mma_sm80(job, stream);

@@ -247,8 +247,8 @@ static inline bool fused_is_faster(const Gpu& gpu, int64_t m, int64_t k, int64_t
     return static_cast<double>(m * k * value_bytes) <= saved * kPackedBytesAMicro;
 }
 
-// What a cluster costs beside packing: words and a barrier that go from one multiprocessor to others, and 4 of 132
-// multiprocessors that are in no cluster (gemm_fused_cluster_sm90.cu).
+// The time that a cluster costs beside packing: words and a barrier go from one multiprocessor to others, and 4 of 132
+// multiprocessors are in no cluster (gemm_fused_cluster_sm90.cu).
 constexpr double kMicrosOfCluster = 0.3;
 
 // Returns whether fused_cluster_sm90, whose blocks pack an eighth of x each, is faster than two launches: up to 196 KB
