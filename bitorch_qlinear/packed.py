@@ -322,13 +322,16 @@ class PackedQLinear(nn.Module):
         Ternary weights stay ternary. A scale becomes a learned one.
 
         Raises:
-            ValueError: A call of the layer does more than PackedQLinear's, as with hooks, or its input quantization is
-                no longer one with the values by which the layer was packed, so that the output would not be the same.
+            ValueError: The output would not be the same: a call of the layer does more than PackedQLinear's, as with
+                hooks, its activation was replaced, or its input quantization no longer has the values by which the
+                layer was packed.
         """
         overrides = call_overrides(self) if type(self).forward is PackedQLinear.forward else ["forward"]
         if overrides or has_hooks(self):
             has = f"a {overrides[0]} of its own" if overrides else "hooks"
             raise ValueError(f"layer: expected one whose call computes what PackedQLinear computes, got one with {has}")
+        if type(self.activation) is not Activation:
+            raise ValueError(f"activation: expected the layer's own, got a {type(self.activation).__name__}")
         if input_rule_of(self.input_quantization) != self._input_rule:
             raise ValueError(
                 f"input_quantization: expected one that gives {INPUT_RULES[self._input_rule]}, as the layer computes "

@@ -101,6 +101,7 @@ def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         TypeError: `model` is no nn.Module.
         RuntimeError: The model is wrapped for distributed training, or cannot be copied.
+        ValueError: A layer's output would not be the same: see `PackedQLinear.unpack`.
     """
     check_model(model)
     replacements: dict[int, nn.Module] = {}

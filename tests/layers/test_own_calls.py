@@ -246,7 +246,9 @@ def test_a_packed_layer_does_not_call_its_quantization(monkeypatch):
     assert torch.equal(packed(X), expected)
 
 
-@pytest.mark.parametrize("change", ["hook", "forward", "quantization's hook", "other quantization", "class"])
+@pytest.mark.parametrize(
+    "change", ["hook", "forward", "quantization's hook", "other quantization", "activation", "class"]
+)
 def test_unpacking_refuses_what_it_would_change(change):
     packed = PackedQLinear(K, N, input_quantization="steheaviside")
     if change == "hook":
@@ -257,9 +259,11 @@ def test_unpacking_refuses_what_it_would_change(change):
         packed.input_quantization.register_forward_hook(lambda module, args, output: -output)
     elif change == "other quantization":
         packed.activation.activation_function = quantizations.Sign()
+    elif change == "activation":
+        packed.activation = nn.Tanh()
     else:
         packed.__class__ = type("Other", (PackedQLinear,), {"forward": lambda self, x: other_signs(x)})
-    argument = "input_quantization" if "quantization" in change else "layer"
+    argument = "activation" if change == "activation" else "input_quantization" if "quantization" in change else "layer"
     with pytest.raises(ValueError, match=f"^{argument}: expected"):
         unpack(nn.Sequential(packed))
 
