@@ -130,10 +130,11 @@ struct ChannelTile<AsBits, Width> {
     int32_t limits[Width];
     uint32_t flips[Width / kWordBits];
 
-    // No popcount is within the limit of a column that does not exist, so its bit is 0.
+    // Nothing is within the limit of a column that does not exist, so its bit is 0. Its popcount may be less than 0 in
+    // a kernel that multiplies another column's weights in its place, but does not add their set bits.
     static __device__ __forceinline__ int32_t limit_of(const Output& y, int64_t n, int64_t column) {
         const auto* all_limits = static_cast<const int32_t*>(y.scale.data);
-        return column < n ? all_limits[column] : -1;
+        return column < n ? all_limits[column] : INT32_MIN;
     }
 
     // Returns word i of the flips of the columns from `first` on.

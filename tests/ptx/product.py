@@ -324,7 +324,7 @@ def channels_of(out: torch.dtype, n: int) -> list[dict[str, torch.Tensor]]:
 BIT_EDITS = [
     ("static_cast<int32_t>(popcount) <= limit", "static_cast<int32_t>(popcount) < limit"),
     ("all_flips && exist ?", "false ?"),
-    ("all_limits[column] : -1", "all_limits[column] : 0x7fffffff"),
+    ("all_limits[column] : INT32_MIN", "all_limits[column] : 0x7fffffff"),
 ]
 """Mutants of the epilogue of bits, which all kernels have in common: csrc/cuda/epilogue.cuh."""
 EDGE_EDITS = [
