@@ -82,7 +82,7 @@ neon simde:
 	@$(NATIVE) $@
 neon:  ## test the NEON kernel in an emulator; needs g++-aarch64-linux-gnu and qemu-user
 simde:  ## test the AVX-512 kernels through SIMDe, on any x86-64 with AVX2; needs libsimde-dev
-ptx-full:  ## run the CUDA kernels' PTX of all targets on many more shapes, for 8 minutes; needs nvcc
+ptx-full:  ## run the CUDA kernels' PTX of all targets on many more shapes, for half an hour or more; needs nvcc
 	@$(SETUP) test
 	PTX_FULL=1 $(PY) -m pytest $$($(PY) tools/environment.py parallel-options) tests/ptx $(ARGS)
 ptx-report:  ## count what the CUDA kernels' PTX does with memory; needs nvcc
