@@ -1,5 +1,6 @@
 """The calls of the kernels that pack x themselves, and how csrc/cuda/fused.cuh divides their work."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,3 +132,12 @@ def fused_call(
     rows = values, DTYPES[dtype][0], stride, strict
     what = (m, n, k, out, dtype, strict, padding, misalign)
     return FusedCall(fields, output, y, out, expected, what, wrong_form, whole, rows)
+
+
+def check_no_result(launch: Callable[[FusedCall], object]) -> None:
+    """Check that a kernel which runs without its instructions writes to all outputs what no product gives."""
+    for out in (torch.bfloat16, torch.int32, torch.bool):
+        call = fused_call(3, 300, 700, out)
+        launch(call)
+        call.wrong_form[:] = [300, 700, 0, 0, 1]  # the kernel has no form to report
+        call.check_no_result((0, 0))
