@@ -127,24 +127,7 @@ def has_own_call(module: nn.Module, allowed: Callable[..., Any] | None = None) -
         allowed: A forward hook that does not count.
     """
     own = module.__dict__
-    try:
-        # The dictionary is read because each attribute of the module, and a call of has_hooks, would cost time.
-        if (
-            "forward" in own
-            or "_call_impl" in own
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-        ):
-            return True
-        hooks = own["_forward_hooks"]
-    except KeyError:
-        return True
-    if hooks:
-        for hook in hooks.values():
-            if hook is not allowed:
-                return True
-    return False
+    return "forward" in own or "_call_impl" in own or has_hooks(module, allowed)
 
 
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
