@@ -111,6 +111,11 @@ constexpr const char* kTileReasons[kTiles] = {
     "tensor cores, by the smallest tile: wider ones would leave multiprocessors idle, or more of them outside of y",
 };
 
+// Returns the clocks that work takes at a rate of so much a clock.
+static constexpr double clocks_for(int64_t work, int64_t rate) {
+    return static_cast<double>(work) / static_cast<double>(rate);
+}
+
 // Returns the clocks for a stage of a tile: those of the slowest of tensor cores, L2 and shared memory, whose work
 // overlaps. The three tiles, widest first, take 1024, 512, 192 on 8.0; 2048, 1024, 341 on 9.0; and 2048, 1024, 512 on
 // 8.6 and 8.9, where the tensor cores alone would need 256 for the third. L2 brings only rows of x that exist; `rows`
@@ -120,11 +125,8 @@ static constexpr double stage_clocks(Tile tile, const Multiprocessor& chip, int6
     const int64_t brought = (std::min(rows, kTileRows[i]) + kTileColumns[i]) * kTileStageBits / 8;
     const int64_t copied = (kTileRows[i] + kTileColumns[i]) * kTileStageBits / 8;
     const int64_t read = outputs * 2 / kTileSide[i] * kTileStageBits / 8;  // each warp its rows and its columns
-    const auto clocks = [](int64_t work, int64_t rate) {
-        return static_cast<double>(work) / static_cast<double>(rate);
-    };
-    return std::max({clocks(outputs * kTileStageBits, chip.multiplies), clocks(brought, chip.l2_bytes),
-                     clocks(copied + read, kSharedBytesAClock)});
+    return std::max({clocks_for(outputs * kTileStageBits, chip.multiplies), clocks_for(brought, chip.l2_bytes),
+                     clocks_for(copied + read, kSharedBytesAClock)});
 }
 
 // Returns how many blocks share a multiprocessor: 1 of the widest tile, 2 (on 8.6 and 8.9: 1) of the next, 4 (3) of the
@@ -187,14 +189,11 @@ static inline double estimated_fragment_clocks(const Gpu& gpu, int64_t m, int64_
     const int64_t rows = m <= kFragmentRows / 2 ? kFragmentRows / 2 : kFragmentRows;
     const int64_t residents = rows == kFragmentRows ? 2 : 3;  // blocks of 4 warps whose registers fit a multiprocessor
     const int64_t of_one = ceil_div(ceil_div(n, kFragmentColumns), std::max(gpu.multiprocessors, 1));
-    const auto clocks = [](int64_t work, int64_t rate) {
-        return static_cast<double>(work) / static_cast<double>(rate);
-    };
-    const double stage = std::max({clocks(rows * kFragmentColumns * kTileStageBits, chip.multiplies),
-                                   clocks((m + kFragmentColumns) * kTileStageBits / 8, chip.l2_bytes),
-                                   clocks((rows + kFragmentColumns) * kTileStageBits / kWordBits, 16)});
-    const double of_block =
-        static_cast<double>(ceil_div(k, kTileStageBits)) * stage + clocks(rows * kFragmentColumns * (2 * 4 + 1), 32);
+    const double stage = std::max({clocks_for(rows * kFragmentColumns * kTileStageBits, chip.multiplies),
+                                   clocks_for((m + kFragmentColumns) * kTileStageBits / 8, chip.l2_bytes),
+                                   clocks_for((rows + kFragmentColumns) * kTileStageBits / kWordBits, 16)});
+    const double of_block = static_cast<double>(ceil_div(k, kTileStageBits)) * stage +
+                            clocks_for(rows * kFragmentColumns * (2 * 4 + 1), 32);
     return static_cast<double>(ceil_div(of_one, residents)) * kClocksAround + static_cast<double>(of_one) * of_block;
 }
 
