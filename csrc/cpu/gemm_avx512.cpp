@@ -37,6 +37,7 @@
 
 // Our own headers are compiled for AVX-512 here, too, and everything that they define has internal linkage.
 BITORCH_QLINEAR_AVX512_BEGIN
+#include "gemm_amx.h"
 #include "hash.h"
 #include "kernel.h"
 #include "pack_avx512.h"
@@ -309,9 +310,15 @@ constinit const Kernel kAvx512Kernel = record(
 
 #if defined(BITORCH_QLINEAR_HAS_AMX)
 // Signs are multiplied by AVX-512 and levels by AMX, from the same form of the weights.
-constinit const Kernel kAmxKernel = record(
-    "amx", "AMX-TILE, AMX-INT8 and AVX512_VBMI, and all that avx512 needs",
-    [](const CpuFeatures& features) { return features.amx; }, &kAmxLevelGemm);
+constinit const Kernel kAmxKernel = [] {
+    Kernel kernel = record(
+        "amx", "AMX-TILE, AMX-INT8 and AVX512_VBMI, and all that avx512 needs",
+        [](const CpuFeatures& features) { return features.amx; }, &kAmxLevelGemm);
+    kernel.row_tile = kAmxRowTile;
+    kernel.workspace_bytes = amx_workspace_bytes;
+    kernel.gemm = amx_gemm;
+    return kernel;
+}();
 #endif
 
 }  // namespace bitorch_qlinear
