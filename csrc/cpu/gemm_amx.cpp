@@ -1,3 +1,7 @@
+// Binary matrix product in the processor's tile registers (AMX), for products that are large enough; all others are
+// left to gemm_avx512.cpp, whose form of the weights this reads. Its slow twin is gemm_scalar.cpp.
+//
+// The signs of x are unpacked to bytes once for each tile of y, and then multiplied like levels (byte_gemm_amx.cpp).
 #include "target.h"
 
 #if defined(BITORCH_QLINEAR_HAS_AMX)
@@ -9,7 +13,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 // Our own headers are compiled for AVX-512 here, too, and everything that they define has internal linkage.
 BITORCH_QLINEAR_AMX_BEGIN
@@ -22,64 +25,73 @@ namespace {
 
 using Vector = __m512i;
 
-#ifndef XB
-#define XB 1024
-#endif
-constexpr int64_t kRows = 32;
-constexpr int64_t kMostBytes = XB << 10;
+// The fewest rows, outputs, values and multiply-adds that make this faster than gemm_avx512.cpp (see the head).
+constexpr int64_t kLeastRows = 25, kLeastColumns = 256;
+struct Least {
+    int64_t values, products;
+};
+constexpr Least kLeastOfBits{512, 7 << 20}, kLeast{768, 3 << 22};
+// If the last 16 rows are at most so many, gemm_avx512.cpp multiplies them faster.
+constexpr int64_t kFewRows = 8;
+// The bytes of x that stay in L2, and the fewest rows that make the unpacking of the weights worth its time.
+constexpr int64_t kBlockBytes = int64_t{512} << 10, kBlockRows = 32;
+constexpr int64_t kMostValues = int64_t{1} << 15;  // 1 MiB in 32 rows
 
-// The rows of x whose bytes are held at a time.
-int64_t block_rows(int64_t rows, int64_t k) {
-    const int64_t most = std::max(kRows, kMostBytes / (byte_row_bytes(k)) / kRows * kRows);
-    const int64_t blocks = ceil_div(rows, most);
-    return ceil_div(ceil_div(rows, blocks), kRows) * kRows;
+// Returns how many rows of x are unpacked at a time.
+int64_t block_rows(int64_t k) {
+    return std::max(kBlockRows, kBlockBytes / byte_row_bytes(k) / kBlockRows * kBlockRows);
 }
 
-// Writes rows of x. A byte is 1 for a bit 1, -1 for a bit 0 and 0 past K; rows past the last one are 0.
-void write_signs(const Product& product, Range rows, uint8_t* all, int32_t* sums) {
-    const int64_t words = words_for(product.k), steps = byte_row_bytes(product.k) / kStep, count = size(rows);
+// Writes the bytes and the sums of rows of signs. Rows that fill the last group have bytes of 0.
+void write_signs(const Product& product, Range rows, uint8_t* bytes, int32_t* sums) {
     const ByteOrder order;
     const Vector plus = order.factors, minus = _mm512_sub_epi8(_mm512_setzero_si512(), plus);
-    const uint64_t last = ~uint64_t{0} >> (steps * kStep - product.k);
-    for (int64_t group = 0; group * kTileRows < count; ++group) {
-        uint8_t* to = all + group * steps * kTileBytes;
+    const int64_t k = product.k, words = words_for(k), steps = byte_row_bytes(k) / kStep, count = size(rows);
+    for (int64_t group = 0; group < count; group += kTileRows, bytes += steps * kTileBytes, sums += kTileRows) {
+        const int64_t height = std::min(count - group, kTileRows);
+        const uint32_t* const x = product.x + (rows.begin + group) * words;
         int32_t ones[kTileRows] = {};
-        const int64_t inside = std::min(count - group * kTileRows, kTileRows);
-        const uint32_t* from = product.x + (rows.begin + group * kTileRows) * words;
-        for (int64_t step = 0; step < steps; ++step, from += 2, to += kTileBytes) {
-            const uint64_t valid = step + 1 < steps ? ~uint64_t{0} : last;
-            for (int64_t i = 0; i < inside; ++i) {
-                const uint32_t* const at = from + i * words;
-                const uint64_t bits = (at[0] | (2 * step + 1 < words ? uint64_t{at[1]} << 32 : 0)) & valid;
+        for (int64_t step = 0; step < steps; ++step) {
+            const bool two = 2 * step + 1 < words;
+            const uint64_t valid = word_mask(2 * step, k) | uint64_t{word_mask(2 * step + 1, k)} << 32;
+            uint8_t* const tile = bytes + step * kTileBytes;
+            for (int64_t i = 0; i < height; ++i) {
+                const uint32_t* const from = x + i * words + 2 * step;
+                const uint64_t bits = (from[0] | (two ? uint64_t{from[1]} << 32 : 0)) & valid;
                 ones[i] += static_cast<int32_t>(__builtin_popcountll(bits));
-                const Vector bytes = _mm512_mask_mov_epi8(_mm512_maskz_mov_epi8(valid, minus), bits, plus);
-                _mm512_store_si512(to + i * kStep, _mm512_permutexvar_epi8(order.places, bytes));
+                const Vector signs = _mm512_mask_mov_epi8(_mm512_maskz_mov_epi8(valid, minus), bits, plus);
+                _mm512_store_si512(tile + i * kStep, _mm512_permutexvar_epi8(order.places, signs));
             }
-            for (int64_t i = inside; i < kTileRows; ++i) _mm512_store_si512(to + i * kStep, _mm512_setzero_si512());
+            for (int64_t i = height; i < kTileRows; ++i) _mm512_store_si512(tile + i * kStep, _mm512_setzero_si512());
         }
-        for (int64_t i = 0; i < inside; ++i) sums[group * kTileRows + i] = 2 * ones[i] - static_cast<int32_t>(product.k);
+        for (int64_t i = 0; i < height; ++i) sums[i] = 2 * ones[i] - static_cast<int32_t>(k);
     }
 }
 
-int64_t tile_bytes(int64_t rows, int64_t k) {
-    return byte_workspace_bytes(block_rows(rows, k)) + block_rows(rows, k) * (byte_row_bytes(k) + int64_t{sizeof(int32_t)});
+// y from row `row` on.
+Output rows_from(const Output& y, int64_t row) {
+    const int64_t row_bytes = y.limits ? words_for(y.n) * kWordBytes : y.n * element_size(y.dtype);
+    Output rest = y;
+    rest.data = static_cast<uint8_t*>(y.data) + row * row_bytes;
+    return rest;
 }
 
 void multiply(const Product& product, Range rows, Range columns, uint8_t* workspace) {
-    const int64_t k = product.k, block = block_rows(size(rows), k);
+    const int64_t block = block_rows(product.k);
     uint8_t* const bytes = workspace + byte_workspace_bytes(block);
-    int32_t* const sums = reinterpret_cast<int32_t*>(bytes + block * byte_row_bytes(k));
-    const int64_t row_bytes = product.y.limits ? words_for(product.n) * kWordBytes : product.n * element_size(product.y.dtype);
+    int32_t* const sums = reinterpret_cast<int32_t*>(bytes + block * byte_row_bytes(product.k));
     for (int64_t begin = rows.begin; begin < rows.end; begin += block) {
         const int64_t end = std::min(begin + block, rows.end);
         write_signs(product, {begin, end}, bytes, sums);
-        Output y = product.y;
-        y.data = static_cast<uint8_t*>(y.data) + begin * row_bytes;
-        multiply_bytes({bytes, sums, nullptr, 1}, product.panels, y, {0, end - begin}, columns, workspace);
+        multiply_bytes({.bytes = bytes, .sums = sums, .nans = nullptr, .bits = 1}, product.panels,
+                       rows_from(product.y, begin), {0, end - begin}, columns, workspace);
     }
 }
 
-bool may_use_tiles(int64_t rows, int64_t k) { return rows >= 1 && k > 0 && k <= 1 << 20; }
+int64_t tile_workspace_bytes(int64_t k) {
+    const int64_t rows = block_rows(k);
+    return byte_workspace_bytes(rows) + rows * (byte_row_bytes(k) + int64_t{sizeof(int32_t)});
+}
 
 }  // namespace
 }  // namespace bitorch_qlinear
@@ -87,18 +99,30 @@ BITORCH_QLINEAR_TARGET_END
 
 namespace bitorch_qlinear {
 
-// This is outside the region, because it runs before it is known that the processor has the instructions.
+// These are outside the region, because they run before it is known that the process may use the instructions.
+static bool has_size(int64_t rows, int64_t k) {
+    return rows >= kLeastRows && k >= std::min(kLeast.values, kLeastOfBits.values) && k <= kMostValues;
+}
+
+static bool is_faster(const Product& product, int64_t rows, int64_t columns) {
+    const Least& least = product.y.limits ? kLeastOfBits : kLeast;
+    return has_size(rows, product.k) && columns >= kLeastColumns && product.k >= least.values &&
+           columns >= ceil_div(least.products, rows * product.k);
+}
+
 int64_t amx_workspace_bytes(int64_t rows, int64_t k) {
-    const int64_t few = kAvx512Kernel.workspace_bytes(rows, k);
-    return may_use_tiles(rows, k) ? std::max(few, tile_bytes(rows, k)) : few;
+    const int64_t bytes = kAvx512Kernel.workspace_bytes(rows, k);
+    return has_size(rows, k) ? std::max(bytes, tile_workspace_bytes(k)) : bytes;
 }
 
 void amx_gemm(const Product& product, Range rows, Range columns, uint8_t* workspace) {
-    if (may_use_tiles(size(rows), product.k) && tiles_granted()) return multiply(product, rows, columns, workspace);
-    for (int64_t begin = rows.begin; begin < rows.end; begin += kAvx512Kernel.row_tile) {
-        const int64_t end = std::min(begin + kAvx512Kernel.row_tile, rows.end);
-        kAvx512Kernel.gemm(product, {begin, end}, columns, workspace);
+    int64_t middle = rows.begin;
+    if (is_faster(product, size(rows), size(columns)) && tiles_granted()) {
+        const int64_t rest = size(rows) % kTileRows;
+        middle = rest <= kFewRows ? rows.end - rest : rows.end;
+        multiply(product, {rows.begin, middle}, columns, workspace);
     }
+    if (middle < rows.end) kAvx512Kernel.gemm(product, {middle, rows.end}, columns, workspace);
 }
 
 }  // namespace bitorch_qlinear

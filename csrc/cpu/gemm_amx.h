@@ -1,4 +1,4 @@
-// The product of signs in tile registers (gemm_amx.cpp), as the record in gemm_avx512.cpp takes it.
+// The product of signs in tile registers (gemm_amx.cpp), which gemm_avx512.cpp puts into the record `amx`.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,7 @@
 namespace bitorch_qlinear {
 
 #if defined(BITORCH_QLINEAR_HAS_AMX)
-constexpr int64_t kAmxRowTile = 1024;
-// As in the record Kernel. Both use those of kAvx512Kernel if it is faster, and if the system refuses tile registers.
+// These replace Kernel::workspace_bytes and Kernel::gemm of kAvx512Kernel.
 int64_t amx_workspace_bytes(int64_t rows, int64_t k);
 void amx_gemm(const Product& product, Range rows, Range columns, uint8_t* workspace);
 #endif

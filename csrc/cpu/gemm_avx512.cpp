@@ -314,7 +314,6 @@ constinit const Kernel kAmxKernel = [] {
     Kernel kernel = record(
         "amx", "AMX-TILE, AMX-INT8 and AVX512_VBMI, and all that avx512 needs",
         [](const CpuFeatures& features) { return features.amx; }, &kAmxLevelGemm);
-    kernel.row_tile = kAmxRowTile;
     kernel.workspace_bytes = amx_workspace_bytes;
     kernel.gemm = amx_gemm;
     return kernel;
