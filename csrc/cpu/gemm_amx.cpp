@@ -42,7 +42,7 @@ int64_t block_rows(int64_t k) {
     return std::max(kBlockRows, kBlockBytes / byte_row_bytes(k) / kBlockRows * kBlockRows);
 }
 
-// Writes the bytes and the sums of rows of signs. Rows that fill the last group have bytes of 0.
+// Writes the bytes and the sums of rows of signs. Rows that fill the last group keep any bytes: no output depends on them.
 void write_signs(const Product& product, Range rows, uint8_t* bytes, int32_t* sums) {
     const ByteOrder order;
     const Vector plus = order.factors, minus = _mm512_sub_epi8(_mm512_setzero_si512(), plus);
@@ -62,7 +62,6 @@ void write_signs(const Product& product, Range rows, uint8_t* bytes, int32_t* su
                 const Vector signs = _mm512_mask_mov_epi8(_mm512_maskz_mov_epi8(valid, minus), bits, plus);
                 _mm512_store_si512(tile + i * kStep, _mm512_permutexvar_epi8(order.places, signs));
             }
-            for (int64_t i = height; i < kTileRows; ++i) _mm512_store_si512(tile + i * kStep, _mm512_setzero_si512());
         }
         for (int64_t i = 0; i < height; ++i) sums[i] = 2 * ones[i] - static_cast<int32_t>(k);
     }

@@ -1,26 +1,7 @@
 // Levels as bytes by packed weights, in the processor's tile registers (AMX). Its slow twin is the planes' product
 // (level_product.h) with the kernel of gemm_scalar.cpp.
 //
-// A tile register holds 16 rows of 64 bytes. TDPBUSD multiplies a tile of levels, 16 rows of x by 64 values, by a tile
-// of weights, 64 values by 16 outputs, and adds the products to a tile of 16 x 16 int32: 16,384 multiply-adds in 16
-// cycles. Four such tiles of sums share two tiles of levels and two of weights, so that every tile that is loaded
-// serves twice.
-//
-// The weights come in the form of gemm_avx512.cpp. A bit becomes a byte b of 0 or 1 instead of a weight w of -1 or 1,
-// because that takes one operation less, and
-//
-//     sum q w = 2 sum q b - sum q
-//
-// A tile of weights has four values of each output side by side, which one VPMULTISHIFTQB takes from the words of 16
-// outputs. The weights of 32 outputs are unpacked again for each 32 rows of x, a few steps of 64 values before they are
-// multiplied: then the 32 rows of levels and these weights stay in L1, and other units of the processor than those that
-// multiply do the unpacking and write the outputs.
-//
-// Measured on an Intel Xeon (family 6, model 167), one thread: the product of 64 rows by 1024 x 1024 weights takes 39
-// us, of which the multiplying instructions alone would take 18. Tried and rejected there: unpacking 32 outputs once
-// for all rows, 48 us, because their bytes leave L1 (72 us if outputs are not written in the meantime either); four
-// tiles of rows by one of outputs, 49 us; prefetching the levels, 48 us; unpacking 1, 2, 4 or 6 steps ahead instead of
-// 3, up to 1.15 times the time.
+// This file writes levels as the bytes that byte_gemm_amx.cpp multiplies.
 #include "target.h"
 
 #if defined(BITORCH_QLINEAR_HAS_AMX)
@@ -31,7 +12,6 @@
 #include <immintrin.h>
 
 #include <cstdint>
-#include <cstring>
 
 // Our own headers are compiled for AVX-512 here, too, and everything that they define has internal linkage.
 BITORCH_QLINEAR_AMX_BEGIN

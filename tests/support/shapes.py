@@ -71,7 +71,7 @@ def row_table_products() -> list[tuple[int, int, int]]:
 
 
 def tile_products() -> list[tuple[int, int, int]]:
-    """Return (m, n, k) around the fewest for which the AMX kernel uses tile registers, and around its tiles and parts."""
+    """Return (m, n, k) around the fewest for which the AMX kernel uses tile registers, and around its tiles."""
     pair = 2 * TILE_SIDE
     ms = [*around(TILE_FEWEST_ROWS, pair, pair + TILE_REST, 2 * pair, ROW_TILE), 2 * ROW_TILE + 57]
     ns = [2 * TILE_FEWEST_OUTPUTS + extra for extra in (0, 1, 15, 16, 17, 31, 32, 33, 63)]
