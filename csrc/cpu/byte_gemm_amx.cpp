@@ -14,18 +14,18 @@
 // outputs the bits r, 8 + r, 16 + r and 24 + r, as bytes of 0 or 2^r. So no bit is moved except by one shift of four
 // places. The bytes of x have these values' order and the other part of the factor 8 (ByteOrder).
 //
-// Blocks. For 32 outputs, the weights of up to 1024 values of K are unpacked into 32 KiB, which stay in L1, and
-// multiplied with all rows of the tile of y. x comes from L2 by TILELOADDT1, which leaves L1 to the weights. Sums wait
-// in memory between parts of K. The first 32 rows unpack the weights two steps of 64 values before they are multiplied.
-// If there are no more than 32 rows, all of K is one part whose weights pass through 8 KiB. The outputs of a tile are
+// Blocks. For 32 outputs, the weights of up to 1024 values of K are unpacked into 32 KiB, which stay in L1, and are
+// multiplied with a block of rows. x comes from L2 by TILELOADDT1, which leaves L1 to the weights. Sums wait in
+// memory between parts of K. The first 32 rows unpack the weights two steps of 64 values before they are multiplied. If a
+// block has no more than 32 rows, all of K is one part whose weights pass through 8 KiB. The outputs of a tile are
 // written while the next one is multiplied.
 //
-// Measured on an Intel Xeon (family 6, model 167), one thread. While it multiplies tiles this processor runs at 2.9 to
-// 3.0 GHz, and at 3.7 to 3.9 GHz otherwise. A loop of multiplying instructions alone takes 22.2 ns for a step of four
-// tiles, which is 64 cycles at 2.9 GHz. With loads from L1 and one store of the sums for 1024 values it takes 1.08 times
-// as long, and 1.20 times with x from L2. The whole product of 256 rows by 1024 x 1024 weights takes 1.6 times as long
-// (54 to 56 % of 1024 multiply-adds a cycle are left in bits, 58 to 65 % of the time is multiplying in float32).
-// docs/history.md has what was tried and rejected.
+// Measured on an Intel Xeon (family 6, model 167), one thread. While it multiplies tiles, this processor runs at 2.9
+// GHz; otherwise it runs at 3.7 to 3.9 GHz. A loop of multiplying instructions alone takes 22.2 ns for a step of four
+// tiles, which is 64 cycles at 2.9 GHz. With all tiles in L1 and one store of the sums for 1024 values it takes 1.08
+// times as long, and with x from L2 1.17 times. The product of signs of 256 rows by 1024 x 1024 weights reaches 77 % of
+// the loop's 1024 multiply-adds a cycle if its outputs are bits, and 65 % if they are float32. docs/history.md has what
+// was tried and rejected.
 #include "target.h"
 
 #if defined(BITORCH_QLINEAR_HAS_AMX)
@@ -58,6 +58,11 @@ constexpr int64_t kAhead = 2;       // how many steps weights are unpacked befor
 static_assert(kRingSteps > kAhead && kPartSteps > kAhead);
 constexpr int64_t kWeightBytes = kPartSteps * kStepBytes;
 constexpr int64_t kLineBytes = kColumns * sizeof(int32_t), kSumBytes = kRowPair * kLineBytes;  // of a row and of a tile
+
+// A block's rows have at most so many bytes, which stay in L2.
+constexpr int64_t kBlockBytes = int64_t{512} << 10, kMostBlockRows = 128;
+// Sums of so many values are written as numbers in blocks of more than 32 rows (byte_block_rows).
+constexpr int64_t kManyValues = 4096;
 
 int64_t steps_for(int64_t k) { return ceil_div(k, kStep); }
 
@@ -353,9 +358,9 @@ void write_all(const Sums& sums) {
     }
 }
 
-void multiply(const LevelBytes& x, const uint8_t* panels, const Output& y, Range rows, Range columns,
-              uint8_t* workspace) {
-    const TileRegisters registers;
+// Multiplies a block of rows.
+void multiply_block(const LevelBytes& x, const uint8_t* panels, const Output& y, Range rows, Range columns,
+                    uint8_t* workspace) {
     const int64_t words = words_for(y.k), steps = steps_for(y.k), group_bytes = steps * kTileBytes;
     const int64_t pairs = ceil_div(size(rows), kRowPair);
     const int64_t parts = pairs > 1 ? ceil_div(steps, kPartSteps) : 1;
@@ -395,13 +400,31 @@ void multiply(const LevelBytes& x, const uint8_t* panels, const Output& y, Range
     write_all(before);
 }
 
+void multiply(const LevelBytes& x, const uint8_t* panels, const Output& y, Range rows, Range columns,
+              uint8_t* workspace) {
+    const TileRegisters registers;
+    const int64_t block = byte_block_rows(y.k, y.limits);
+    for (int64_t row = rows.begin; row < rows.end; row += block) {
+        multiply_block(x, panels, y, {row, std::min(row + block, rows.end)}, columns, workspace);
+    }
+}
+
 }  // namespace
 }  // namespace bitorch_qlinear
 BITORCH_QLINEAR_TARGET_END
 
 namespace bitorch_qlinear {
 
-int64_t byte_workspace_bytes(int64_t rows) { return kWeightBytes + ceil_div(rows, kRowPair) * kSumBytes; }
+// Blocks of 32 rows write y in runs that the processor's prefetching follows. More rows unpack the weights less often,
+// which is worth more if y is small: bits, or numbers that are sums of many values.
+int64_t byte_block_rows(int64_t k, bool bits) {
+    if (!bits && k < kManyValues) return kRowPair;
+    return std::clamp(kBlockBytes / byte_row_bytes(k) / kRowPair * kRowPair, kRowPair, kMostBlockRows);
+}
+
+int64_t byte_workspace_bytes(int64_t k) {
+    return kWeightBytes + byte_block_rows(k, true) / kRowPair * kSumBytes;  // no fewer rows than for numbers
+}
 
 void multiply_bytes(const LevelBytes& x, const uint8_t* panels, const Output& y, Range rows, Range columns,
                     uint8_t* workspace) {

@@ -17,8 +17,9 @@ constexpr int64_t kStep = 64;  // values of a row of a tile
 // Rows of values have the form of tiles: for each 16 rows and 64 values, 16 rows of 64 bytes. Bytes past k are 0.
 inline int64_t byte_row_bytes(int64_t k) { return ceil_div(k, kStep) * kStep; }
 
-// The workspace of multiply_bytes for at most so many rows.
-int64_t byte_workspace_bytes(int64_t rows);
+// Returns how many rows multiply_bytes takes at a time. Each block unpacks all weights again.
+int64_t byte_block_rows(int64_t k, bool bits);
+int64_t byte_workspace_bytes(int64_t k);
 
 // Computes y[rows][columns], where x.bytes has the form of tiles and the order of ByteOrder. rows.begin is a multiple of
 // kTileRows, columns.begin of the panels' 64, k is not 0, and 8 k times the largest value fits into an int32. If y is

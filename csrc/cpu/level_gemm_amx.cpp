@@ -43,7 +43,7 @@ int32_t write_row(const uint32_t* planes, int64_t stride, int64_t k, int bits, i
     return static_cast<int32_t>(sum);
 }
 
-int64_t workspace_bytes(int64_t rows, int64_t) { return byte_workspace_bytes(rows); }
+int64_t workspace_bytes(int64_t, int64_t k) { return byte_workspace_bytes(k); }
 
 }  // namespace
 }  // namespace bitorch_qlinear

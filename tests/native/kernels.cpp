@@ -274,7 +274,7 @@ void check_tile_products(const Kernel& kernel) {
         expect(!tiles_in_use(), describe(kernel, "product: the tile registers were not released", m, n, k));
     };
     for (int64_t m = 24; m <= 66; ++m) check_sizes(m, 512 + below(70), 1000 + below(200));
-    for (int64_t m : around({127, 136, 161})) check_sizes(m, 256 + below(70), 1000 + below(200));
+    for (int64_t m : around({84, 104, 128, 148, 161})) check_sizes(m, 256 + below(70), 1000 + below(200));
     for (int64_t n = 512; n <= 580; ++n) check_sizes(32 + below(40), n, 768 + below(200));
     for (int64_t n : around({255})) check_sizes(64 + below(40), n, 768 + below(200));
     for (int64_t k = 1020; k <= 1160; ++k) check_sizes(40 + below(30), 384 + below(40), k);
