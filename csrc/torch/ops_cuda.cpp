@@ -172,8 +172,8 @@ class AlignedVector {
     std::optional<Tensor> words_;
 };
 
-// Launches a product of words. With `starts_early` it may start before the launch in front of it, a pack or align that
-// makes nothing but x, has ended.
+// Launches a product of words. With `starts_early` it may start before the launch in front of it has ended: a pack or
+// align that makes x and perhaps counts the weights' set bits, but does not align their words (launch.cuh).
 cudaError_t launch_product(const Choice& choice, const Product& product, bool starts_early, cudaStream_t stream) {
     switch (choice.kernel) {
         case GemmKernel::skinny: return gemm_skinny(product, stream, starts_early);
@@ -241,9 +241,10 @@ Tensor multiply(int64_t m, int64_t n, int64_t k, const Outputs& outputs, const L
     const Factor x = make_x(kernel);
     make(x, w, launch);
     product.x = x.operand;
-    // A launch directly before the product must make x, and not the weights too. (Without values there may be none.)
-    const bool makes_x = x.pack || x.align.m > 0, makes_weights = w.align.m > 0;
-    const bool starts_early = makes_x && !makes_weights && k > 0 && launches_depend(gpu);
+    // The launch directly before the product must make x. (Without values there may be none.) It may count the weights'
+    // set bits, which every kernel reads after its end, but not align their words, which kernels read before.
+    const bool makes_x = x.pack || x.align.m > 0, aligns_weights = w.align.aligned;
+    const bool starts_early = makes_x && !aligns_weights && k > 0 && launches_depend(gpu);
     check_launch(kernel.name, launch_product(choice, product, starts_early, launch.stream()));
     return y;
 }

@@ -184,9 +184,12 @@ def test_a_wrong_form_is_an_error_of_the_next_call(ops, kernel, out):
 
 
 def test_launches_of_products(library, ops, kernel):
-    """At most one launch comes before the product's, whatever has to be packed, aligned and counted."""
+    """At most one launch comes before the product's, whatever has to be packed, aligned and counted.
+
+    The product starts before that launch has ended (a star), unless it aligns the weights.
+    """
     counts = kernel in ("mma_sm80", "mma_int8_sm80")
-    early = kernel + "*" * (kernel not in ("popc", "mma_sm75"))  # it starts before the launch that makes x has ended
+    early = kernel + "*" * (kernel not in ("popc", "mma_sm75"))
     for k, formed in itertools.product((128, 200), (False, True)):
         x, weight, _, _ = problem(3, 5, k)
         words, reals = pack_signs(x), torch.randn(5, k)
@@ -194,18 +197,31 @@ def test_launches_of_products(library, ops, kernel):
         launches(library)
         x_needs_it = counts or (kernel != "popc" and k == 200)
         both = x_needs_it and not formed
+        what = "align" if k == 200 else "count"
+        product = kernel if both and k == 200 else early
         ops.linear(x, weight, k, weight_prepared=prepared)
-        assert launches(library) == (["pack+align", kernel] if both else ["pack", early]), (k, formed)
+        packed = [f"pack+{what}" if both else "pack", product]
+        assert launches(library) == packed, (k, formed)
         ops.binary_linear(words, weight, k, weight_prepared=prepared)
-        before = [] if not x_needs_it else ["align+align" if both else "align"]
-        assert launches(library) == [*before, early if before == ["align"] else kernel], (k, formed)
+        made = [f"{what}+{what}" if both else what, product]
+        assert launches(library) == (made if x_needs_it else [kernel]), (k, formed)
         ops.linear_train(x, weight, k, weight_prepared=prepared)
-        if kernel != "popc" and k == 200:  # the words are an output, too, in another form than the kernel's
-            assert launches(library) == ["pack", *(["align+align", kernel] if both else ["align", early])], formed
-        else:
-            assert launches(library) == (["pack+align", kernel] if both else ["pack", early]), formed
+        # For k = 200 the words are an output, too, in another form than the kernel's.
+        assert launches(library) == (["pack", *made] if kernel != "popc" and k == 200 else packed), (k, formed)
         ops.sign_linear(x, reals)
         assert launches(library) == ["pack", "pack", early]
+
+
+def test_weights_that_are_aligned_in_the_call(library, ops, kernel):
+    """Words that do not start on 16 bytes are aligned by the launch before, so the product waits for its end."""
+    x, weight, bias, _ = problem(3, 5, 128)
+    moved = torch.cat([weight.reshape(-1)[:1], weight.reshape(-1)])[1:].reshape(weight.shape)
+    assert weight.data_ptr() % 16 == 0 and moved.data_ptr() % 16
+    wanted = F.linear(x, weight, 128, bias)
+    for prepared in (None, ops.prepare_weight(moved, 128)):
+        launches(library)
+        assert_equal(ops.linear(x, moved, 128, bias, weight_prepared=prepared), wanted)
+        assert launches(library) == (["pack+align", kernel] if kernel != "popc" else ["pack", "popc"])
 
 
 @pytest.mark.parametrize(("m", "kernel"), [(17, "skinny_mma_sm80"), (64, "skinny_mma_sm80"), (65, "mma_sm80")])
@@ -218,11 +234,11 @@ def test_launches_of_few_packed_rows(library, ops, m, kernel):
         launches(library)
         got = ops.binary_linear(words, weight, 256, bias, weight_prepared=prepared, scale=scale)
         assert_equal(got, F.binary_linear(words, weight, 256, bias, scale=scale))
-        counted = ["align" if formed else "align+align"] if kernel == "mma_sm80" else []
-        assert launches(library) == [*counted, f"{kernel}*" if counted == ["align"] else kernel]
+        counted = ["count" if formed else "count+count", f"{kernel}*"]
+        assert launches(library) == (counted if kernel == "mma_sm80" else [kernel])
         ops.linear(x, weight, 256, weight_prepared=prepared)
         both = kernel == "mma_sm80" and not formed
-        assert launches(library) == ["pack+align" if both else "pack", kernel if both else f"{kernel}*"]
+        assert launches(library) == ["pack+count" if both else "pack", f"{kernel}*"]
 
 
 def test_nothing_starts_early_behind_a_kernel_that_does_not_make_x(library, ops, kernel):
@@ -238,7 +254,7 @@ def test_nothing_starts_early_behind_a_kernel_that_does_not_make_x(library, ops,
     launches(library)
     ops.binary_linear(words, weight, 128, bias, weight_prepared=prepared)
     counts = kernel in ("mma_sm80", "mma_int8_sm80")
-    assert launches(library) == (["align", f"{kernel}*"] if counts else [kernel])
+    assert launches(library) == (["count", f"{kernel}*"] if counts else [kernel])
 
 
 # ---- code for earlier devices ----------------------------------------------------------------------------------------
