@@ -176,9 +176,9 @@ constexpr int64_t kFragmentColumns = 32;
 // leaves 1.1 to 2.1 us, and the lesser is taken to hold for more rows.
 constexpr double kClocksLess = 2000;
 
-// The launch that counts the set bits of x, by the time of pack's (kMicrosOfPack) at 1.75 GHz. On 9.0 the product hides
-// half of it (kMicrosHidden) if the weights have a form, as those of layers do not. It is not distinguished.
-constexpr double kClocksOfCount = 2800;
+// The launch that counts the set bits of x, by the time of pack's (kMicrosOfPack) at 1.75 GHz, and what a product hides
+// of it if it starts early (kMicrosHidden).
+constexpr double kClocksOfCount = 2800, kClocksHidden = 1400;
 
 // Estimates the clocks of a product of 17 to 64 rows by skinny_mma_sm80, as estimated_clocks does, but without a doubt.
 // Beside tensor cores and L2, the counting of set bits bounds a stage: 16 words a clock, of the rows of x and of the
@@ -208,7 +208,8 @@ static inline double estimated_tile_clocks(const Gpu& gpu, int64_t m, int64_t n,
 // set bits a launch would count for mma_sm80, unless a launch has to align them anyway. (In linear_train the launch
 // that packs x would count them for nothing. It is not distinguished.)
 static inline bool fragments_win(const Gpu& gpu, int64_t m, int64_t n, int64_t k, bool words) {
-    const double counted = words && !prepared_holds_words(k) ? kClocksOfCount : 0;
+    const double count = kClocksOfCount - (launches_depend(gpu) ? kClocksHidden : 0);
+    const double counted = words && !prepared_holds_words(k) ? count : 0;
     const double tiles = estimated_tile_clocks(gpu, m, n, k);
     return estimated_fragment_clocks(gpu, m, n, k) < tiles + kClocksLess + counted;
 }
