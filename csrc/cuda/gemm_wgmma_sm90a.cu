@@ -549,10 +549,9 @@ cudaError_t launch(const Product& product, cudaStream_t stream, bool starts_earl
     constexpr int kBytes = kSharedBytes<As, Shape>;
     static_assert(kBytes <= 227 * 1024, "shared memory of a block");
     void (*const kernel)(Product, Maps, unsigned, unsigned, bool) = multiply_tiles<As, Shape>;
-    if (error == cudaSuccess) {  // the attribute belongs to the current device, as in mma_tiles.cuh
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    }
     if (error != cudaSuccess) return cudaGetLastError();  // which clears the error, before others see it
+    error = allow_shared_memory(kernel, kBytes);
+    if (error != cudaSuccess) return error;
     Maps maps{};
     error = make_maps<Shape>(product, &maps);
     if (error != cudaSuccess) return error;

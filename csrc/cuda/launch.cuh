@@ -32,6 +32,8 @@
 
 #include <cuda_runtime.h>
 
+#include "relaxed_capture.h"
+
 namespace bitorch_qlinear::cuda {
 
 // Lets the kernel behind this one start, if it was launched in that way. A kernel that was not waits for the end.
@@ -47,6 +49,16 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// Allows a kernel so many bytes of dynamic shared memory on the current device, which are more than the 48 KiB that it
+// may always have. Asking at every launch costs less than remembering which devices were asked. The first time may load
+// the kernel's code.
+template <class... Parameters>
+cudaError_t allow_shared_memory(void (*kernel)(Parameters...), int bytes) {
+    const RelaxedCapture relaxed;
+    static_cast<void>(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    return cudaGetLastError();  // which also clears the error, before others see it
 }
 
 // Launches a kernel. With `starts_early` it may start before the kernel in front of it in the stream has ended; then

@@ -311,10 +311,7 @@ cudaError_t launch(const Product& product, cudaStream_t stream, bool starts_earl
         constexpr int kBytes = sizeof(Shared<As, Shape>);
         const auto kernel = multiply_tiles<As, Shape, Instructions>;
         if constexpr (kBytes > 48 * 1024) {
-            // The attribute belongs to the current device. Setting it at every launch costs less than remembering for
-            // which it is set.
-            const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-            if (error != cudaSuccess) return cudaGetLastError();  // which clears the error, before others see it
+            if (const auto error = allow_shared_memory(kernel, kBytes); error != cudaSuccess) return error;
         }
         return launch_kernel(kernel, row_tiles * column_tiles, Shape::kThreads, kBytes, stream, starts_early, product,
                              row_tiles, column_tiles, rows_on_16_bytes(product.y, product.n));

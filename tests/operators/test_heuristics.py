@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from gpu.first_call import PRODUCTS
 
 from bitorch_qlinear import _kernels
 from tools.ptx.machine import build_once
@@ -531,6 +532,16 @@ def test_tensor_core_kernels_are_only_chosen_for_targets_that_have_their_code(ma
     for name, lowest, highest, *_ in records():
         if name.endswith(kernel):
             assert first <= 10 * lowest and 10 * highest < end
+
+
+def test_first_calls_have_every_kernel():
+    """What tests/gpu captures in a new process loads each kernel that an H200 chooses, and a large tile."""
+    chosen = set()
+    for m, n, k, dtype in PRODUCTS:
+        chosen |= {decide("", 90, 132, m, n, k, size) for size in (0, 4 if dtype == "float32" else 2)}
+    names = {choice.partition(":")[0].partition(" ")[0] for choice in chosen}
+    assert names == {*KERNELS} - {"popc", "mma_sm75", "mma_int8_sm80"}
+    assert any(choice.startswith("mma_sm80 with tiles of 128 x 256") for choice in chosen)
 
 
 # ---- code for an earlier device --------------------------------------------------------------------
