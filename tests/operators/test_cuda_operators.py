@@ -222,6 +222,10 @@ def test_weights_that_are_aligned_in_the_call(library, ops, kernel):
         launches(library)
         assert_equal(ops.linear(x, moved, 128, bias, weight_prepared=prepared), wanted)
         assert launches(library) == (["pack+align", kernel] if kernel != "popc" else ["pack", "popc"])
+    library.cuda_on_cpu_force(b"")
+    for weights, expected in ((moved, ["pack+align", "skinny"]), (weight, ["fused_skinny_mma_sm80"])):
+        assert_equal(ops.linear(x, weights, 128, bias), wanted)
+        assert launches(library) == expected
 
 
 @pytest.mark.parametrize(("m", "kernel"), [(17, "skinny_mma_sm80"), (64, "skinny_mma_sm80"), (65, "mma_sm80")])
@@ -320,7 +324,10 @@ def test_a_failure_before_the_first_product_is_not_blamed_on_the_build(library, 
 
 @pytest.mark.parametrize("forced", ["fused_skinny", "fused_skinny_mma_sm80", ""])
 def test_fused(library, ops, forced):
-    """Few values of real x are packed by the product; words of x, or too many values, are not for the fused kernels."""
+    """Few values of real x are packed by the product, unless a launch that aligns the weights can pack them.
+
+    Words of x, or too many values, are not for the fused kernels.
+    """
     library.cuda_on_cpu_force(forced.encode())
     for m, k, formed in itertools.product((1, 3, 4, 5, 16, 17), (40, 128, 8192), (False, True)):
         x, weight, bias, scale = problem(m, 40, k)
@@ -332,12 +339,13 @@ def test_fused(library, ops, forced):
             assert_equal(got, F.linear(rows, weight, k, bias, strict=strict, scale=scale))
             one, several = "fused_skinny", "fused_skinny_mma_sm80"
             automatic = one if m == 1 else several if m <= 16 else None
-            automatic = automatic if m * k * rows.element_size() <= 78400 else None
+            aligns = k == 40 and not formed
+            automatic = automatic if m * k * rows.element_size() <= 78400 and not aligns else None
             takes = forced and m <= (4 if forced == one else 16) and m * -(-k // 128) * 128 <= 131072
             expected = forced if takes else automatic
             *before, last = launches(library)
             assert (last if last in (one, several) else None) == expected
-            assert not expected or before == ["align"] * (k == 40 and not formed)
+            assert before == (["align"] * aligns if expected else ["pack+align" if aligns else "pack"])
         words = ops.pack_bits(x)
         ops.binary_linear(words, weight, k)
         ops.linear_train(x, weight, k)

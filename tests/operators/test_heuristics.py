@@ -63,7 +63,10 @@ def library():
     lib.is_legal.argtypes = [ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 3]
     lib.fits.argtypes = [ctypes.c_int64] * 2
     lib.choose_for_real_x.restype = None
-    lib.choose_for_real_x.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    lib.choose_for_real_x.argtypes = [
+        *(ctypes.c_int64, ctypes.c_void_p),
+        *(ctypes.c_int64, ctypes.c_bool, ctypes.c_void_p),
+    ]
     for function in (lib.choose_all, lib.estimate_all, lib.estimate_fragments, lib.estimate_warpgroups):
         function.restype = None
         function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * (5 if function is lib.choose_all else 2)]
@@ -98,11 +101,14 @@ def estimate(*arguments):
     return clocks
 
 
-def choose_for_real_x(value_bytes, *arguments):
-    """Return the kernels for real x with values of so many bytes; the other arguments are those of ``choose``."""
+def choose_for_real_x(value_bytes, *arguments, aligns=False):
+    """Return the kernels for real x with values of so many bytes; the other arguments are those of ``choose``.
+
+    ``aligns`` says whether a launch has to align the weights.
+    """
     asked = queries(*arguments)
     kernels = np.full(len(asked), -1, np.int32)
-    library().choose_for_real_x(len(asked), asked.ctypes.data, value_bytes, kernels.ctypes.data)
+    library().choose_for_real_x(len(asked), asked.ctypes.data, value_bytes, aligns, kernels.ctypes.data)
     return kernels
 
 
@@ -228,6 +234,9 @@ def test_real_x(capability, value_bytes):
     cluster = ~few & fits & (m * k * value_bytes <= 196_000) & (capability == 90) & (multiprocessors >= 8)
     expected = np.where(cluster, KERNELS.index("fused_cluster_sm90"), expected_kernel(*device, words=False))
     np.testing.assert_array_equal(kernels, np.where(fused, names, expected))
+    # A launch that has to align the weights packs x as well, so none is saved.
+    aligned = choose_for_real_x(value_bytes, *device, aligns=True)
+    np.testing.assert_array_equal(aligned, expected_kernel(*device, words=False))
     assert 0 < fused.sum() < SHAPES and (cluster.sum() > 0) == (capability == 90)
 
 
