@@ -36,6 +36,13 @@
 
 namespace bitorch_qlinear::cuda {
 
+// Whether this is code that may run before the kernel in front of it has ended.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr bool kMayStartEarly = true;
+#else
+constexpr bool kMayStartEarly = false;
+#endif
+
 // Lets the kernel behind this one start, if it was launched in that way. A kernel that was not waits for the end.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900

@@ -4,6 +4,7 @@ The interpreter stops a kernel that reads such memory before `griddepcontrol.wai
 kernel writes meanwhile (`ld.global.nc`).
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,8 +69,6 @@ PRODUCTS: dict[str, Callable[..., object]] = {
     "gemm_mma_int8_sm80": check_mma,
     "gemm_wgmma_sm90a": check_wgmma,
 }
-EARLY = ("gemm_skinny", "gemm_skinny_mma_sm80", "gemm_wgmma_sm90a")
-"""The products that load or copy weights before they wait; the others, which copy stages, wait first."""
 each_product = pytest.mark.parametrize("name", PRODUCTS)
 
 
@@ -97,10 +96,7 @@ def test_wgmma_starts_early():
 @each_product
 def test_weights_are_read_early(name):
     early = Early(module(f"{name}.cu", TARGET), (WEIGHT,))
-    if name in EARLY:
-        with pytest.raises(PtxFault, match=r"is read before griddepcontrol\.wait"):
-            PRODUCTS[name](early, 4, 9, 700)
-    else:
+    with pytest.raises(PtxFault, match=r"is read before griddepcontrol\.wait"):
         PRODUCTS[name](early, 4, 9, 700)
 
 
@@ -112,13 +108,22 @@ def test_wgmma_without_a_result_waits():
 
 @pytest.mark.parametrize("name", [name for name in PRODUCTS if "wgmma" not in name])
 def test_loads_of_weights_do_not_wait(name):
-    """The skinny kernels load their first weights before they wait, by the path for data that no kernel writes."""
-    for found in module(f"{name}.cu", TARGET).ptx.kernels.values():
+    """The skinny kernels load their first weights before they wait, by the path for data that no kernel writes.
+
+    Those of tiles copy the weights of one stage, or of all four if L2 bounds the tile.
+    """
+    for kernel, found in module(f"{name}.cu", TARGET).ptx.kernels.items():
         opcodes = [instruction.opcode for instruction in found.instructions]
         wait = opcodes.index("griddepcontrol.wait")
         assert opcodes.count("griddepcontrol.wait") == 1
-        early = [opcode for opcode in opcodes[:wait] if opcode.startswith(("ld.global", "cp.async"))]
-        assert any(".nc." in opcode for opcode in early) == name.startswith("gemm_skinny")
+        loads = [opcode for opcode in opcodes[:wait] if opcode.startswith("ld.global")]
+        copies = [opcode for opcode in opcodes[:wait] if opcode.startswith("cp.async.cg")]
+        if name.startswith("gemm_skinny"):
+            assert any(".nc." in opcode for opcode in loads) and not copies
+            continue
+        tile = tuple(map(int, re.search(r"ShapeILi(\d+)ELi(\d+)E", kernel).groups()))
+        stages = mma_sm80.STAGES if tile == mma_sm80.SMALL else 1
+        assert not loads and len(copies) == stages * tile[1] * mma_sm80.STAGE_BYTES // 16 // mma_sm80.THREADS[tile]
 
 
 def fields_that_catch(text: str, mutant: Mutant, run: Callable[[Early, int], None]) -> set[int]:
