@@ -1,4 +1,4 @@
-"""The products that a process captures in its first calls, which test_heuristics.py sees to cover the kernels of 9.0."""
+"""The products that a process captures in its first calls; test_heuristics.py sees that they cover 9.0's kernels."""
 
 PRODUCTS = [
     (1, 70, 300, "float32"),

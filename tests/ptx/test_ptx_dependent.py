@@ -112,7 +112,7 @@ def test_loads_of_weights_do_not_wait(name):
 
     Those of tiles copy the weights of one stage, or of all four if L2 bounds the tile.
     """
-    for kernel, found in module(f"{name}.cu", TARGET).ptx.kernels.items():
+    for symbol, found in module(f"{name}.cu", TARGET).ptx.kernels.items():
         opcodes = [instruction.opcode for instruction in found.instructions]
         wait = opcodes.index("griddepcontrol.wait")
         assert opcodes.count("griddepcontrol.wait") == 1
@@ -121,7 +121,7 @@ def test_loads_of_weights_do_not_wait(name):
         if name.startswith("gemm_skinny"):
             assert any(".nc." in opcode for opcode in loads) and not copies
             continue
-        tile = tuple(map(int, re.search(r"ShapeILi(\d+)ELi(\d+)E", kernel).groups()))
+        tile = tuple(map(int, re.search(r"ShapeILi(\d+)ELi(\d+)E", symbol).groups()))
         stages = mma_sm80.STAGES if tile == mma_sm80.SMALL else 1
         assert not loads and len(copies) == stages * tile[1] * mma_sm80.STAGE_BYTES // 16 // mma_sm80.THREADS[tile]
 
