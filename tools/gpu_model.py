@@ -570,8 +570,8 @@ def print_products() -> None:
     print(
         "\nAn estimate from rates that a prototype had on an H200: microseconds that each part is busy, of the last "
         "epilogue,\nwhich nothing hides, and of the outputs in bf16 on their way to memory; then what the product "
-        "takes at least with\noutputs in bf16, what the prototype took (with the clock that each size had; the estimate has "
-        f"{WARPGROUP.gigahertz} GHz), the\nestimate's TOPS, and what it takes with bits. A launch and the first copies "
+        "takes at least with\noutputs in bf16, what the prototype took (with the clock that each size had; the estimate "
+        f"has {WARPGROUP.gigahertz} GHz), the\nestimate's TOPS, and what it takes with bits. A launch and the first copies "
         "come on top, 1 to 2 µs. Packing x from\nbf16 is a launch of its own before it. The tile is the one that the "
         "heuristics choose.\n"
     )
