@@ -46,7 +46,7 @@ def clocks_at_work() -> str:
     return read
 
 
-RATE = Path(__file__).with_name("bmma_rate.cu")
+RATE = Path(__file__).with_name("rates.cu")
 
 
 def rate_of_the_instruction(capability: tuple[int, int], multiprocessors: int, out: Tensor) -> str:
