@@ -1,6 +1,7 @@
 """Everything around the GPU benchmark that needs no GPU: tables, targets, files, the runner, sanitizers' verdicts."""
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import contestants, machine, measurements, plot, shapes, tables, targets
+from benchmarks.gpu import contestants, measurements, plot, rates, shapes, tables, targets
 from benchmarks.measuring import Shape
 from tools import gpu_run, sanitize
 
@@ -210,13 +211,42 @@ def test_files(tmp_path):
 
 
 @pytest.mark.skipif(sanitize.find_tool("nvcc") is None, reason="there is no nvcc")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would write to the CPU's memory")
-def test_the_rate_of_the_instruction_is_not_measured_without_a_gpu():
-    """The program that measures it compiles and loads, and reports that CUDA does not work."""
-    out = torch.empty(1024, dtype=torch.int32)
-    assert machine.rate_of_the_instruction((9, 0), 1, out) == "not measured: CUDA reports an error"
-    assert machine.rate_of_the_instruction((8, 99), 1, out).startswith("not measured: Command ")
-    assert machine.rate_of_the_instruction((10, 0), 1, out) == "10.0 has no such instruction"
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would be measured")
+def test_rates_are_not_measured_without_a_gpu():
+    """The program that measures them compiles and loads, and each function reports that CUDA does not work."""
+    shown = {}
+    found = rates.measure_rates((9, 0), shown.__setitem__)
+    assert found == shown and list(found) == [part.name for part in rates.PARTS]
+    assert all(re.match(r"not measured: .*CUDA", text) for text in found.values()), found
+    (failure,) = rates.measure_rates((8, 99)).values()
+    assert failure.startswith("not measured: Command ")
+
+
+def test_rates_in_words():
+    warps, *_, loads = rates.PARTS
+    assert rates.in_words(warps, rates.Measured(5e15, 19600)) == (
+        "10,000 TOPS, 19,600 multiply-adds a clock and multiprocessor"
+    )
+    assert rates.in_words(loads, rates.Measured(9.3e12, 40)) == "9.3 TB/s, 40 bytes a clock and multiprocessor"
+
+
+@pytest.mark.parametrize(("capability", "parts"), [((7, 5), 3), ((8, 6), 4), ((9, 0), 9), ((12, 0), 3)])
+def test_rates_of_a_device_are_those_of_its_parts(capability, parts, monkeypatch):
+    """Bits have instructions from 8.0 to 9.0, warpgroups and boxes belong to 9.0, and all devices load."""
+
+    class Program:
+        def __getattr__(self, name):
+            def function(*arguments):
+                assert all(0 <= argument.value <= 1 << 24 for argument in arguments[:-1])
+                return b""
+
+            return function
+
+    commands = []
+    monkeypatch.setattr(rates.subprocess, "run", lambda command, **more: commands.append(command))
+    monkeypatch.setattr(rates.ctypes, "CDLL", lambda path: Program())
+    assert len(rates.measure_rates(capability)) == parts
+    assert "-arch=sm_{}{}".format(*capability) + "a" * (capability == (9, 0)) in commands[0]
 
 
 def test_tables_are_markdown():
