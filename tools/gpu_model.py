@@ -568,11 +568,11 @@ def print_products() -> None:
     aligned = ("left", *numbers[:7], "left", *numbers[:5])
     print(tabulate(_in_digits(product_table()), headers=headers, disable_numparse=True, colalign=aligned))
     print(
-        "\nAn estimate from rates that a prototype had on an H200: microseconds that each part is busy, of the last "
-        "epilogue,\nwhich nothing hides, and of the outputs in bf16 on their way to memory; then what the product "
-        "takes at least with\noutputs in bf16, what the prototype took (with the clock that each size had; the estimate "
-        f"has {WARPGROUP.gigahertz} GHz), the\nestimate's TOPS, and what it takes with bits. A launch and the first copies "
-        "come on top, 1 to 2 µs. Packing x from\nbf16 is a launch of its own before it. The tile is the one that the "
+        "\nAn estimate from rates that a prototype had on an H200. The columns are microseconds: how long each part is "
+        "busy, the\nlast epilogue, which nothing hides, and the outputs in bf16 on their way to memory; how long the "
+        "product takes at least\nwith outputs in bf16, and how long the prototype took (each size had its own clock, "
+        f"the estimate has {WARPGROUP.gigahertz} GHz);\nhow long it takes with bits, and how long the launch before it "
+        "packs x from bf16. A launch and the first copies come on\ntop, 1 to 2 µs. The tile is the one that the "
         "heuristics choose.\n"
     )
     headers = ["the same products", "tensor clocks", "shared", "L2", "epilogue", "shared MB", "L2 MB", "operands MB"]

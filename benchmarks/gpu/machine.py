@@ -43,7 +43,7 @@ def clocks_at_work() -> str:
 
 
 def gpu_setting(timer: GraphTimer) -> dict[str, Any]:
-    """Describe the machine. The rates are measured first, and shown at once, because they decide what is worth trying."""
+    """Describe the machine. Its rates are shown as soon as they are measured."""
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
     kernel = environment(device) | {"kernel": "by each product's sizes"}
