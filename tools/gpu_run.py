@@ -62,7 +62,7 @@ def parts(results: Path) -> list[Part]:
     return [
         Part("environment", ["sh", "-c", environment], 30, "environment.txt"),
         Part("tests", pytest, 150, "tests.txt"),
-        Part("benchmarks", benchmarks, 140, "gpu.txt", told=True),
+        Part("benchmarks", benchmarks, 160, "gpu.txt", told=True),
         Part("sanitizers", [python, "-m", "tools.sanitize"], SECONDS, "sanitizer.txt", told=True),
     ]
 

@@ -536,6 +536,8 @@ xs, words = [torch.randn(m, k) for m in (1, 9, 40)], F.pack_bits(torch.randn(n, 
 gpu, gpu_words = [x.cuda() for x in xs], words.cuda()
 long, long_words = torch.randn(9, 4096).bfloat16(), F.pack_bits(torch.randn(n, 4096))  # a cluster packs it on 9.0
 gpu_long, gpu_long_words = long.cuda(), long_words.cuda()
+many, many_words = torch.randn(256, 8192), F.pack_bits(torch.randn(n, 8192))  # warpgroups multiply it on 9.0
+gpu_many, gpu_many_words = many.cuda(), many_words.cuda()
 torch.cuda.synchronize()
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph, capture_error_mode={mode!r}):
@@ -543,11 +545,13 @@ with torch.cuda.graph(graph, capture_error_mode={mode!r}):
     ys = [F.linear(x, gpu_words, k, weight_prepared=form) for x in gpu]
     ys += [F.binary_linear(F.pack_bits(x), gpu_words, k) for x in gpu]
     y_long = F.linear(gpu_long, gpu_long_words, 4096)
+    y_many = F.linear(gpu_many, gpu_many_words, 8192)
     values = F.unpack_bits(gpu_words, k)
 graph.replay()
 wanted = [F.linear(x, words, k) for x in xs]
 assert all(torch.equal(y.cpu(), want) for y, want in zip(ys, 2 * wanted, strict=True))
 assert torch.equal(y_long.cpu(), F.linear(long, long_words, 4096))
+assert torch.equal(y_many.cpu(), F.linear(many, many_words, 8192))
 assert torch.equal(values.cpu(), F.unpack_bits(words, k))
 print("computed")
 """

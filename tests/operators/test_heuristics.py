@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from bitorch_qlinear import _kernels
+from tools import gpu_model
 from tools.ptx.machine import build_once
 
 ROOT = Path(__file__).parents[2]
@@ -413,6 +414,19 @@ def test_warpgroup_tile_is_the_faster_one_of_those_measured(shape, tile):
     """The table of csrc/DESIGN.md ("What hardware said") has the times."""
     chosen = choose(90, 132, *shape)
     assert (chosen.kernel[0], chosen.warpgroup_tile[0]) == (KERNELS.index("wgmma_sm90a"), tile)
+
+
+def test_the_model_of_the_tools_has_these_clocks_and_tiles():
+    """An H200 has 132 multiprocessors. tools/gpu_model.py estimates the products of its table and those of any size."""
+    generator = np.random.default_rng(0)
+    shapes = np.concatenate([[*gpu_model.PRODUCTS.values()], generator.integers(256, 20000, (300, 3))])
+    clocks, chosen = estimate_warpgroups(90, 132, *shapes.T), choose(90, 132, *shapes.T)
+    wgmma = chosen.kernel == KERNELS.index("wgmma_sm90a")
+    for shape, of_tiles, tile in zip(shapes.tolist(), clocks, chosen.warpgroup_tile, strict=True):
+        bounds = [gpu_model.warpgroup_bound(*shape, columns) for columns in (192, 128)]
+        assert [bound.clocks for bound in bounds] == of_tiles.tolist(), shape
+        assert gpu_model.best_bound(*shape) == bounds[tile], shape
+    assert wgmma.all() and set(chosen.warpgroup_tile) == {WIDE, NARROW}
 
 
 @pytest.mark.parametrize(
