@@ -113,9 +113,7 @@ static constexpr bool runs_on(const KernelRecord& kernel, const Gpu& gpu) {
 // Returns whether a product may be launched before the kernel that makes its x has ended (launch.cuh). Code for 9.0
 // alone waits for that kernel. 10.0 and later have this too, but captures into graphs have been seen to fail on 12.0
 // (sglang, pull request 18596).
-static constexpr bool launches_depend(const Gpu& gpu) {
-    return gpu.capability == 90 && gpu.code >= 90 && gpu.early;
-}
+static constexpr bool launches_depend(const Gpu& gpu) { return gpu.capability == 90 && gpu.code >= 90 && gpu.early; }
 
 // Returns whether a block of a fused kernel has place for x.
 static inline bool fits_fused(int64_t m, int64_t k) {
