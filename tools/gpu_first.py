@@ -56,10 +56,8 @@ def check(kernel: str) -> None:
 
 
 def kernels_of_the_gpu() -> list[str]:
-    """Return the names of the kernels that the first GPU has, in a process that may hang or fail instead of this one."""
-    code = (
-        "import torch; from bitorch_qlinear import _kernels as k; print(*k.device_cuda_kernels(torch.device('cuda')))"
-    )
+    """Return the names of the kernels that the current GPU has, from a process that may fail instead of this one."""
+    code = "import torch, bitorch_qlinear as b; print(*b._kernels.device_cuda_kernels(torch.device('cuda')))"
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=SECONDS
     ).stdout.split()
