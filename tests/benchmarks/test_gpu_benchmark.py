@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.gpu import contestants, correctness, measurements, plot, rates, shapes, tables, targets
 from benchmarks.measuring import Shape
-from tools import gpu_run, sanitize
+from bitorch_qlinear import _kernels, _library, kernels
+from tools import gpu_first, gpu_run, sanitize
 
 CPU = torch.device("cpu")
 SMALL = [Shape(m=3, k=45, n=16), Shape(m=17, k=64, n=16)]
@@ -417,6 +418,29 @@ def test_a_part_that_fails_hides_no_other(tmp_path, capfd, monkeypatch):
     slow = (tmp_path / "slow.txt").read_text()
     assert slow.startswith("two\n") and slow.endswith("\nstopped after 2 s\n")
     assert gpu_run.run_all(every[3:], tmp_path, time.time() + 60)
+    needed = every[0]._replace(needed=True)
+    assert not gpu_run.run_all([needed, every[3]], tmp_path, time.time() + 60)
+    assert capfd.readouterr().out.endswith("failed, exit code 3\nthe other parts were not started\n")
+
+
+@pytest.mark.slow
+def test_a_kernel_that_hangs_or_fails_is_reported():
+    python = [sys.executable, "-c"]
+    assert gpu_first.verdict([*python, "print(1)"]) == "ok"
+    assert gpu_first.verdict([*python, "import time; time.sleep(60)"], 0.5) == "hangs: stopped after 0.5 s"
+    assert gpu_first.verdict([*python, "print('no'); assert 0, '3 are wrong'"]) == "AssertionError: 3 are wrong"
+    assert gpu_first.verdict([*python, "raise SystemExit(3)"]) == "exit code 3"
+
+
+@pytest.mark.skipif(not _library.has_cuda, reason=_library.no_cuda_reason)
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0), (12, 0)])
+def test_the_first_products_are_computed_by_their_kernel(capability):
+    for kernel in _kernels.available_cuda_kernels(capability):
+        for product in gpu_first.products(kernel):
+            with kernels.forced(kernel):
+                value_bytes = 2 * kernel.startswith("fused")
+                chosen = _kernels.cuda_choice(capability, 100, *product, value_bytes)
+            assert chosen.startswith((f"{kernel}:", f"{kernel} with"))
 
 
 @pytest.mark.slow

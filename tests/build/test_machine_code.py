@@ -191,6 +191,13 @@ def check_clusters(instructions: list[Instruction]) -> None:
     assert names.index("ST.E.128") < fence < arrivals[1]
 
 
+def check_early_loads(instructions: list[Instruction]) -> None:
+    """Weights are loaded before the wait for the kernel that makes x, and x after it."""
+    names = [i.name for i in instructions]
+    before = [name for name in names[: names.index("ACQBULK")] if re.match(r"LDG.*\.128", name)]
+    assert before and all(".NA" in name for name in before), "x is loaded by instructions without NA"
+
+
 def check_memory(kernel: Kernel, names: Counter[str], passed: Counter[str]) -> None:
     """Accesses are as wide as the sources promise, and exactly the kernels with tiles copy asynchronously."""
     promised = promised_accesses(kernel)
@@ -236,6 +243,8 @@ def test_instructions(target):
                 check_warpgroups(kernel, instructions, passed)
             if kernel.source == "gemm_fused_cluster_sm90":
                 check_clusters(instructions)
+            if target == "sm_90a" and kernel.source.startswith("gemm_skinny"):
+                check_early_loads(instructions)
         except AssertionError as error:
             error.add_note(f"{kernel} for {target}")
             raise

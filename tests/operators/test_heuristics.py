@@ -51,7 +51,8 @@ def library():
         subprocess.run([*compiler.split(), *flags, f"-I{CSRC}", "-o", str(path), str(HARNESS)], check=True)
 
     lib = ctypes.CDLL(str(build_once(f"heuristics-{key}.so", make)))
-    lib.decide_in_words.restype = lib.names_of.restype = lib.decide_tile_in_words.restype = ctypes.c_char_p
+    for function in (lib.decide_in_words, lib.names_of, lib.decide_tile_in_words, lib.depends_in_words):
+        function.restype = ctypes.c_char_p
     lib.decide_tile_in_words.argtypes = [
         ctypes.c_char_p,
         ctypes.c_char_p,
@@ -691,6 +692,17 @@ def test_forced_by_a_tile_that_does_not_exist(tile):
     assert decide_tile(tile, "", 90, 10, 10, 10) == (
         f'error: BITORCH_QLINEAR_CUDA_TILE: expected one of 128x256, 128x192, 128x128, 64x64, got "{tile}"'
     )
+
+
+def test_early_starts():
+    """Products start early on 9.0 in code for 9.0, unless the environment's variable is 0."""
+    for value in ("", "1"):
+        for capability, expected in ((90, "yes"), (90_000 + 90, "yes"), (80_000 + 90, "no"), (89, "no"), (100, "no")):
+            assert library().depends_in_words(value.encode(), capability).decode() == expected
+    assert library().depends_in_words(b"0", 90) == b"no"
+    for value in ("00", "off", "-1", " "):
+        error = library().depends_in_words(value.encode(), 90).decode()
+        assert error == f'error: BITORCH_QLINEAR_CUDA_EARLY_START: expected 0 or 1, got "{value}"'
 
 
 @pytest.mark.parametrize("capability", [30, 52, 61, 70, 72])
