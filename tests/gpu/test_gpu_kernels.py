@@ -292,6 +292,33 @@ def test_a_forced_tile_of_warpgroups_computes_any_product(tile):
         _kernels.force_cuda_tile(before)
 
 
+@pytest.mark.skipif("wgmma_sm90a" not in KERNELS, reason="there is no kernel of warpgroups")
+@pytest.mark.parametrize("tile", ["128x192", "128x128"])
+def test_warpgroups_that_start_early_compute_several_tiles_each(tile):
+    """More stages than the ring has and more tiles than multiprocessors, behind the launch that packs x, many times."""
+    m, n, k = 2304, 4096, 8288
+    make = torch.Generator(CUDA).manual_seed(0)
+    words = random_words_here(n, k)
+    limits = torch.randint(k // 2 - 90, k // 2 + 90, (n,), generator=make, device=CUDA, dtype=torch.int32)
+    form = F.prepare_weight(words, k)
+    before = _kernels.forced_cuda_tile()
+    _kernels.force_cuda_tile(tile)
+    try:
+        for _ in range(10):
+            x = torch.randn(m, k, generator=make, device=CUDA).bfloat16()
+            with forced("popc"):
+                integers = F.linear(x, words, k, out_dtype=torch.int32)
+                bits = F.linear(x, words, k, out_limits=limits)
+            with forced("wgmma_sm90a"):
+                for _ in range(5):
+                    poison(m, n, dtype=torch.int32)
+                    assert_same(F.linear(x, words, k, weight_prepared=form, out_dtype=torch.int32), integers)
+                    assert_same(F.linear(x, words, k, weight_prepared=form), integers.bfloat16())
+                    assert_same(F.linear(x, words, k, weight_prepared=form, out_limits=limits), bits)
+    finally:
+        _kernels.force_cuda_tile(before)
+
+
 def test_a_forced_kernel_is_the_one_that_runs():
     shapes = {name: (4, 300, 512, 2) if "skinny" in name else (300, 300, 512, 2) for name in KERNELS}
     before = _kernels.forced_cuda_kernel()
