@@ -34,8 +34,8 @@
 //
 // If the product starts early (launch.cuh), the producer copies the weights of the first stages before it waits for the
 // kernel that makes x. Both consumers wait, too, before they read set bits and write y. Scale and bias could be loaded
-// before that, but are loaded beside the set bits, which take as long to arrive (about 700 clocks), in the same code for
-// every tile. The first stage of x, which is copied meanwhile, takes longer.
+// before that, but are loaded beside the set bits, which take as long to arrive (about 700 clocks), in the same code
+// for every tile. The first stage of x, which is copied meanwhile, takes longer.
 //
 // The sums are exact for any k. A row's last stage is multiplied up to the step of 256 bits in which k ends; what lies
 // past k in that step are zeros.
