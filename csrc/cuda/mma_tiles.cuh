@@ -162,12 +162,12 @@ using Sums = int32_t[kFragments<Shape>][kGroups<Shape>][4][4];
 // The number of stages whose weights are sent for before the kernel that makes x has ended (launch.cuh). A thread waits
 // for its copies in the order in which it sent for them, so the first stage also waits for all of these weights. By the
 // figures of heuristics.h for 9.0, x is there 1400 clocks later, in which L2 brings a multiprocessor 33 KB.
-//   - Tensor cores need 2048 clocks for a stage of 128 x 256, and L2 1024, of which the weights' 16 KB are 683. If those
-//     of one stage come early, the first multiply is as much earlier, and the other stages arrive in time. With those
-//     of all four, 2731 clocks, it would be 648 later than with none. Two blocks of 128 x 128 have the same figures.
+//   - Tensor cores need 2048 clocks for a stage of 128 x 256, and L2 1024, of which the weights' 16 KB are 683. If
+//     those of one stage come early, the first multiply is as much earlier, and the other stages arrive in time. With
+//     those of all four, 2731 clocks, it would be 648 later than with none. Two blocks of 128 x 128 have the same
+//     figures.
 //   - 64 x 64 is bound by L2, 341 clocks a stage beside 256 of tensor cores, so all bytes count that come early: the 16
-//     KB of four stages are 683 clocks, those of one 171. A block that begins when x is there already loses 512
-//     clocks.
+//     KB of four stages are 683 clocks, those of one 171. A block that begins when x is there already loses 512 clocks.
 // One stage costs nothing if a block begins when x is there, so other devices, where all do, have one for each tile.
 template <class Shape>
 constexpr int kEarlyStages = kMayStartEarly && Shape::kSide == 32 ? kStages : 1;
