@@ -124,8 +124,9 @@ const Gpu& gpu_of(int32_t device_index) {
     return device.gpu;
 }
 
-Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, int64_t value_bytes, bool float64) {
-    return choose_kernel(gpu_of(device_index), m, n, k, value_bytes, float64);
+Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, int64_t value_bytes, bool float64,
+                     bool aligns) {
+    return choose_kernel(gpu_of(device_index), m, n, k, value_bytes, float64, aligns);
 }
 
 void force_kernel(const std::string& name) { forced().store(value_of(find_kernel(name))); }
@@ -142,10 +143,10 @@ std::string forced_tile() {
     return size.rows ? tile_name(size) : "";
 }
 
-Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes, bool float64) {
+Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes, bool float64, bool aligns) {
     const TileSize size = forced_tile_size().load(std::memory_order_relaxed);
     const KernelRecord* kernel = forced().load(std::memory_order_relaxed);
-    return with_tile(value_of(decide(kernel, gpu, m, n, k, value_bytes, float64)), size, float64);
+    return with_tile(value_of(decide(kernel, gpu, m, n, k, value_bytes, float64, aligns)), size, float64);
 }
 
 }  // namespace bitorch_qlinear::cuda

@@ -68,7 +68,8 @@ BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_force_tile(const char* n
 }
 
 // Returns which kernel computes a product on such a device and why, or the error. `code` is as above. The values of x
-// have `value_bytes` each, or x is given as words if it is 0. `float64` tells whether the result is float64.
+// have `value_bytes` each, or x is given as words if it is 0. `float64` tells whether the result is float64. No launch
+// has to align the weights.
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_choice(int capability, int code, int multiprocessors, int64_t m,
                                                                int64_t n, int64_t k, int64_t value_bytes,
                                                                bool float64) {

@@ -19,8 +19,8 @@ __device__ __forceinline__ uint4 load(const uint32_t* words, bool exist) {
     return w;
 }
 
-// Does the same without allocating in the L1 cache, for words that no other block reads. `.nc` is left out, because ptxas
-// moves loads that have it past the wait for the kernel before (launch.cuh).
+// Does the same without allocating in the L1 cache, for words that no other block reads. `.nc` is left out, because
+// ptxas moves loads that have it past the wait for the kernel before (launch.cuh).
 __device__ __forceinline__ uint4 load_once(const uint32_t* words, bool exist) {
     uint4 w;
     asm volatile(

@@ -180,6 +180,15 @@ def check_warpgroups(kernel: Kernel, instructions: list[Instruction], passed: Co
         assert machine_code.count(names, "F2FP") == columns, "pairs are not narrowed together, in both ways to store"
 
 
+def check_early_copies(kernel: Kernel, instructions: list[Instruction]) -> None:
+    """Before the wait lie the copies of weights of one stage, or of all four of the smallest tile, and no load."""
+    rows, columns, side, _ = kernel.sizes
+    names = Counter(i.name for i in instructions[: [i.name for i in instructions].index("ACQBULK")])
+    of_stage = columns * 4 // (32 * rows * columns // side**2)
+    assert machine_code.count(names, "LDGSTS") == of_stage * (4 if side == 32 else 1)
+    assert machine_code.count(names, "LDG", "LD") == 0
+
+
 def check_clusters(instructions: list[Instruction]) -> None:
     """The blocks meet twice, and words go to other blocks 16 bytes at a time, before the second arrival."""
     names = [i.name for i in instructions]
@@ -239,6 +248,8 @@ def test_instructions(target):
             assert passed and machine_code.count(passed, work_of(kernel).kind) == work_of(kernel).count
             check_tensor_cores(kernel, names if kernel.source != "gemm_mma_int8_sm80" else passed)
             check_memory(kernel, names, passed)
+            if kernel.source in TILED and target == "sm_90a":
+                check_early_copies(kernel, instructions)
             if kernel.source == "gemm_wgmma_sm90a":
                 check_warpgroups(kernel, instructions, passed)
             if kernel.source == "gemm_fused_cluster_sm90":

@@ -48,6 +48,7 @@ from .device import (
     poison,
     several_devices,
 )
+from .first_call import PRODUCTS
 from .tiles import DEPTHS as DEPTHS_OF_TILES
 from .tiles import TILES, shapes_of
 
@@ -558,28 +559,24 @@ FIRST_CALL = """
 import torch
 from bitorch_qlinear import functional as F
 torch.manual_seed(0)
-k, n = 300, 70
-xs, words = [torch.randn(m, k) for m in (1, 9, 40)], F.pack_bits(torch.randn(n, k))
-gpu, gpu_words = [x.cuda() for x in xs], words.cuda()
-long, long_words = torch.randn(9, 4096).bfloat16(), F.pack_bits(torch.randn(n, 4096))  # a cluster packs it on 9.0
-gpu_long, gpu_long_words = long.cuda(), long_words.cuda()
-many, many_words = torch.randn(256, 8192), F.pack_bits(torch.randn(n, 8192))  # warpgroups multiply it on 9.0
-gpu_many, gpu_many_words = many.cuda(), many_words.cuda()
+products = {products}
+ks = [k for m, n, k, dtype in products]
+xs = [torch.randn(m, k).to(getattr(torch, dtype)) for m, n, k, dtype in products]
+words = [F.pack_bits(torch.randn(n, k)) for m, n, k, dtype in products]
+gpu_xs, gpu_words = [x.cuda() for x in xs], [w.cuda() for w in words]
 torch.cuda.synchronize()
 graph = torch.cuda.CUDAGraph()
+ys = []
 with torch.cuda.graph(graph, capture_error_mode={mode!r}):
-    form = F.prepare_weight(gpu_words, k)
-    ys = [F.linear(x, gpu_words, k, weight_prepared=form) for x in gpu]
-    ys += [F.binary_linear(F.pack_bits(x), gpu_words, k) for x in gpu]
-    y_long = F.linear(gpu_long, gpu_long_words, 4096)
-    y_many = F.linear(gpu_many, gpu_many_words, 8192)
-    values = F.unpack_bits(gpu_words, k)
+    for x, w, k in zip(gpu_xs, gpu_words, ks):
+        real = F.linear(x, w, k, weight_prepared=F.prepare_weight(w, k), out_dtype=torch.int32)
+        ys.append((real, F.binary_linear(F.pack_bits(x), w, k, out_dtype=torch.int32)))
+    values = F.unpack_bits(gpu_words[0], ks[0])
 graph.replay()
-wanted = [F.linear(x, words, k) for x in xs]
-assert all(torch.equal(y.cpu(), want) for y, want in zip(ys, 2 * wanted, strict=True))
-assert torch.equal(y_long.cpu(), F.linear(long, long_words, 4096))
-assert torch.equal(y_many.cpu(), F.linear(many, many_words, 8192))
-assert torch.equal(values.cpu(), F.unpack_bits(words, k))
+for (real, packed), x, w, k in zip(ys, xs, words, ks):
+    want = F.linear(x, w, k, out_dtype=torch.int32)
+    assert torch.equal(real.cpu(), want) and torch.equal(packed.cpu(), want)
+assert torch.equal(values.cpu(), F.unpack_bits(words[0], ks[0]))
 print("computed")
 """
 
@@ -588,7 +585,7 @@ print("computed")
 def test_the_first_call_of_a_process_may_be_captured(mode):
     """Kernels are loaded at their first launch, which must not end the capture."""
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", FIRST_CALL.format(mode=mode)]
+    command = [sys.executable, "-c", FIRST_CALL.format(mode=mode, products=PRODUCTS)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120)
     assert result.stdout.strip() == "computed", result.stderr[-2000:]
 

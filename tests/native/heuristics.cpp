@@ -67,11 +67,11 @@ const char* decide_in_words(const char* name, int capability, int multiprocessor
     if (const auto* error = std::get_if<std::string>(&choice)) return (text = "error: " + *error).c_str();
     return (text = describe(std::get<Choice>(choice))).c_str();
 }
-void choose_for_real_x(int64_t count, const int64_t (*queries)[5], int64_t value_bytes, int32_t* kernels) {
+void choose_for_real_x(int64_t count, const int64_t (*queries)[5], int64_t value_bytes, bool aligns, int32_t* kernels) {
     for (int64_t i = 0; i < count; ++i) {
         const auto& [capability, multiprocessors, m, n, k] = queries[i];
         const Gpu gpu = gpu_of(capability, multiprocessors);
-        kernels[i] = static_cast<int>(choose(gpu, m, n, k, value_bytes).kernel);
+        kernels[i] = static_cast<int>(choose(gpu, m, n, k, value_bytes, false, aligns).kernel);
     }
 }
 int fits(int64_t m, int64_t k) { return fits_fused(m, k); }

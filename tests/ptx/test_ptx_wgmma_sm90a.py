@@ -99,7 +99,8 @@ def check_wgmma(
     module: Module, m: int, n: int, k: int, out=torch.int32, tile=NARROW, seed: int = 0, blocks: int = 2, **more
 ) -> Report:
     """Check a product of random words."""
-    call = product_call(m, n, k, out, seed=seed, aligned=True, header=prepared_header(n, k), **more)
+    more = {"header": prepared_header(n, k), **more}
+    call = product_call(m, n, k, out, seed=seed, aligned=True, **more)
     report = launch(module, call, tile, blocks, seed)
     call.check(report)
     assert report.bank_conflicts == 0, report.conflicts_by_source()
