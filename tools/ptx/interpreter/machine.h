@@ -158,8 +158,7 @@ inline void merge(Knowledge& into, const Knowledge& from) {
     }
 }
 
-// The knowledge of threads: that of a warp's lanes, that which a release leaves at an address for threads that acquire
-// there, or that which a barrier gathers.
+// What threads know: lanes of a warp, those that have released at an address, or those that have arrived at a barrier.
 struct Published {
     s32 block = -1;
     Knowledge known;                  // of the warps of `block`
@@ -192,7 +191,7 @@ struct Known {
     std::vector<Published> own;  // [lane]: what it knows beyond that; empty before the first such knowledge
     u32 lanes = 0;               // those that have entries in `own`
 
-    // Gives the knowledge to the lanes in `mask` of those that live.
+    // Tells the lanes in `mask`; `living` are those that have not exited.
     void add(const Published& p, u32 mask, u32 living) {
         if ((living & ~mask) == 0) {
             merge(all, p);
@@ -208,7 +207,7 @@ struct Known {
             merge(to, p);
         }
     }
-    // Calls f with what single lanes of `mask` know.
+    // Calls f with what each lane in `mask` knows beyond `all`.
     template <class F>
     void for_own(u32 mask, F&& f) const {
         for (mask &= lanes; mask; mask &= mask - 1) f(own[static_cast<size_t>(std::countr_zero(mask))]);

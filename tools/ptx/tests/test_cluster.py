@@ -186,6 +186,11 @@ def test_a_wait_orders_the_accesses_of_its_lane():
     late += "ld.shared.u32 %r1, [%r13];"
     cluster_fault("race on shared memory", "", OWN + late.format("") + SYNC)
     run_all(OWN + late.format("bar.warp.sync -1;") + SYNC, 2)
+    parts = "and.b32 %r5, %tid, 31; setp.eq.u32 %p1, %r5, 0; {}@%p1 barrier.cluster.arrive; {}"
+    parts += "@!%p1 barrier.cluster.arrive; barrier.cluster.wait; xor.b32 %r13, %r21, 4; ld.shared.u32 %r1, [%r13];"
+    write = "@%p1 st.shared.u32 [%r21], %r1;"
+    run_all(OWN + parts.format(write, "") + SYNC, 2)
+    cluster_fault("race on shared memory", "", OWN + parts.format("", write) + SYNC)
 
 
 # ---- Asynchronous operations between blocks --------------------------------------------------------------------------

@@ -154,6 +154,24 @@ def test_what_orders_the_lanes_of_a_warp():
         run(NEIGHBOUR.format(x=1, sync=sync, then=""), collectives_order=True)
 
 
+def test_an_arrival_at_a_barrier_covers_what_its_lane_did_before():
+    """Lanes of warp 0 arrive in two parts, or some have exited; no barrier orders what they write after an arrival."""
+    write, arrive = "st.shared.u32 [%r21], %tid;", "barrier.arrive 1, 64;"
+    parts = (
+        SHARED
+        + "setp.lt.u32 %p1, %tid, 32; setp.lt.u32 %p2, %tid, 16; @!%p1 bra SYNC; @!%p2 bra REST; {first} bra END;"
+        "REST: {rest} bra END; SYNC: barrier.sync 1, 64; sub.u32 %r21, %r21, 128; ld.shared.u32 %r1, [%r21]; END:"
+    )
+    for seed in range(3):
+        run(parts.format(first=write + arrive, rest=write + arrive), threads=64, seed=seed)
+        # Lanes that have exited count as arrived.
+        run(parts.format(first=write + "exit;", rest=write + arrive), threads=64, seed=seed)
+    late = parts.format(first=arrive + write, rest=write + arrive)
+    for seed in range(3):
+        with pytest.raises(PtxFault, match=r"not ordered after|before anything wrote"):
+            run(late, threads=64, seed=seed)
+
+
 def test_two_lanes_store_to_one_place():
     assert_fault("race on shared memory", "the write", SHARED + "st.shared.u32 [%r20], 1;")
     run(SHARED + "st.shared.u32 [%r20], 1;", threads=1)
@@ -240,7 +258,8 @@ def test_a_release_orders_the_accesses_of_its_lane(release, acquire):
 # both are relaxed, so that this orders nothing.
 FLAG = (
     SHARED + ".shared .align 8 .b8 bar[8]; mov.u32 %r19, bar; setp.eq.u32 %p1, %tid, 0; setp.lt.u32 %p3, %tid, 32;"
-    "@%p1 mbarrier.init.shared::cta.b64 [%r19], 1; @%p1 st.relaxed.cta.shared.u32 [%r20+4], 0; bar.sync 0;"
+    "@%p1 mbarrier.init.shared::cta.b64 [%r19], 1; @%p1 st.relaxed.cta.shared.u32 [%r20+4], 0;"
+    "@%p1 st.relaxed.cta.shared.u32 [%r20+8], 0; bar.sync 0;"
     "@!%p3 bra LATER; @%p1 st.shared.u32 [%r20], 9; @%p1 st.release.cta.shared.u32 [%r20+4], 1;"
     "@%p1 mbarrier.arrive.relaxed.cta.shared::cta.b64 _, [%r19]; bra END;"
     "LATER: mbarrier.try_wait.parity.relaxed.cta.shared::cta.b64 %p3, [%r19], 0; @!%p3 bra LATER;"
@@ -279,7 +298,7 @@ def test_an_acquire_orders_the_accesses_of_its_lane(acquire):
             run(text, threads=64, collectives_order=True)
 
 
-def test_a_fence_acquires_what_its_lane_has_read():
+def test_a_lane_acquires_what_it_has_read():
     fences = "@%p1 membar.cta; @!%p1 membar.cta;"
     for acquire, lane, right in (
         *((SEE.format("") + fence, lane, True) for fence in ("membar.cta;", fences) for lane in (0, 1)),
@@ -288,6 +307,9 @@ def test_a_fence_acquires_what_its_lane_has_read():
         (SEE.format("") + SHUFFLE + "@%p1 membar.cta;", 1, False),
         ("ld.acquire.cta.shared.u32 %r2, [%r20+4];", 1, True),
         ("atom.acquire.cta.shared.add.u32 %r2, [%r20+4], 0;", 1, True),
+        # Lane 0 reads the flag, and the others another one.
+        ("selp.u32 %r6, 4, 8, %p1; add.u32 %r6, %r6, %r20; ld.acquire.cta.shared.u32 %r2, [%r6];", 0, True),
+        ("selp.u32 %r6, 4, 8, %p1; add.u32 %r6, %r6, %r20; ld.acquire.cta.shared.u32 %r2, [%r6];", 1, False),
     ):
         text = FLAG.format(acquire=acquire, then="", lane=lane)
         for seed in range(3):

@@ -428,6 +428,27 @@ def test_a_wait_orders_the_accesses_of_its_lane(most, then, readers, right):
         run(body, threads=64, collectives_order=True)
 
 
+def test_lanes_that_wait_at_two_barriers():
+    """Threads 32 and 33 write a word and arrive, each at its barrier; even and odd lanes wait at one of these each."""
+    body = (
+        barrier(1)
+        + "mov.u32 %r18, %r19; add.u32 %r18, %r18, 8; @%p1 mbarrier.init.shared::cta.b64 [%r18], 1; bar.sync 1;"
+        "and.b32 %r5, %tid, 1; mad.lo.u32 %r18, %r5, 8, %r19; mad.lo.u32 %r21, %r5, 4, %r20;"
+        "setp.lt.u32 %p3, %tid, 32; @%p3 bra READER; setp.lt.u32 %p3, %tid, 34; @!%p3 bra END;"
+        "st.shared.u32 [%r21], 7;"
+        + ARRIVE_EMPTY
+        + "; bra END; READER:"
+        # Both phases have ended before a lane waits.
+        + wait(0, "FIRST").replace("parity", "parity.relaxed.cta")
+        + wait(0, "SECOND", "[%r19+8]").replace("parity", "parity.relaxed.cta")
+        + wait(0, "WAIT", "[%r18]")
+        + "xor.b32 %r21, %r21, {other}; ld.shared.u32 %r1, [%r21]; END:"
+    )
+    for seed in SEEDS:
+        run(body.format(other=0), threads=64, seed=seed)
+    assert_fault("race on shared memory", "the read .* is not", body.format(other=4), threads=64, seeds=SEEDS)
+
+
 def test_lanes_that_leave_a_wait_in_turn():
     """Lane l tests the barrier l times first, and each lane that has seen the phase end is ordered after it."""
     count = "mov.u32 %r5, %tid; TURN: setp.eq.u32 %p5, %r5, 0; @%p5 bra NOW; {} sub.u32 %r5, %r5, 1; bra TURN; NOW:"
@@ -483,6 +504,32 @@ def test_an_arrival_tells_what_its_lane_knows(listener):
         else:
             message = r"the read .* is not ordered after the access by thread \(32,0,0\)"
             assert_fault("race on shared memory", message, text, threads=96, seeds=SEEDS)
+
+
+def test_what_a_lane_knows_adds_to_what_its_warp_knows():
+    """Threads 32 and 33 read a word. All lanes of warp 0 wait for one of them, and lane 0 alone for the other."""
+    body = (
+        barrier(1) + "mov.u32 %r18, %r19; add.u32 %r18, %r18, 8; @%p1 mbarrier.init.shared::cta.b64 [%r18], 1;"
+        "@%p1 st.shared.u32 [%r20], 0; bar.sync 1; setp.lt.u32 %p3, %tid, 32; @%p3 bra WRITE;"
+        "setp.lt.u32 %p3, %tid, 34; @%p3 ld.shared.u32 %r1, [%r20]; setp.eq.u32 %p3, %tid, {first}; @%p3 "
+        + ARRIVE
+        + "setp.eq.u32 %p4, %tid, {second}; @%p4 "
+        + ARRIVE_EMPTY
+        + "; bra END; WRITE:"
+        + wait()
+        + "@!%p1 bra PAST;"
+        + wait(0, "EMPTY", "[%r18]")
+        + "PAST: {then} setp.eq.u32 %p5, %tid, {lane}; @%p5 st.shared.u32 [%r20], 1; END:"
+    )
+    for first in (32, 33):
+        for lane, then, right in ((0, "", True), (1, few(2), True), (1, SHUFFLE, False)):
+            text = body.format(lane=lane, then=then, first=first, second=65 - first)
+            if right:
+                for seed in SEEDS:
+                    run(text, threads=64, seed=seed)
+            else:
+                message = r"the write .* is not ordered after the access by thread \(3[23],0,0\)"
+                assert_fault("race on shared memory", message, text, threads=64, seeds=SEEDS)
 
 
 def test_the_bytes_of_a_copy_are_known_to_the_lanes_that_waited():
