@@ -306,7 +306,7 @@ struct Warp {
     u32 runnable() const { return living() & ~at_barrier & ~at_members & ~at_wait; }
     // Returns whether a lane, or each one that lives if `lane` is negative, knows the accesses up to a clock by the
     // lanes in `mask` of another warp.
-    bool knows(int lane, s32 cluster, size_t warp, u32 mask, u32 clock) const {
+    PTX_OUT_OF_LINE bool knows(int lane, s32 cluster, size_t warp, u32 mask, u32 clock) const {
         return order.known.covers(lane < 0 ? living() : 1u << lane, cluster, warp, mask, clock);
     }
     // Returns whether a lane, or any one if `lane` is negative, knows an access up to a clock by some lane of a warp.

@@ -118,6 +118,20 @@ def test_what_the_isa_forbids():
         run(barrier(1) + ARRIVE.replace("arrive", "arrive.noComplete"), threads=1)
 
 
+@pytest.mark.parametrize(
+    ("lane", "then", "right"),
+    [(0, "", True), (1, "bar.warp.sync -1;", True), (1, "shfl.sync.idx.b32 %r4, %tid, 0, 31, -1;", False)],
+)
+def test_the_lane_that_has_waited_may_invalidate(lane, then, right):
+    body = barrier(32) + "setp.ge.u32 %p3, %tid, 32; @%p3 " + ARRIVE + "@%p3 bra END; @!%p1 bra PAST;" + wait()
+    body += f"PAST: {then} setp.eq.u32 %p5, %tid, {lane}; @%p5 mbarrier.inval.shared::cta.b64 [%r19]; END:"
+    if right:
+        for seed in SEEDS:
+            run(body, threads=64, seed=seed)
+    else:
+        assert_fault("mbarrier", r"thread \(32,0,0\) or its warp is not ordered before", body, threads=64, seeds=SEEDS)
+
+
 # ---- Order -----------------------------------------------------------------------------------------------------------
 HAND_OVER = (
     "mad.lo.u32 %r21, %tid, 4, %r20; st.shared.u32 [%r21], %tid; {arrive} {wait} xor.b32 %r2, %tid, 32; "
@@ -432,21 +446,35 @@ def test_lanes_that_wait_at_two_barriers():
     """Threads 32 and 33 write a word and arrive, each at its barrier; even and odd lanes wait at one of these each."""
     body = (
         barrier(1)
-        + "mov.u32 %r18, %r19; add.u32 %r18, %r18, 8; @%p1 mbarrier.init.shared::cta.b64 [%r18], 1; bar.sync 1;"
-        "and.b32 %r5, %tid, 1; mad.lo.u32 %r18, %r5, 8, %r19; mad.lo.u32 %r21, %r5, 4, %r20;"
-        "setp.lt.u32 %p3, %tid, 32; @%p3 bra READER; setp.lt.u32 %p3, %tid, 34; @!%p3 bra END;"
-        "st.shared.u32 [%r21], 7;"
+        + "mov.u32 %r18, %r19; add.u32 %r18, %r18, 8; @%p1 mbarrier.init.shared::cta.b64 [%r18], 1;"
+        + "@%p1 st.shared.v4.u32 [%r20], {{%tid, %tid, %tid, %tid}}; bar.sync 1;"
+        + "and.b32 %r5, %tid, 1; mad.lo.u32 %r18, %r5, 8, %r19; mad.lo.u32 %r21, %r5, 4, %r20;"
+        + "setp.lt.u32 %p3, %tid, 32; @%p3 bra READER; setp.lt.u32 %p3, %tid, 34; @!%p3 bra END;"
+        + "setp.ge.u32 %p4, %tid, {first}; @%p4 st.shared.u32 [%r21], 7;"
         + ARRIVE_EMPTY
         + "; bra END; READER:"
         # Both phases have ended before a lane waits.
         + wait(0, "FIRST").replace("parity", "parity.relaxed.cta")
         + wait(0, "SECOND", "[%r19+8]").replace("parity", "parity.relaxed.cta")
         + wait(0, "WAIT", "[%r18]")
-        + "xor.b32 %r21, %r21, {other}; ld.shared.u32 %r1, [%r21]; END:"
+        + "{read} END:"
     )
-    for seed in SEEDS:
-        run(body.format(other=0), threads=64, seed=seed)
-    assert_fault("race on shared memory", "the read .* is not", body.format(other=4), threads=64, seeds=SEEDS)
+    other = "xor.b32 %r21, %r21, 4; ld.shared.u32 %r1, [%r21];"
+    matrix = "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%r20];"
+    for read, right in (
+        ("ld.shared.u32 %r1, [%r21];", True),
+        (other, False),
+        ("bar.warp.sync -1;" + other, True),
+        (matrix, False),
+        ("bar.warp.sync -1;" + matrix, True),
+    ):
+        for first in (32, 33):  # thread 33 alone writes for odd lanes, among them the last one
+            text = body.format(read=read, first=first)
+            if right:
+                for seed in SEEDS:
+                    run(text, threads=64, seed=seed)
+            else:
+                assert_fault("race on shared memory", "the read .* is not ordered", text, threads=64, seeds=SEEDS)
 
 
 def test_lanes_that_leave_a_wait_in_turn():
