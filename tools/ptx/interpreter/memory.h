@@ -380,14 +380,15 @@ PTX_OUT_OF_LINE inline void pending_copy(const Machine& m, int lane, u64 at, u64
     }
 }
 // Ordinary writes must pass fence.proxy.async before an asynchronous access.
-inline void check_proxy(const Machine& m, int lane, const Record& r, const char* what, const std::string& where) {
+template <class Where>
+void check_proxy(const Machine& m, int lane, const Record& r, const char* what, const Where& where) {
     if (!(r.flags & kWritten) || r.flags & kAsyncProxy || (r.block != m.block && r.block != kThisBlock)) return;
     const size_t warp = r.thread / kLanes;
     const Proxied& p = m.proxied[r.block == kThisBlock ? 0 : 1];
     if (warp < p.warp.size() && r.clock <= p.warp[warp]) return;
     if (r.thread < p.thread.size() && r.clock <= p.thread[r.thread]) return;
     fault(lane, "proxy",
-          where + " is " + what + " asynchronously, but no fence.proxy.async follows its ordinary write by " +
+          where() + " is " + what + " asynchronously, but no fence.proxy.async follows its ordinary write by " +
               thread_text(m, r.block, r.thread) + " at " + at_pc(r.pc));
 }
 template <class F>
@@ -419,7 +420,7 @@ inline void check_async_read(Machine& m, Warp& w, int lane, u64 at, u64 bytes, b
     for_records(m.shared_shadow.data(), at, bytes, [&](Record& r, u64 k) {
         if (r.flags & kWritten && !ordered(m, w, lane, r.block, r.thread / kLanes, 1u << r.thread % kLanes, r.clock))
             race(m, "race on shared memory", lane, "the asynchronous read", r.block, r.thread, r.pc, shared_text(m, k));
-        if (r.flags & kWritten) check_proxy(m, lane, r, "read", shared_text(m, k));
+        if (r.flags & kWritten) check_proxy(m, lane, r, "read", [&] { return shared_text(m, k); });
     });
 }
 
