@@ -41,6 +41,14 @@ std::atomic<TileSize>& forced_tile_size() {
     return size;
 }
 
+bool starts_are_early() {
+    static const bool early = [] {
+        const char* value = std::getenv(kEarlyVariable);
+        return value_of(find_early(value ? value : ""));
+    }();
+    return early;
+}
+
 void check(cudaError_t error) {
     if (error == cudaSuccess) return;
     throw std::runtime_error(std::string("bitorch_qlinear: the CUDA devices do not tell what they are: ") +
@@ -69,6 +77,7 @@ std::deque<KnownDevice>& devices() {
             found[i].gpu.capability =
                 10 * attribute(cudaDevAttrComputeCapabilityMajor, i) + attribute(cudaDevAttrComputeCapabilityMinor, i);
             found[i].gpu.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, i);
+            found[i].gpu.early = starts_are_early();
         }
         return found;
     }();
@@ -96,6 +105,12 @@ int code_of(int32_t device_index) {
 }
 
 }  // namespace
+
+void check_environment() {
+    forced();
+    forced_tile_size();
+    starts_are_early();
+}
 
 void check_supported(int32_t device_index) {
     const Gpu& gpu = devices().at(device_index).gpu;

@@ -40,11 +40,18 @@ BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_kernels(int capability, 
 // Returns the name of the kernel that is forced, or "".
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_kernel() { return hold(forced_kernel); }
 
-// Forces the named kernel. "" selects the automatic choice, and null changes nothing but raises the error that a wrong
-// environment variable causes. Returns "" or the error.
+// Returns "", or the error that a wrong environment variable causes.
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_check_environment() {
+    return hold([] {
+        check_environment();
+        return "";
+    });
+}
+
+// Forces the named kernel; "" selects the automatic choice. Returns "" or the error.
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_force_kernel(const char* name) {
     return hold([&] {
-        name ? force_kernel(name) : static_cast<void>(forced_kernel());
+        force_kernel(name);
         return "";
     });
 }
@@ -55,7 +62,7 @@ BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_tile() { return hold(for
 // Does for the tile what bitorch_qlinear_cuda_force_kernel does for the kernel.
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_force_tile(const char* name) {
     return hold([&] {
-        name ? force_tile(name) : static_cast<void>(forced_tile());
+        force_tile(name);
         return "";
     });
 }

@@ -363,6 +363,15 @@ static inline OrError<TileSize> find_tile(std::string_view name) {
     return std::string(kTileVariable) + ": expected one of " + names + ", got \"" + std::string(name) + "\"";
 }
 
+constexpr char kEarlyVariable[] = "BITORCH_QLINEAR_CUDA_EARLY_START";
+
+// Returns whether products may start early: not if the value is "0".
+static inline OrError<bool> find_early(std::string_view value) {
+    if (value.empty() || value == "1") return true;
+    if (value == "0") return false;
+    return std::string(kEarlyVariable) + ": expected 0 or 1, got \"" + std::string(value) + "\"";
+}
+
 // Returns the choice with the forced tile, if there is one and the kernel has it for such results.
 static inline Choice with_tile(Choice choice, const TileSize& forced, bool float64 = false) {
     bool found = false;

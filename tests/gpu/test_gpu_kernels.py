@@ -291,6 +291,33 @@ def test_a_forced_tile_of_warpgroups_computes_any_product(tile):
         _kernels.force_cuda_tile(before)
 
 
+@pytest.mark.skipif("wgmma_sm90a" not in KERNELS, reason="there is no kernel of warpgroups")
+@pytest.mark.parametrize("tile", ["128x192", "128x128"])
+def test_warpgroups_that_start_early_compute_several_tiles_each(tile):
+    """More stages than the ring has and more tiles than multiprocessors, behind the launch that packs x, many times."""
+    m, n, k = 2304, 4096, 8288
+    make = torch.Generator(CUDA).manual_seed(0)
+    words = random_words_here(n, k)
+    limits = torch.randint(k // 2 - 90, k // 2 + 90, (n,), generator=make, device=CUDA, dtype=torch.int32)
+    form = F.prepare_weight(words, k)
+    before = _kernels.forced_cuda_tile()
+    _kernels.force_cuda_tile(tile)
+    try:
+        for _ in range(10):
+            x = torch.randn(m, k, generator=make, device=CUDA).bfloat16()
+            with forced("popc"):
+                integers = F.linear(x, words, k, out_dtype=torch.int32)
+                bits = F.linear(x, words, k, out_limits=limits)
+            with forced("wgmma_sm90a"):
+                for _ in range(5):
+                    poison(m, n, dtype=torch.int32)
+                    assert_same(F.linear(x, words, k, weight_prepared=form, out_dtype=torch.int32), integers)
+                    assert_same(F.linear(x, words, k, weight_prepared=form), integers.bfloat16())
+                    assert_same(F.linear(x, words, k, weight_prepared=form, out_limits=limits), bits)
+    finally:
+        _kernels.force_cuda_tile(before)
+
+
 def test_a_forced_kernel_is_the_one_that_runs():
     shapes = {name: (4, 300, 512, 2) if "skinny" in name else (300, 300, 512, 2) for name in KERNELS}
     before = _kernels.forced_cuda_kernel()
@@ -536,6 +563,8 @@ xs, words = [torch.randn(m, k) for m in (1, 9, 40)], F.pack_bits(torch.randn(n, 
 gpu, gpu_words = [x.cuda() for x in xs], words.cuda()
 long, long_words = torch.randn(9, 4096).bfloat16(), F.pack_bits(torch.randn(n, 4096))  # a cluster packs it on 9.0
 gpu_long, gpu_long_words = long.cuda(), long_words.cuda()
+many, many_words = torch.randn(256, 8192), F.pack_bits(torch.randn(n, 8192))  # warpgroups multiply it on 9.0
+gpu_many, gpu_many_words = many.cuda(), many_words.cuda()
 torch.cuda.synchronize()
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph, capture_error_mode={mode!r}):
@@ -543,11 +572,13 @@ with torch.cuda.graph(graph, capture_error_mode={mode!r}):
     ys = [F.linear(x, gpu_words, k, weight_prepared=form) for x in gpu]
     ys += [F.binary_linear(F.pack_bits(x), gpu_words, k) for x in gpu]
     y_long = F.linear(gpu_long, gpu_long_words, 4096)
+    y_many = F.linear(gpu_many, gpu_many_words, 8192)
     values = F.unpack_bits(gpu_words, k)
 graph.replay()
 wanted = [F.linear(x, words, k) for x in xs]
 assert all(torch.equal(y.cpu(), want) for y, want in zip(ys, 2 * wanted, strict=True))
 assert torch.equal(y_long.cpu(), F.linear(long, long_words, 4096))
+assert torch.equal(y_many.cpu(), F.linear(many, many_words, 8192))
 assert torch.equal(values.cpu(), F.unpack_bits(words, k))
 print("computed")
 """

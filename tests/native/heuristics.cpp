@@ -85,6 +85,15 @@ const char* decide_tile_in_words(const char* tile, const char* name, int capabil
     const auto choice = std::get<Choice>(decide(kernel, gpu_of(capability, 100), m, n, k, 0, float64));
     return (text = describe(with_tile(choice, std::get<TileSize>(forced), float64))).c_str();
 }
+// Returns whether launches depend on a device if BITORCH_QLINEAR_CUDA_EARLY_START has this value, or the error.
+const char* depends_in_words(const char* early, int capability) {
+    static std::string text;
+    const auto found = find_early(early);
+    if (const auto* error = std::get_if<std::string>(&found)) return (text = "error: " + *error).c_str();
+    Gpu gpu = gpu_of(capability, 100);
+    gpu.early = std::get<bool>(found);
+    return launches_depend(gpu) ? "yes" : "no";
+}
 const char* names_of(int capability) {
     static std::string text;
     return (text = kernel_names(gpu_of(capability, 1))).c_str();

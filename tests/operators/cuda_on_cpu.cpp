@@ -96,7 +96,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
 
 #include "../../csrc/cuda/dispatch.cpp"
 // Products may start early on the first device, too.
-#define launches_depend(gpu) (gpu.capability == 80 || (launches_depend)(gpu))
+#define launches_depend(gpu) ((gpu.capability == 80 && gpu.early) || (launches_depend)(gpu))
 #include "../../csrc/cuda/wrong_form.cpp"
 #include "../../csrc/torch/ops.cpp"
 // Without CUDA, torch has no page-locked memory.

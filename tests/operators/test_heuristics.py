@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from bitorch_qlinear import _kernels
+from tools import gpu_model
 from tools.ptx.machine import build_once
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,8 @@ def library():
         subprocess.run([*compiler.split(), *flags, f"-I{CSRC}", "-o", str(path), str(HARNESS)], check=True)
 
     lib = ctypes.CDLL(str(build_once(f"heuristics-{key}.so", make)))
-    lib.decide_in_words.restype = lib.names_of.restype = lib.decide_tile_in_words.restype = ctypes.c_char_p
+    for function in (lib.decide_in_words, lib.names_of, lib.decide_tile_in_words, lib.depends_in_words):
+        function.restype = ctypes.c_char_p
     lib.decide_tile_in_words.argtypes = [
         ctypes.c_char_p,
         ctypes.c_char_p,
@@ -415,6 +417,19 @@ def test_warpgroup_tile_is_the_faster_one_of_those_measured(shape, tile):
     assert (chosen.kernel[0], chosen.warpgroup_tile[0]) == (KERNELS.index("wgmma_sm90a"), tile)
 
 
+def test_the_model_of_the_tools_has_these_clocks_and_tiles():
+    """An H200 has 132 multiprocessors. tools/gpu_model.py estimates the products of its table and those of any size."""
+    generator = np.random.default_rng(0)
+    shapes = np.concatenate([[*gpu_model.PRODUCTS.values()], generator.integers(256, 20000, (300, 3))])
+    clocks, chosen = estimate_warpgroups(90, 132, *shapes.T), choose(90, 132, *shapes.T)
+    wgmma = chosen.kernel == KERNELS.index("wgmma_sm90a")
+    for shape, of_tiles, tile in zip(shapes.tolist(), clocks, chosen.warpgroup_tile, strict=True):
+        bounds = [gpu_model.warpgroup_bound(*shape, columns) for columns in (192, 128)]
+        assert [bound.clocks for bound in bounds] == of_tiles.tolist(), shape
+        assert gpu_model.best_bound(*shape) == bounds[tile], shape
+    assert wgmma.all() and set(chosen.warpgroup_tile) == {WIDE, NARROW}
+
+
 @pytest.mark.parametrize(
     ("shape", "kernel"),
     [
@@ -677,6 +692,17 @@ def test_forced_by_a_tile_that_does_not_exist(tile):
     assert decide_tile(tile, "", 90, 10, 10, 10) == (
         f'error: BITORCH_QLINEAR_CUDA_TILE: expected one of 128x256, 128x192, 128x128, 64x64, got "{tile}"'
     )
+
+
+def test_early_starts():
+    """Products start early on 9.0 in code for 9.0, unless the environment's variable is 0."""
+    for value in ("", "1"):
+        for capability, expected in ((90, "yes"), (90_000 + 90, "yes"), (80_000 + 90, "no"), (89, "no"), (100, "no")):
+            assert library().depends_in_words(value.encode(), capability).decode() == expected
+    assert library().depends_in_words(b"0", 90) == b"no"
+    for value in ("00", "off", "-1", " "):
+        error = library().depends_in_words(value.encode(), 90).decode()
+        assert error == f'error: BITORCH_QLINEAR_CUDA_EARLY_START: expected 0 or 1, got "{value}"'
 
 
 @pytest.mark.parametrize("capability", [30, 52, 61, 70, 72])

@@ -337,8 +337,8 @@ OUTPUT_EDITS = [
     # These change which sums a lane's outputs are, and what is computed from them.
     ("e % Shape::kHalves * (", "(1 - e % Shape::kHalves) * ("),
     ("+ group) * 4 + e / Shape::kHalves", "+ group) * 4 + (1 - e / Shape::kHalves)"),
-    ("thread / kWarp * 16 + thread % kWarp / 4;\n    const bool has_scale", "thread / 4;\n    const bool has_scale"),
     ("margins.rows[top + strip * kInstructionRows + 8 * half]", "margins.rows[top + strip * kInstructionRows]"),
+    ("thread / kWarp * 16 + thread % kWarp / 4;\n    const bool has_scale", "thread / 4;\n    const bool has_scale"),
     ("const int row = strip * kInstructionRows + 8 * half;", "const int row = strip * kInstructionRows + 4 * half;"),
     ("4 * static_cast<uint32_t>(sum)", "2 * static_cast<uint32_t>(sum)"),
     ("2 * static_cast<uint32_t>(row);", "static_cast<uint32_t>(row);"),
@@ -373,7 +373,7 @@ def test_edits_of_the_pipeline_are_caught():
     give, take = "    if (leads) arrive(next_turn);\n", "    wait(my_turn, turn_parity);\n"
     assert text.count(give) == text.count(take) == 1
     early = Mutant("the turn is given on early", compiled(text.replace(give, "").replace(take, take + give), "sm_90a"))
-    mutants = [*edited(text, PIPELINE_EDITS, "sm_90a"), early]
+    mutants = [*edited(text, PIPELINE_EDITS, "sm_90a", always=True), early]
     assert_caught(ptx(), mutants, run_pipeline, seeds=range(2))
 
 
