@@ -43,7 +43,9 @@ constexpr bool kMayStartEarly = true;
 constexpr bool kMayStartEarly = false;
 #endif
 
-// Lets the kernel behind this one start, if it was launched in that way. A kernel that was not waits for the end.
+// Lets the kernel behind this one start, if it was launched in that way. A kernel that was not waits for the end. This
+// concerns kernels of other libraries, too, that are launched so behind pack_bits: they must wait before they touch
+// what it reads or writes, as they must behind every kernel that does this.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
