@@ -14,6 +14,7 @@ COMMANDS = {
     "check": ("benchmarks.check", "compare the committed results with a fresh run"),
     "tables": ("benchmarks.tables", "write the tables in README.md and docs/ from the committed results"),
     "gpu": ("benchmarks.gpu.__main__", "time the CUDA kernels against cuBLAS"),
+    "gpu-model": ("tools.gpu_model", "estimate how fast the CUDA kernels can be, without a GPU"),
 }
 
 

@@ -92,7 +92,7 @@ def _reason_against_cuda(build: dict[str, str], torch_cuda: str | None) -> str:
 
 
 def _load_cuda_operators() -> ctypes.CDLL:
-    strings = ("kernels", "kernel", "force_kernel", "tile", "force_tile", "choice")
+    strings = ("kernels", "kernel", "force_kernel", "tile", "force_tile", "choice", "check_environment")
     library = _load(_CUDA_OPERATORS, "bitorch_qlinear_cuda", strings)
     library.bitorch_qlinear_cuda_code.argtypes = [ctypes.c_int]
     library.bitorch_qlinear_cuda_kernels.argtypes = [ctypes.c_int] * 2
@@ -129,11 +129,9 @@ no_cuda_reason = _reason_against_cuda(build_info, torch.version.cuda)
 has_cuda = not no_cuda_reason
 cuda_library = _load_cuda_operators() if has_cuda else None
 
-# Apply the environment's choice of kernels now, so that a wrong BITORCH_QLINEAR_CPU_KERNEL, BITORCH_QLINEAR_CUDA_KERNEL
-# or BITORCH_QLINEAR_CUDA_TILE raises at import and not in the first product.
+# Apply the environment's choice of kernels now, so that a wrong BITORCH_QLINEAR_CPU_KERNEL or BITORCH_QLINEAR_CUDA_...
+# raises at import and not in the first product.
 if _error := cpu_library.bitorch_qlinear_force_kernel(None).decode():
     raise RuntimeError(_error)
-if cuda_library is not None:
-    for _force in (cuda_library.bitorch_qlinear_cuda_force_kernel, cuda_library.bitorch_qlinear_cuda_force_tile):
-        if _error := _force(None).decode():
-            raise RuntimeError(_error)
+if cuda_library is not None and (_error := cuda_library.bitorch_qlinear_cuda_check_environment().decode()):
+    raise RuntimeError(_error)

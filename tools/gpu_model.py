@@ -1,10 +1,10 @@
 """Estimate from machine code how near the kernels can come to the peak of a chip: ``python -m tools.gpu_model``.
 
-No hardware is used, and nothing is measured. A row of the table is a kernel on a target. It lists the resources of a
-multiprocessor that a thread and a block take, and the clocks for which one pass of a warp through the main loop, far
-from all edges, keeps each part of the multiprocessor busy. All warps do the same, so the part that takes longest bounds
-the loop. The share of the peak is the clocks of the part that the kernel is meant to keep busy (tensor cores, popcounts
-or memory) divided by the clocks of the slowest part. The parts are:
+No hardware is used, and nothing is measured. A row of the main table is a kernel on a target. It lists the resources
+of a multiprocessor that a thread and a block take, and the clocks for which one pass of a warp through the main loop,
+far from all edges, keeps each part of the multiprocessor busy. All warps do the same, so the part that takes longest
+bounds the loop. The share of the peak is the clocks of the part that the kernel is meant to keep busy (tensor cores,
+popcounts or memory) divided by the clocks of the slowest part. The parts are:
 
     issue     4 instructions of warps a clock, one for each quarter of a multiprocessor
     tensor    multiply-adds of bits, or of bytes at an eighth of the rate; csrc/cuda/heuristics.h names the sources
@@ -21,17 +21,19 @@ shared memory a clock. It does not see latencies, which may be too long for the 
 tests/ptx finds none; the starts and ends of blocks; and clocks that fall under load. So a share is an upper bound as
 far as these rates hold, and a low share shows where to look.
 
-A second table has what the end of a product moves: the bytes that a block reads and writes beside the factors, and the
-bytes that pass through memory before the next product has its words. A product that writes numbers leaves it to another
-kernel to read and pack them; one that writes bits has written the words.
+The table after it has what the end of a product moves: the bytes that a block reads and writes beside the factors, and
+the bytes that pass through memory before the next product has its words. A product that writes numbers leaves it to
+another kernel to read and pack them; one that writes bits has written the words.
 
-A third table estimates products by wgmma_sm90a on an H200, from the rates that were measured there with a prototype of
-that kernel (csrc/DESIGN.md, "What hardware said"). Such a kernel has one block on each multiprocessor, whose copies,
-products and stores overlap, so the slowest of its parts bounds the product.
+Three tables come first, because they need no library. Two of them estimate products by wgmma_sm90a on an H200, from the
+rates that were measured there with a prototype of that kernel (csrc/DESIGN.md, "What hardware said"): times, and the
+clocks and bytes they come from. Such a kernel has one block on each multiprocessor, whose copies, products and stores
+overlap, so the slowest of its parts bounds the product, and the last epilogue follows it. The tile and the clocks are
+those by which csrc/cuda/warpgroup_tiles.h chooses.
 
-A fourth table is about few rows of real x on compute capability 9.0: how long it takes until a product has its words,
-if each block packs x for itself, if the blocks of a cluster pack it together, and if a launch packs it. It is the
-arithmetic by which csrc/cuda/heuristics.h chooses.
+The third one is about few rows of real x on compute capability 9.0: how long it takes until a product has its words, if
+each block packs x for itself, if the blocks of a cluster pack it together, and if a launch packs it, which is the
+arithmetic by which csrc/cuda/heuristics.h chooses; and how long packing and product then take in all.
 """
 
 from __future__ import annotations
@@ -320,6 +322,7 @@ class Warpgroup(NamedTuple):
     multiplies: int = 32768  # multiply-adds of bits per clock and multiprocessor
     shared: int = 128  # bytes per clock and multiprocessor
     l2: int = 40  # the same from L2
+    end: int = 28  # clocks of the last epilogue for each column of a tile
     memory: float = 4.8e12  # bytes a second, of the data sheet
     pack: float = 3.9e12  # bytes a second that pack_bits reads and writes
 
@@ -329,40 +332,72 @@ _TILE_ROWS, _STAGE_BITS, _STEP_BITS = 128, 1024, 256
 
 
 class Bound(NamedTuple):
-    """The microseconds for which a product by wgmma_sm90a keeps each part of an H200 busy."""
+    """The work of the busiest multiprocessor in a product by wgmma_sm90a, and the bytes that the product moves."""
 
     columns: int  # of a tile
-    rounds: int  # tiles of the busiest multiprocessor
-    tensor: float
-    shared: float
-    l2: float
-    output: float  # bf16 to memory
+    rounds: int  # tiles of this multiprocessor
+    tensor: float  # clocks that its tensor cores are busy
+    shared: float  # clocks that its shared memory is busy
+    l2: int  # clocks that its copies from L2 take
+    end: int  # clocks of its last epilogue, which nothing hides
+    shared_bytes: int  # of this multiprocessor
+    l2_bytes: int  # from L2 to all multiprocessors
+    outputs: int
+    chip: Warpgroup
+
+    def micros(self, clocks: float) -> float:
+        """Return the microseconds that clocks take."""
+        return clocks / self.chip.gigahertz / 1e3
 
     @property
-    def slowest(self) -> str:
-        """The part that bounds the product."""
-        parts = {"tensor": self.tensor, "shared": self.shared, "L2": self.l2, "output": self.output}
-        return max(parts, key=parts.__getitem__)
+    def clocks(self) -> float:
+        """The clocks of the slowest part of the multiprocessor, and of the last epilogue."""
+        return max(self.tensor, self.shared, self.l2) + self.end
 
-    @property
-    def time(self) -> float:
-        """The microseconds of the slowest part."""
-        return max(self.tensor, self.shared, self.l2, self.output)
+    def output(self, size: float) -> float:
+        """Return the microseconds in which memory takes outputs of so many bytes each."""
+        return self.outputs * size / self.chip.memory * 1e6
+
+    def slowest(self, size: float = 2) -> str:
+        """Return the name of the part that takes longest, if an output has so many bytes."""
+        parts = {"tensor": self.tensor, "shared": self.shared, "L2": self.l2, "epilogue": self.end}
+        return "output" if self.output(size) > self.micros(self.clocks) else max(parts, key=parts.__getitem__)
+
+    def time(self, size: float = 2) -> float:
+        """Return the microseconds that the product takes at least, if an output has so many bytes."""
+        return max(self.micros(self.clocks), self.output(size))
 
 
 def warpgroup_bound(m: int, n: int, k: int, columns: int, chip: Warpgroup = WARPGROUP) -> Bound:
-    """Return the bounds of m x k times k x n by tiles of 128 rows and so many columns."""
-    rounds = -(-(-(-m // _TILE_ROWS) * -(-n // columns)) // chip.multiprocessors)
-    stages, steps = rounds * -(-k // _STAGE_BITS), rounds * -(-k // _STEP_BITS)
+    """Return the bounds of m x k times k x n by tiles of 128 rows and so many columns.
+
+    The clocks from L2 and of the last epilogue are those of warpgroup_clocks in csrc/cuda/warpgroup_tiles.h.
+    """
+    tiles = -(-m // _TILE_ROWS) * -(-n // columns)
+    rounds = -(-tiles // chip.multiprocessors)
+    stages, steps = -(-k // _STAGE_BITS), -(-k // _STEP_BITS)
     copied = (_TILE_ROWS + columns) * _STAGE_BITS // 8
     # Each instruction of 64 rows reads its rows of x and all columns.
     read = _TILE_ROWS // 64 * (64 + columns) * _STEP_BITS // 8
-    clocks = (
-        steps * _TILE_ROWS * columns * _STEP_BITS / chip.multiplies,
-        (stages * copied + steps * read) / chip.shared,
-        stages * copied / chip.l2,
+    shared_bytes = rounds * (stages * copied + steps * read)
+    return Bound(
+        columns,
+        rounds,
+        tensor=rounds * steps * _TILE_ROWS * columns * _STEP_BITS / chip.multiplies,
+        shared=shared_bytes / chip.shared,
+        l2=rounds * stages * (copied // chip.l2),
+        end=chip.end * columns,
+        shared_bytes=shared_bytes,
+        l2_bytes=tiles * stages * copied,
+        outputs=m * n,
+        chip=chip,
     )
-    return Bound(columns, rounds, *(each / chip.gigahertz / 1e3 for each in clocks), m * n * 2 / chip.memory * 1e6)
+
+
+def best_bound(m: int, n: int, k: int) -> Bound:
+    """Return the bounds by the tile that best_warpgroup_tile in csrc/cuda/warpgroup_tiles.h chooses."""
+    narrow, wide = (warpgroup_bound(m, n, k, columns) for columns in (128, 192))
+    return wide if wide.l2 + wide.end < narrow.l2 + narrow.end else narrow
 
 
 PRODUCTS = {
@@ -380,19 +415,43 @@ PRODUCTS = {
 }
 
 
+PROTOTYPE = {"2048³": 5.14, "4096³": 19.7, "8192³": 105.0, "16384³": 814.0}
+"""The microseconds that a prototype with these tiles took on an H200, with outputs in bf16 (csrc/DESIGN.md)."""
+
+
 def product_table() -> list[list[object]]:
-    """Return a row for each product, by the tile of which the slowest part takes less time."""
+    """Return a row of times for each product, by the tile that would be chosen."""
     found: list[list[object]] = []
     for name, (m, n, k) in PRODUCTS.items():
-        bound = min((warpgroup_bound(m, n, k, columns) for columns in (192, 128)), key=lambda bound: bound.time)
-        bits = max(bound.tensor, bound.shared, bound.l2, bound.output / 16)
+        bound = best_bound(m, n, k)
+        parts = map(bound.micros, (bound.tensor, bound.shared, bound.l2, bound.end))
         pack = m * (2 * k + k / 8) / WARPGROUP.pack * 1e6
-        parts = (bound.tensor, bound.shared, bound.l2, bound.output)
-        tops = 2 * m * n * k / bound.time / 1e6
-        found.append(
-            [name, f"128 x {bound.columns}", bound.rounds, *parts, bound.slowest, bound.time, tops, bits, pack]
-        )
+        tops = 2 * m * n * k / bound.time() / 1e6
+        limits = (bound.output(2), bound.slowest(), bound.time(), PROTOTYPE.get(name, ""), tops, bound.time(1 / 8))
+        found.append([name, f"128 x {bound.columns}", bound.rounds, *parts, *limits, pack])
     return found
+
+
+def work_table() -> list[list[object]]:
+    """Return a row for each product with the clocks and bytes that the times of product_table come from."""
+    found: list[list[object]] = []
+    for name, (m, n, k) in PRODUCTS.items():
+        bound = best_bound(m, n, k)
+        clocks = (bound.tensor, bound.shared, bound.l2, bound.end)
+        sizes = (bound.shared_bytes, bound.l2_bytes, (m + n) * k / 8, 2 * m * n, m * n / 8)
+        found.append([name, *clocks, *(size / 1e6 for size in sizes)])
+    return found
+
+
+def _in_digits(lines: list[list[object]]) -> list[list[object]]:
+    """Return the same rows with each number as text of at least three digits, without an exponent."""
+
+    def in_digits(value: object) -> object:
+        if not isinstance(value, int | float):
+            return value
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+    return [[in_digits(value) for value in line] for line in lines]
 
 
 class FewRows(NamedTuple):
@@ -407,16 +466,42 @@ class FewRows(NamedTuple):
 
 FEW_ROWS = FewRows()
 
+PRODUCT = {
+    **{(1, 4096): 2.36, (1, 8192): 3.20},  # by skinny, which counts no bits
+    **{(m, 4096): packed - 1.15 for m, packed in {2: 4.63, 4: 4.79, 8: 4.87, 16: 5.07}.items()},
+    **{(m, 8192): packed - 1.15 for m, packed in {2: 5.72, 4: 5.79, 8: 6.07, 16: 6.64}.items()},
+    (256, 1024): 4.5,
+}
+"""Microseconds of the product of m rows of k values and k weight rows alone, its launch included.
+
+Measured on an H200 in a graph with the weights in L2 (`packed x` in benchmarks/results/gpu/gpu.md), before the fused
+kernels existed: these are taken to multiply in the same time. From 2 rows on it is skinny_mma_sm80, less the 1.15 of a
+launch that counted the bits of x (8 rows: 4.87 and 5.30 packed and not, of which packing took 1.6; 6.07, 6.83 and 1.9).
+256 × 1024 was not measured. It lies between 16 rows of 1024 × 1024, 3.6, and 1024 rows, 5.4 (csrc/DESIGN.md).
+"""
+
+TARGETS = {**{(m, k): most for k, most in ((4096, 3.2), (8192, 5.3)) for m in (1, 2, 4, 8, 16)}, (256, 1024): 4.5}
+"""The most microseconds that these should take with x in bfloat16, in a graph.
+
+The last one stands for cuBLAS, which took 3.8 for 16 × 1024 → 1024 and 5.5 for 1024 rows on an H200.
+"""
+
 
 def few_rows_table() -> list[list[object]]:
-    """Return a row for each x in bfloat16 that has place in a block."""
+    """Return a row for each x in bfloat16 that has place in a block, and for one of 256 rows."""
     found: list[list[object]] = []
     launch = FEW_ROWS.launch - FEW_ROWS.hidden
-    for m, k in [(m, k) for k in (1024, 4096, 8192, 11008, 16384) for m in (1, 4, 8, 16) if m * k <= 131072]:
+    sizes = [(m, k) for k in (1024, 4096, 8192, 11008, 16384) for m in (1, 2, 4, 8, 16) if m * k <= 131072]
+    for m, k in [*sizes, (256, 1024)]:
         alone = 2 * m * k / FEW_ROWS.packed_bytes
         cluster = alone / FEW_ROWS.blocks + FEW_ROWS.cluster
         chosen = "block" if alone <= launch else "cluster" if cluster <= launch else "launch"
-        found.append([f"{m} × {k}", 2 * m * k / 1000, alone, cluster, launch, chosen])
+        line = [f"{m} × {k}", 2 * m * k / 1000, alone, cluster, launch, chosen]
+        if (m, k) in PRODUCT:
+            total = PRODUCT[m, k] + {"block": alone, "cluster": cluster, "launch": launch}[chosen]
+            most = TARGETS[m, k]
+            line += [PRODUCT[m, k], total, most, "met" if total <= most else f"missed by {total - most:.1f}"]
+        found.append(line)
     return found
 
 
@@ -467,14 +552,65 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--library", type=Path, default=LIBRARY, help="the compiled CUDA operators")
     parser.add_argument("--target", choices=list(RATES), action="append", help="one target, or several (all)")
     options = parser.parse_args(arguments)
-    if not options.library.exists():
-        raise SystemExit(f"{options.library} does not exist: the CUDA operators are not built.")
-    if not machine_code.ptx_targets(options.library):
-        raise SystemExit(f"{options.library} has no PTX, which tells the blocks' sizes: build for all targets.")
-    built = machine_code.resources(options.library)
-    targets = [target for target in options.target or RATES if target in built]
+    print_products()
+    print_few_rows()
+    try:
+        print_kernels(options.library, options.target or list(RATES))
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from None
+
+
+def print_products() -> None:
+    """Print the estimates of products by wgmma_sm90a."""
+    headers = ["wgmma_sm90a on an H200", "tile", "rounds", "tensor µs", "shared", "L2", "epilogue", "bf16 out"]
+    headers += ["bound by", "at least", "prototype", "TOPS", "bits out", "packing x"]
+    numbers = ["right"] * 9
+    aligned = ("left", *numbers[:7], "left", *numbers[:5])
+    print(tabulate(_in_digits(product_table()), headers=headers, disable_numparse=True, colalign=aligned))
+    print(
+        "\nAn estimate from rates that a prototype had on an H200. The columns are microseconds: how long each part is "
+        "busy, the\nlast epilogue, which nothing hides, and the outputs in bf16 on their way to memory; how long the "
+        "product takes at least\nwith outputs in bf16, and how long the prototype took (each size had its own clock, "
+        f"the estimate has {WARPGROUP.gigahertz} GHz);\nhow long it takes with bits, and how long the launch before it "
+        "packs x from bf16. A launch and the first copies come on\ntop, 1 to 2 µs. The tile is the one that the "
+        "heuristics choose.\n"
+    )
+    headers = ["the same products", "tensor clocks", "shared", "L2", "epilogue", "shared MB", "L2 MB", "operands MB"]
+    headers += ["bf16 out MB", "bits out MB"]
+    print(tabulate(_in_digits(work_table()), headers=headers, disable_numparse=True, colalign=("left", *numbers)))
+    print(
+        "\nClocks of the busiest multiprocessor, and the bytes through its shared memory; bytes from L2 to all "
+        "multiprocessors,\nof x and weights as words, and of the outputs.\n"
+    )
+
+
+def print_few_rows() -> None:
+    """Print the estimates of products with few rows."""
+    headers = ["bf16 x on 9.0", "KB", "each block packs it, µs", "a cluster", "a launch", "chosen"]
+    print(tabulate(few_rows_table(), headers=[*headers, "product", "in all", "target", ""], floatfmt=".2f"))
+    print(
+        "\nAn estimate of the time until a product has the words of few rows of x. What a block packs in the time of a "
+        "launch\nis left to it, even if a cluster is estimated faster. The launch costs 0.8 µs more if the product "
+        "does not start before\nits end. The product is by k × k weights in L2, as measured on an H200 before x was "
+        "packed in the same launch.\nFor 256 × 1024, product and target (cuBLAS in bf16) lie between what 16 and 1024 "
+        "rows took.\n"
+    )
+
+
+def print_kernels(library: Path, targets: list[str]) -> None:
+    """Print what the machine code of a library tells.
+
+    Raises:
+        FileNotFoundError: There is no cuobjdump.
+        SystemExit: The library does not exist or lacks PTX.
+    """
+    if not library.exists():
+        raise SystemExit(f"{library} does not exist: the CUDA operators are not built.")
+    if not machine_code.ptx_targets(library):
+        raise SystemExit(f"{library} has no PTX, which tells the blocks' sizes: build for all targets.")
+    built = machine_code.resources(library)
     headers = ["kernel", "target", "registers", "shared", "blocks", "instructions", *PARTS, "bound by", "share"]
-    lines = table(options.library, targets)
+    lines = table(library, [target for target in targets if target in built])
     print(tabulate(lines, headers=headers, disable_numparse=True))
     print(
         "\nAn estimate from machine code and data sheets: no hardware was used. Registers of a thread; bytes of shared "
@@ -482,35 +618,12 @@ def main(arguments: list[str] | None = None) -> None:
         "the main loop, and\nthe clocks for which it keeps each part of a multiprocessor busy.\n"
     )
     headers = ["kernel", "tile", "read", "written", "sectors", "to the next words", "of an output"]
-    ends = epilogue_table(machine_code.launch_bounds(options.library), {str(line[0]) for line in lines})
+    ends = epilogue_table(machine_code.launch_bounds(library), {str(line[0]) for line in lines})
     print(tabulate(ends, headers=headers, floatfmt=".3g"))
     print(
         "\nBytes at the end of a block with a whole tile: what it reads beside the factors and what it writes, and the "
         "sectors of\n32 bytes that its stores touch; bytes that are moved before the next product has its words, in "
-        "all and of an output.\n"
-    )
-    headers = [
-        "wgmma_sm90a on an H200",
-        "tile",
-        "rounds",
-        "tensor µs",
-        "shared",
-        "L2",
-        "bf16 out",
-        "bound by",
-        "at least",
-    ]
-    print(tabulate(product_table(), headers=[*headers, "TOPS", "bits out", "packing x"], floatfmt=".3g"))
-    print(
-        "\nAn estimate from rates that a prototype had on an H200: microseconds that each part is busy, and the "
-        "slowest,\nwith outputs in bf16 and with bits. A launch, the first copies and the last epilogue take about "
-        "4 more. Packing x\nfrom bf16 is a launch of its own before it.\n"
-    )
-    headers = ["bf16 x on 9.0", "KB", "each block packs it, µs", "a cluster", "a launch", "chosen"]
-    print(tabulate(few_rows_table(), headers=headers, floatfmt=".2f"))
-    print(
-        "\nAn estimate of the time until a product has the words of few rows of x. What a block packs in the time of a "
-        "launch\nis left to it, even if a cluster is estimated faster."
+        "all and of an output."
     )
 
 

@@ -1,7 +1,8 @@
 """Run everything that needs a GPU, one part after the other; ``make gpu`` calls this once everything is built.
 
-A part that fails or times out is reported, the next one starts, and the exit code is 1 in the end. All parts end within
-8 minutes of the start of the build, which ``--start`` gives; parts that had no time are reported too.
+A part that fails or times out is reported, the next one starts, and the exit code is 1 in the end; but if a kernel
+fails or hangs in its first products, nothing else starts. All parts end within 8 minutes of the start of the build,
+which ``--start`` gives; parts that had no time are reported too.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Part(NamedTuple):
         seconds: The time after which the part is interrupted.
         file: The file in the folder of results that receives the output.
         told: Whether the command takes an option --seconds and ends in time by itself.
+        needed: Whether the parts behind it are not started if it fails.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Part(NamedTuple):
     seconds: float
     file: str
     told: bool = False
+    needed: bool = False
 
 
 def parts(results: Path) -> list[Part]:
@@ -61,8 +64,9 @@ def parts(results: Path) -> list[Part]:
     benchmarks = [python, "-m", "benchmarks", "gpu", "--results", str(results)]
     return [
         Part("environment", ["sh", "-c", environment], 30, "environment.txt"),
+        Part("kernels", [python, "-m", "tools.gpu_first"], 120, "kernels.txt", needed=True),
         Part("tests", pytest, 150, "tests.txt"),
-        Part("benchmarks", benchmarks, 140, "gpu.txt", told=True),
+        Part("benchmarks", benchmarks, 160, "gpu.txt", told=True),
         Part("sanitizers", [python, "-m", "tools.sanitize"], SECONDS, "sanitizer.txt", told=True),
     ]
 
@@ -144,6 +148,9 @@ def run_all(every: list[Part], results: Path, end: float) -> bool:
         succeeded &= code == 0
         said = {None: f"stopped after {seconds:.0f} s", 0: "done", OUT_OF_TIME: "out of time"}
         lines.append(f"{part.name:12} {time.time() - start:5.0f} s  {said.get(code, f'failed, exit code {code}')}")
+        if part.needed and code != 0:
+            lines.append("the other parts were not started")
+            break
     print("\n" + "\n".join(lines))
     return succeeded
 
@@ -151,7 +158,7 @@ def run_all(every: list[Part], results: Path, end: float) -> bool:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_run", description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, required=True, metavar="FOLDER", help="the folder for at most 7 files")
+    parser.add_argument("--results", type=Path, required=True, metavar="FOLDER", help="the folder for at most 8 files")
     parser.add_argument(
         "--start", type=float, default=time.time(), help="the start of the 8 minutes, in seconds since the epoch"
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,11 @@ BITORCH = "bitorch QLinear bf16"
 PACKED, PACKED_INT, PACKING = "packed x", "packed x, int32 out", "bf16 x, packed inside"
 LAYER = "PackedQLinear, bf16 x"
 
+TILES = {"mma_sm80": ["128x256", "128x128", "64x64"], "wgmma_sm90a": ["128x192", "128x128"]}
+"""The tiles of the kernels that have several."""
+TILED_ROWS = 256
+"""From so many rows on, the tiles are compared: wgmma_sm90a may be chosen."""
+
 
 class Contestant(NamedTuple):
     """One way to compute a product.
@@ -32,6 +38,7 @@ class Contestant(NamedTuple):
         bytes: The least that a call moves: it reads the operands once and writes the result once.
         weight_bytes: The part of these bytes that are weights.
         kernel: The CUDA kernel that must compute, or None for the automatic choice.
+        tile: The tile that this kernel must have, or None for the automatic choice.
     """
 
     name: str
@@ -39,6 +46,7 @@ class Contestant(NamedTuple):
     bytes: int
     weight_bytes: int
     kernel: str | None = None
+    tile: str | None = None
 
 
 def random_rows(rows: int, k: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -83,7 +91,7 @@ def peers(shape: Shape, device: torch.device) -> list[Contestant]:
 
 
 def ours(shape: Shape, device: torch.device) -> list[Contestant]:
-    """Return our contestants: packing inside and outside of the call, and each kernel that takes the shape."""
+    """Return our contestants: packing inside and outside of the call, and each kernel and tile that takes the shape."""
     m, k, n = shape.m, shape.k, shape.n
     row_bytes = 4 * math.ceil(k / 32)
 
@@ -126,8 +134,29 @@ def ours(shape: Shape, device: torch.device) -> list[Contestant]:
                 made.append(Contestant(f"{PACKING}, {kernel}", packing, moved, weight_bytes, kernel))
         # The skinny kernels take at most 16 rows or 64.
         elif m <= (64 if kernel == "skinny_mma_sm80" else 16) or not kernel.startswith("skinny"):
-            made.append(Contestant(f"{PACKED}, {kernel}", bf16_out, words_moved + 2 * m * n, weight_bytes, kernel))
+            for tile in [None, *tiles(kernel, m)]:
+                name = ", ".join(filter(None, (PACKED, kernel, tile)))
+                made.append(Contestant(name, bf16_out, words_moved + 2 * m * n, weight_bytes, kernel, tile))
     return made
+
+
+def tiles(kernel: str, m: int) -> list[str]:
+    """Return the tiles of a kernel that are compared for m rows; the list is empty if it has one or if rows are few."""
+    return TILES.get(kernel, []) if m >= TILED_ROWS else []
+
+
+@contextlib.contextmanager
+def forced_tile(name: str | None) -> Iterator[None]:
+    """Make the CUDA kernels compute with one tile inside a ``with`` block; None changes nothing."""
+    if name is None:
+        yield
+        return
+    before = _kernels.forced_cuda_tile()
+    _kernels.force_cuda_tile(name)
+    try:
+        yield
+    finally:
+        _kernels.force_cuda_tile(before)
 
 
 def kernels(device: torch.device) -> list[str]:

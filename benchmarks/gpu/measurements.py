@@ -15,9 +15,9 @@ from bitorch_qlinear import functional as F
 from bitorch_qlinear.kernels import forced
 
 from ..measuring import Shape
-from .contestants import LAYER, PACKED, PACKING, Contestant, ours, peers, random_rows
+from .contestants import LAYER, PACKED, PACKING, Contestant, forced_tile, ours, peers, random_rows
 from .correctness import check
-from .shapes import ROW, ROWS
+from .shapes import FEW
 from .timing import Call, Timer, quartiles
 from .training import measure_training
 
@@ -59,7 +59,7 @@ def modes(shape: Shape, contestant: Contestant, call: Call, timer: Timer, cache_
     # A replay has so many calls that the graph's own start of some microseconds hardly counts.
     repeats = min(200, max(1, math.ceil(3e-4 / max(statistics.median(cold), 1e-9))))
     found = {COLD: cold, WARM: timer([call] * repeats, False)}
-    if shape in (ROW, ROWS):
+    if shape in FEW:
         copies = max(2, math.ceil(3 * cache_bytes / contestant.weight_bytes))
         found[CHAIN] = timer([contestant.make() for _ in range(copies)], False)
     return found
@@ -69,7 +69,7 @@ def measure_shape(shape: Shape, device: torch.device, timer: Timer, cache_bytes:
     """Add the times of all contestants that take the shape, after a check that the exact results are equal."""
     figures.compared[str(shape)] = check(shape, device)
     for contestant in [*peers(shape, device), *ours(shape, device)]:
-        with forced(contestant.kernel):
+        with forced(contestant.kernel), forced_tile(contestant.tile):
             try:
                 call = contestant.make()
                 call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from .. import plots
@@ -23,7 +24,10 @@ MODES = {COLD: "L2 cache flushed before each call", WARM: "operands in the L2 ca
 
 def plot(path: Path, figures: Results) -> None:
     """Draw how many times as fast as nn.Linear in bf16 each contestant is, by the rows of x, for each weight."""
-    weights = list(dict.fromkeys((row["k"], row["n"]) for row in figures.products))
+    shapes = {(row["k"], row["n"], row["m"]) for row in figures.products}
+    rows_of = Counter((k, n) for k, n, _ in shapes)
+    # A single number of rows makes no line.
+    weights = [pair for pair in dict.fromkeys((row["k"], row["n"]) for row in figures.products) if rows_of[pair] > 1]
     if not weights:
         return
     pyplot = plots.drawing()

@@ -52,6 +52,7 @@ cudaError_t align(const Align& job, const Align& other, cudaStream_t stream) {
     const int64_t segments = ceil_div(words_for(job.k), kAlignSegment);
     PreparedHeader header = {{}, kPreparedLayout, 0, job.m, job.k, {}};
     std::copy(std::begin(kPreparedMagic), std::end(kPreparedMagic), header.magic);
+    // A row has one block, as in pack.cu if it is counted. 65,536 values are one segment for each of its warps.
     return launch_rows(align_rows, launched, segments, false, align_blocks(other), stream, job, rows, header, other,
                        row_blocks(launched, segments));
 }

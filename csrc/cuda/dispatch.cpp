@@ -41,6 +41,14 @@ std::atomic<TileSize>& forced_tile_size() {
     return size;
 }
 
+bool starts_are_early() {
+    static const bool early = [] {
+        const char* value = std::getenv(kEarlyVariable);
+        return value_of(find_early(value ? value : ""));
+    }();
+    return early;
+}
+
 void check(cudaError_t error) {
     if (error == cudaSuccess) return;
     throw std::runtime_error(std::string("bitorch_qlinear: the CUDA devices do not tell what they are: ") +
@@ -69,6 +77,7 @@ std::deque<KnownDevice>& devices() {
             found[i].gpu.capability =
                 10 * attribute(cudaDevAttrComputeCapabilityMajor, i) + attribute(cudaDevAttrComputeCapabilityMinor, i);
             found[i].gpu.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, i);
+            found[i].gpu.early = starts_are_early();
         }
         return found;
     }();
@@ -97,6 +106,12 @@ int code_of(int32_t device_index) {
 
 }  // namespace
 
+void check_environment() {
+    forced();
+    forced_tile_size();
+    starts_are_early();
+}
+
 void check_supported(int32_t device_index) {
     const Gpu& gpu = devices().at(device_index).gpu;
     // The code is left out, because another thread may be asking for it now.
@@ -109,8 +124,9 @@ const Gpu& gpu_of(int32_t device_index) {
     return device.gpu;
 }
 
-Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, int64_t value_bytes, bool float64) {
-    return choose_kernel(gpu_of(device_index), m, n, k, value_bytes, float64);
+Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, int64_t value_bytes, bool float64,
+                     bool aligns) {
+    return choose_kernel(gpu_of(device_index), m, n, k, value_bytes, float64, aligns);
 }
 
 void force_kernel(const std::string& name) { forced().store(value_of(find_kernel(name))); }
@@ -127,10 +143,10 @@ std::string forced_tile() {
     return size.rows ? tile_name(size) : "";
 }
 
-Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes, bool float64) {
+Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes, bool float64, bool aligns) {
     const TileSize size = forced_tile_size().load(std::memory_order_relaxed);
     const KernelRecord* kernel = forced().load(std::memory_order_relaxed);
-    return with_tile(value_of(decide(kernel, gpu, m, n, k, value_bytes, float64)), size, float64);
+    return with_tile(value_of(decide(kernel, gpu, m, n, k, value_bytes, float64, aligns)), size, float64);
 }
 
 }  // namespace bitorch_qlinear::cuda

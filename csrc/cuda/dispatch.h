@@ -12,12 +12,19 @@ namespace bitorch_qlinear::cuda {
 void check_supported(int32_t device_index);
 
 // Throws std::runtime_error if the device is too old, has no code, or lacks the kernel that is forced.
-Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, int64_t value_bytes, bool float64);
-Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes, bool float64);
+Choice choose_kernel(int32_t device_index, int64_t m, int64_t n, int64_t k, int64_t value_bytes, bool float64,
+                     bool aligns);
+Choice choose_kernel(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes, bool float64,
+                     bool aligns = false);
 
 // Returns the properties of a device. The first call for a device loads code there; it may happen while a stream is
 // captured. Throws std::runtime_error if the library has no code for the device.
 const Gpu& gpu_of(int32_t device_index);
+
+// Throws std::runtime_error if an environment variable has a value that it cannot have. BITORCH_QLINEAR_CUDA_KERNEL and
+// BITORCH_QLINEAR_CUDA_TILE decide until the functions below are called, and BITORCH_QLINEAR_CUDA_EARLY_START=0 makes
+// every product start as usual, after the launch before it has ended.
+void check_environment();
 
 // Makes the named kernel compute all products that it takes; "" selects the automatic choice. Throws std::runtime_error
 // if there is no kernel of that name. Until the first call, BITORCH_QLINEAR_CUDA_KERNEL decides.

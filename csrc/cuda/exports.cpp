@@ -40,11 +40,18 @@ BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_kernels(int capability, 
 // Returns the name of the kernel that is forced, or "".
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_kernel() { return hold(forced_kernel); }
 
-// Forces the named kernel. "" selects the automatic choice, and null changes nothing but raises the error that a wrong
-// environment variable causes. Returns "" or the error.
+// Returns "", or the error that a wrong environment variable causes.
+BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_check_environment() {
+    return hold([] {
+        check_environment();
+        return "";
+    });
+}
+
+// Forces the named kernel; "" selects the automatic choice. Returns "" or the error.
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_force_kernel(const char* name) {
     return hold([&] {
-        name ? force_kernel(name) : static_cast<void>(forced_kernel());
+        force_kernel(name);
         return "";
     });
 }
@@ -55,13 +62,14 @@ BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_tile() { return hold(for
 // Does for the tile what bitorch_qlinear_cuda_force_kernel does for the kernel.
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_force_tile(const char* name) {
     return hold([&] {
-        name ? force_tile(name) : static_cast<void>(forced_tile());
+        force_tile(name);
         return "";
     });
 }
 
 // Returns which kernel computes a product on such a device and why, or the error. `code` is as above. The values of x
-// have `value_bytes` each, or x is given as words if it is 0. `float64` tells whether the result is float64.
+// have `value_bytes` each, or x is given as words if it is 0. `float64` tells whether the result is float64. No launch
+// has to align the weights.
 BITORCH_QLINEAR_EXPORT const char* bitorch_qlinear_cuda_choice(int capability, int code, int multiprocessors, int64_t m,
                                                                int64_t n, int64_t k, int64_t value_bytes,
                                                                bool float64) {

@@ -53,8 +53,8 @@ int clusters_at_once(const cudaLaunchConfig_t& configuration, const void* kernel
     const RelaxedCapture relaxed;  // the question may load the kernel's code
     int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration) != cudaSuccess) {
-        clusters = 0;
         static_cast<void>(cudaGetLastError());  // clears this error, before others see it
+        return 0;                               // which is not remembered, because the next call may succeed
     }
     if (device < kRemembered) remembered[device].store(clusters > 0 ? clusters : kNone, std::memory_order_relaxed);
     return clusters;

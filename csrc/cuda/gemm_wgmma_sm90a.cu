@@ -33,7 +33,9 @@
 // output passes through shared memory, which the tensor cores read at nearly its full rate.
 //
 // If the product starts early (launch.cuh), the producer copies the weights of the first stages before it waits for the
-// kernel that makes x. Both consumers wait, too, before they read x's set bits and write y.
+// kernel that makes x. Both consumers wait, too, before they read set bits and write y. Scale and bias could be loaded
+// before that, but are loaded beside the set bits, which take as long to arrive (about 700 clocks), in the same code
+// for every tile. The first stage of x, which is copied meanwhile, takes longer.
 //
 // The sums are exact for any k. A row's last stage is multiplied up to the step of 256 bits in which k ends; what lies
 // past k in that step are zeros.
@@ -549,10 +551,9 @@ cudaError_t launch(const Product& product, cudaStream_t stream, bool starts_earl
     constexpr int kBytes = kSharedBytes<As, Shape>;
     static_assert(kBytes <= 227 * 1024, "shared memory of a block");
     void (*const kernel)(Product, Maps, unsigned, unsigned, bool) = multiply_tiles<As, Shape>;
-    if (error == cudaSuccess) {  // the attribute belongs to the current device, as in mma_tiles.cuh
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    }
     if (error != cudaSuccess) return cudaGetLastError();  // which clears the error, before others see it
+    error = allow_shared_memory(kernel, kBytes);
+    if (error != cudaSuccess) return error;
     Maps maps{};
     error = make_maps<Shape>(product, &maps);
     if (error != cudaSuccess) return error;

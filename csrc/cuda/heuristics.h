@@ -9,7 +9,8 @@
 //     more           mma_sm75    mma_sm80           mma_sm80           mma_int8_sm80
 //     256 or more    mma_sm75    mma_sm80           wgmma_sm90a        mma_int8_sm80
 //
-// If x is real and a block packs all of it in less time than the launches take that are saved (fused_is_faster):
+// If x is real, no launch has to align the weights, and a block packs all of x in less time than the launch takes that
+// is saved (fused_is_faster):
 //
 //     1              fused_skinny    fused_skinny             fused_skinny             fused_skinny
 //     2 to 4         fused_skinny    fused_skinny_mma_sm80    fused_skinny_mma_sm80    fused_skinny
@@ -176,9 +177,9 @@ constexpr int64_t kFragmentColumns = 32;
 // leaves 1.1 to 2.1 us, and the lesser is taken to hold for more rows.
 constexpr double kClocksLess = 2000;
 
-// The launch that counts the set bits of x, by the time of pack's (kMicrosOfPack) at 1.75 GHz. On 9.0 the product hides
-// half of it (kMicrosHidden) if the weights have a form, as those of layers do not. It is not distinguished.
-constexpr double kClocksOfCount = 2800;
+// The launch that counts the set bits of x, by the time of pack's (kMicrosOfPack) at 1.75 GHz, and what a product hides
+// of it if it starts early (kMicrosHidden).
+constexpr double kClocksOfCount = 2800, kClocksHidden = 1400;
 
 // Estimates the clocks of a product of 17 to 64 rows by skinny_mma_sm80, as estimated_clocks does, but without a doubt.
 // Beside tensor cores and L2, the counting of set bits bounds a stage: 16 words a clock, of the rows of x and of the
@@ -208,7 +209,8 @@ static inline double estimated_tile_clocks(const Gpu& gpu, int64_t m, int64_t n,
 // set bits a launch would count for mma_sm80, unless a launch has to align them anyway. (In linear_train the launch
 // that packs x would count them for nothing. It is not distinguished.)
 static inline bool fragments_win(const Gpu& gpu, int64_t m, int64_t n, int64_t k, bool words) {
-    const double counted = words && !prepared_holds_words(k) ? kClocksOfCount : 0;
+    const double count = kClocksOfCount - (launches_depend(gpu) ? kClocksHidden : 0);
+    const double counted = words && !prepared_holds_words(k) ? count : 0;
     const double tiles = estimated_tile_clocks(gpu, m, n, k);
     return estimated_fragment_clocks(gpu, m, n, k) < tiles + kClocksLess + counted;
 }
@@ -238,6 +240,11 @@ struct Choice {
 //   kPackedBytesAMicro  of x, from the instructions of gemm_fused_skinny.cu: 28 bytes a clock at 1.75 GHz
 constexpr double kMicrosOfPack = 1.6, kMicrosHidden = 0.8, kPackedBytesAMicro = 49e3;
 
+// If a launch has to align the weights, a fused kernel saves none. That launch packs x as well, in blocks beside those
+// that align, and an H200's memory brings x to it at 4.3e6 bytes a microsecond. So each byte of x costs a block's own
+// packing 88 times as much, and a cluster's 11 times, and no x is small enough. The kernel behind the launch starts as
+// usual in both ways, because it reads the aligned words first.
+
 // Returns whether a fused kernel is faster than a launch that packs x and one that multiplies: up to 39 KB of x on 9.0,
 // and 78 KB on others. (For 2 to 4 rows at 8192 x 8192 the product on tensor cores is also faster than gemm_skinny's,
 // by about 1 us, measured without the counting of bits. The bound leaves that out.)
@@ -260,22 +267,24 @@ static inline bool cluster_is_faster(const Gpu& gpu, int64_t m, int64_t k, int64
 }
 
 // Returns the automatic choice for real x with values of so many bytes, or 0 if x is given as words, or if its words
-// are a result too; `float64` tells whether y is float64. Without binary tensor cores gemm_skinny is best for all the
-// rows that it takes. On 7.5, a T4's memory brings 1.3 words per clock, which for 16 rows are 20 to count. From 10.0
-// on, a B200's memory brings 7.3, so that 4 rows hardly keep up, and an RTX 5090's 1.1; but gemm_mma_int8_sm80 always
-// multiplies 64 rows, in 1 clock for a word of weights (2 on 12.0), while 16 rows of gemm_skinny take 0.6.
+// are a result too; `float64` tells whether y is float64, and `aligns` whether a launch has to align the weights,
+// because they have no form and k is no multiple of 128 or their words do not start on 16 bytes. Without binary tensor
+// cores gemm_skinny is best for all the rows that it takes. On 7.5, a T4's memory brings 1.3 words per clock, which for
+// 16 rows are 20 to count. From 10.0 on, a B200's memory brings 7.3, so that 4 rows hardly keep up, and an RTX 5090's
+// 1.1; but gemm_mma_int8_sm80 always multiplies 64 rows, in 1 clock for a word of weights (2 on 12.0), while 16 rows of
+// gemm_skinny take 0.6.
 static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes = 0,
-                            bool float64 = false) {
+                            bool float64 = false, bool aligns = false) {
     const auto takes = [&](GemmKernel kernel) { return legal(kernel, gpu, m, k, value_bytes); };
     const auto choice = [](GemmKernel kernel, const char* reason) { return Choice{kernel, Tile::m64n64, reason}; };
     const bool on_tensor_cores = m > 1 && takes(GemmKernel::fused_skinny_mma_sm80);
-    if ((on_tensor_cores || takes(GemmKernel::fused_skinny)) && fused_is_faster(gpu, m, k, value_bytes)) {
+    if (!aligns && (on_tensor_cores || takes(GemmKernel::fused_skinny)) && fused_is_faster(gpu, m, k, value_bytes)) {
         if (on_tensor_cores) {
             return choice(GemmKernel::fused_skinny_mma_sm80, "one launch that packs x and multiplies on tensor cores");
         }
         return choice(GemmKernel::fused_skinny, "one launch that packs x and multiplies on CUDA cores");
     }
-    if (takes(GemmKernel::fused_cluster_sm90) && cluster_is_faster(gpu, m, k, value_bytes)) {
+    if (!aligns && takes(GemmKernel::fused_cluster_sm90) && cluster_is_faster(gpu, m, k, value_bytes)) {
         return choice(GemmKernel::fused_cluster_sm90, "one launch, in which the blocks of a cluster pack x together");
     }
     if (m <= kCountedRows) {
@@ -314,18 +323,18 @@ static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int
 // an error. A product that the kernel does not take gets the automatic choice, because the layers of a model multiply
 // different numbers of rows.
 static inline OrError<Choice> decide(const KernelRecord* forced, const Gpu& gpu, int64_t m, int64_t n, int64_t k,
-                                     int64_t value_bytes = 0, bool float64 = false) {
+                                     int64_t value_bytes = 0, bool float64 = false, bool aligns = false) {
     if (!supported(gpu.capability)) {
         return in_words(gpu.capability) + " is not supported: the CUDA kernels need 7.5 or later";
     }
-    if (!forced) return choose(gpu, m, n, k, value_bytes, float64);
+    if (!forced) return choose(gpu, m, n, k, value_bytes, float64, aligns);
     if (!runs_on(*forced, gpu)) {
         return std::string(kKernelVariable) + ": expected one of the kernels that " + in_words(gpu) + " has (" +
                kernel_names(gpu) + "), got \"" + forced->name + "\"";
     }
     const bool too_wide = forced->kernel == GemmKernel::wgmma_sm90a && n > kMostWarpgroupRows;  // rows of the weights
     if (too_wide || !legal(forced->kernel, gpu, m, k, value_bytes)) {
-        Choice choice = choose(gpu, m, n, k, value_bytes, float64);
+        Choice choice = choose(gpu, m, n, k, value_bytes, float64, aligns);
         choice.reason = forced->fused ? "the automatic choice: the kernel that is forced takes few values of real x"
                         : forced->most_rows == kSkinnyRows
                             ? "the automatic choice: the kernel that is forced takes at most 16 rows"
@@ -361,6 +370,15 @@ static inline OrError<TileSize> find_tile(std::string_view name) {
         names += (names.empty() ? "" : ", ") + tile_name(size);
     }
     return std::string(kTileVariable) + ": expected one of " + names + ", got \"" + std::string(name) + "\"";
+}
+
+constexpr char kEarlyVariable[] = "BITORCH_QLINEAR_CUDA_EARLY_START";
+
+// Returns whether products may start early: not if the value is "0".
+static inline OrError<bool> find_early(std::string_view value) {
+    if (value.empty() || value == "1") return true;
+    if (value == "0") return false;
+    return std::string(kEarlyVariable) + ": expected 0 or 1, got \"" + std::string(value) + "\"";
 }
 
 // Returns the choice with the forced tile, if there is one and the kernel has it for such results.

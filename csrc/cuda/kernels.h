@@ -140,7 +140,8 @@ cudaError_t gemm_popc(const Product&, cudaStream_t);
 // take.
 //
 // With `starts_early` a product may start while the kernel before it in the stream still runs, which must be a pack or
-// an align that makes nothing but x (launch.cuh; compute capability 9.0).
+// an align that makes x and may count the weights' set bits, but not align their words (launch.cuh; compute capability
+// 9.0).
 cudaError_t gemm_skinny(const Product&, cudaStream_t, bool starts_early = false);  // any capability; without popcounts
 cudaError_t gemm_skinny_mma_sm80(const Product&, cudaStream_t, bool starts_early = false);  // 8.0 to 9.0; the same
 cudaError_t gemm_mma_sm80(const Product&, Tile, cudaStream_t, bool starts_early = false);   // capability 8.0 to 9.0

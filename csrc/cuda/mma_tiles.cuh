@@ -111,12 +111,13 @@ __device__ __forceinline__ void fetch_rows(const Operand& operand, int64_t begin
     }
 }
 
-template <class Shape>
+// Copies a stage: its part of x, that of weight, or both.
+template <bool X, bool Weight, class Shape>
 __device__ __forceinline__ void fetch_stage(const Product& product, const Place& at, int index,
                                             typename Shape::Stage& stage) {
     const int64_t chunks = (product.k + kChunkBits - 1) / kChunkBits, first = int64_t{index} * kChunks;
-    fetch_rows<Shape>(product.x, at.row, product.m, first, chunks, stage.x);
-    fetch_rows<Shape>(product.weight, at.column, product.n, first, chunks, stage.weight);
+    if constexpr (X) fetch_rows<Shape>(product.x, at.row, product.m, first, chunks, stage.x);
+    if constexpr (Weight) fetch_rows<Shape>(product.weight, at.column, product.n, first, chunks, stage.weight);
 }
 
 // Waits until all threads see the copies of all groups except the last `InFlight`, and what was read before may be
@@ -158,6 +159,19 @@ using Sums = int32_t[kFragments<Shape>][kGroups<Shape>][4][4];
 //     static void multiply_stage(Fragments<Shape, Vector>& fragments, const typename Shape::Stage& next,
 //                                const Place& at, Sums<Shape>& sums);
 
+// The number of stages whose weights are sent for before the kernel that makes x has ended (launch.cuh). A thread waits
+// for its copies in the order in which it sent for them, so the first stage also waits for all of these weights. By the
+// figures of heuristics.h for 9.0, x is there 1400 clocks later, in which L2 brings a multiprocessor 33 KB.
+//   - Tensor cores need 2048 clocks for a stage of 128 x 256, and L2 1024, of which the weights' 16 KB are 683. If
+//     those of one stage come early, the first multiply is as much earlier, and the other stages arrive in time. With
+//     those of all four, 2731 clocks, it would be 648 later than with none. Two blocks of 128 x 128 have the same
+//     figures.
+//   - 64 x 64 is bound by L2, 341 clocks a stage beside 256 of tensor cores, so all bytes count that come early: the 16
+//     KB of four stages are 683 clocks, those of one 171. A block that begins when x is there already loses 512 clocks.
+// One stage costs nothing if a block begins when x is there, so other devices, where all do, have one for each tile.
+template <class Shape>
+constexpr int kEarlyStages = kMayStartEarly && Shape::kSide == 32 ? kStages : 1;
+
 // Multiplies a tile, and calls `meanwhile` once the first copies are on their way. Stages past the last are zeros or an
 // earlier stage; they are read into registers but not multiplied.
 template <class Instructions, class Shape, int Vector, class Function>
@@ -165,10 +179,19 @@ __device__ __forceinline__ void multiply_tile(const Product& product, const Plac
                                               typename Shape::Stage (&stages)[kStages], Sums<Shape>& sums,
                                               Function meanwhile) {
     const int count = static_cast<int>((product.k + kStageBits - 1) / kStageBits);
+    constexpr int kEarly = kEarlyStages<Shape>;
+    if (count > 0) {
+#pragma unroll
+        for (int stage = 0; stage < kEarly; ++stage) {
+            fetch_stage<false, true, Shape>(product, at, stage, stages[stage]);
+        }
+    }
+    wait_for_kernel_before();
     if (count > 0) {
 #pragma unroll
         for (int stage = 0; stage < kStages; ++stage) {
-            fetch_stage<Shape>(product, at, stage, stages[stage]);
+            fetch_stage<true, false, Shape>(product, at, stage, stages[stage]);
+            if (stage >= kEarly) fetch_stage<false, true, Shape>(product, at, stage, stages[stage]);
             commit_copies();
         }
     }
@@ -183,7 +206,9 @@ __device__ __forceinline__ void multiply_tile(const Product& product, const Plac
 #pragma unroll 1
     for (int stage = 0; stage < count; ++stage) {
         wait_for_stage<kStages - 2>();  // for the next one; all warps have this one in registers
-        if (stage + kStages < count) fetch_stage<Shape>(product, at, stage + kStages, stages[stage % kStages]);
+        if (stage + kStages < count) {
+            fetch_stage<true, true, Shape>(product, at, stage + kStages, stages[stage % kStages]);
+        }
         commit_copies();
         Instructions::multiply_stage(fragments, stages[(stage + 1) % kStages], at, sums);
     }
@@ -281,7 +306,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         const Place at = place<Shape>(row_tiles, column_tiles);
         __shared__ bool wrong_form;
         Sums<Shape> sums = {};
-        wait_for_kernel_before();
         EarlyMargins<As, Shape> margins;
         multiply_tile<Instructions, Shape, kVector<As>>(product, at, shared.stages, sums, [&] {
             margins.fetch(product, at);
@@ -311,10 +335,7 @@ cudaError_t launch(const Product& product, cudaStream_t stream, bool starts_earl
         constexpr int kBytes = sizeof(Shared<As, Shape>);
         const auto kernel = multiply_tiles<As, Shape, Instructions>;
         if constexpr (kBytes > 48 * 1024) {
-            // The attribute belongs to the current device. Setting it at every launch costs less than remembering for
-            // which it is set.
-            const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-            if (error != cudaSuccess) return cudaGetLastError();  // which clears the error, before others see it
+            if (const auto error = allow_shared_memory(kernel, kBytes); error != cudaSuccess) return error;
         }
         return launch_kernel(kernel, row_tiles * column_tiles, Shape::kThreads, kBytes, stream, starts_early, product,
                              row_tiles, column_tiles, rows_on_16_bytes(product.y, product.n));

@@ -154,6 +154,8 @@ cudaError_t launch(const Pack& job, const Align& beside, cudaStream_t stream) {
                                    : (vectors ? pack_rows<T, false, Vectors<T>> : pack_rows<T, false, Values<T>>);
     const int64_t segments = ceil_div(job.word_stride, kSteps * kVector<T>);
     if (segments == 0 && !job.popcounts && beside.m == 0) return cudaSuccess;
+    // A row that is counted has one block: several would add their counts in memory that a launch before has to clear.
+    // Kernels that need counts have 17 rows or more, and nearly always more than 64.
     return launch_rows(kernel, job.m, segments, !job.popcounts && beside.m == 0, align_blocks(beside), stream, job,
                        beside, row_blocks(job.m, segments));
 }

@@ -95,10 +95,12 @@ static constexpr bool supported(int capability) { return runs_on(record(GemmKern
 //   code         the compute capability that the code was compiled for which the device runs. It is lower than the
 //                device's if the code is that of another device of the family (8.0 on 8.7), or PTX, which the driver
 //                compiles: kernels that need a later one were left empty in it. kNewest stands for code of the device.
+//   early        whether products may start early if the device can (BITORCH_QLINEAR_CUDA_EARLY_START)
 struct Gpu {
     int capability;
     int multiprocessors;
     int code = kNewest;
+    bool early = true;
 };
 
 // Returns whether a kernel runs on the device in the code that the device runs. The code decides what a kernel was
@@ -111,7 +113,7 @@ static constexpr bool runs_on(const KernelRecord& kernel, const Gpu& gpu) {
 // Returns whether a product may be launched before the kernel that makes its x has ended (launch.cuh). Code for 9.0
 // alone waits for that kernel. 10.0 and later have this too, but captures into graphs have been seen to fail on 12.0
 // (sglang, pull request 18596).
-static constexpr bool launches_depend(const Gpu& gpu) { return gpu.capability == 90 && gpu.code >= 90; }
+static constexpr bool launches_depend(const Gpu& gpu) { return gpu.capability == 90 && gpu.code >= 90 && gpu.early; }
 
 // Returns whether a block of a fused kernel has place for x.
 static inline bool fits_fused(int64_t m, int64_t k) {

@@ -6,7 +6,7 @@
 namespace bitorch_qlinear::cuda {
 
 // While it lives, this thread may make any call of CUDA although a stream is captured, in this thread or another one:
-// it may allocate memory of the host, or load the kernels' code. In the other modes such a call would end the capture.
+// it may allocate memory of the host, or load the kernels' code. In the other modes such a call could end the capture.
 class RelaxedCapture {
   public:
     RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }

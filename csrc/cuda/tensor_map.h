@@ -8,6 +8,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstdint>
 
 #include "../packed.h"
@@ -25,17 +26,25 @@ struct WordMatrix {
     int64_t rows, width, stride;  // all at least 1; width and stride in words
 };
 
+using EncodeFunction = decltype(&cuTensorMapEncodeTiled);
+
+// Returns the driver's function, or null. It is remembered once it has been found.
+static inline EncodeFunction encode_function() {
+    static std::atomic<EncodeFunction> known{nullptr};
+    if (const EncodeFunction function = known.load(std::memory_order_relaxed)) return function;
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    const auto error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    if (error != cudaSuccess) cudaGetLastError();  // clears the error, before others see it
+    if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) return nullptr;
+    known.store(reinterpret_cast<EncodeFunction>(found), std::memory_order_relaxed);
+    return known.load(std::memory_order_relaxed);
+}
+
 // Makes the map of boxes of `box_rows` lines. Zeros are copied for the rows and words of a box that do not exist.
 static inline cudaError_t encode(const WordMatrix& matrix, uint32_t box_rows, CUtensorMap* map) {
-    static const auto function = [] {
-        void* found = nullptr;
-        cudaDriverEntryPointQueryResult result{};
-        const auto error =
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-        const bool exists = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
-        if (error != cudaSuccess) cudaGetLastError();  // clears the error, before others see it
-        return exists ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found) : nullptr;
-    }();
+    const EncodeFunction function = encode_function();
     if (!function) return cudaErrorNotSupported;
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(matrix.width), static_cast<cuuint64_t>(matrix.rows)};
     const cuuint64_t strides[] = {static_cast<cuuint64_t>(matrix.stride * kWordBytes)};

@@ -129,14 +129,21 @@ Weights read_weights(const WeightArguments& weight) {
     return {std::move(tensor), words, weight.prepared ? check_prepared(*weight.prepared, n, k) : nullptr, n, k};
 }
 
+// Returns whether the words themselves are in the aligned form.
+bool words_fit(const Weights& weight) { return !prepared_holds_words(weight.k) && starts_on_16_bytes(weight.words); }
+
+// Returns whether a launch must align the words for every kernel that reads the aligned form.
+bool must_be_aligned(const Weights& weight) {
+    return !words_fit(weight) && !(weight.prepared && prepared_holds_words(weight.k));
+}
+
 Factor factor_of_weights(const Weights& weight, const KernelRecord& kernel, const Launch& launch) {
-    const bool words_fit = !prepared_holds_words(weight.k) && starts_on_16_bytes(weight.words);
-    if (!weight.prepared || !kernel.aligned || !(prepared_holds_words(weight.k) || words_fit)) {
+    if (!weight.prepared || !kernel.aligned || must_be_aligned(weight)) {
         return factor_of_words(weight.words, weight.n, weight.k, kernel, launch);
     }
     const uint8_t* popcounts = weight.prepared + sizeof(PreparedHeader);
     const uint8_t* aligned = popcounts + prepared_popcount_bytes(weight.n);
-    const uint32_t* words = words_fit ? weight.words : reinterpret_cast<const uint32_t*>(aligned);
+    const uint32_t* words = words_fit(weight) ? weight.words : reinterpret_cast<const uint32_t*>(aligned);
     return {{words, aligned_words_for(weight.k), reinterpret_cast<const int32_t*>(popcounts)}, true};
 }
 
@@ -172,8 +179,8 @@ class AlignedVector {
     std::optional<Tensor> words_;
 };
 
-// Launches a product of words. With `starts_early` it may start before the launch in front of it, a pack or align that
-// makes nothing but x, has ended.
+// Launches a product of words. With `starts_early` it may start before the launch in front of it has ended: a pack or
+// align that makes x and perhaps counts the weights' set bits, but does not align their words (launch.cuh).
 cudaError_t launch_product(const Choice& choice, const Product& product, bool starts_early, cudaStream_t stream) {
     switch (choice.kernel) {
         case GemmKernel::skinny: return gemm_skinny(product, stream, starts_early);
@@ -211,14 +218,15 @@ struct RealX {
 
 // Computes y[m][n] from the factors that make_x(record) and make_weight(record) give in the chosen kernel's form, or
 // from `real_x`, if it is not null and the kernel packs it. x is made last, so that nothing is launched between that
-// and the product, which may start before it has ended (launch.cuh).
+// and the product, which may start before it has ended (launch.cuh). `aligns` says whether a launch must align the
+// weights, which can pack x as well.
 template <class MakeX, class MakeWeight>
 Tensor multiply(int64_t m, int64_t n, int64_t k, const Outputs& outputs, const Launch& launch, MakeX make_x,
-                MakeWeight make_weight, const RealX* real_x = nullptr) {
+                MakeWeight make_weight, const RealX* real_x = nullptr, bool aligns = false) {
     Tensor y = empty(outputs.sizes, outputs.type, launch.device());
     const int64_t value_bytes = real_x ? element_size(real_x->rows.dtype) : 0;
     const bool float64 = outputs.type == ScalarType::Double;
-    const Choice choice = choose_kernel(launch.device().index, m, n, k, value_bytes, float64);
+    const Choice choice = choose_kernel(launch.device().index, m, n, k, value_bytes, float64, aligns);
     const KernelRecord& kernel = record(choice.kernel);
     if (m == 0 || n == 0) {
         if (n == 0) make(make_x(kernel), {}, launch);  // x_words of linear_train are an output, too
@@ -241,9 +249,10 @@ Tensor multiply(int64_t m, int64_t n, int64_t k, const Outputs& outputs, const L
     const Factor x = make_x(kernel);
     make(x, w, launch);
     product.x = x.operand;
-    // A launch directly before the product must make x, and not the weights too. (Without values there may be none.)
-    const bool makes_x = x.pack || x.align.m > 0, makes_weights = w.align.m > 0;
-    const bool starts_early = makes_x && !makes_weights && k > 0 && launches_depend(gpu);
+    // The launch directly before the product must make x. (Without values there may be none.) It may count the weights'
+    // set bits, which every kernel reads after its end, but not align their words, which kernels read before.
+    const bool makes_x = x.pack || x.align.m > 0, aligns_weights = w.align.aligned;
+    const bool starts_early = makes_x && !aligns_weights && k > 0 && launches_depend(gpu);
     check_launch(kernel.name, launch_product(choice, product, starts_early, launch.stream()));
     return y;
 }
@@ -254,7 +263,8 @@ Tensor multiply(int64_t m, const Weights& weights, const Outputs& outputs, const
                 const RealX* real_x = nullptr) {
     return multiply(
         m, weights.n, weights.k, outputs, launch, make_x,
-        [&](const KernelRecord& kernel) { return factor_of_weights(weights, kernel, launch); }, real_x);
+        [&](const KernelRecord& kernel) { return factor_of_weights(weights, kernel, launch); }, real_x,
+        must_be_aligned(weights));
 }
 
 // ---- operators ------------------------------------------------------------------------------------------------------

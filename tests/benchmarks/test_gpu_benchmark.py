@@ -1,16 +1,20 @@
 """Everything around the GPU benchmark that needs no GPU: tables, targets, files, the runner, sanitizers' verdicts."""
 
+import contextlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
-from benchmarks.gpu import contestants, machine, measurements, plot, shapes, tables, targets
+from benchmarks.gpu import contestants, correctness, measurements, plot, rates, shapes, tables, targets
 from benchmarks.measuring import Shape
-from tools import gpu_run, sanitize
+from bitorch_qlinear import _kernels, _library, kernels
+from tools import gpu_first, gpu_run, sanitize
 
 CPU = torch.device("cpu")
 SMALL = [Shape(m=3, k=45, n=16), Shape(m=17, k=64, n=16)]
@@ -37,14 +41,21 @@ def figures_with(products, packing=None, training=None):
 
 FAST = figures_with(
     [
-        (shapes.LARGE, contestants.BF16, measurements.COLD, 3.0),
-        (shapes.LARGE, f"{contestants.PACKED}, mma_sm80", measurements.COLD, 1.0),
-        (shapes.MEDIUM, contestants.INT8, measurements.COLD, 2.5),
+        (shapes.LARGE, contestants.BF16, measurements.COLD, 10.0),
+        (shapes.LARGE, contestants.PACKED, measurements.COLD, 1.0),
+        (shapes.LARGE, contestants.LAYER, measurements.COLD, 2.0),
+        (shapes.LARGE, f"{contestants.PACKED}, mma_sm80", measurements.COLD, 2.5),
+        (shapes.MEDIUM, contestants.PACKED, measurements.COLD, 1.0),
+        (shapes.MEDIUM, f"{contestants.PACKED}, mma_sm80", measurements.COLD, 1.6),
+        (shapes.MEDIUM, contestants.INT8, measurements.COLD, 3.0),
         (shapes.MEDIUM, contestants.PACKED_INT, measurements.COLD, 1.0),
-        (shapes.ROW, contestants.FP16, measurements.CHAIN, 7.0),
-        (shapes.ROW, contestants.LAYER, measurements.CHAIN, 1.0),
-        (shapes.ROWS, contestants.FP16, measurements.CHAIN, 4.9),
-        (shapes.ROWS, contestants.LAYER, measurements.CHAIN, 1.0),
+        (shapes.ROW, contestants.FP16, measurements.CHAIN, 50e-6),
+        (shapes.ROW, contestants.LAYER, measurements.CHAIN, 5e-6),
+        (shapes.ROWS, contestants.FP16, measurements.CHAIN, 30e-6),
+        (shapes.ROWS, contestants.LAYER, measurements.CHAIN, 6e-6),
+        (shapes.NARROW, contestants.BF16, measurements.WARM, 3.0),
+        (shapes.NARROW, contestants.LAYER, measurements.WARM, 2.0),
+        (Shape(4, 4096, 4096), contestants.LAYER, measurements.CHAIN, 3.3e-6),
     ],
     packing={
         "copy": {"gb_s": 1000.0, "seconds_quartiles": [1.0] * 3},
@@ -58,10 +69,31 @@ FAST = figures_with(
 
 
 def test_targets():
-    found = targets.targets(FAST)
-    assert [target.measured for target in found] == pytest.approx([3, 2.5, 7, 4.9, 0.85, 1.2, 1 / 7])
-    assert [target.met for target in found] == [True, True, True, False, True, True, True]
-    assert all(target.measured is target.met is None for target in targets.targets(figures_with([])))
+    """Those of the issue come first, then a latency for each product of few rows."""
+    found = {target.what: target for target in targets.targets(FAST)}
+    assert len(found) == 6 + len(shapes.FEW) + 5
+    measured = {what: (target.measured, target.verdict) for what, target in found.items() if target.measured}
+    assert measured == {
+        "8192³, packed × packed, against bf16": (10, "goal met"),
+        "8192³, x bf16, against bf16": (5, "pass"),
+        "4096³, packed × packed, against mma_sm80": (1.6, "missed"),
+        "4096³, int32 out, against _int_mm": (3, "pass"),
+        "1 × 8192 → 8192, x bf16, in a graph of layers, against fp16": (pytest.approx(10), "pass"),
+        "256 × 1024 → 1024, x bf16, in a graph, against bf16": (1.5, "goal met"),
+        "4 × 4096 → 4096, x bf16, in a graph of layers": (pytest.approx(3.3), "missed"),
+        "1 × 8192 → 8192, x bf16, in a graph of layers": (pytest.approx(5), "pass"),
+        "16 × 8192 → 8192, x bf16, in a graph of layers": (pytest.approx(6), "missed"),
+        "16 × 8192 → 8192, x bf16, in a graph of layers, against fp16": (pytest.approx(5), "pass"),
+        "8192³, packed × packed, mma_sm80, against bf16": (4, "pass"),
+        "packing bf16 8192², against a copy": (0.85, "pass"),
+        "training step 8192³ bf16, against nn.Linear": (1.2, "pass"),
+        "activations saved for it": (1 / 7, "pass"),
+    }
+    bounds = [(target.wanted, target.goal) for target in found.values()]
+    assert bounds[:2] == [("≥ 7 ×", "≥ 10 ×"), ("≥ 4.5 ×", "≥ 7 ×")]
+    assert bounds[6:16] == [("≤ 5.3 µs", "")] * 5 + [("≤ 3.2 µs", "")] * 5
+    for target in targets.targets(figures_with([])):
+        assert (target.measured, target.verdict) == (None, "not measured")
 
 
 def test_everything_is_measured_with_a_made_up_timer():
@@ -109,7 +141,7 @@ def test_packing_is_timed_in_graphs_of_several_calls():
 
 def test_a_chain_has_weights_beyond_the_cache(monkeypatch):
     shape, lengths = Shape(1, 64, 64), []
-    monkeypatch.setattr(measurements, "ROW", shape)
+    monkeypatch.setattr(measurements, "FEW", [shape])
 
     def timer(calls, flush):
         lengths.append(len(set(map(id, calls))))
@@ -197,26 +229,56 @@ def test_measurements_without_time_are_reported():
 
 
 def test_files(tmp_path):
-    figures = measured(SMALL)
+    figures = measured([*SMALL, SMALL[0]._replace(m=2)])
     tables.write(tmp_path / "new", figures)
     plot.plot(tmp_path / "new" / "gpu.png", figures)
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"gpu.json", "gpu.md", "gpu.png"}
     read = json.loads((tmp_path / "new" / "gpu.json").read_text())
-    assert read["products"] == figures.products and len(read["targets"]) == 7
+    assert read["products"] == figures.products and len(read["targets"]) == len(targets.targets(FAST))
     text = (tmp_path / "new" / "gpu.md").read_text()
     assert "| 3 × 45 → 16" in text and "not measured" in text and "device: made up" in text
-    verdicts = [line.split("|")[-2].strip() for line in tables.report(FAST).splitlines()[-4:]]
-    assert verdicts == ["not met", *["met"] * 3]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.report(FAST).splitlines()[-21:]]
+    assert lines[0] == ["8192³, packed × packed, against bf16", "≥ 7 ×", "≥ 10 ×", "10", "goal met"]
+    assert lines[13] == ["4 × 4096 → 4096, x bf16, in a graph of layers", "≤ 3.2 µs", "", "3.3", "missed"]
 
 
 @pytest.mark.skipif(sanitize.find_tool("nvcc") is None, reason="there is no nvcc")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would write to the CPU's memory")
-def test_the_rate_of_the_instruction_is_not_measured_without_a_gpu():
-    """The program that measures it compiles and loads, and reports that CUDA does not work."""
-    out = torch.empty(1024, dtype=torch.int32)
-    assert machine.rate_of_the_instruction((9, 0), 1, out) == "not measured: CUDA reports an error"
-    assert machine.rate_of_the_instruction((8, 99), 1, out).startswith("not measured: Command ")
-    assert machine.rate_of_the_instruction((10, 0), 1, out) == "10.0 has no such instruction"
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would be measured")
+def test_rates_are_not_measured_without_a_gpu():
+    """The program that measures them compiles and loads, and each function reports that CUDA does not work."""
+    shown = {}
+    found = rates.measure_rates((9, 0), shown.__setitem__)
+    assert found == shown and list(found) == [part.name for part in rates.PARTS]
+    assert all(re.match(r"not measured: .*CUDA", text) for text in found.values()), found
+    (failure,) = rates.measure_rates((8, 99)).values()
+    assert failure.startswith("not measured: Command ")
+
+
+def test_rates_in_words():
+    warps, *_, loads = rates.PARTS
+    assert rates.in_words(warps, rates.Measured(5e15, 19600)) == (
+        "10,000 TOPS, 19,600 multiply-adds a clock and multiprocessor"
+    )
+    assert rates.in_words(loads, rates.Measured(9.3e12, 40)) == "9.3 TB/s, 40 bytes a clock and multiprocessor"
+
+
+@pytest.mark.parametrize(("capability", "parts"), [((7, 5), 3), ((8, 6), 4), ((9, 0), 9), ((12, 0), 3)])
+def test_rates_of_a_device_are_those_of_its_parts(capability, parts, monkeypatch):
+    """Bits have instructions from 8.0 to 9.0, warpgroups and boxes belong to 9.0, and all devices load."""
+
+    class Program:
+        def __getattr__(self, name):
+            def function(*arguments):
+                assert all(0 <= argument.value <= 1 << 24 for argument in arguments[:-1])
+                return b""
+
+            return function
+
+    commands = []
+    monkeypatch.setattr(rates.subprocess, "run", lambda command, **more: commands.append(command))
+    monkeypatch.setattr(rates.ctypes, "CDLL", lambda path: Program())
+    assert len(rates.measure_rates(capability)) == parts
+    assert "-arch=sm_{}{}".format(*capability) + "a" * (capability == (9, 0)) in commands[0]
 
 
 def test_tables_are_markdown():
@@ -226,8 +288,110 @@ def test_tables_are_markdown():
 
 
 def test_the_shapes_of_the_targets_come_first():
-    assert shapes.SHAPES[:4] == [shapes.LARGE, shapes.MEDIUM, shapes.ROW, shapes.ROWS]
-    assert len(shapes.SHAPES) == len(set(shapes.SHAPES)) == 2 + len(shapes.BATCHES) * len(shapes.WEIGHTS)
+    assert shapes.SHAPES[:4] == [shapes.LARGE, shapes.MEDIUM, shapes.ROW, shapes.NARROW]
+    assert set(shapes.FEW) <= set(shapes.SHAPES[2:13]) and {shapes.ROW, shapes.ROWS} <= set(shapes.FEW)
+    assert len(shapes.FEW) == 10
+    assert len(shapes.SHAPES) == len(set(shapes.SHAPES)) == 3 + len(shapes.BATCHES) * len(shapes.WEIGHTS)
+
+
+class Forced(contextlib.AbstractContextManager):
+    """Stands for a kernel or tile that is forced, and remembers which one."""
+
+    now: ClassVar[dict[str, str | None]] = {"kernel": None, "tile": None}
+
+    def __init__(self, what, name):
+        self.what, self.name = what, name
+
+    def __enter__(self):
+        self.before, self.now[self.what] = self.now[self.what], self.name or self.now[self.what]
+
+    def __exit__(self, *error):
+        self.now[self.what] = self.before
+
+
+@pytest.fixture
+def faked_kernels(monkeypatch):
+    """Make the CPU look like a GPU with two kernels that have tiles, one that has none, and one that packs x."""
+    names = ["popc", "mma_sm80", "wgmma_sm90a", "fused_skinny"]
+    for module in (contestants, correctness):
+        monkeypatch.setattr(module, "kernels", lambda device: names)
+    for module in (correctness, measurements):
+        monkeypatch.setattr(module, "forced", lambda name: Forced("kernel", name))
+        monkeypatch.setattr(module, "forced_tile", lambda name: Forced("tile", name))
+
+
+TILED = {
+    *(("mma_sm80", tile) for tile in (None, "128x256", "128x128", "64x64")),
+    *(("wgmma_sm90a", tile) for tile in (None, "128x192", "128x128")),
+}
+
+
+def test_every_tile_is_timed_from_256_rows_on(faked_kernels, monkeypatch):
+    calls = []
+
+    def timer(calls_of_graph, flush):
+        calls.append((Forced.now["kernel"], Forced.now["tile"]))
+        return made_up_timer(calls_of_graph, flush)
+
+    figures = figures_with([])
+    measurements.measure_shape(Shape(256, 40, 16), CPU, timer, 1000, figures)
+    assert not figures.failed
+    assert set(calls) == {*TILED, ("popc", None), (None, None)}
+    names = {row["contestant"] for row in figures.products if row["contestant"].startswith("packed x, ")}
+    tiled = {", ".join(filter(None, (contestants.PACKED, *pair))) for pair in TILED}
+    assert names == {*tiled, "packed x, popc", contestants.PACKED_INT}
+    compared = figures.compared["256 × 40 → 16"].split(", ")
+    assert compared[:2] == ["NumPy", "packing inside"] and compared.count("128x128") == 2 and "64x64" in compared
+    few = {each.tile for each in contestants.ours(Shape(255, 40, 16), CPU)}
+    assert few == {None}
+
+
+@pytest.mark.parametrize("pair", [("wgmma_sm90a", "128x192"), ("mma_sm80", "64x64"), ("fused_skinny", None)], ids=str)
+def test_a_wrong_tile_is_not_timed(faked_kernels, monkeypatch, pair):
+    function = "linear" if pair == ("fused_skinny", None) else "binary_linear"
+    right = getattr(correctness.F, function)
+
+    def wrong(*arguments, **more):
+        result = right(*arguments, **more)
+        return result.neg() if (Forced.now["kernel"], Forced.now["tile"]) == pair else result
+
+    monkeypatch.setattr(correctness.F, function, wrong)
+    name = ", ".join(filter(None, pair))
+    with pytest.raises(RuntimeError, match=f"{name} and the chosen kernel differ"):
+        correctness.check(Shape(256, 41, 16), CPU)
+
+
+def test_what_all_kernels_have_wrong_differs_from_numpy(monkeypatch):
+    """If the bits are packed wrongly, all products of them agree."""
+    pack = correctness.F.pack_bits
+    monkeypatch.setattr(correctness.F, "pack_bits", lambda x: pack(x.roll(1, 1)) if len(x) == 70 else pack(x))
+    with pytest.raises(RuntimeError, match="NumPy and the chosen kernel differ"):
+        correctness.check(Shape(70, 33, 65), CPU)
+
+
+def test_a_forced_tile_is_put_back(monkeypatch):
+    names = ["64x64"]
+    monkeypatch.setattr(contestants._kernels, "forced_cuda_tile", lambda: names[-1])
+    monkeypatch.setattr(contestants._kernels, "force_cuda_tile", names.append)
+    with pytest.raises(KeyError), contestants.forced_tile("128x128"):
+        raise KeyError
+    with contestants.forced_tile(None):
+        pass
+    assert names == ["64x64", "128x128", "64x64"]
+
+
+def test_tiles_are_those_of_the_kernels():
+    folder = Path(__file__).parents[2] / "csrc" / "cuda"
+    text = (folder / "heuristics.h").read_text() + (folder / "warpgroup_tiles.h").read_text()
+
+    def numbers(name):
+        return re.search(rf"\b{name}(?:\[\w+\])? = \{{?([\d, ]+)", text)[1].rstrip(", ").split(", ")
+
+    tiles = zip(numbers("kTileRows"), numbers("kTileColumns"), strict=True)
+    (rows,) = numbers("kWarpgroupRows")
+    assert contestants.TILES["mma_sm80"] == [f"{m}x{n}" for m, n in tiles]
+    assert contestants.TILES["wgmma_sm90a"] == [f"{rows}x{n}" for n in numbers("kWarpgroupColumns")]
+    assert len(contestants.TILES) == 2
 
 
 # ---- the runner ------------------------------------------------------------------------------------
@@ -254,6 +418,29 @@ def test_a_part_that_fails_hides_no_other(tmp_path, capfd, monkeypatch):
     slow = (tmp_path / "slow.txt").read_text()
     assert slow.startswith("two\n") and slow.endswith("\nstopped after 2 s\n")
     assert gpu_run.run_all(every[3:], tmp_path, time.time() + 60)
+    needed = every[0]._replace(needed=True)
+    assert not gpu_run.run_all([needed, every[3]], tmp_path, time.time() + 60)
+    assert capfd.readouterr().out.endswith("failed, exit code 3\nthe other parts were not started\n")
+
+
+@pytest.mark.slow
+def test_a_kernel_that_hangs_or_fails_is_reported():
+    python = [sys.executable, "-c"]
+    assert gpu_first.verdict([*python, "print(1)"]) == "ok"
+    assert gpu_first.verdict([*python, "import time; time.sleep(60)"], 0.5) == "hangs: stopped after 0.5 s"
+    assert gpu_first.verdict([*python, "print('no'); assert 0, '3 are wrong'"]) == "AssertionError: 3 are wrong"
+    assert gpu_first.verdict([*python, "raise SystemExit(3)"]) == "exit code 3"
+
+
+@pytest.mark.skipif(not _library.has_cuda, reason=_library.no_cuda_reason)
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0), (12, 0)])
+def test_the_first_products_are_computed_by_their_kernel(capability):
+    for kernel in _kernels.available_cuda_kernels(capability):
+        for product in gpu_first.products(kernel):
+            with kernels.forced(kernel):
+                value_bytes = 2 * kernel.startswith("fused")
+                chosen = _kernels.cuda_choice(capability, 100, *product, value_bytes)
+            assert chosen.startswith((f"{kernel}:", f"{kernel} with"))
 
 
 @pytest.mark.slow

@@ -22,3 +22,8 @@ def cuda_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     with kernels.forced(request.param):
         assert _kernels.forced_cuda_kernel() == request.param
         yield request.param
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with captures that are the first call of a process: what they find concerns all graphs that follow."""
+    items.sort(key=lambda item: "first_call_of_a_process" not in item.name)

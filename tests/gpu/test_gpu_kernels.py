@@ -48,6 +48,7 @@ from .device import (
     poison,
     several_devices,
 )
+from .first_call import PRODUCTS
 from .tiles import DEPTHS as DEPTHS_OF_TILES
 from .tiles import TILES, shapes_of
 
@@ -287,6 +288,33 @@ def test_a_forced_tile_of_warpgroups_computes_any_product(tile):
             )
         for m, n, k in ((1, 1, 1), (130, 260, 1100), (300, 40, 4097)):
             agree(m, n, k, ["wgmma_sm90a"])
+    finally:
+        _kernels.force_cuda_tile(before)
+
+
+@pytest.mark.skipif("wgmma_sm90a" not in KERNELS, reason="there is no kernel of warpgroups")
+@pytest.mark.parametrize("tile", ["128x192", "128x128"])
+def test_warpgroups_that_start_early_compute_several_tiles_each(tile):
+    """More stages than the ring has and more tiles than multiprocessors, behind the launch that packs x, many times."""
+    m, n, k = 2304, 4096, 8288
+    make = torch.Generator(CUDA).manual_seed(0)
+    words = random_words_here(n, k)
+    limits = torch.randint(k // 2 - 90, k // 2 + 90, (n,), generator=make, device=CUDA, dtype=torch.int32)
+    form = F.prepare_weight(words, k)
+    before = _kernels.forced_cuda_tile()
+    _kernels.force_cuda_tile(tile)
+    try:
+        for _ in range(10):
+            x = torch.randn(m, k, generator=make, device=CUDA).bfloat16()
+            with forced("popc"):
+                integers = F.linear(x, words, k, out_dtype=torch.int32)
+                bits = F.linear(x, words, k, out_limits=limits)
+            with forced("wgmma_sm90a"):
+                for _ in range(5):
+                    poison(m, n, dtype=torch.int32)
+                    assert_same(F.linear(x, words, k, weight_prepared=form, out_dtype=torch.int32), integers)
+                    assert_same(F.linear(x, words, k, weight_prepared=form), integers.bfloat16())
+                    assert_same(F.linear(x, words, k, weight_prepared=form, out_limits=limits), bits)
     finally:
         _kernels.force_cuda_tile(before)
 
@@ -531,24 +559,24 @@ FIRST_CALL = """
 import torch
 from bitorch_qlinear import functional as F
 torch.manual_seed(0)
-k, n = 300, 70
-xs, words = [torch.randn(m, k) for m in (1, 9, 40)], F.pack_bits(torch.randn(n, k))
-gpu, gpu_words = [x.cuda() for x in xs], words.cuda()
-long, long_words = torch.randn(9, 4096).bfloat16(), F.pack_bits(torch.randn(n, 4096))  # a cluster packs it on 9.0
-gpu_long, gpu_long_words = long.cuda(), long_words.cuda()
+products = {products}
+ks = [k for m, n, k, dtype in products]
+xs = [torch.randn(m, k).to(getattr(torch, dtype)) for m, n, k, dtype in products]
+words = [F.pack_bits(torch.randn(n, k)) for m, n, k, dtype in products]
+gpu_xs, gpu_words = [x.cuda() for x in xs], [w.cuda() for w in words]
 torch.cuda.synchronize()
 graph = torch.cuda.CUDAGraph()
+ys = []
 with torch.cuda.graph(graph, capture_error_mode={mode!r}):
-    form = F.prepare_weight(gpu_words, k)
-    ys = [F.linear(x, gpu_words, k, weight_prepared=form) for x in gpu]
-    ys += [F.binary_linear(F.pack_bits(x), gpu_words, k) for x in gpu]
-    y_long = F.linear(gpu_long, gpu_long_words, 4096)
-    values = F.unpack_bits(gpu_words, k)
+    for x, w, k in zip(gpu_xs, gpu_words, ks):
+        real = F.linear(x, w, k, weight_prepared=F.prepare_weight(w, k), out_dtype=torch.int32)
+        ys.append((real, F.binary_linear(F.pack_bits(x), w, k, out_dtype=torch.int32)))
+    values = F.unpack_bits(gpu_words[0], ks[0])
 graph.replay()
-wanted = [F.linear(x, words, k) for x in xs]
-assert all(torch.equal(y.cpu(), want) for y, want in zip(ys, 2 * wanted, strict=True))
-assert torch.equal(y_long.cpu(), F.linear(long, long_words, 4096))
-assert torch.equal(values.cpu(), F.unpack_bits(words, k))
+for (real, packed), x, w, k in zip(ys, xs, words, ks):
+    want = F.linear(x, w, k, out_dtype=torch.int32)
+    assert torch.equal(real.cpu(), want) and torch.equal(packed.cpu(), want)
+assert torch.equal(values.cpu(), F.unpack_bits(words[0], ks[0]))
 print("computed")
 """
 
@@ -557,7 +585,7 @@ print("computed")
 def test_the_first_call_of_a_process_may_be_captured(mode):
     """Kernels are loaded at their first launch, which must not end the capture."""
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", FIRST_CALL.format(mode=mode)]
+    command = [sys.executable, "-c", FIRST_CALL.format(mode=mode, products=PRODUCTS)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120)
     assert result.stdout.strip() == "computed", result.stderr[-2000:]
 

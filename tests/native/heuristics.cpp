@@ -67,11 +67,11 @@ const char* decide_in_words(const char* name, int capability, int multiprocessor
     if (const auto* error = std::get_if<std::string>(&choice)) return (text = "error: " + *error).c_str();
     return (text = describe(std::get<Choice>(choice))).c_str();
 }
-void choose_for_real_x(int64_t count, const int64_t (*queries)[5], int64_t value_bytes, int32_t* kernels) {
+void choose_for_real_x(int64_t count, const int64_t (*queries)[5], int64_t value_bytes, bool aligns, int32_t* kernels) {
     for (int64_t i = 0; i < count; ++i) {
         const auto& [capability, multiprocessors, m, n, k] = queries[i];
         const Gpu gpu = gpu_of(capability, multiprocessors);
-        kernels[i] = static_cast<int>(choose(gpu, m, n, k, value_bytes).kernel);
+        kernels[i] = static_cast<int>(choose(gpu, m, n, k, value_bytes, false, aligns).kernel);
     }
 }
 int fits(int64_t m, int64_t k) { return fits_fused(m, k); }
@@ -84,6 +84,15 @@ const char* decide_tile_in_words(const char* tile, const char* name, int capabil
     const auto kernel = std::get<const KernelRecord*>(find_kernel(name));
     const auto choice = std::get<Choice>(decide(kernel, gpu_of(capability, 100), m, n, k, 0, float64));
     return (text = describe(with_tile(choice, std::get<TileSize>(forced), float64))).c_str();
+}
+// Returns whether launches depend on a device if BITORCH_QLINEAR_CUDA_EARLY_START has this value, or the error.
+const char* depends_in_words(const char* early, int capability) {
+    static std::string text;
+    const auto found = find_early(early);
+    if (const auto* error = std::get_if<std::string>(&found)) return (text = "error: " + *error).c_str();
+    Gpu gpu = gpu_of(capability, 100);
+    gpu.early = std::get<bool>(found);
+    return launches_depend(gpu) ? "yes" : "no";
 }
 const char* names_of(int capability) {
     static std::string text;

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdlib>
@@ -96,7 +97,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
 
 #include "../../csrc/cuda/dispatch.cpp"
 // Products may start early on the first device, too.
-#define launches_depend(gpu) (gpu.capability == 80 || (launches_depend)(gpu))
+#define launches_depend(gpu) ((gpu.capability == 80 && gpu.early) || (launches_depend)(gpu))
 #include "../../csrc/cuda/wrong_form.cpp"
 #include "../../csrc/torch/ops.cpp"
 // Without CUDA, torch has no page-locked memory.
@@ -108,6 +109,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
 namespace {
 
 std::string launches;  // the names of the kernels launched since Python last asked, separated by spaces
+std::vector<const uint32_t*> aligned_words;  // what the last launch has aligned
 
 }  // namespace
 
@@ -126,6 +128,7 @@ T* at(const void* pointer, uintptr_t least = sizeof(T)) {
 template <class Function>
 cudaError_t launched(const char* name, Function function) {
     launches += (launches.empty() ? "" : " ") + std::string(name);
+    aligned_words.clear();
     try {
         function();
     } catch (const Misaligned&) {
@@ -209,12 +212,14 @@ void multiply(const Product& product, bool masks, bool popcounts) {
     }
 }
 
-// A product that starts early must be the launch after a pack or an align that makes nothing but x. Its name then has a
-// star.
+// A product that starts early must be the launch after a pack, align or count, which must not align its weights. Its
+// name then has a star.
 cudaError_t product(GemmKernel kernel, const Product& job, bool starts_early = false) {
     const KernelRecord& known = record(kernel);
     const std::string before = launches.substr(launches.rfind(' ') + 1);
-    if (starts_early && before != "pack" && before != "align") return cudaErrorNotSupported;
+    const bool makes_x = before.starts_with("pack") || before.starts_with("align") || before.starts_with("count");
+    const bool aligned = std::ranges::count(aligned_words, job.weight.words) > 0;
+    if (starts_early && (!makes_x || aligned)) return cudaErrorNotSupported;
     const std::string name = known.name + std::string(starts_early ? "*" : "");
     return launched(name.c_str(), [&] { multiply(job, !known.aligned, known.popcounts); });
 }
@@ -230,8 +235,15 @@ cudaError_t find_code(int* capability) {
 
 static void align_words(const Align& job);
 
+// Returns what an align does, if it does anything.
+static std::string name_of(const Align& job) { return !job.m && !job.header ? "" : job.aligned ? "align" : "count"; }
+
+static std::string both(const std::string& first, const std::string& second) {
+    return first + (first.empty() || second.empty() ? "" : "+") + second;
+}
+
 cudaError_t pack(const Pack& job, const Align& beside, cudaStream_t) {
-    return launched(beside.m ? "pack+align" : "pack", [&] {
+    return launched(both("pack", name_of(beside)).c_str(), [&] {
         align_words(beside);
         for (int64_t row = 0; row < job.m; ++row) {
             uint32_t* words = at<uint32_t>(job.words) + row * job.word_stride;
@@ -285,6 +297,7 @@ cudaError_t unpack(const Unpack& job, cudaStream_t) {
 }
 
 static void align_words(const Align& job) {
+    if (job.aligned) aligned_words.push_back(job.aligned);
     const int64_t padded = job.header ? prepared_popcount_bytes(job.m) / 4 : job.m;
     for (int64_t row = 0; row < padded; ++row) {
         int32_t count = 0;
@@ -304,8 +317,9 @@ static void align_words(const Align& job) {
 }
 
 cudaError_t align(const Align& job, const Align& other, cudaStream_t) {
-    if (!job.m && !other.m && !job.header) return cudaSuccess;
-    return launched(job.m && other.m ? "align+align" : "align", [&] {
+    const std::string name = both(name_of(job), name_of(other));
+    if (name.empty()) return cudaSuccess;
+    return launched(name.c_str(), [&] {
         align_words(job);
         align_words(other);
     });

@@ -184,9 +184,12 @@ def test_a_wrong_form_is_an_error_of_the_next_call(ops, kernel, out):
 
 
 def test_launches_of_products(library, ops, kernel):
-    """At most one launch comes before the product's, whatever has to be packed, aligned and counted."""
+    """At most one launch comes before the product's, whatever has to be packed, aligned and counted.
+
+    The product starts before that launch has ended (a star), unless it aligns the weights.
+    """
     counts = kernel in ("mma_sm80", "mma_int8_sm80")
-    early = kernel + "*" * (kernel not in ("popc", "mma_sm75"))  # it starts before the launch that makes x has ended
+    early = kernel + "*" * (kernel not in ("popc", "mma_sm75"))
     for k, formed in itertools.product((128, 200), (False, True)):
         x, weight, _, _ = problem(3, 5, k)
         words, reals = pack_signs(x), torch.randn(5, k)
@@ -194,18 +197,35 @@ def test_launches_of_products(library, ops, kernel):
         launches(library)
         x_needs_it = counts or (kernel != "popc" and k == 200)
         both = x_needs_it and not formed
+        what = "align" if k == 200 else "count"
+        product = kernel if both and k == 200 else early
         ops.linear(x, weight, k, weight_prepared=prepared)
-        assert launches(library) == (["pack+align", kernel] if both else ["pack", early]), (k, formed)
+        packed = [f"pack+{what}" if both else "pack", product]
+        assert launches(library) == packed, (k, formed)
         ops.binary_linear(words, weight, k, weight_prepared=prepared)
-        before = [] if not x_needs_it else ["align+align" if both else "align"]
-        assert launches(library) == [*before, early if before == ["align"] else kernel], (k, formed)
+        made = [f"{what}+{what}" if both else what, product]
+        assert launches(library) == (made if x_needs_it else [kernel]), (k, formed)
         ops.linear_train(x, weight, k, weight_prepared=prepared)
-        if kernel != "popc" and k == 200:  # the words are an output, too, in another form than the kernel's
-            assert launches(library) == ["pack", *(["align+align", kernel] if both else ["align", early])], formed
-        else:
-            assert launches(library) == (["pack+align", kernel] if both else ["pack", early]), formed
+        # For k = 200 the words are an output, too, in another form than the kernel's.
+        assert launches(library) == (["pack", *made] if kernel != "popc" and k == 200 else packed), (k, formed)
         ops.sign_linear(x, reals)
         assert launches(library) == ["pack", "pack", early]
+
+
+def test_weights_that_are_aligned_in_the_call(library, ops, kernel):
+    """Words that do not start on 16 bytes are aligned by the launch before, so the product waits for its end."""
+    x, weight, bias, _ = problem(3, 5, 128)
+    moved = torch.cat([weight.reshape(-1)[:1], weight.reshape(-1)])[1:].reshape(weight.shape)
+    assert weight.data_ptr() % 16 == 0 and moved.data_ptr() % 16
+    wanted = F.linear(x, weight, 128, bias)
+    for prepared in (None, ops.prepare_weight(moved, 128)):
+        launches(library)
+        assert_equal(ops.linear(x, moved, 128, bias, weight_prepared=prepared), wanted)
+        assert launches(library) == (["pack+align", kernel] if kernel != "popc" else ["pack", "popc"])
+    library.cuda_on_cpu_force(b"")
+    for weights, expected in ((moved, ["pack+align", "skinny"]), (weight, ["fused_skinny_mma_sm80"])):
+        assert_equal(ops.linear(x, weights, 128, bias), wanted)
+        assert launches(library) == expected
 
 
 @pytest.mark.parametrize(("m", "kernel"), [(17, "skinny_mma_sm80"), (64, "skinny_mma_sm80"), (65, "mma_sm80")])
@@ -218,11 +238,11 @@ def test_launches_of_few_packed_rows(library, ops, m, kernel):
         launches(library)
         got = ops.binary_linear(words, weight, 256, bias, weight_prepared=prepared, scale=scale)
         assert_equal(got, F.binary_linear(words, weight, 256, bias, scale=scale))
-        counted = ["align" if formed else "align+align"] if kernel == "mma_sm80" else []
-        assert launches(library) == [*counted, f"{kernel}*" if counted == ["align"] else kernel]
+        counted = ["count" if formed else "count+count", f"{kernel}*"]
+        assert launches(library) == (counted if kernel == "mma_sm80" else [kernel])
         ops.linear(x, weight, 256, weight_prepared=prepared)
         both = kernel == "mma_sm80" and not formed
-        assert launches(library) == ["pack+align" if both else "pack", kernel if both else f"{kernel}*"]
+        assert launches(library) == ["pack+count" if both else "pack", f"{kernel}*"]
 
 
 def test_nothing_starts_early_behind_a_kernel_that_does_not_make_x(library, ops, kernel):
@@ -238,7 +258,7 @@ def test_nothing_starts_early_behind_a_kernel_that_does_not_make_x(library, ops,
     launches(library)
     ops.binary_linear(words, weight, 128, bias, weight_prepared=prepared)
     counts = kernel in ("mma_sm80", "mma_int8_sm80")
-    assert launches(library) == (["align", f"{kernel}*"] if counts else [kernel])
+    assert launches(library) == (["count", f"{kernel}*"] if counts else [kernel])
 
 
 # ---- code for earlier devices ----------------------------------------------------------------------------------------
@@ -304,7 +324,10 @@ def test_a_failure_before_the_first_product_is_not_blamed_on_the_build(library, 
 
 @pytest.mark.parametrize("forced", ["fused_skinny", "fused_skinny_mma_sm80", ""])
 def test_fused(library, ops, forced):
-    """Few values of real x are packed by the product; words of x, or too many values, are not for the fused kernels."""
+    """Few values of real x are packed by the product, unless a launch that aligns the weights can pack them.
+
+    Words of x, or too many values, are not for the fused kernels.
+    """
     library.cuda_on_cpu_force(forced.encode())
     for m, k, formed in itertools.product((1, 3, 4, 5, 16, 17), (40, 128, 8192), (False, True)):
         x, weight, bias, scale = problem(m, 40, k)
@@ -316,12 +339,13 @@ def test_fused(library, ops, forced):
             assert_equal(got, F.linear(rows, weight, k, bias, strict=strict, scale=scale))
             one, several = "fused_skinny", "fused_skinny_mma_sm80"
             automatic = one if m == 1 else several if m <= 16 else None
-            automatic = automatic if m * k * rows.element_size() <= 78400 else None
+            aligns = k == 40 and not formed
+            automatic = automatic if m * k * rows.element_size() <= 78400 and not aligns else None
             takes = forced and m <= (4 if forced == one else 16) and m * -(-k // 128) * 128 <= 131072
             expected = forced if takes else automatic
             *before, last = launches(library)
             assert (last if last in (one, several) else None) == expected
-            assert not expected or before == ["align"] * (k == 40 and not formed)
+            assert before == (["align"] * aligns if expected else ["pack+align" if aligns else "pack"])
         words = ops.pack_bits(x)
         ops.binary_linear(words, weight, k)
         ops.linear_train(x, weight, k)

@@ -204,10 +204,11 @@ def test_layer_without_kernels(fake):
 DEVICES = {(8, 0): 108, (8, 6): 82, (8, 9): 128, (9, 0): 132}  # the number of multiprocessors by compute capability
 
 
-def import_with(kernel, tile=""):
-    """Import the package in a new process with BITORCH_QLINEAR_CUDA_KERNEL and ..._TILE set to these values."""
+def import_with(kernel, tile="", early=""):
+    """Import the package in a new process with BITORCH_QLINEAR_CUDA_KERNEL, ..._TILE and ..._EARLY_START set."""
     code = "import bitorch_qlinear as b; print(b._kernels.forced_cuda_tile()); print(b.info().cuda_kernel)"
     environment = {**os.environ, "BITORCH_QLINEAR_CUDA_KERNEL": kernel, "BITORCH_QLINEAR_CUDA_TILE": tile}
+    environment["BITORCH_QLINEAR_CUDA_EARLY_START"] = early
     root = Path(bitorch_qlinear.__file__).parents[1]
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
 
@@ -251,6 +252,13 @@ def test_tile_by_environment():
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
     assert last.endswith('BITORCH_QLINEAR_CUDA_TILE: expected one of 128x256, 128x192, 128x128, 64x64, got "128"')
+
+
+@needs_cuda_build
+def test_early_starts_by_environment():
+    assert import_with("", early="0").returncode == 0
+    last = import_with("", early="no").stderr.strip().splitlines()[-1]
+    assert last.endswith('BITORCH_QLINEAR_CUDA_EARLY_START: expected 0 or 1, got "no"')
 
 
 @needs_cuda_build

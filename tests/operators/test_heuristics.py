@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from gpu.first_call import PRODUCTS
 
 from bitorch_qlinear import _kernels
+from tools import gpu_model
 from tools.ptx.machine import build_once
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +52,8 @@ def library():
         subprocess.run([*compiler.split(), *flags, f"-I{CSRC}", "-o", str(path), str(HARNESS)], check=True)
 
     lib = ctypes.CDLL(str(build_once(f"heuristics-{key}.so", make)))
-    lib.decide_in_words.restype = lib.names_of.restype = lib.decide_tile_in_words.restype = ctypes.c_char_p
+    for function in (lib.decide_in_words, lib.names_of, lib.decide_tile_in_words, lib.depends_in_words):
+        function.restype = ctypes.c_char_p
     lib.decide_tile_in_words.argtypes = [
         ctypes.c_char_p,
         ctypes.c_char_p,
@@ -62,7 +65,10 @@ def library():
     lib.is_legal.argtypes = [ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 3]
     lib.fits.argtypes = [ctypes.c_int64] * 2
     lib.choose_for_real_x.restype = None
-    lib.choose_for_real_x.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    lib.choose_for_real_x.argtypes = [
+        *(ctypes.c_int64, ctypes.c_void_p),
+        *(ctypes.c_int64, ctypes.c_bool, ctypes.c_void_p),
+    ]
     for function in (lib.choose_all, lib.estimate_all, lib.estimate_fragments, lib.estimate_warpgroups):
         function.restype = None
         function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * (5 if function is lib.choose_all else 2)]
@@ -97,11 +103,14 @@ def estimate(*arguments):
     return clocks
 
 
-def choose_for_real_x(value_bytes, *arguments):
-    """Return the kernels for real x with values of so many bytes; the other arguments are those of ``choose``."""
+def choose_for_real_x(value_bytes, *arguments, aligns=False):
+    """Return the kernels for real x with values of so many bytes; the other arguments are those of ``choose``.
+
+    ``aligns`` says whether a launch has to align the weights.
+    """
     asked = queries(*arguments)
     kernels = np.full(len(asked), -1, np.int32)
-    library().choose_for_real_x(len(asked), asked.ctypes.data, value_bytes, kernels.ctypes.data)
+    library().choose_for_real_x(len(asked), asked.ctypes.data, value_bytes, aligns, kernels.ctypes.data)
     return kernels
 
 
@@ -142,19 +151,20 @@ def random_sizes(seed, count=SHAPES):
     return m, n, np.minimum(k, MOST_K), rng.integers(1, 201, count)
 
 
-def fragments_win(capability, multiprocessors, m, n, k, words):
+def fragments_win(capability, multiprocessors, m, n, k, words, code=200):
     """Return whether skinny_mma_sm80 is estimated to be faster than mma_sm80, which it can be for 17 to 64 rows."""
     few = (m > 16) & (m <= 64)
     if not 80 <= capability <= 90:
         return few & False
     multiprocessors, m, n, k = (np.where(few, size, 17) for size in (multiprocessors, m, n, k))
-    counted = np.where(words & (k.ravel() % 128 == 0), 2800, 0)
+    # On 9.0 mma_sm80 hides half of the launch that counts x, if it has the code for it.
+    counted = np.where(words & (k.ravel() % 128 == 0), 1400 if capability == 90 and code >= 90 else 2800, 0)
     fragments, tiles = estimate_fragments(capability, multiprocessors, m, n, k).T
     found = fragments < tiles + 2000 + counted
     return few & found.reshape(few.shape)
 
 
-def expected_kernel(capability, multiprocessors, m, n, k, words=True):
+def expected_kernel(capability, multiprocessors, m, n, k, words=True, code=200):
     """Return the kernels' indices according to the table at the top of heuristics.h and to warpgroup_tiles.h."""
     multiprocessors, m, n, k = np.broadcast_arrays(multiprocessors, m, n, k)
     if capability > 90:
@@ -167,7 +177,7 @@ def expected_kernel(capability, multiprocessors, m, n, k, words=True):
         tiles = np.where(warpgroups, KERNELS.index("wgmma_sm90a"), KERNELS.index(tiles))
     else:
         tiles = KERNELS.index(tiles)
-    fragments = fragments_win(capability, multiprocessors, m, n, k, words)
+    fragments = fragments_win(capability, multiprocessors, m, n, k, words, code)
     return np.where((m > 16) & ~fragments, tiles, np.where(fragments, KERNELS.index("skinny_mma_sm80"), names)).ravel()
 
 
@@ -226,6 +236,9 @@ def test_real_x(capability, value_bytes):
     cluster = ~few & fits & (m * k * value_bytes <= 196_000) & (capability == 90) & (multiprocessors >= 8)
     expected = np.where(cluster, KERNELS.index("fused_cluster_sm90"), expected_kernel(*device, words=False))
     np.testing.assert_array_equal(kernels, np.where(fused, names, expected))
+    # A launch that has to align the weights packs x as well, so none is saved.
+    aligned = choose_for_real_x(value_bytes, *device, aligns=True)
+    np.testing.assert_array_equal(aligned, expected_kernel(*device, words=False))
     assert 0 < fused.sum() < SHAPES and (cluster.sum() > 0) == (capability == 90)
 
 
@@ -350,7 +363,8 @@ def test_estimates_of_fragments(capability, multiprocessors, shape, clocks):
         ((64, 4096, 4096), True, True),  # 128 blocks instead of 64
         ((64, 256, 65536), True, True),
         ((32, 8192, 8192), True, True),
-        ((64, 8192, 8192), True, False),  # for words of x a launch is saved
+        ((64, 8192, 4096), True, False),  # for words of x a launch is saved
+        ((64, 8192, 8192), False, False),  # of which mma_sm80 would hide half
         ((48, 8192, 8192), True, False),
         ((48, 8192, 8191), False, False),  # which has to align these
         ((32, 12672, 8192), True, True),
@@ -413,6 +427,19 @@ def test_warpgroup_tile_is_the_faster_one_of_those_measured(shape, tile):
     """The table of csrc/DESIGN.md ("What hardware said") has the times."""
     chosen = choose(90, 132, *shape)
     assert (chosen.kernel[0], chosen.warpgroup_tile[0]) == (KERNELS.index("wgmma_sm90a"), tile)
+
+
+def test_the_model_of_the_tools_has_these_clocks_and_tiles():
+    """An H200 has 132 multiprocessors. tools/gpu_model.py estimates the products of its table and those of any size."""
+    generator = np.random.default_rng(0)
+    shapes = np.concatenate([[*gpu_model.PRODUCTS.values()], generator.integers(256, 20000, (300, 3))])
+    clocks, chosen = estimate_warpgroups(90, 132, *shapes.T), choose(90, 132, *shapes.T)
+    wgmma = chosen.kernel == KERNELS.index("wgmma_sm90a")
+    for shape, of_tiles, tile in zip(shapes.tolist(), clocks, chosen.warpgroup_tile, strict=True):
+        bounds = [gpu_model.warpgroup_bound(*shape, columns) for columns in (192, 128)]
+        assert [bound.clocks for bound in bounds] == of_tiles.tolist(), shape
+        assert gpu_model.best_bound(*shape) == bounds[tile], shape
+    assert wgmma.all() and set(chosen.warpgroup_tile) == {WIDE, NARROW}
 
 
 @pytest.mark.parametrize(
@@ -531,6 +558,16 @@ def test_tensor_core_kernels_are_only_chosen_for_targets_that_have_their_code(ma
             assert first <= 10 * lowest and 10 * highest < end
 
 
+def test_first_calls_have_every_kernel():
+    """What tests/gpu captures in a new process loads each kernel that an H200 chooses, and a large tile."""
+    chosen = set()
+    for m, n, k, dtype in PRODUCTS:
+        chosen |= {decide("", 90, 132, m, n, k, size) for size in (0, 4 if dtype == "float32" else 2)}
+    names = {choice.partition(":")[0].partition(" ")[0] for choice in chosen}
+    assert names == {*KERNELS} - {"popc", "mma_sm75", "mma_int8_sm80"}
+    assert any(choice.startswith("mma_sm80 with tiles of 128 x 256") for choice in chosen)
+
+
 # ---- code for an earlier device --------------------------------------------------------------------
 
 EARLIER_CODE = [(80, 75), (86, 80), (87, 80), (89, 75), (89, 86), (90, 75), (90, 80), (90, 89), (100, 75), (100, 80)]
@@ -550,7 +587,7 @@ def test_kernels_are_those_that_device_and_code_have(capability, code):
     assert library().names_of(device).decode() == ", ".join(name for name, *_ in common)
     m, n, k, multiprocessors = random_sizes(3000 + capability)
     chosen = choose(device, multiprocessors, m, n, k)
-    expected = expected_kernel(capability, multiprocessors, m, n, k)
+    expected = expected_kernel(capability, multiprocessors, m, n, k, code=code)
     if code < 80:
         tiles = "mma_sm75" if capability < 90 else "popc"
         expected = np.where(m <= 16, KERNELS.index("skinny"), KERNELS.index(tiles))
@@ -677,6 +714,17 @@ def test_forced_by_a_tile_that_does_not_exist(tile):
     assert decide_tile(tile, "", 90, 10, 10, 10) == (
         f'error: BITORCH_QLINEAR_CUDA_TILE: expected one of 128x256, 128x192, 128x128, 64x64, got "{tile}"'
     )
+
+
+def test_early_starts():
+    """Products start early on 9.0 in code for 9.0, unless the environment's variable is 0."""
+    for value in ("", "1"):
+        for capability, expected in ((90, "yes"), (90_000 + 90, "yes"), (80_000 + 90, "no"), (89, "no"), (100, "no")):
+            assert library().depends_in_words(value.encode(), capability).decode() == expected
+    assert library().depends_in_words(b"0", 90) == b"no"
+    for value in ("00", "off", "-1", " "):
+        error = library().depends_in_words(value.encode(), 90).decode()
+        assert error == f'error: BITORCH_QLINEAR_CUDA_EARLY_START: expected 0 or 1, got "{value}"'
 
 
 @pytest.mark.parametrize("capability", [30, 52, 61, 70, 72])

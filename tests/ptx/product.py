@@ -346,8 +346,9 @@ def source_of_type(name: str, dtype: str = "float32") -> str:
     return text
 
 
-def edited(text: str, edits: list[tuple[str, str]], target: str = "sm_80") -> list[Mutant]:
-    """Return a mutant for each of the usual edits of a text; each old text, of all edits, must occur once."""
+def edited(text: str, edits: list[tuple[str, str]], target: str = "sm_80", always: bool = False) -> list[Mutant]:
+    """Return a mutant for each edit of a text, or for the usual ones; each old text, of all edits, must occur once."""
     for old, _ in edits:
         assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"
-    return [Mutant(f"{old} -> {new}", compiled(text.replace(old, new), target)) for old, new in usual(edits)]
+    chosen = edits if always else usual(edits)
+    return [Mutant(f"{old} -> {new}", compiled(text.replace(old, new), target)) for old, new in chosen]

@@ -4,6 +4,7 @@ The interpreter stops a kernel that reads such memory before `griddepcontrol.wai
 kernel writes meanwhile (`ld.global.nc`).
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,20 +28,20 @@ TARGET = "sm_90a"
 """The target of the devices on which products are launched in this way (launches_depend in csrc/cuda/records.h)."""
 
 
-X, WEIGHT = (0, 2), (3,)
-"""The fields of a Product with x's words and set bits, and with the words of the weights."""
-Y = 9
-"""The field with the outputs, which the product may not write before x is there either."""
+X, X_BITS, WEIGHT, WEIGHT_BITS, Y = 0, 2, 3, 5, 9
+"""The fields of a Product with the words of x and of the weights, the set bits of both, and the outputs."""
+WRITTEN = (X, X_BITS, WEIGHT_BITS, Y)
+"""What pack or align may write or, of y, still read."""
 
 
 class Early:
     """A module whose products start before the kernel that makes x has ended.
 
-    Pack writes x and its set bits; align writes the set bits and perhaps x. `fields` are those of what is written.
+    `fields` are those that it may touch only after that. Set bits that belong to a prepared form are never among them.
     """
 
-    def __init__(self, module: Module, fields: tuple[int, ...] = X) -> None:
-        self.module, self.ptx, self.fields = module, module.ptx, (*fields, Y)
+    def __init__(self, module: Module, fields: tuple[int, ...] = WRITTEN) -> None:
+        self.module, self.ptx, self.fields = module, module.ptx, fields
 
     def launch(self, kernel: str, grid: Any, block: Any, args: Sequence[Any], *rest: Any, **more: Any) -> Report:
         values = [args[0].values[field] for field in self.fields]
@@ -48,13 +49,17 @@ class Early:
         return self.module.launch(kernel, grid, block, args, *rest, dependent=written, **more)
 
 
-def check_mma(module: Module, m: int, n: int, k: int, out: torch.dtype = torch.int32, seed: int = 0) -> None:
-    mma_sm80.check_mma(module, m, n, k, out, mma_sm80.SMALL, seed=seed)
+def check_mma(
+    module: Module, m: int, n: int, k: int, out: torch.dtype = torch.int32, seed: int = 0, **more: Any
+) -> None:
+    mma_sm80.check_mma(module, m, n, k, out, mma_sm80.SMALL, seed=seed, **more)
 
 
-def check_wgmma(module: Module, m: int, n: int, k: int, out: torch.dtype = torch.int32, seed: int = 0) -> None:
+def check_wgmma(
+    module: Module, m: int, n: int, k: int, out: torch.dtype = torch.int32, seed: int = 0, **more: Any
+) -> None:
     if k:  # the launcher leaves a product of no values to another kernel
-        wgmma_sm90a.check_wgmma(module, m, n, k, out, list(wgmma_sm90a.STAGES)[seed % 2], seed)
+        wgmma_sm90a.check_wgmma(module, m, n, k, out, list(wgmma_sm90a.STAGES)[seed % 2], seed, **more)
 
 
 PRODUCTS: dict[str, Callable[..., object]] = {
@@ -64,8 +69,6 @@ PRODUCTS: dict[str, Callable[..., object]] = {
     "gemm_mma_int8_sm80": check_mma,
     "gemm_wgmma_sm90a": check_wgmma,
 }
-EARLY = ("gemm_skinny", "gemm_skinny_mma_sm80", "gemm_wgmma_sm90a")
-"""The products that load or copy weights before they wait; the others, which copy stages, wait first."""
 each_product = pytest.mark.parametrize("name", PRODUCTS)
 
 
@@ -73,8 +76,9 @@ each_product = pytest.mark.parametrize("name", PRODUCTS)
 def test_products_that_start_early(name):
     early = Early(module(f"{name}.cu", TARGET))
     for seed, (m, n, k) in enumerate([(1, 9, 700), (2, 70, 4129), (4, 9, 1), (16, 33, 9000), (3, 5, 0)]):
-        PRODUCTS[name](early, m, n, k, seed=seed)
-        PRODUCTS[name](early, m, n, k, torch.bool, seed=seed)
+        # The launch before counts the set bits of weights that have no form.
+        for out, formed in ((torch.int32, seed % 2), (torch.bool, (seed + 1) % 2)):
+            PRODUCTS[name](early, m, n, k, out, seed=seed, **({} if formed else {"header": None}))
     for m, n, k in [(20, 33, 700), (64, 5, 2100)] if name == "gemm_skinny_mma_sm80" else ():
         PRODUCTS[name](early, m, n, k, torch.bfloat16)
 
@@ -85,16 +89,14 @@ def test_wgmma_starts_early():
     for seed, stages in enumerate([1, 5, 7]):
         for tile in wgmma_sm90a.STAGES:
             n = (tile[1] + 3, 2 * tile[1] + 5)[seed % 2]
-            wgmma_sm90a.check_wgmma(early, 140, n, 1024 * stages - 7, torch.bfloat16, tile, seed, blocks=1)
+            k = 1024 * stages - 7
+            wgmma_sm90a.check_wgmma(early, 140, n, k, torch.bfloat16, tile, seed, blocks=1, header=None)
 
 
 @each_product
 def test_weights_are_read_early(name):
-    early = Early(module(f"{name}.cu", TARGET), WEIGHT)
-    if name in EARLY:
-        with pytest.raises(PtxFault, match=r"is read before griddepcontrol\.wait"):
-            PRODUCTS[name](early, 4, 9, 700)
-    else:
+    early = Early(module(f"{name}.cu", TARGET), (WEIGHT,))
+    with pytest.raises(PtxFault, match=r"is read before griddepcontrol\.wait"):
         PRODUCTS[name](early, 4, 9, 700)
 
 
@@ -106,21 +108,49 @@ def test_wgmma_without_a_result_waits():
 
 @pytest.mark.parametrize("name", [name for name in PRODUCTS if "wgmma" not in name])
 def test_loads_of_weights_do_not_wait(name):
-    """The skinny kernels load their first weights before they wait, by the path for data that no kernel writes."""
-    for found in module(f"{name}.cu", TARGET).ptx.kernels.values():
+    """The skinny kernels load their first weights before they wait, and by no load that ptxas moves past the wait.
+
+    Those of tiles copy the weights of one stage, or of all four if L2 bounds the tile.
+    """
+    for symbol, found in module(f"{name}.cu", TARGET).ptx.kernels.items():
         opcodes = [instruction.opcode for instruction in found.instructions]
         wait = opcodes.index("griddepcontrol.wait")
         assert opcodes.count("griddepcontrol.wait") == 1
-        early = [opcode for opcode in opcodes[:wait] if opcode.startswith(("ld.global", "cp.async"))]
-        assert any(".nc." in opcode for opcode in early) == name.startswith("gemm_skinny")
+        loads = [opcode for opcode in opcodes[:wait] if opcode.startswith("ld.global")]
+        copies = [opcode for opcode in opcodes[:wait] if opcode.startswith("cp.async.cg")]
+        if name.startswith("gemm_skinny"):
+            assert any(".L1::no_allocate." in opcode for opcode in loads) and not copies
+            assert not any(".nc." in opcode for opcode in loads)
+            continue
+        tile = tuple(map(int, re.search(r"ShapeILi(\d+)ELi(\d+)E", symbol).groups()))
+        stages = mma_sm80.STAGES if tile == mma_sm80.SMALL else 1
+        assert not loads and len(copies) == stages * tile[1] * mma_sm80.STAGE_BYTES // 16 // mma_sm80.THREADS[tile]
+
+
+def fields_that_catch(text: str, mutant: Mutant, run: Callable[[Early, int], None]) -> set[int]:
+    """Return the fields that a mutant touches too early, of those that the kernel itself does not."""
+
+    def is_caught(text: str, field: int) -> bool:
+        try:
+            run(Early(Module.from_ptx(text), (field,)), 0)
+        except PtxFault as fault:
+            assert fault.kind == "dependent launch"
+            return True
+        return False
+
+    assert not any(is_caught(text, field) for field in WRITTEN)
+    return {field for field in WRITTEN if is_caught(mutant.text, field)}
 
 
 def test_mutants_of_the_waits_of_wgmma_are_caught():
     """The producer waits, each consumer, and a block without results."""
 
+    def multiply(early: Early, seed: int) -> None:
+        wgmma_sm90a.check_wgmma(early, 4, 9, 700, torch.bfloat16, seed=seed, header=None)
+
     def run(module: Module, seed: int) -> None:
         early = Early(module)
-        wgmma_sm90a.check_wgmma(early, 4, 9, 700, torch.bfloat16, seed=seed)
+        multiply(early, seed)
         call = product_call(4, 9, 700, torch.bfloat16, seed=seed, aligned=True, header=prepared_header(9, 701))
         wgmma_sm90a.launch(early, call, wgmma_sm90a.NARROW, seed=seed)
         call.check_no_result((9, 701))
@@ -129,13 +159,18 @@ def test_mutants_of_the_waits_of_wgmma_are_caught():
     mutants = remove("wait removed", text, kernel(Module.from_ptx(text), "multiply_tiles"), r"griddepcontrol\.wait")
     assert len(mutants) == 3
     assert_caught(text, mutants, run, seeds=range(1))
+    caught = sorted(sorted(fields_that_catch(text, mutant, multiply)) for mutant in mutants)
+    assert caught == [[], [X], [X_BITS, WEIGHT_BITS, Y]]
 
 
 @pytest.mark.parametrize("name", [name for name in PRODUCTS if "wgmma" not in name])
 def test_mutants_of_the_wait_are_caught(name):
+    def multiply(early: Early, seed: int) -> None:
+        PRODUCTS[name](early, 4, 9, 700, seed=seed, header=None)
+
     def run(module: Module, seed: int) -> None:
         try:
-            PRODUCTS[name](Early(module), 4, 9, 700, seed=seed)
+            multiply(Early(module), seed)
         except PtxFault as fault:
             assert fault.kind == "dependent launch"
             raise
@@ -145,6 +180,8 @@ def test_mutants_of_the_wait_are_caught(name):
     launched = kernel(Module.from_ptx(text), shape)
     mutants = remove("wait removed", text, launched, r"griddepcontrol\.wait")
     assert len(mutants) == 1
+    counted = set() if name.startswith("gemm_skinny") else {X_BITS, WEIGHT_BITS}  # skinny kernels count by themselves
+    assert fields_that_catch(text, mutants[0], multiply) == {X, Y, *counted}
     if name.startswith("gemm_skinny"):
         old = "@exist ld.global.v4.b32 {"
         assert old in text

@@ -147,8 +147,9 @@ def check_clusters(launcher: Launcher) -> None:
             expected = planned(fused_cluster_sm90.SHAPE, 8 * clusters), 8
             assert launched_on(clusters, clusters) == expected and expected[0] <= 8 * clusters
             assert launched_on(clusters, 16) == expected, "the number is remembered"
-        for device, clusters in ((20, 0), (21, -1)):
-            assert launched_on(device, clusters) == launched_on(device, 16) == alone
+        assert launched_on(20, 0) == launched_on(20, 16) == alone
+        assert launched_on(21, -1) == alone
+        assert launched_on(21, 3) == (planned(fused_cluster_sm90.SHAPE, 24), 8), "an error is remembered"
         assert launched_on(1000, 1) == (8, 8) and launched_on(1000, 0) == alone, "only the first devices are remembered"
         launcher.library.runtime_device(22, 1)
         with mock.patch.object(launcher.library, "runtime_errors"):  # which would clear the error

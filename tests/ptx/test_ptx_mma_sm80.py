@@ -55,7 +55,8 @@ def launch(module: Module, call, tile: tuple[int, int], seed: int = 0) -> Report
 
 def check_mma(module: Module, m: int, n: int, k: int, out=torch.int32, tile=SMALL, seed: int = 0, **more) -> Report:
     """Check a product of random words."""
-    call = product_call(m, n, k, out, seed=seed, aligned=True, header=prepared_header(n, k), **more)
+    more = {"header": prepared_header(n, k), **more}
+    call = product_call(m, n, k, out, seed=seed, aligned=True, **more)
     report = launch(module, call, tile, seed)
     call.check(report)
     assert report.bank_conflicts == 0, report.conflicts_by_source()

@@ -76,7 +76,8 @@ def check_skinny(
     module: Module, m: int, n: int, k: int, out=torch.int32, wide: bool = False, seed: int = 0, **more
 ) -> Report:
     """Check a product of random words."""
-    call = spread(product_call(m, n, k, out, seed=seed, aligned=True, header=prepared_header(n, k), **more))
+    more = {"header": prepared_header(n, k), **more}
+    call = spread(product_call(m, n, k, out, seed=seed, aligned=True, **more))
     report = launch(module, call, wide, seed)
     call.check(report)
     assert report.bank_conflicts == 0, report.conflicts_by_source()

@@ -99,7 +99,8 @@ def check_wgmma(
     module: Module, m: int, n: int, k: int, out=torch.int32, tile=NARROW, seed: int = 0, blocks: int = 2, **more
 ) -> Report:
     """Check a product of random words."""
-    call = product_call(m, n, k, out, seed=seed, aligned=True, header=prepared_header(n, k), **more)
+    more = {"header": prepared_header(n, k), **more}
+    call = product_call(m, n, k, out, seed=seed, aligned=True, **more)
     report = launch(module, call, tile, blocks, seed)
     call.check(report)
     assert report.bank_conflicts == 0, report.conflicts_by_source()
@@ -337,8 +338,8 @@ OUTPUT_EDITS = [
     # These change which sums a lane's outputs are, and what is computed from them.
     ("e % Shape::kHalves * (", "(1 - e % Shape::kHalves) * ("),
     ("+ group) * 4 + e / Shape::kHalves", "+ group) * 4 + (1 - e / Shape::kHalves)"),
-    ("thread / kWarp * 16 + thread % kWarp / 4;\n    const bool has_scale", "thread / 4;\n    const bool has_scale"),
     ("margins.rows[top + strip * kInstructionRows + 8 * half]", "margins.rows[top + strip * kInstructionRows]"),
+    ("thread / kWarp * 16 + thread % kWarp / 4;\n    const bool has_scale", "thread / 4;\n    const bool has_scale"),
     ("const int row = strip * kInstructionRows + 8 * half;", "const int row = strip * kInstructionRows + 4 * half;"),
     ("4 * static_cast<uint32_t>(sum)", "2 * static_cast<uint32_t>(sum)"),
     ("2 * static_cast<uint32_t>(row);", "static_cast<uint32_t>(row);"),
@@ -373,7 +374,7 @@ def test_edits_of_the_pipeline_are_caught():
     give, take = "    if (leads) arrive(next_turn);\n", "    wait(my_turn, turn_parity);\n"
     assert text.count(give) == text.count(take) == 1
     early = Mutant("the turn is given on early", compiled(text.replace(give, "").replace(take, take + give), "sm_90a"))
-    mutants = [*edited(text, PIPELINE_EDITS, "sm_90a"), early]
+    mutants = [*edited(text, PIPELINE_EDITS, "sm_90a", always=True), early]
     assert_caught(ptx(), mutants, run_pipeline, seeds=range(2))
 
 

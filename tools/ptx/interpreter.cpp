@@ -339,11 +339,12 @@ void start_cluster(Machine& m) {
         w.exited = w.at_barrier = w.at_members = w.at_wait = w.carry = 0;
         w.pc.fill(0);
         w.order = Order{};
-        w.order.known.whole = known;
+        w.order.known.all = {m.block, {known, {}}, {}};
         w.order.all_lanes = known[static_cast<size_t>(w.id)];
         w.start = w.clock;
-        w.fenced = w.fenced_gpu = w.acquired = Published{};
-        w.has_fenced = w.has_fenced_gpu = w.has_acquired = false;
+        w.fenced = w.fenced_gpu = Published{};
+        w.has_fenced = w.has_fenced_gpu = false;
+        w.seen = Known{};
         w.initialised.assign(m.program->bits.size(), 0);
         for (int l = 0; l < kLanes; ++l) w.copies[static_cast<size_t>(l)].clear();
         w.committed.fill(0);

@@ -67,7 +67,9 @@ EXPORT void runtime_code(int capability) { code = capability; }
 
 EXPORT cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 
+// Does as if it loaded the kernel's code, which could end a capture unless the mode is relaxed.
 EXPORT cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+    if (capture_mode != cudaStreamCaptureModeRelaxed) return remember(cudaErrorStreamCaptureUnsupported);
     if (error_of_attribute != cudaSuccess) return remember(error_of_attribute);
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return remember(cudaErrorNotSupported);
     kernels().at(function).most_dynamic = value;

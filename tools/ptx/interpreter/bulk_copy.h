@@ -116,7 +116,7 @@ inline void touch_global(Machine& m, Warp& w, int lane, const Piece& piece, bool
                       "byte " + std::to_string(k) + " of '" + b.name + "' is read before anything wrote it");
     if (!b.shadow) return;
     for_records(b.shadow, piece.offset, piece.bytes,
-                [&](Record& r, u64) { check_proxy(m, lane, r, write ? "written" : "read", where()); });
+                [&](Record& r, u64) { check_proxy(m, lane, r, write ? "written" : "read", where); });
     check_race(m, w, lane, b.shadow, piece.offset, piece.bytes, write, false, "race on global memory", where);
     if (write) for_records(b.shadow, piece.offset, piece.bytes, [&](Record& r, u64) { r.flags |= kAsyncProxy; });
 }
@@ -134,7 +134,7 @@ inline void claim_shared(Machine& m, Warp& w, int lane, u64 at, u64 bytes) {
     for_records(m.shared_shadow.data(), at, bytes, [&](Record& r, u64 k) {
         if (r.flags & kWritten && !ordered(m, w, lane, r.block, r.thread / kLanes, 1u << r.thread % kLanes, r.clock))
             race(m, "race on shared memory", lane, "the write", r.block, r.thread, r.pc, shared_text(m, k));
-        check_proxy(m, lane, r, "written", shared_text(m, k));
+        check_proxy(m, lane, r, "written", [&] { return shared_text(m, k); });
     });
     check_race(m, w, lane, m.shared_shadow.data(), at, bytes, true, false, "race on shared memory", where);
 }

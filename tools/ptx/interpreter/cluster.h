@@ -70,8 +70,7 @@ inline void complete_cluster_barrier(Machine& m) {
         for_lanes(w.at_wait, [&](int l) { goes |= u32{w.reason[l] == Wait::kCluster} << l; });
         if (!goes) continue;
         w.at_wait &= ~goes;
-        acquire(m, w, b.released);
-        meet(w, goes);
+        acquire(w, goes, b.released);
     }
 }
 // i.a is set for wait; i.release says whether an arrival releases.
@@ -84,7 +83,7 @@ inline void cluster_barrier(Machine& m, Warp& w, const Instr& i, u32 mask) {
             ++w.cluster_arrivals[l];
         });
         if (i.release) {
-            merge(b.gathered, publish(m, w));
+            merge(b.gathered, publish(w, mask | w.exited));
         } else if (w.has_fenced) {
             merge(b.gathered, w.fenced);
         }
@@ -102,10 +101,7 @@ inline void cluster_barrier(Machine& m, Warp& w, const Instr& i, u32 mask) {
             block_lane(w, l, Wait::kCluster);
         }
     });
-    if (passes) {
-        acquire(m, w, b.released);
-        meet(w, passes);
-    }
+    if (passes) acquire(w, passes, b.released);
 }
 inline void decode_cluster_barrier(Decoder& d) {
     d.i.a = d.need_one({"arrive", "wait"}) == 1;
@@ -154,7 +150,7 @@ inline void leave(Machine& m, Warp& w) {
         const auto [clock, pc] = block.visitors[k];
         if (!clock) continue;
         bool known = false;
-        for (const Warp& other : warps) known = known || other.order.known.reaches(k, clock);
+        for (const Warp& other : warps) known = known || other.reaches(-1, k, clock);
         if (!known)
             fault(-1, "cluster",
                   "the block exits, but the access to its shared memory by " +

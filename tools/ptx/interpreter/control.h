@@ -97,7 +97,7 @@ inline void complete_barrier(Machine& m, Barrier& b, size_t first) {
             m.row(w, i.d[0])[l] = i.b == 1 ? count : i.b == 2 ? every : any;
             w.initialised[i.d[0]] |= 1u << l;
         });
-        acquire(m, w, b.gathered);
+        acquire(w, lanes, b.gathered);
         meet(w, lanes);
         w.at_barrier &= ~lanes;
     }
@@ -145,7 +145,7 @@ inline void bar(Machine& m, Warp& w, const Instr& i, u32 mask) {
                           ": .aligned asks for the same one");
         });
     }
-    merge(b.gathered, publish(m, w));
+    merge(b.gathered, publish(w, mask | w.exited));
     if (i.a) {
         b.arrived[w.id] |= mask;
     } else {
@@ -194,8 +194,12 @@ inline void decode_bar(Decoder& d) {
 // ---- membar, fence --------------------------------------------------------------------------------------------------
 // i.a says that the scope is the block. Earlier strong reads acquire here; later strong writes release what precedes.
 inline void fence(Machine& m, Warp& w, const Instr& i, u32 mask) {
-    if (w.has_acquired && (!i.a || w.acquired.block == m.block)) acquire(m, w, w.acquired);
-    const Published published = publish(m, w, mask);
+    const auto take = [&](u32 lanes, const Published& p) {
+        if (!i.a || p.block == m.block) acquire(w, lanes, p);
+    };
+    take(mask, w.seen.all);
+    for_lanes(mask & w.seen.lanes, [&](int l) { take(1u << l, w.seen.own[static_cast<size_t>(l)]); });
+    const Published published = publish(w, mask);
     merge(w.fenced, published);
     w.has_fenced = true;
     if (!i.a) {
@@ -206,24 +210,18 @@ inline void fence(Machine& m, Warp& w, const Instr& i, u32 mask) {
 // PTX ISA, section "fence.proxy": ordinary writes that are ordered before this become visible to the asynchronous
 // proxy. i.a is 1 if it concerns shared memory, 2 for global memory, and 3 for both.
 inline void fence_proxy(Machine& m, Warp& w, const Instr& i, u32 mask) {
+    const Knowledge known = knowledge(w, mask).known;
     for (u32 space = 0; space < 2; ++space) {
         if (!(i.a >> space & 1)) continue;
         Proxied& p = m.proxied[space];
-        merge(p.warp, w.order.known.whole);
+        merge(p.warp, known.whole);
         p.warp.resize(std::max(p.warp.size(), m.warps.size()));
         p.thread.resize(m.warps.size() * kLanes);
-        for (const auto& [warp, lanes] : w.order.known.lanes)
+        for (const auto& [warp, lanes] : known.lanes)
             for (size_t j = 0; j < kLanes && warp < m.warps.size(); ++j) {
                 u32& clock = p.thread[warp * kLanes + j];
                 clock = std::max(clock, lanes[j]);
             }
-        u32& whole = p.warp[static_cast<size_t>(w.id)];
-        whole = std::max(whole, (w.lanes & ~mask) == 0 ? w.clock : w.order.all_lanes);
-        for (int j = 0; j < kLanes; ++j) {
-            u32& clock = p.thread[static_cast<size_t>(w.thread(j))];
-            if (mask >> j & 1) clock = std::max(clock, w.clock);
-            for_lanes(mask, [&](int l) { clock = std::max(clock, w.order.lane[l][j]); });
-        }
     }
     ++w.clock;
 }

@@ -108,9 +108,9 @@ struct Program {
 
 // ---- The order of accesses ------------------------------------------------------------------------------------------
 // A warp's clock counts its synchronizing events. An access is stamped with its thread and its warp's clock; a thread
-// is ordered after the access if it knows of that clock. A warp's lanes share what they know of other warps (`known`);
-// what they know of each other is kept for each lane. Clocks go on from block to block, so that a new block knows
-// everything of its slot's past at once.
+// is ordered after the access if it knows of that clock. What all lanes of a warp know of other warps is kept once, and
+// what some lanes have acquired alone is kept for each of them (`Known`). What the lanes know of each other is kept for
+// each lane. Clocks go on from block to block, so that a new block knows everything of its slot's past at once.
 using Clocks = std::vector<u32>;
 
 inline void merge(Clocks& into, const Clocks& from) {
@@ -125,20 +125,17 @@ struct Knowledge {
     Clocks whole;                        // [warp]: the clock of that warp up to which all its lanes are known
     std::map<size_t, LaneClocks> lanes;  // [warp]: the clocks of its lanes, if some are later
 
-    // Returns whether all accesses up to a clock by the lanes in `mask` of a warp are known. An empty mask stands for a
-    // wgmma of the warp, which is known if one lane is.
-    bool covers(size_t warp, u32 mask, u32 clock) const {
-        if (warp < whole.size() && clock <= whole[warp]) return true;
-        return !lanes.empty() && lanes_cover(warp, mask, clock);
+    // Returns the lanes of a warp of which all accesses up to a clock are known.
+    u32 lanes_at(size_t warp, u32 clock) const {
+        if (warp < whole.size() && clock <= whole[warp]) return kAll;
+        return lanes.empty() ? 0 : some_lanes_at(warp, clock);
     }
-    // Returns whether an access up to a clock by some lane of a warp may be known.
-    bool reaches(size_t warp, u32 clock) const { return covers(warp, 0, clock); }
-    PTX_OUT_OF_LINE bool lanes_cover(size_t warp, u32 mask, u32 clock) const {
+    PTX_OUT_OF_LINE u32 some_lanes_at(size_t warp, u32 clock) const {
         const auto found = lanes.find(warp);
-        if (found == lanes.end()) return false;
+        if (found == lanes.end()) return 0;
         u32 known = 0;
         for (size_t j = 0; j < kLanes; ++j) known |= u32{clock <= found->second[j]} << j;
-        return mask ? (mask & ~known) == 0 : known != 0;
+        return known;
     }
     void set(size_t warp, u32 clock) {
         whole.resize(std::max(whole.size(), warp + 1));
@@ -161,18 +158,87 @@ inline void merge(Knowledge& into, const Knowledge& from) {
     }
 }
 
-struct Order {
-    Knowledge known;                        // of the other warps
-    u32 all_lanes = 0;                      // the clock up to which every lane knows of every other
-    std::array<LaneClocks, kLanes> lane{};  // [i][j]: what lane i knows of lane j beyond all_lanes
-    std::map<s32, Knowledge> blocks;        // what is known of other blocks, from atomics and fences
-};
-
-// The knowledge that a release leaves at an address for threads that acquire there, or that a barrier gathers.
+// What threads know: lanes of a warp, those that have released at an address, or those that have arrived at a barrier.
 struct Published {
     s32 block = -1;
-    Knowledge known;
-    std::map<s32, Knowledge> blocks;
+    Knowledge known;                  // of the warps of `block`
+    std::map<s32, Knowledge> blocks;  // of other blocks, from atomics and fences
+
+    const Knowledge* of(s32 other) const {
+        if (other == block) return &known;
+        const auto found = blocks.find(other);
+        return found == blocks.end() ? nullptr : &found->second;
+    }
+};
+inline void merge(std::map<s32, Knowledge>& into, const std::map<s32, Knowledge>& from) {
+    for (const auto& [block, known] : from) merge(into[block], known);
+}
+// Adds the knowledge of `from` to `into`; clocks of a block other than into's stay with that block.
+inline void merge(Published& into, const Published& from) {
+    if (into.block < 0) into.block = from.block;
+    if (into.block == from.block) {
+        merge(into.known, from.known);
+    } else {
+        merge(into.blocks[from.block], from.known);
+    }
+    merge(into.blocks, from.blocks);
+    if (auto own = into.blocks.find(into.block); own != into.blocks.end()) merge(into.known, own->second);
+}
+
+// What the lanes of a warp know of others. An acquire by some of them does not tell the rest, until they meet.
+struct Known {
+    Published all;               // what each lane knows
+    std::vector<Published> own;  // [lane]: what it knows beyond that; empty before the first such knowledge
+    u32 lanes = 0;               // those that have entries in `own`
+
+    // Tells the lanes in `mask`; `living` are those that have not exited.
+    void add(const Published& p, u32 mask, u32 living) {
+        if ((living & ~mask) == 0) {
+            merge(all, p);
+        } else {
+            add_to_some(p, mask);
+        }
+    }
+    PTX_OUT_OF_LINE void add_to_some(const Published& p, u32 mask) {
+        own.resize(kLanes);
+        for (lanes |= mask; mask; mask &= mask - 1) {
+            Published& to = own[static_cast<size_t>(std::countr_zero(mask))];
+            if (to.block < 0) to.block = all.block;
+            merge(to, p);
+        }
+    }
+    // Calls f with what each lane in `mask` knows beyond `all`.
+    template <class F>
+    void for_own(u32 mask, F&& f) const {
+        for (mask &= lanes; mask; mask &= mask - 1) f(own[static_cast<size_t>(std::countr_zero(mask))]);
+    }
+    void forget_own(u32 mask) {
+        for (u32 left = mask & lanes; left; left &= left - 1) own[static_cast<size_t>(std::countr_zero(left))] = {};
+        lanes &= ~mask;
+    }
+    // Returns whether each of the lanes in `by` knows all accesses up to a clock by the lanes in `mask` of a warp. An
+    // empty mask stands for a wgmma of the warp, which is known if one lane is.
+    bool covers(u32 by, s32 block, size_t warp, u32 mask, u32 clock) const {
+        const Knowledge* shared = all.of(block);
+        const u32 known = shared ? shared->lanes_at(warp, clock) : 0;
+        if (mask ? (mask & ~known) == 0 : known != 0) return true;
+        return (by & ~lanes) == 0 && own_covers(by, block, warp, mask, clock, known);
+    }
+    PTX_OUT_OF_LINE bool own_covers(u32 by, s32 block, size_t warp, u32 mask, u32 clock, u32 shared) const {
+        bool covered = true;
+        for_own(by, [&](const Published& p) {
+            const Knowledge* more = p.of(block);
+            const u32 known = shared | (more ? more->lanes_at(warp, clock) : 0);
+            covered = covered && (mask ? (mask & ~known) == 0 : known != 0);
+        });
+        return covered;
+    }
+};
+
+struct Order {
+    Known known;                            // of the other warps
+    u32 all_lanes = 0;                      // the clock up to which every lane knows of every other
+    std::array<LaneClocks, kLanes> lane{};  // [i][j]: what lane i knows of lane j beyond all_lanes
 };
 
 struct AsyncCopy {
@@ -221,9 +287,9 @@ struct Warp {
     u32 clock = 0;
     Order order;
     // Later strong writes release `fenced` (after a fence of any scope) or `fenced_gpu` (after one of at least .gpu).
-    // Earlier strong reads have seen `acquired`, which a later fence acquires.
-    Published fenced, fenced_gpu, acquired;
-    bool has_fenced = false, has_fenced_gpu = false, has_acquired = false;
+    Published fenced, fenced_gpu;
+    bool has_fenced = false, has_fenced_gpu = false;
+    Known seen;  // by earlier strong reads; a later fence by the same lanes acquires it
     std::vector<u64> registers;
     std::vector<u32> initialised;
     std::vector<u8> local, local_state;
@@ -236,7 +302,21 @@ struct Warp {
     std::vector<u8> touched, shapes;  // [register]: see warpgroup.h
     std::vector<u16> flying;          // [register]: the wgmma in flight that name it
 
-    u32 runnable() const { return lanes & ~exited & ~at_barrier & ~at_members & ~at_wait; }
+    u32 living() const { return lanes & ~exited; }
+    u32 runnable() const { return living() & ~at_barrier & ~at_members & ~at_wait; }
+    // Returns whether a lane, or each one that lives if `lane` is negative, knows the accesses up to a clock by the
+    // lanes in `mask` of another warp.
+    PTX_OUT_OF_LINE bool knows(int lane, s32 cluster, size_t warp, u32 mask, u32 clock) const {
+        return order.known.covers(lane < 0 ? living() : 1u << lane, cluster, warp, mask, clock);
+    }
+    // Returns whether a lane, or any one if `lane` is negative, knows an access up to a clock by some lane of a warp.
+    bool reaches(int lane, size_t warp, u32 clock) const {
+        const Known& known = order.known;
+        bool reached = known.all.known.lanes_at(warp, clock) != 0;
+        known.for_own(lane < 0 ? kAll : 1u << lane,
+                      [&](const Published& p) { reached = reached || p.known.lanes_at(warp, clock) != 0; });
+        return reached;
+    }
     int thread(int lane) const { return id * kLanes + lane; }                     // within the cluster
     int thread_of_block(int lane) const { return (id - first) * kLanes + lane; }  // within the block
 };
@@ -402,8 +482,9 @@ inline void for_lanes(u32 mask, F&& f) {
 
 // ---- Synchronizing events -------------------------------------------------------------------------------------------
 // Returns what the lanes of `mask` know and did.
-inline Published knowledge(const Machine& m, const Warp& w, u32 mask) {
-    Published p{m.block, w.order.known, w.order.blocks};
+inline Published knowledge(const Warp& w, u32 mask) {
+    Published p = w.order.known.all;
+    w.order.known.for_own(mask, [&](const Published& own) { merge(p, own); });
     const size_t id = static_cast<size_t>(w.id);
     if ((w.lanes & ~mask) == 0) {
         p.known.set(id, w.clock);
@@ -418,36 +499,40 @@ inline Published knowledge(const Machine& m, const Warp& w, u32 mask) {
     }
     return p;
 }
-inline Published publish(Machine& m, Warp& w, u32 mask = kAll) {
-    Published p = knowledge(m, w, mask);
+inline Published publish(Warp& w, u32 mask) {
+    Published p = knowledge(w, mask);
     ++w.clock;
     return p;
 }
-inline void merge(std::map<s32, Knowledge>& into, const std::map<s32, Knowledge>& from) {
-    for (const auto& [block, known] : from) merge(into[block], known);
-}
-// Adds the knowledge of `from` to `into`; clocks of a block other than into's stay with that block.
-inline void merge(Published& into, const Published& from) {
-    if (into.block < 0) into.block = from.block;
-    if (into.block == from.block) {
-        merge(into.known, from.known);
-    } else {
-        merge(into.blocks, {{from.block, from.known}});
+// Tells the lanes of `mask` what others published, among them perhaps other lanes of the warp.
+inline void acquire(Warp& w, u32 mask, const Published& p) {
+    if (p.block < 0) return;
+    w.order.known.add(p, mask, w.living());
+    const Knowledge* here = p.of(w.order.known.all.block);
+    if (!here) return;
+    const size_t id = static_cast<size_t>(w.id);
+    if (id < here->whole.size() && here->whole[id] > w.order.all_lanes) {
+        if ((w.living() & ~mask) == 0) {
+            w.order.all_lanes = here->whole[id];
+        } else {
+            for_lanes(mask, [&](int l) {
+                for (u32& clock : w.order.lane[l]) clock = std::max(clock, here->whole[id]);
+            });
+        }
     }
-    merge(into.blocks, from.blocks);
-    if (auto own = into.blocks.find(into.block); own != into.blocks.end()) merge(into.known, own->second);
-}
-inline void acquire(Machine& m, Warp& w, const Published& p) {
-    if (p.block == m.block) {
-        merge(w.order.known, p.known);
-    } else {
-        merge(w.order.blocks, {{p.block, p.known}});
-    }
-    merge(w.order.blocks, p.blocks);
-    if (auto own = w.order.blocks.find(m.block); own != w.order.blocks.end()) merge(w.order.known, own->second);
+    if (const auto found = here->lanes.find(id); found != here->lanes.end())
+        for_lanes(mask, [&](int l) {
+            for (size_t j = 0; j < kLanes; ++j) w.order.lane[l][j] = std::max(w.order.lane[l][j], found->second[j]);
+        });
 }
 // The lanes of `mask` have met: afterwards each knows everything that any of them knew and did.
 inline void meet(Warp& w, u32 mask) {
+    if (w.order.known.lanes & mask) {
+        Published together;
+        w.order.known.for_own(mask, [&](const Published& p) { merge(together, p); });
+        w.order.known.forget_own(mask);
+        w.order.known.add(together, mask, w.living());
+    }
     if ((w.lanes & ~mask) == 0) {
         w.order.all_lanes = w.clock;
     } else {

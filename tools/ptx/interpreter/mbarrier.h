@@ -106,7 +106,7 @@ inline void mbarrier_inval(Machine& m, Warp& w, const Instr& i, u32 mask) {
     for_lanes(mask, [&](int l) {
         Mbarrier& b = mbarrier(m, w, l, i);
         for (size_t k = 0; k < b.users.size(); ++k)
-            if (static_cast<int>(k) != w.id && b.users[k] && !w.order.known.reaches(k, b.users[k]))
+            if (static_cast<int>(k) != w.id && b.users[k] && !w.reaches(l, k, b.users[k]))
                 fault(l, "mbarrier",
                       state_text(m, b) + " is invalidated, but a use by " +
                           thread_text(m, m.block, static_cast<int>(k) * kLanes) + " or its warp is not ordered before");
@@ -133,10 +133,10 @@ inline void mbarrier_arrive(Machine& m, Warp& w, const Instr& i, u32 mask) {
     for_lanes(mask, [&](int l) { together = together && address[l] == address[std::countr_zero(mask)]; });
     Published published;
     if (!i.release && w.has_fenced) published = w.fenced;
-    if (i.release && together) published = knowledge(m, w, mask);
+    if (i.release && together) published = knowledge(w, mask);
     for_lanes(mask, [&](int l) {
         Mbarrier& b = mbarrier(m, w, l, i);
-        if (i.release && !together) published = knowledge(m, w, 1u << l);
+        if (i.release && !together) published = knowledge(w, 1u << l);
         const u64 token = token_of(b);
         if (i.b == 2) add_transactions(m, b, l, static_cast<s64>(m.in(w, i.s[1])[l]));
         const u32 count = i.b == 1 ? static_cast<u32>(m.in(w, i.s[1])[l]) : 1;
@@ -162,6 +162,18 @@ inline void mbarrier_expect(Machine& m, Warp& w, const Instr& i, u32 mask) {  //
 // i.a says whether it may block (try_wait), i.b whether s[1] is a parity and not a token.
 inline void mbarrier_wait(Machine& m, Warp& w, const Instr& i, u32 mask) {
     const bool gives_up = m.random.below(4) == 0;
+    // The lanes that see the end of a phase of one barrier acquire together.
+    const Mbarrier* ended = nullptr;
+    u32 passed = 0;
+    const auto pass = [&] {
+        if (!passed) return;
+        if (i.acquire) {
+            acquire(w, passed, ended->completed);
+        } else {
+            w.seen.add(ended->completed, passed, w.living());
+        }
+        passed = 0;
+    };
     for_lanes(mask, [&](int l) {
         Mbarrier& b = mbarrier(m, w, l, i);
         const u64 asked = m.in(w, i.s[1])[l];
@@ -178,20 +190,9 @@ inline void mbarrier_wait(Machine& m, Warp& w, const Instr& i, u32 mask) {
             done = b.phase != phase;
         }
         if (done) {
-            if (i.acquire) {
-                acquire(m, w, b.completed);
-                // Other lanes of this warp may have arrived too; this lane is ordered after them.
-                const Knowledge& known = b.completed.known;
-                const size_t id = static_cast<size_t>(w.id);
-                if (id < known.whole.size() && known.whole[id] > w.order.all_lanes)
-                    for (u32& clock : w.order.lane[l]) clock = std::max(clock, known.whole[id]);
-                if (const auto found = known.lanes.find(id); found != known.lanes.end())
-                    for (size_t j = 0; j < kLanes; ++j)
-                        w.order.lane[l][j] = std::max(w.order.lane[l][j], found->second[j]);
-            } else {
-                merge(w.acquired, b.completed);
-                w.has_acquired = true;
-            }
+            if (ended != &b) pass();
+            ended = &b;
+            passed |= 1u << l;
         } else if (i.a && !gives_up) {
             block_lane(w, l, Wait::kMbarrier);
             w.waits_for[l] = b.at;
@@ -202,6 +203,7 @@ inline void mbarrier_wait(Machine& m, Warp& w, const Instr& i, u32 mask) {
         m.row(w, i.d[0])[l] = done;
         if (!done) m.yields = true;
     });
+    pass();
     w.initialised[i.d[0]] |= mask;
 }
 
@@ -283,7 +285,11 @@ inline void decode_mbarrier(Decoder& d) {
 
 // PTX ISA, section "griddepcontrol". Buffers of the launch that are `dependent` may be touched after the wait only, or
 // by threads that are ordered after one that has waited.
-inline void grid_wait(Machine& m, Warp& w, const Instr&, u32) { w.order.known.set(m.grid_agent(), 1); }
+inline void grid_wait(Machine& m, Warp& w, const Instr&, u32 mask) {
+    Published p{m.block, {}, {}};
+    p.known.set(m.grid_agent(), 1);
+    acquire(w, mask, p);
+}
 inline void decode_griddepcontrol(Decoder& d) {
     d.expect(0);
     d.i.run = d.need_one({"launch_dependents", "wait"}) ? grid_wait : nothing;

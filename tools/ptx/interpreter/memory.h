@@ -50,11 +50,14 @@ inline constexpr s32 kThisBlock = -1;
 inline constexpr int kAllLanes = -1, kTogether = -2;
 
 inline bool ordered(const Machine& m, const Warp& w, int lane, s32 block, int warp, u32 lanes, u32 clock) {
-    if (block != m.block && block != kThisBlock) {
-        const auto other = w.order.blocks.find(block);
-        return other != w.order.blocks.end() && other->second.covers(static_cast<size_t>(warp), lanes, clock);
+    const size_t from = static_cast<size_t>(warp);
+    if (block != m.block && block != kThisBlock) return w.knows(lane, block, from, lanes, clock);
+    if (warp != w.id) {
+        const Known& known = w.order.known;
+        if (from < known.all.known.whole.size() && clock <= known.all.known.whole[from]) return true;
+        if (known.all.known.lanes.empty() && !known.lanes) return false;
+        return w.knows(lane, m.block, from, lanes, clock);
     }
-    if (warp != w.id) return w.order.known.covers(static_cast<size_t>(warp), lanes, clock);
     if (clock <= w.order.all_lanes) return true;
     // If all lanes make the access, each must know.
     for (int i = lane < 0 ? 0 : lane; i < (lane < 0 ? kLanes : lane + 1); ++i) {
@@ -220,7 +223,7 @@ PTX_OUT_OF_LINE inline void visit(Machine& m, Warp& w, int lane, u32 rank) {
     // Whoever has passed a barrier of the cluster knows that all its blocks arrived there, even if they did so relaxed.
     bool started = lane >= 0 && w.cluster_waits[static_cast<size_t>(lane)] > 0;
     for (size_t k = rank * m.block_warps; k < (rank + 1) * m.block_warps; ++k)
-        started = started || w.order.known.reaches(k, m.warps[k].start);
+        started = started || w.reaches(lane, k, m.warps[k].start);
     if (!started)
         fault(lane, "cluster",
               "the shared memory of " + name + " is accessed before anything ensures that the block has started");
@@ -316,7 +319,7 @@ inline std::string where_text(const Machine& m, const Place& p, u64 at) {
 PTX_OUT_OF_LINE inline void check_dependent(const Machine& m, const Warp& w, int lane, const Buffer& b, u64 offset,
                                             bool write, bool read_only) {
     const std::string where = "byte " + std::to_string(offset) + " of '" + b.name + "'";
-    if (!w.order.known.covers(m.grid_agent(), 0, 1))
+    if (!w.knows(lane, m.block, m.grid_agent(), 0, 1))
         fault(lane, "dependent launch",
               where + (write ? " is written" : " is read") +
                   " before griddepcontrol.wait, while the kernel before may still use it");
@@ -377,14 +380,15 @@ PTX_OUT_OF_LINE inline void pending_copy(const Machine& m, int lane, u64 at, u64
     }
 }
 // Ordinary writes must pass fence.proxy.async before an asynchronous access.
-inline void check_proxy(const Machine& m, int lane, const Record& r, const char* what, const std::string& where) {
+template <class Where>
+void check_proxy(const Machine& m, int lane, const Record& r, const char* what, const Where& where) {
     if (!(r.flags & kWritten) || r.flags & kAsyncProxy || (r.block != m.block && r.block != kThisBlock)) return;
     const size_t warp = r.thread / kLanes;
     const Proxied& p = m.proxied[r.block == kThisBlock ? 0 : 1];
     if (warp < p.warp.size() && r.clock <= p.warp[warp]) return;
     if (r.thread < p.thread.size() && r.clock <= p.thread[r.thread]) return;
     fault(lane, "proxy",
-          where + " is " + what + " asynchronously, but no fence.proxy.async follows its ordinary write by " +
+          where() + " is " + what + " asynchronously, but no fence.proxy.async follows its ordinary write by " +
               thread_text(m, r.block, r.thread) + " at " + at_pc(r.pc));
 }
 template <class F>
@@ -416,7 +420,7 @@ inline void check_async_read(Machine& m, Warp& w, int lane, u64 at, u64 bytes, b
     for_records(m.shared_shadow.data(), at, bytes, [&](Record& r, u64 k) {
         if (r.flags & kWritten && !ordered(m, w, lane, r.block, r.thread / kLanes, 1u << r.thread % kLanes, r.clock))
             race(m, "race on shared memory", lane, "the asynchronous read", r.block, r.thread, r.pc, shared_text(m, k));
-        if (r.flags & kWritten) check_proxy(m, lane, r, "read", shared_text(m, k));
+        if (r.flags & kWritten) check_proxy(m, lane, r, "read", [&] { return shared_text(m, k); });
     });
 }
 

@@ -68,19 +68,26 @@ inline void count_access(Machine& m, Warp& w, const u64* address, u32 mask, u32 
         count_sectors(count, address, mask, bytes);
     }
 }
-inline void acquire_at(Machine& m, Warp& w, u64 key, bool now) {
-    const auto found = m.released.find(key);
-    if (found == m.released.end()) return;
-    if (now) {
-        acquire(m, w, found->second);
-    } else {
-        merge(w.acquired, found->second);
-        w.has_acquired = true;
+// The lanes of `mask` have read at these addresses (see sync_key). If they do not acquire now, a later fence may.
+inline void acquire_at(Machine& m, Warp& w, u32 mask, const u64* keys, bool now) {
+    if (m.released.empty()) return;
+    while (mask) {
+        const u64 key = keys[std::countr_zero(mask)];
+        u32 same = 0;
+        for_lanes(mask, [&](int l) { same |= u32{keys[l] == key} << l; });
+        mask &= ~same;
+        const auto found = m.released.find(key);
+        if (found == m.released.end()) continue;
+        if (now) {
+            acquire(w, same, found->second);
+        } else {
+            w.seen.add(found->second, same, w.living());
+        }
     }
 }
 inline void release_at(Machine& m, Warp& w, int lane, u64 key, bool now) {
     if (now) {
-        merge(m.released[key], publish(m, w, 1u << lane));
+        merge(m.released[key], publish(w, 1u << lane));
     } else if (key - kSharedWindow < kWindowSize ? w.has_fenced : w.has_fenced_gpu) {
         merge(m.released[key], key - kSharedWindow < kWindowSize ? w.fenced : w.fenced_gpu);
     }
@@ -95,6 +102,7 @@ inline void ld(Machine& m, Warp& w, const Instr& i, u32 mask) {
     for_lanes(mask, [&](int l) { address[l] = base[l] + static_cast<u64>(i.offset); });
     const Access how{.write = false, .read = true, .strong = i.strong, .nc = i.read_only};
     const int shift = 64 - 8 * i.bytes;
+    u64 keys[kLanes];
     for_lanes(mask, [&](int l) {
         const Place p = access(m, w, l, i.space, address[l], bytes, how);
         for (int e = 0; e < i.vector; ++e) {
@@ -104,8 +112,9 @@ inline void ld(Machine& m, Warp& w, const Instr& i, u32 mask) {
             if (i.is_signed) v = static_cast<u64>(static_cast<s64>(v << shift) >> shift) & i.d_mask;
             m.row(w, i.d[e])[l] = v;
         }
-        if (i.strong) acquire_at(m, w, sync_key(p, address[l]), i.acquire);
+        if (i.strong) keys[l] = sync_key(p, address[l]);
     });
+    if (i.strong) acquire_at(m, w, mask, keys, i.acquire);
     count_access(m, w, address, mask, bytes, i.space);
 }
 inline void st(Machine& m, Warp& w, const Instr& i, u32 mask) {
@@ -292,8 +301,9 @@ void atomically(Machine& m, Warp& w, const Instr& i, u32 mask, Update&& update) 
         const int l = static_cast<int>((first + k) % kLanes);
         if (!(mask >> l & 1)) continue;
         const Place p = access(m, w, l, i.space, address[l], sizeof(T), {.write = true, .read = true, .strong = true});
-        const u64 key = sync_key(p, address[l]);
-        acquire_at(m, w, key, i.acquire);
+        u64 keys[kLanes];
+        const u64 key = keys[l] = sync_key(p, address[l]);
+        acquire_at(m, w, 1u << l, keys, i.acquire);
         T value;
         std::memcpy(&value, p.data, sizeof(T));
         old[l] = put(value);

@@ -171,6 +171,28 @@ def test_the_barrier():
     run_all(between, 2)
 
 
+def test_a_wait_orders_the_accesses_of_its_lane():
+    """One lane of a warp waits at the cluster's barrier before the others do; they follow after a barrier with it."""
+    first = "barrier.cluster.arrive; and.b32 %r5, %tid, 31; setp.eq.u32 %p1, %r5, 0; @%p1 barrier.cluster.wait;"
+    rest = "@!%p1 barrier.cluster.wait;"
+    shuffle = "shfl.sync.idx.b32 %r6, %tid, 0, 31, -1;"
+    for seed in SEEDS:
+        run_all(OWN + first + "bar.warp.sync -1;" + NEXT + rest + SYNC, 2, seed=seed)
+        run_all(OWN + first + shuffle + rest + NEXT + SYNC, 2, seed=seed)
+        run_all(OWN + first + shuffle + NEXT.replace("ld.shared", "@%p1 ld.shared") + rest + SYNC, 2, seed=seed)
+    cluster_fault(("race on shared memory", "cluster"), "", OWN + first + shuffle + NEXT + rest + SYNC)
+    # The barrier does not order what a lane did after its arrival.
+    late = "barrier.cluster.arrive; st.shared.u32 [%r21], %r1; {} barrier.cluster.wait; xor.b32 %r13, %r21, 4;"
+    late += "ld.shared.u32 %r1, [%r13];"
+    cluster_fault("race on shared memory", "", OWN + late.format("") + SYNC)
+    run_all(OWN + late.format("bar.warp.sync -1;") + SYNC, 2)
+    parts = "and.b32 %r5, %tid, 31; setp.eq.u32 %p1, %r5, 0; {}@%p1 barrier.cluster.arrive; {}"
+    parts += "@!%p1 barrier.cluster.arrive; barrier.cluster.wait; xor.b32 %r13, %r21, 4; ld.shared.u32 %r1, [%r13];"
+    write = "@%p1 st.shared.u32 [%r21], %r1;"
+    run_all(OWN + parts.format(write, "") + SYNC, 2)
+    cluster_fault("race on shared memory", "", OWN + parts.format("", write) + SYNC)
+
+
 # ---- Asynchronous operations between blocks --------------------------------------------------------------------------
 PEER = "xor.b32 %r12, %r10, 1; mapa.shared::cluster.u32 %r16, %r19, %r12; mapa.shared::cluster.u32 %r17, %r20, %r12;"
 RANK = "mov.u32 %r10, %cluster_ctarank;"

@@ -154,6 +154,24 @@ def test_what_orders_the_lanes_of_a_warp():
         run(NEIGHBOUR.format(x=1, sync=sync, then=""), collectives_order=True)
 
 
+def test_an_arrival_at_a_barrier_covers_what_its_lane_did_before():
+    """Lanes of warp 0 arrive in two parts, or some have exited; no barrier orders what they write after an arrival."""
+    write, arrive = "st.shared.u32 [%r21], %tid;", "barrier.arrive 1, 64;"
+    parts = (
+        SHARED
+        + "setp.lt.u32 %p1, %tid, 32; setp.lt.u32 %p2, %tid, 16; @!%p1 bra SYNC; @!%p2 bra REST; {first} bra END;"
+        "REST: {rest} bra END; SYNC: barrier.sync 1, 64; sub.u32 %r21, %r21, 128; ld.shared.u32 %r1, [%r21]; END:"
+    )
+    for seed in range(3):
+        run(parts.format(first=write + arrive, rest=write + arrive), threads=64, seed=seed)
+        # Lanes that have exited count as arrived.
+        run(parts.format(first=write + "exit;", rest=write + arrive), threads=64, seed=seed)
+    late = parts.format(first=arrive + write, rest=write + arrive)
+    for seed in range(3):
+        with pytest.raises(PtxFault, match=r"not ordered after|before anything wrote"):
+            run(late, threads=64, seed=seed)
+
+
 def test_two_lanes_store_to_one_place():
     assert_fault("race on shared memory", "the write", SHARED + "st.shared.u32 [%r20], 1;")
     run(SHARED + "st.shared.u32 [%r20], 1;", threads=1)
@@ -236,18 +254,83 @@ def test_a_release_orders_the_accesses_of_its_lane(release, acquire):
         assert_fault("race on shared memory", f"thread .{at // 4},0,0", text, threads=64)
 
 
+# Thread 0 writes, sets a flag by a release and arrives at an mbarrier. Warp 1 waits there, so that it comes later, but
+# both are relaxed, so that this orders nothing.
+FLAG = (
+    SHARED + ".shared .align 8 .b8 bar[8]; mov.u32 %r19, bar; setp.eq.u32 %p1, %tid, 0; setp.lt.u32 %p3, %tid, 32;"
+    "@%p1 mbarrier.init.shared::cta.b64 [%r19], 1; @%p1 st.relaxed.cta.shared.u32 [%r20+4], 0;"
+    "@%p1 st.relaxed.cta.shared.u32 [%r20+8], 0; bar.sync 0;"
+    "@!%p3 bra LATER; @%p1 st.shared.u32 [%r20], 9; @%p1 st.release.cta.shared.u32 [%r20+4], 1;"
+    "@%p1 mbarrier.arrive.relaxed.cta.shared::cta.b64 _, [%r19]; bra END;"
+    "LATER: mbarrier.try_wait.parity.relaxed.cta.shared::cta.b64 %p3, [%r19], 0; @!%p3 bra LATER;"
+    "mov.u32 %r5, %laneid; setp.eq.u32 %p1, %r5, 0; {acquire} {then} setp.eq.u32 %p4, %r5, {lane};"
+    "@%p4 ld.shared.u32 %r1, [%r20]; END:"
+)
+SHUFFLE = "shfl.sync.idx.b32 %r4, %r5, 0, 31, -1;"
+SEE = "{}ld.relaxed.cta.shared.u32 %r2, [%r20+4];"
+
+
+@pytest.mark.parametrize(
+    "acquire",
+    [
+        "@%p1 ld.acquire.cta.shared.u32 %r2, [%r20+4];",
+        "@%p1 atom.acquire.cta.shared.add.u32 %r2, [%r20+4], 0;",
+        SEE.format("@%p1 ") + "@%p1 membar.cta;",
+        SEE.format("@%p1 ") + "membar.cta;",
+        SEE.format("") + "@%p1 membar.cta;",
+    ],
+)
+def test_an_acquire_orders_the_accesses_of_its_lane(acquire):
+    """Lane 0 sees the flag: other lanes of its warp are ordered after the write if they have synchronized with it."""
+    two = "setp.lt.u32 %p5, %r5, 2; @%p5 bar.warp.sync 3;"
+    again = SHUFFLE + "setp.eq.u32 %p5, %r5, 1; @%p5 ld.acquire.cta.shared.u32 %r2, [%r20+4];"
+    vote = "vote.sync.any.pred %p6, %p1, -1;"
+    for then, lane in (
+        *(("", 0), (SHUFFLE, 0), ("bar.warp.sync -1;", 31), ("bar.sync 1, 32;", 31), (two, 1), (again, 1)),
+        (two + "setp.lt.u32 %p5, %r5, 4; @%p5 bar.warp.sync 15;", 2),
+    ):
+        for seed in range(3):
+            run(FLAG.format(acquire=acquire, then=then, lane=lane), threads=64, seed=seed)
+    for then, lane in (("", 1), (SHUFFLE, 1), (vote, 31), (two + SHUFFLE, 2), (again, 2)):
+        text = FLAG.format(acquire=acquire, then=then, lane=lane)
+        assert_fault("race on shared memory", r"the read .* not ordered after .* \(0,0,0\)", text, threads=64)
+        if then:
+            run(text, threads=64, collectives_order=True)
+
+
+def test_a_lane_acquires_what_it_has_read():
+    fences = "@%p1 membar.cta; @!%p1 membar.cta;"
+    for acquire, lane, right in (
+        *((SEE.format("") + fence, lane, True) for fence in ("membar.cta;", fences) for lane in (0, 1)),
+        (SEE.format("@%p1 ") + SHUFFLE + "membar.cta;", 1, False),
+        (SEE.format("@%p1 ") + SHUFFLE + "@!%p1 membar.cta;", 0, False),
+        (SEE.format("") + SHUFFLE + "@%p1 membar.cta;", 1, False),
+        ("ld.acquire.cta.shared.u32 %r2, [%r20+4];", 1, True),
+        ("atom.acquire.cta.shared.add.u32 %r2, [%r20+4], 0;", 1, True),
+        # Lane 0 reads the flag, and the others another one.
+        ("selp.u32 %r6, 4, 8, %p1; add.u32 %r6, %r6, %r20; ld.acquire.cta.shared.u32 %r2, [%r6];", 0, True),
+        ("selp.u32 %r6, 4, 8, %p1; add.u32 %r6, %r6, %r20; ld.acquire.cta.shared.u32 %r2, [%r6];", 1, False),
+    ):
+        text = FLAG.format(acquire=acquire, then="", lane=lane)
+        for seed in range(3):
+            if right:
+                run(text, threads=64, seed=seed)
+        if not right:
+            assert_fault("race on shared memory", "the read .* not ordered after", text, threads=64)
+
+
 def test_the_last_block_reads_what_the_others_wrote():
     """One thread's fence and atomic publish what its block wrote, if the block's threads have synchronized."""
     body = (
         "mov.u32 %r2, %ctaid.x; mad.lo.u32 %r3, %r2, 32, %tid; mad.wide.u32 %at, %r3, 4, %out;"
         "setp.eq.u32 %p1, %tid, 0; st.global.u32 [%at], %r3; {sync} @!%p1 bra END; fence.acq_rel.gpu;"
         "ld.param.u64 %rd1, [x]; atom.relaxed.gpu.global.add.u32 %r4, [%rd1], 1; fence.acq_rel.gpu;"
-        "setp.ne.u32 %p2, %r4, 2; @%p2 bra END; ld.global.u32 %r5, [%out]; ld.global.u32 %r5, [%out+{at}]; END:"
+        "setp.ne.u32 %p2, %r4, 2; @%p2 bra END; ld.global.u32 %r5, [%out]; ld.global.u32 %r5, [%out+{at}]; END: {then}"
     )
 
-    def last_block(sync: str, at: int, seed: int) -> None:
+    def last_block(sync: str, at: int, seed: int, then: str = "") -> None:
         arguments = [out(96), InOut(np.zeros(1, np.uint32))]
-        run(body.format(sync=sync, at=at), arguments, params=TWO, grid=3, seed=seed)
+        run(body.format(sync=sync, at=at, then=then), arguments, params=TWO, grid=3, seed=seed)
 
     for seed in range(6):
         last_block("bar.warp.sync -1;", 4, seed)
@@ -256,13 +339,19 @@ def test_the_last_block_reads_what_the_others_wrote():
             with pytest.raises(PtxFault, match=r"thread \(1,0,0\)") as caught:
                 last_block("", at, seed)
             assert caught.value.kind == "race on global memory"
+        # The other lanes learn from lane 0 that the block is the last one.
+        ask = "shfl.sync.idx.b32 %r4, %r4, 0, 31, -1; setp.eq.u32 %p2, %r4, 2; {}"
+        ask += "@%p2 ld.global.u32 %r5, [%out]; @%p2 ld.global.u32 %r5, [%out+128];"
+        last_block("mov.u32 %r4, 0; bar.warp.sync -1;", 4, seed, ask.format("bar.warp.sync -1;"))
+        with pytest.raises(PtxFault, match=r"the read of byte (0|128) of"):
+            last_block("mov.u32 %r4, 0; bar.warp.sync -1;", 4, seed, ask.format(""))
 
 
 def random_program(rng: np.random.Generator, kinds: list[str]) -> tuple[str, bool]:
     """Return accesses by single threads of three warps with synchronizations, and whether two of the accesses race.
 
     Each thread has a vector clock: an access is ordered after an earlier one if its thread knows the other's clock. In
-    a hand-over some threads arrive at an mbarrier, each for itself, and a warp waits for them.
+    a hand-over some threads arrive at an mbarrier, and some lanes of a warp wait for them, each for itself.
     """
     threads, size = 96, 16
     body = f".shared .align 16 .b8 s[{size}]; mov.u32 %r20, s; mov.u32 %r1, 0; mov.u16 %h1, 0;"
@@ -290,12 +379,13 @@ def random_program(rng: np.random.Generator, kinds: list[str]) -> tuple[str, boo
             number, first, count = len(expected), int(rng.integers(12)) * 8, int(rng.choice([1, 8, 9, 32]))
             first = first if count < 32 else first // 32 * 32
             sources = np.arange(first, min(first + count, threads))
-            waiting = np.arange(32) + 32 * int(rng.integers(3))
+            most = int(rng.choice([1, 8, 32]))
+            waiting = np.arange(most) + max(most, 8) * int(rng.integers(96 // max(most, 8)))
             expected.append(len(sources))
             body += (
                 f"sub.u32 %r5, %tid, {first}; setp.lt.u32 %p1, %r5, {len(sources)};"
                 f"@%p1 mbarrier.arrive.shared::cta.b64 _, [%r19+{8 * number}];"
-                f"sub.u32 %r5, %tid, {waiting[0]}; setp.ge.u32 %p1, %r5, 32; @%p1 bra PAST{number};"
+                f"sub.u32 %r5, %tid, {waiting[0]}; setp.ge.u32 %p1, %r5, {most}; @%p1 bra PAST{number};"
                 f"WAIT{number}: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r19+{8 * number}], 0;"
                 f"@!%p2 bra WAIT{number}; PAST{number}:"
             )

@@ -118,6 +118,20 @@ def test_what_the_isa_forbids():
         run(barrier(1) + ARRIVE.replace("arrive", "arrive.noComplete"), threads=1)
 
 
+@pytest.mark.parametrize(
+    ("lane", "then", "right"),
+    [(0, "", True), (1, "bar.warp.sync -1;", True), (1, "shfl.sync.idx.b32 %r4, %tid, 0, 31, -1;", False)],
+)
+def test_the_lane_that_has_waited_may_invalidate(lane, then, right):
+    body = barrier(32) + "setp.ge.u32 %p3, %tid, 32; @%p3 " + ARRIVE + "@%p3 bra END; @!%p1 bra PAST;" + wait()
+    body += f"PAST: {then} setp.eq.u32 %p5, %tid, {lane}; @%p5 mbarrier.inval.shared::cta.b64 [%r19]; END:"
+    if right:
+        for seed in SEEDS:
+            run(body, threads=64, seed=seed)
+    else:
+        assert_fault("mbarrier", r"thread \(32,0,0\) or its warp is not ordered before", body, threads=64, seeds=SEEDS)
+
+
 # ---- Order -----------------------------------------------------------------------------------------------------------
 HAND_OVER = (
     "mad.lo.u32 %r21, %tid, 4, %r20; st.shared.u32 [%r21], %tid; {arrive} {wait} xor.b32 %r2, %tid, 32; "
@@ -371,6 +385,242 @@ def test_an_order_passes_through_other_threads():
             assert_fault("race on shared memory", f"thread .{at // 4},0,0", text, threads=96, seeds=SEEDS)
 
 
+# Warp 1 writes a word for each lane of warp 0 and arrives. The lanes of warp 0 below {most} wait, and those between
+# {first} and {last} read their words.
+ACQUIRE = (
+    barrier(32) + "mad.lo.u32 %r21, %tid, 4, %r20; setp.lt.u32 %p3, %tid, 32; @%p3 st.shared.u32 [%r21], 0; bar.sync 1;"
+    "@%p3 bra READER; add.u32 %r21, %r21, -128; st.shared.u32 [%r21], %tid;"
+    + ARRIVE
+    + "bra END; READER: {before} setp.ge.u32 %p4, %tid, {most}; @%p4 bra PAST;"
+    + wait()
+    + "PAST: {then} setp.ge.u32 %p4, %tid, {first}; setp.lt.and.u32 %p4, %tid, {last}, %p4;"
+    "@%p4 ld.shared.u32 %r1, [%r21]; END:"
+)
+SHUFFLE = "shfl.sync.idx.b32 %r4, %tid, 0, 31, -1;"
+
+
+def few(lanes: int) -> str:
+    """Return a barrier of the warp's first lanes."""
+    return f"setp.lt.u32 %p5, %tid, {lanes}; @%p5 bar.warp.sync {(1 << lanes) - 1};"
+
+
+@pytest.mark.parametrize(
+    ("most", "then", "readers", "right"),
+    [
+        (32, "", (0, 32), True),
+        (1, "", (0, 1), True),  # the lane that has waited
+        (1, SHUFFLE, (0, 1), True),
+        (1, "bar.warp.sync -1;", (0, 32), True),
+        (1, "bar.sync 2, 32;", (0, 32), True),
+        (4, "bar.warp.sync -1;", (0, 32), True),
+        (1, few(2), (0, 2), True),
+        (1, few(2) + few(9), (2, 9), True),
+        (1, few(2) + few(9) + "bar.warp.sync -1;", (0, 32), True),
+        (1, "", (1, 2), False),
+        (1, SHUFFLE, (0, 32), False),
+        (1, SHUFFLE, (31, 32), False),
+        (31, SHUFFLE, (31, 32), False),
+        (1, "setp.eq.u32 %p5, %tid, 0; vote.sync.any.pred %p6, %p5, -1;", (1, 2), False),
+        (1, "redux.sync.add.u32 %r4, %tid, -1;", (1, 2), False),
+        (1, SHUFFLE + "fence.acq_rel.cta;", (1, 2), False),
+        (1, few(2) + SHUFFLE, (2, 3), False),
+        (1, "setp.eq.u32 %p5, %tid, 0; @%p5 bar.warp.sync 1;" + SHUFFLE, (1, 2), False),
+    ],
+)
+def test_a_wait_orders_the_accesses_of_its_lane(most, then, readers, right):
+    """PTX ISA, "mbarrier.test_wait": what others did before they arrived is visible to the *executing thread*.
+
+    Other lanes of its warp see it after a barrier with that lane. CUDA's guide says that a shuffle is none.
+    """
+    body = ACQUIRE.format(before="", most=most, then=then, first=readers[0], last=readers[1])
+    if right:
+        for seed in SEEDS:
+            run(body, threads=64, seed=seed)
+    else:
+        assert_fault("race on shared memory", "not ordered after", body, threads=64, seeds=SEEDS)
+    if "sync" in then and not right:
+        run(body, threads=64, collectives_order=True)
+
+
+def test_lanes_that_wait_at_two_barriers():
+    """Threads 32 and 33 write a word and arrive, each at its barrier; even and odd lanes wait at one of these each."""
+    body = (
+        barrier(1)
+        + "mov.u32 %r18, %r19; add.u32 %r18, %r18, 8; @%p1 mbarrier.init.shared::cta.b64 [%r18], 1;"
+        + "@%p1 st.shared.v4.u32 [%r20], {{%tid, %tid, %tid, %tid}}; bar.sync 1;"
+        + "and.b32 %r5, %tid, 1; mad.lo.u32 %r18, %r5, 8, %r19; mad.lo.u32 %r21, %r5, 4, %r20;"
+        + "setp.lt.u32 %p3, %tid, 32; @%p3 bra READER; setp.lt.u32 %p3, %tid, 34; @!%p3 bra END;"
+        + "setp.ge.u32 %p4, %tid, {first}; @%p4 st.shared.u32 [%r21], 7;"
+        + ARRIVE_EMPTY
+        + "; bra END; READER:"
+        # Both phases have ended before a lane waits.
+        + wait(0, "FIRST").replace("parity", "parity.relaxed.cta")
+        + wait(0, "SECOND", "[%r19+8]").replace("parity", "parity.relaxed.cta")
+        + wait(0, "WAIT", "[%r18]")
+        + "{read} END:"
+    )
+    other = "xor.b32 %r21, %r21, 4; ld.shared.u32 %r1, [%r21];"
+    matrix = "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%r20];"
+    for read, right in (
+        ("ld.shared.u32 %r1, [%r21];", True),
+        (other, False),
+        ("bar.warp.sync -1;" + other, True),
+        (matrix, False),
+        ("bar.warp.sync -1;" + matrix, True),
+    ):
+        for first in (32, 33):  # thread 33 alone writes for odd lanes, among them the last one
+            text = body.format(read=read, first=first)
+            if right:
+                for seed in SEEDS:
+                    run(text, threads=64, seed=seed)
+            else:
+                assert_fault("race on shared memory", "the read .* is not ordered", text, threads=64, seeds=SEEDS)
+
+
+def test_lanes_that_leave_a_wait_in_turn():
+    """Lane l tests the barrier l times first, and each lane that has seen the phase end is ordered after it."""
+    count = "mov.u32 %r5, %tid; TURN: setp.eq.u32 %p5, %r5, 0; @%p5 bra NOW; {} sub.u32 %r5, %r5, 1; bra TURN; NOW:"
+    test = "mbarrier.test_wait.parity.shared::cta.b64 %p2, [%r19], 0;"
+    for before in (count.format(test), count.format(""), "and.b32 %r5, %tid, 1; setp.eq.u32 %p5, %r5, 0; @%p5 " + test):
+        body = ACQUIRE.format(before=before, most=32, then="", first=0, last=32)
+        for seed in SEEDS:
+            run(body, threads=64, seed=seed)
+
+
+def test_lanes_that_have_exited_are_not_waited_for():
+    leave = "setp.ge.u32 %p5, %tid, 20; @%p5 exit;"
+    for most, then, right in (
+        (32, "", True),
+        (1, few(20), True),
+        (1, "bar.sync 2, 32;", True),
+        (1, "bar.warp.sync -1;", True),
+        (1, "shfl.sync.idx.b32 %r4, %tid, 0, 31, 0xFFFFF;", False),
+    ):
+        body = ACQUIRE.format(before=leave, most=most, then=then, first=0, last=32)
+        if right:
+            for seed in SEEDS:
+                run(body, threads=64, seed=seed)
+        else:
+            assert_fault("race on shared memory", "not ordered after", body, threads=64, seeds=SEEDS)
+    # A lane that has waited and exits takes what it knows along.
+    gone = "setp.eq.u32 %p5, %tid, 0; @%p5 exit; bar.warp.sync -2;"
+    body = ACQUIRE.format(before="", most=1, then=gone, first=0, last=32)
+    assert_fault("race on shared memory", "not ordered after", body, threads=64, seeds=SEEDS)
+
+
+@pytest.mark.parametrize("listener", [1, 64])  # a lane of the same warp, and another warp
+def test_an_arrival_tells_what_its_lane_knows(listener):
+    """Lane 0 has waited for thread 32; a lane of its warp arrives at a second barrier, where another thread waits."""
+    body = (
+        barrier(32) + "mov.u32 %r18, %r19; add.u32 %r18, %r18, 8; @%p1 mbarrier.init.shared::cta.b64 [%r18], 1;"
+        "@%p1 st.shared.u32 [%r20], 0; bar.sync 1; setp.ge.u32 %p3, %tid, 64; @%p3 bra LISTEN;"
+        "setp.ge.u32 %p3, %tid, 32; @%p3 bra WRITE; @!%p1 bra PAST;"
+        + wait()
+        + "PAST: {then} setp.eq.u32 %p5, %tid, {by}; @%p5 "
+        + ARRIVE_EMPTY
+        + "; LISTEN: setp.ne.u32 %p5, %tid, {listener}; @%p5 bra END;"
+        + wait(0, "EMPTY", "[%r18]")
+        + "ld.shared.u32 %r1, [%r20]; bra END; WRITE: setp.eq.u32 %p5, %tid, 32; @%p5 st.shared.u32 [%r20], %tid;"
+        + ARRIVE
+        + "END:"
+    )
+    for by, then, right in ((0, "", True), (1, "bar.warp.sync -1;", True), (1, few(2), True), (1, SHUFFLE, False)):
+        text = body.format(by=by, then=then, listener=listener)
+        if right:
+            for seed in SEEDS:
+                run(text, threads=96, seed=seed)
+        else:
+            message = r"the read .* is not ordered after the access by thread \(32,0,0\)"
+            assert_fault("race on shared memory", message, text, threads=96, seeds=SEEDS)
+
+
+def test_what_a_lane_knows_adds_to_what_its_warp_knows():
+    """Threads 32 and 33 read a word. All lanes of warp 0 wait for one of them, and lane 0 alone for the other."""
+    body = (
+        barrier(1) + "mov.u32 %r18, %r19; add.u32 %r18, %r18, 8; @%p1 mbarrier.init.shared::cta.b64 [%r18], 1;"
+        "@%p1 st.shared.u32 [%r20], 0; bar.sync 1; setp.lt.u32 %p3, %tid, 32; @%p3 bra WRITE;"
+        "setp.lt.u32 %p3, %tid, 34; @%p3 ld.shared.u32 %r1, [%r20]; setp.eq.u32 %p3, %tid, {first}; @%p3 "
+        + ARRIVE
+        + "setp.eq.u32 %p4, %tid, {second}; @%p4 "
+        + ARRIVE_EMPTY
+        + "; bra END; WRITE:"
+        + wait()
+        + "@!%p1 bra PAST;"
+        + wait(0, "EMPTY", "[%r18]")
+        + "PAST: {then} setp.eq.u32 %p5, %tid, {lane}; @%p5 st.shared.u32 [%r20], 1; END:"
+    )
+    for first in (32, 33):
+        for lane, then, right in ((0, "", True), (1, few(2), True), (1, SHUFFLE, False)):
+            text = body.format(lane=lane, then=then, first=first, second=65 - first)
+            if right:
+                for seed in SEEDS:
+                    run(text, threads=64, seed=seed)
+            else:
+                message = r"the write .* is not ordered after the access by thread \(3[23],0,0\)"
+                assert_fault("race on shared memory", message, text, threads=64, seeds=SEEDS)
+
+
+def test_the_bytes_of_a_copy_are_known_to_the_lanes_that_waited():
+    """Thread 0 alone waits for a bulk copy."""
+    options = {"threads": 32, "params": TWO}
+    for then, matrix, right in (
+        *((then, matrix, True) for then in ("bar.warp.sync -1;", "bar.sync 1;") for matrix in (False, True)),
+        *((then, matrix, False) for then in ("", SHUFFLE) for matrix in (False, True)),
+    ):
+        body = load(128, waits="@!%p1 bra PAST;" + wait() + "PAST:" + then)
+        if matrix:
+            body = body.replace(READ, "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%r20];")
+        for seed in SEEDS:
+            if right:
+                run(body, [Out(np.zeros(32, np.uint32)), In(X)], seed=seed, **options)
+                continue
+            with pytest.raises(PtxFault) as caught:
+                run(body, [Out(np.zeros(32, np.uint32)), In(X)], seed=seed, **options)
+            kinds = {"race on shared memory"} | (set() if then else {"asynchronous copy", "uninitialised memory"})
+            assert caught.value.kind in kinds
+    only_lane_0 = load(128, waits="@!%p1 bra END;" + wait()).replace("ld.shared", "@%p1 ld.shared") + "END:"
+    run(only_lane_0, [Out(np.zeros(32, np.uint32)), In(X)], **options)
+
+
+def test_the_lane_that_waits_may_load_again():
+    """Thread 0 waits until warp 1 has read a stage. Another lane may load it only after a barrier with thread 0."""
+    body = GIVE_BACK.format(count=32, read=GIVE_BACK_READ, then="", arrive=ARRIVE_EMPTY)
+    body = body.replace("@!%p1 bra END;", "setp.eq.u32 %p6, %tid, LANE; @!%p1 bra PAST;", 1)
+    second = wait(0, "EMPTY", "[%r18]") + "PAST: THEN @!%p6 bra END;"
+    body = body.replace(wait(0, "EMPTY", "[%r18]"), second)
+    args, options = [Out(np.zeros(64, np.uint32)), In(X)], {"threads": 64, "params": TWO}
+    for lane, then, right in (
+        (0, "", True),
+        (0, SHUFFLE, True),
+        (1, "bar.warp.sync -1;", True),
+        (1, SHUFFLE, False),
+        (0, "elect.sync %r4|%p6, -1;", True),
+    ):
+        text = body.replace("LANE", str(lane)).replace("THEN", then)
+        for seed in SEEDS:
+            if right:
+                run(text, args, seed=seed, **options)
+        if not right:
+            assert_fault("race on shared memory", "the write .* is not ordered", text, args, seeds=SEEDS, **options)
+
+
+def test_a_proxy_fence_covers_what_its_lane_knows():
+    """Lane 0 has waited for warp 1's ordinary writes, and stores them by a bulk copy, after a proxy fence of a lane."""
+    copy = "setp.eq.u32 %p5, %tid, {by};" + SHUFFLE + "{sync} @%p5 fence.proxy.async.shared::cta; bar.warp.sync -1;"
+    copy += "@%p1 cp.async.bulk.global.shared::cta.bulk_group [%out], [%r20], 128; @%p1 cp.async.bulk.commit_group;"
+    copy += "cp.async.bulk.wait_group 0;"
+    # The readers' own writes, which come before, are fenced by each of them.
+    start = ACQUIRE.replace("bar.sync 1;", "fence.proxy.async; bar.sync 1;", 1)
+    for by, sync, right in ((0, "", True), (1, "bar.warp.sync -1;", True), (1, "", False)):
+        body = start.format(before="", most=1, then=copy.format(by=by, sync=sync), first=0, last=0)
+        if right:
+            for seed in SEEDS:
+                run(body, [Out(np.zeros(32, np.uint32))], threads=64, seed=seed)
+        else:
+            args = [Out(np.zeros(32, np.uint32))]
+            assert_fault("proxy", "no fence.proxy.async follows", body, args, threads=64, seeds=SEEDS)
+
+
 STORE_BULK = "cp.async.bulk.global.shared::cta.bulk_group [%out], [%r20], 256; cp.async.bulk.commit_group;"
 BULK_STORE = (
     ".shared .align 128 .b8 s[1024]; mov.u32 %r20, s; mad.lo.u32 %r21, %tid, 4, %r20; setp.eq.u32 %p1, %tid, 0;"
@@ -475,6 +725,12 @@ def test_memory_of_the_kernel_before():
             with pytest.raises(PtxFault, match=r"before griddepcontrol.wait") as caught:
                 run(DEPENDENT.format(before=before), [Out(got), x], 64, params=TWO, dependent=[x], seed=seed, grid=2)
             assert caught.value.kind == "dependent launch"
+    # The other lanes of its warp follow after a barrier of the warp, and not after a shuffle.
+    one = "setp.eq.u32 %p1, %tid, 0; @!%p1 bra A; griddepcontrol.wait; A: {}"
+    run(DEPENDENT.format(before=one.format("bar.warp.sync -1;")), [Out(got), x], 32, params=TWO, dependent=[x])
+    alone = DEPENDENT.format(before=one.format(SHUFFLE))
+    assert_fault("dependent launch", "before griddepcontrol.wait", alone, [Out(got), x], 32, params=TWO, dependent=[x])
+    run(alone.replace("ld.global", "@%p1 ld.global"), [Out(got), x], 32, params=TWO, dependent=[x])
     nc = DEPENDENT.format(before="griddepcontrol.wait;").replace("ld.global", "ld.global.nc")
     assert_fault("dependent launch", "ld.global.nc", nc, [Out(got), x], 64, params=TWO, dependent=[x])
     run(nc, [Out(got), x], 64, params=TWO)

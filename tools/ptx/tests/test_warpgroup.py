@@ -337,6 +337,25 @@ def test_one_lane_gives_back_what_its_warp_has_multiplied():
         assert caught.value.kind in ("race on shared memory", "warpgroup")
 
 
+def test_every_lane_of_a_wgmma_must_know_what_it_reads():
+    """All lanes execute it, so that a wait by one lane is not enough for a warp without a barrier of the warp."""
+    init = ".shared .align 8 .b8 bar[8]; mov.u32 %r19, bar; setp.eq.u32 %p2, %tid, 0; mov.u32 %r8, %laneid;"
+    init += "setp.lt.u32 %p3, %tid, 32; setp.eq.or.u32 %p3, %r8, 0, %p3;"
+    init += "@%p2 mbarrier.init.shared::cta.b64 [%r19], 1; bar.sync 0;"
+    write = "@!%p2 bra A; st.shared.u32 [%r20], 0; fence.proxy.async; mbarrier.arrive.shared::cta.b64 _, [%r19]; A:"
+    wait = "bra B; W: mbarrier.try_wait.parity.shared::cta.b64 %p4, [%r19], 0; @!%p4 bra W; B:"
+
+    def waiting(past: str, then: str) -> str:
+        return init + write + past + wait + then + FENCE + FIRST + COMMIT + WAIT
+
+    shuffle = "shfl.sync.idx.b32 %r9, %r8, 0, 31, -1;"
+    for seed in SEEDS:
+        small(waiting("@%p7 ", ""), seed=seed)
+        small(waiting("@!%p3 ", "bar.warp.sync -1;"), seed=seed)
+    race = "the asynchronous read .* is not ordered after the access by thread .0,0,0"
+    small_fault("race on shared memory", race, waiting("@!%p3 ", shuffle))
+
+
 def test_ordinary_writes_must_be_fenced():
     body = FENCE + FIRST + COMMIT + WAIT
     fault = small_fault(
