@@ -2,8 +2,9 @@
 // (gemm_amx.cpp). Their slow twins are the planes' product (level_product.h) and gemm_scalar.cpp.
 //
 // A tile register holds 16 rows of 64 bytes. TDPBSSD multiplies a tile of 16 rows of x by 64 values with a tile of
-// weights, 64 values by 16 outputs, and adds the products to a tile of 16 x 16 int32: 16,384 multiply-adds in 16 cycles.
-// Four such tiles of sums share two tiles of x and two of weights, so that every tile that is loaded serves twice.
+// weights, 64 values by 16 outputs, and adds the products to a tile of 16 x 16 int32: 16,384 multiply-adds in 16
+// cycles. Four such tiles of sums share two tiles of x and two of weights, so that every tile that is loaded serves
+// twice.
 //
 // The weights come in the form of gemm_avx512.cpp. A bit becomes a byte b of 0 or 1 instead of a weight w of -1 or 1,
 // because that takes one operation less, and
@@ -15,8 +16,8 @@
 // places. The bytes of x have these values' order and the other part of the factor 8 (ByteOrder).
 //
 // Blocks. For 32 outputs, the weights of up to 1024 values of K are unpacked into 32 KiB, which stay in L1, and are
-// multiplied with a block of rows. x comes from L2 by TILELOADDT1, which leaves L1 to the weights. Sums wait in
-// memory between parts of K. The first 32 rows unpack the weights two steps of 64 values before they are multiplied. If a
+// multiplied with a block of rows. x comes from L2 by TILELOADDT1, which leaves L1 to the weights. Sums wait in memory
+// between parts of K. The first 32 rows unpack the weights two steps of 64 values before they are multiplied. If a
 // block has no more than 32 rows, all of K is one part whose weights pass through 8 KiB. The outputs of a tile are
 // written while the next one is multiplied.
 //
@@ -24,7 +25,7 @@
 // GHz; otherwise it runs at 3.7 to 3.9 GHz. A loop of multiplying instructions alone takes 22.2 ns for a step of four
 // tiles, which is 64 cycles at 2.9 GHz. With all tiles in L1 and one store of the sums for 1024 values it takes 1.08
 // times as long, and with x from L2 1.17 times. The product of signs of 256 rows by 1024 x 1024 weights reaches 77 % of
-// the loop's 1024 multiply-adds a cycle if its outputs are bits, and 65 % if they are float32. docs/history.md has what
+// the loop's 1024 multiply-adds a cycle if its outputs are bits, and 62 % if they are float32. docs/history.md has what
 // was tried and rejected.
 #include "target.h"
 

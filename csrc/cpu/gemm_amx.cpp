@@ -45,6 +45,8 @@ struct Least {
     int64_t values, products;
 };
 constexpr Least kLeastOfBits{512, 7 << 20}, kLeast{768, 3 << 22};
+// Wider rows of numbers need more values, because memory takes them no faster.
+constexpr int64_t kWideRow = 4096, kLeastValuesOfWide = 1536;
 constexpr int64_t kMostValues = int64_t{1} << 15;  // 1 MiB in 32 rows
 
 // Returns how many of the last rows gemm_avx512.cpp multiplies faster: up to 20 of a block of 32, because they would
@@ -119,7 +121,9 @@ static bool has_size(int64_t rows, int64_t k) {
 
 static bool is_faster(const Product& product, int64_t rows, int64_t columns) {
     const Least& least = product.y.limits ? kLeastOfBits : kLeast;
-    return has_size(rows, product.k) && columns >= kLeastColumns && product.k >= least.values &&
+    const bool wide = !product.y.limits && product.n > kWideRow;
+    return has_size(rows, product.k) && columns >= kLeastColumns &&
+           product.k >= (wide ? kLeastValuesOfWide : least.values) &&
            columns >= ceil_div(least.products, rows * product.k);
 }
 

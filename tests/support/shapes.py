@@ -18,9 +18,9 @@ TABLE_BLOCK, STRIP, FINISHED = 120, 1024, 128
 # The kernel of csrc/cpu/gemm_avx512.cpp has the same panel and row tile, units of one word, and this many values of k
 # per cache block.
 CACHE_BLOCK = 16384
-# These repeat csrc/cpu/gemm_amx.cpp and byte_gemm_amx.cpp: rows and outputs of a tile, the fewest rows of a product, the
-# most rows at its end that are left to AVX-512 (of 16 and of 32), the fewest outputs, the values of a part, and the most
-# values.
+# These repeat csrc/cpu/gemm_amx.cpp and byte_gemm_amx.cpp: rows and outputs of a tile, the fewest rows of a product,
+# the most rows at its end that are left to AVX-512 (of 16 and of 32), the fewest outputs, the values of a part, and the
+# most values.
 TILE_SIDE, TILE_FEWEST_ROWS, TILE_RESTS, TILE_FEWEST_OUTPUTS, TILE_PART = 16, 25, (8, 20), 256, 1024
 TILE_MOST_VALUES = 32768
 # Below so many multiply-adds (csrc/cpu/product.h), or so many values to pack (csrc/cpu/threads.h), one thread works.
