@@ -32,7 +32,7 @@
 BITORCH_QLINEAR_AMX_BEGIN
 #include "byte_gemm_amx.h"
 #include "cpu_features.h"
-#include "gemm_amx.h"
+#include "kernel.h"
 
 namespace bitorch_qlinear {
 namespace {

@@ -37,7 +37,6 @@
 
 // Our own headers are compiled for AVX-512 here, too, and everything that they define has internal linkage.
 BITORCH_QLINEAR_AVX512_BEGIN
-#include "gemm_amx.h"
 #include "hash.h"
 #include "kernel.h"
 #include "pack_avx512.h"
@@ -309,7 +308,7 @@ constinit const Kernel kAvx512Kernel = record(
     [](const CpuFeatures& features) { return features.avx512; }, nullptr);
 
 #if defined(BITORCH_QLINEAR_HAS_AMX)
-// Signs are multiplied by AVX-512 and levels by AMX, from the same form of the weights.
+// It has the form of the weights in common with the kernel above, and all but its products.
 constinit const Kernel kAmxKernel = [] {
     Kernel kernel = record(
         "amx", "AMX-TILE, AMX-INT8 and AVX512_VBMI, and all that avx512 needs",

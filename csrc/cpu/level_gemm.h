@@ -9,8 +9,8 @@
 
 namespace bitorch_qlinear {
 
-// The levels of all rows of x as bytes, in the form that LevelGemm::write_row gives them. Signs are levels of 1 bit here
-// (gemm_amx.cpp).
+// The levels of all rows of x as bytes, in the form that LevelGemm::write_row gives them. Signs have this form, too, as
+// levels of one bit (gemm_amx.cpp).
 struct LevelBytes {
     const uint8_t* bytes;
     const int32_t* sums;  // the sum of each row's levels
