@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 40  # of one kernel, of which torch and the device need several until the first launch
+SECONDS = 20  # of one kernel, of which torch and the device need several until the first launch
 MOST_ROWS = {"skinny": 16, "skinny_mma_sm80": 64}
 MOST_ROWS |= {"fused_skinny": 4, "fused_skinny_mma_sm80": 16, "fused_cluster_sm90": 16}
-WORKERS = 4  # fewer would take longer, and more would share the device with a kernel that hangs
+WORKERS = 5  # fewer would take longer, and more would share the device with a kernel that hangs
 
 
 def products(kernel: str) -> list[tuple[int, int, int]]:

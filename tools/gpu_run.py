@@ -63,8 +63,8 @@ def parts(results: Path) -> list[Part]:
     pytest = [python, "-m", "pytest", *brief, *workers, "tests/gpu"]
     benchmarks = [python, "-m", "benchmarks", "gpu", "--results", str(results)]
     return [
-        Part("environment", ["sh", "-c", environment], 30, "environment.txt"),
-        Part("kernels", [python, "-m", "tools.gpu_first"], 120, "kernels.txt", needed=True),
+        Part("environment", ["sh", "-c", environment], 18, "environment.txt"),
+        Part("kernels", [python, "-m", "tools.gpu_first"], 42, "kernels.txt", needed=True),
         Part("tests", pytest, 150, "tests.txt"),
         Part("benchmarks", benchmarks, 160, "gpu.txt", told=True),
         Part("sanitizers", [python, "-m", "tools.sanitize"], SECONDS, "sanitizer.txt", told=True),
