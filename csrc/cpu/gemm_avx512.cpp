@@ -308,10 +308,15 @@ constinit const Kernel kAvx512Kernel = record(
     [](const CpuFeatures& features) { return features.avx512; }, nullptr);
 
 #if defined(BITORCH_QLINEAR_HAS_AMX)
-// Signs are multiplied by AVX-512 and levels by AMX, from the same form of the weights.
-constinit const Kernel kAmxKernel = record(
-    "amx", "AMX-TILE, AMX-INT8 and AVX512_VBMI, and all that avx512 needs",
-    [](const CpuFeatures& features) { return features.amx; }, &kAmxLevelGemm);
+// It has the form of the weights in common with the kernel above, and all but its products.
+constinit const Kernel kAmxKernel = [] {
+    Kernel kernel = record(
+        "amx", "AMX-TILE, AMX-INT8 and AVX512_VBMI, and all that avx512 needs",
+        [](const CpuFeatures& features) { return features.amx; }, &kAmxLevelGemm);
+    kernel.workspace_bytes = amx_workspace_bytes;
+    kernel.gemm = amx_gemm;
+    return kernel;
+}();
 #endif
 
 }  // namespace bitorch_qlinear

@@ -85,6 +85,9 @@ extern const Kernel kScalarKernel;
 #if defined(__x86_64__)
 #if defined(BITORCH_QLINEAR_HAS_AMX)
 extern const Kernel kAmxKernel;
+// kAmxKernel has these instead of kAvx512Kernel's (gemm_amx.cpp).
+int64_t amx_workspace_bytes(int64_t rows, int64_t k);
+void amx_gemm(const Product& product, Range rows, Range columns, uint8_t* workspace);
 #endif
 extern const Kernel kAvx512Kernel;
 extern const Kernel kAvx2Kernel;

@@ -9,11 +9,12 @@
 
 namespace bitorch_qlinear {
 
-// The levels of all rows of x as bytes, in the form that LevelGemm::write_row gives them.
+// The levels of all rows of x as bytes, in the form that LevelGemm::write_row gives them. Signs have this form, too, as
+// levels of one bit (gemm_amx.cpp).
 struct LevelBytes {
     const uint8_t* bytes;
     const int32_t* sums;  // the sum of each row's levels
-    const uint8_t* nans;  // whether each row of x holds a NaN
+    const uint8_t* nans;  // whether each row of x holds a NaN; null if none does
     int bits;
 };
 

@@ -482,7 +482,7 @@ def test_no_exception_leaves_an_exported_c_function():
     ("kernel", "instruction"),
     [
         ("multiply_tile<", r"vpopcntd .*%zmm"),  # gemm_avx512.cpp; the processor need not have AVX-512
-        ("multiply_tiles<", r"tdpbusd "),  # level_gemm_amx.cpp, likewise
+        ("multiply_part<", r"tdpbssd "),  # byte_gemm_amx.cpp, likewise
         ("pair_planar", r"vpshufb .*%ymm"),  # gemm_avx2.cpp
         ("gemm_tables.*add_block", r"vpaddb 0x[0-9a-f]*\(.*%ymm"),
         ("gemm_by_words.*Tile", r"popcnt .*%r"),  # gemm_popcnt.cpp

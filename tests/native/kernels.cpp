@@ -136,6 +136,7 @@ void fill_limits(Buffer<int32_t>& limits, int64_t n, int64_t k) {
 struct Case {
     int64_t m, n, k;
     Epilogue epilogue;
+    bool whole = false;  // y is one tile as high and as wide as the kernel allows, instead of a random one
 };
 
 // Returns a workspace with the alignment that kernels may expect, and with exactly the size that they ask for.
@@ -188,7 +189,7 @@ void check_product(const Kernel& kernel, const Case& at, Buffer<uint32_t>& x, Bu
                         epilogue.flips ? flips.data() : nullptr}};
     };
     multiply(kScalarKernel, product(expected), m, n);
-    const bool whole = below(2) == 0;
+    const bool whole = at.whole || below(2) == 0;
     multiply(kernel, product(got), whole ? m : 1 + below(m), whole ? n : 1 + below(n));
     const std::string what =
         describe(kernel, "product", m, n, k, static_cast<int>(epilogue.dtype), epilogue.limits, epilogue.flips);
@@ -208,7 +209,8 @@ void check_extreme_product(const Kernel& kernel, const Case& at) {
     const int64_t words = words_for(at.k);
     Buffer<uint32_t> x(Use::Input, at.m * words), weight(Use::Input, at.n * words);
     std::vector<uint32_t> pattern(static_cast<size_t>(words));
-    for (uint32_t& word : pattern) word = static_cast<uint32_t>(test::generator());
+    const bool same = below(2);  // then all bits of a row are equal, too
+    for (uint32_t& word : pattern) word = same ? 0 : static_cast<uint32_t>(test::generator());
     const auto fill_rows = [&](Buffer<uint32_t>& rows, int64_t count) {
         for (int64_t i = 0; i < count; ++i) {
             const uint32_t flip = below(2) ? ~uint32_t{0} : 0;
@@ -246,6 +248,49 @@ void check_products(const Kernel& kernel) {
     }
     for (int64_t n : around({1024, 1024 + 128})) check_random_product(kernel, {64, n, 768 + below(200), epilogue()});
     for (int64_t k : around({840, 960, 16384})) check_extreme_product(kernel, {64, 512, k, epilogue()});
+}
+
+#if defined(BITORCH_QLINEAR_HAS_AMX)
+// Returns whether the tile registers are in use: the processor then saves them at each change of threads.
+bool tiles_in_use() {
+    uint32_t low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(1));
+    return low >> 18 & 1;
+}
+#endif
+
+// These sizes lie around the bounds of csrc/cpu/gemm_amx.cpp and the tiles, groups and parts of byte_gemm_amx.cpp.
+void check_tile_products(const Kernel& kernel) {
+#if defined(BITORCH_QLINEAR_HAS_AMX)
+    if (kernel.gemm != kAmxKernel.gemm) return;
+    if (!tiles_granted()) {
+        std::printf("%s: signs as bytes are not tested: the system does not grant tile registers\n", kernel.name);
+        return;
+    }
+    size_t next = 0;  // every epilogue takes turns
+    const auto check_sizes = [&](int64_t m, int64_t n, int64_t k) {
+        const Case at{m, n, k, kEpilogues[next++ % std::size(kEpilogues)], true};
+        below(4) ? check_random_product(kernel, at) : check_extreme_product(kernel, at);
+        expect(!tiles_in_use(), describe(kernel, "product: the tile registers were not released", m, n, k));
+    };
+    for (int64_t m = 24; m <= 66; ++m) check_sizes(m, 512 + below(70), 1000 + below(200));
+    for (int64_t m : around({84, 104, 128, 148, 161})) check_sizes(m, 256 + below(70), 1000 + below(200));
+    for (int64_t n = 512; n <= 580; ++n) check_sizes(32 + below(40), n, 768 + below(200));
+    for (int64_t n : around({255})) check_sizes(64 + below(40), n, 768 + below(200));
+    for (int64_t k = 1020; k <= 1160; ++k) check_sizes(40 + below(30), 384 + below(40), k);
+    for (int64_t k : around({512, 768, 2048, 3072, 4096, 8192})) {
+        for (size_t i = 0; i < std::size(kEpilogues); ++i) check_sizes(25 + below(50), 512 + below(40), k);
+    }
+    // Larger numbers of values leave fewer rows to a block, and at last take another method.
+    for (int64_t k : {16385, 20000}) check_sizes(70, 256 + below(40), k);
+    for (int64_t k : around({32768})) check_sizes(25 + below(20), 256 + below(40), k);
+    // So many multiply-adds or fewer take another method.
+    for (int64_t n : around({(7 << 20) / 28 / 1024, (3 << 22) / 28 / 1024})) {
+        for (size_t i = 0; i < std::size(kEpilogues); ++i) check_sizes(28, n, 1024);
+    }
+#else
+    (void)kernel;
+#endif
 }
 
 // ---- packing -------------------------------------------------------------------------------------
@@ -340,15 +385,6 @@ struct LevelCase {
     DType dtype;
     bool scale, bias;
 };
-
-#if defined(BITORCH_QLINEAR_HAS_AMX)
-// Returns whether the tile registers are in use: the processor then saves them at each change of threads.
-bool tiles_in_use() {
-    uint32_t low, high;
-    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(1));
-    return low >> 18 & 1;
-}
-#endif
 
 void check_level_product(const Kernel& kernel, const LevelCase& at) {
     const int64_t m = at.m, n = at.n, k = at.k;
@@ -571,6 +607,7 @@ void check_reals(const Kernel& kernel, DType dtype) {
 
 void check(const Kernel& kernel) {
     check_products(kernel);
+    check_tile_products(kernel);
     check_packing<double>(kernel, DType::float64, 0x7FF0000000000000);
     check_packing<float>(kernel, DType::float32, 0x7F800000);
     check_packing<Half>(kernel, DType::float16, 0x7C00);

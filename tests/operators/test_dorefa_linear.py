@@ -1,9 +1,6 @@
 """dorefa_linear: products of rounded inputs by packed weights, against torch's own rounding and exact sums."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -24,7 +21,7 @@ from support.reference import (
 from support.shapes import PANEL, ROW_TILE, around
 
 from bitorch_qlinear import functional as F
-from bitorch_qlinear import kernels, quantizations
+from bitorch_qlinear import quantizations
 
 ONE = torch.ones(1, 1, dtype=torch.int32)
 
@@ -139,75 +136,6 @@ def test_denormals_and_threads_do_not_change_results(bits):
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
-
-
-# ---- tile registers (AMX) ---------------------------------------------------------------------------
-
-TILES = """
-import ctypes, sys
-import torch
-from bitorch_qlinear import functional as F
-
-def granted():
-    states = ctypes.c_uint64()
-    assert ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(states)) == 0  # arch_prctl(ARCH_GET_XCOMP_PERM)
-    return bool(states.value >> 18 & 1)
-
-x, words = torch.rand(40, 300), F.pack_bits(torch.randn(70, 300))
-"""
-
-
-def run_with_tiles(code, kernel="amx"):
-    """Run code in a process of its own, in which the kernel is forced, and return its words; skip without AMX."""
-    if "amx" not in kernels.available():
-        pytest.skip("the processor or the operating system has no AMX")
-    environment = {**os.environ, "BITORCH_QLINEAR_CPU_KERNEL": kernel}
-    run = subprocess.run([sys.executable, "-c", TILES + code], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.split()
-
-
-def test_the_system_is_asked_for_tiles_when_they_are_needed():
-    before, packed, few, many = run_with_tiles("""
-print(granted())
-F.linear(x, words, 300)
-print(granted())
-F.dorefa_linear(x[:1], words, 300, bits=2)
-print(granted())
-F.dorefa_linear(x, words, 300, bits=2)
-print(granted())
-""")
-    assert [before, packed, few] == ["False"] * 3
-    if many == "False":
-        pytest.skip("the system does not grant tile registers")
-    assert run_with_tiles("F.dorefa_linear(x, words, 300, bits=2); print(granted())", "avx512") == ["False"]
-
-
-def test_planes_are_computed_if_the_system_refuses_tiles():
-    """A thread whose alternate stack is too small for tile registers makes the system refuse them."""
-    run_with_tiles("""
-class Stack(ctypes.Structure):
-    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
-
-memory = ctypes.create_string_buffer(5000)
-stack = Stack(ctypes.addressof(memory), 0, 5000)
-if ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) != 0:
-    sys.exit()  # the system wants more without them, too
-y = F.dorefa_linear(x, words, 300, bits=2)
-assert not granted()
-levels = torch.round(x * 3).double() @ F.unpack_bits(words, 300, torch.float64).T
-assert torch.equal(y, levels.float() * torch.tensor(1 / 3))
-""")
-
-
-def test_torchs_own_use_of_tiles_is_not_disturbed(kernel):
-    """torch's products of bfloat16 and int8 may use the same registers in the same thread."""
-    x, words = torch.rand(64, 320) * 1.4 - 0.2, F.pack_bits(torch.randn(96, 320))
-    a, b = torch.randn(96, 320).bfloat16(), torch.randn(320, 80).bfloat16()
-    expected = F.dorefa_linear(x, words, 320, bits=2), a @ b
-    for _ in range(5):
-        assert_equal(F.dorefa_linear(x, words, 320, bits=2), expected[0])
-        assert_equal(a @ b, expected[1])
 
 
 def test_int32_is_refused_because_nan_has_no_integer():

@@ -18,6 +18,11 @@ TABLE_BLOCK, STRIP, FINISHED = 120, 1024, 128
 # The kernel of csrc/cpu/gemm_avx512.cpp has the same panel and row tile, units of one word, and this many values of k
 # per cache block.
 CACHE_BLOCK = 16384
+# These repeat csrc/cpu/gemm_amx.cpp and byte_gemm_amx.cpp: rows and outputs of a tile, the fewest rows of a product,
+# the most rows at its end that are left to AVX-512 (of 16 and of 32), the fewest outputs, the values of a part, and the
+# most values.
+TILE_SIDE, TILE_FEWEST_ROWS, TILE_RESTS, TILE_FEWEST_OUTPUTS, TILE_PART = 16, 25, (8, 20), 256, 1024
+TILE_MOST_VALUES = 32768
 # Below so many multiply-adds (csrc/cpu/product.h), or so many values to pack (csrc/cpu/threads.h), one thread works.
 SERIAL_PRODUCTS = 1 << 24
 SERIAL_VALUES = 1 << 16
@@ -65,3 +70,16 @@ def row_table_products() -> list[tuple[int, int, int]]:
     chosen = random.Random(0)
     products = {(m, chosen.choice(ns), chosen.choice(ks)) for m in ms for _ in range(4)}
     return sorted(products) + [(TABLE_ROWS, FEWEST_OUTPUTS, k) for k in around(MOST_VALUES)]
+
+
+def tile_products() -> list[tuple[int, int, int]]:
+    """Return (m, n, k) around the fewest for which the AMX kernel uses tile registers, and around its tiles."""
+    pair = 2 * TILE_SIDE
+    ms = [*around(TILE_FEWEST_ROWS, pair, *(pair + rest for rest in TILE_RESTS), 2 * pair, ROW_TILE), 2 * ROW_TILE + 57]
+    ns = [2 * TILE_FEWEST_OUTPUTS + extra for extra in (0, 1, 15, 16, 17, 31, 32, 33, 63)]
+    ks = around(FEWEST_VALUES, TILE_PART, TILE_PART + 32, TILE_PART + 64, 2 * TILE_PART)
+    chosen = random.Random(0)
+    products = {(m, chosen.choice(ns), chosen.choice(ks)) for m in ms for _ in range(2)}
+    products |= {(48, chosen.choice(ns), k) for k in ks} | {(48, n, chosen.choice(ks)) for n in ns}
+    products |= {(TILE_FEWEST_ROWS, TILE_FEWEST_OUTPUTS, k) for k in around(TILE_MOST_VALUES)}
+    return sorted(products)
