@@ -58,9 +58,10 @@ constexpr int64_t kRingSteps = 4;   // the same if they are used once
 constexpr int64_t kAhead = 2;       // how many steps weights are unpacked before they are multiplied
 static_assert(kRingSteps > kAhead && kPartSteps > kAhead);
 constexpr int64_t kWeightBytes = kPartSteps * kStepBytes;
-constexpr int64_t kLineBytes = kColumns * sizeof(int32_t), kSumBytes = kRowPair * kLineBytes;  // of a row and of a tile
+constexpr int64_t kLineBytes = kColumns * sizeof(int32_t),
+                  kSumBytes = kRowPair * kLineBytes;  // of a row of two tiles, and of 32
 
-// A block's rows have at most so many bytes, which stay in L2.
+// The rows of a block have at most so many bytes, which stay in L2, unless 32 rows have more.
 constexpr int64_t kBlockBytes = int64_t{512} << 10, kMostBlockRows = 128;
 // Sums of so many values are written as numbers in blocks of more than 32 rows (byte_block_rows).
 constexpr int64_t kManyValues = 4096;

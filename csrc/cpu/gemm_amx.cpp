@@ -6,16 +6,17 @@
 //
 // Measured on an Intel Xeon (family 6, model 167), one thread, times as shares of gemm_avx512.cpp's:
 //
-//   outputs  rows      256 x 1024  1024 x 1024  4096 x 768  4096 x 4096   (outputs by values)
-//   float32  28        0.98        0.72         0.69        0.76
-//            64        0.76        0.61         0.82        0.69
-//            128, 512  0.83, 0.78  0.63, 0.65   0.68, 0.82  0.68, 0.73
-//   bits     28        0.90        0.76                     0.79
-//            64        0.76        0.56                     0.64
-//            200, 512  0.76, 0.69  0.62, 0.53               0.70, 0.61
+//   outputs  rows      1024 x 1024  4096 x 768  4096 x 4096   (outputs by values)
+//   float32  28        0.72         0.69        0.76
+//            64        0.61         0.82        0.69
+//            128, 512  0.63, 0.65   0.68, 0.82  0.68, 0.73
+//   bits     28        0.76                     0.79
+//            64        0.56                     0.64
+//            200, 512  0.62, 0.53               0.70, 0.61
 //
-// Float32 outputs of 512 values take as long as by gemm_avx512.cpp, because writing them takes most of the time. Fewer
-// than 25 rows, up to 1.9 times as long.
+// Smaller products would be slower. Near the bounds below, the times of 90 products, of all types of outputs, are at
+// most 1.05 times those of gemm_avx512.cpp; without the bounds, float32 outputs of 512 values and products by 256
+// outputs would take up to 1.3 times as long, and products of fewer than 25 rows up to 1.9 times.
 #include "target.h"
 
 #if defined(BITORCH_QLINEAR_HAS_AMX)
@@ -39,15 +40,16 @@ namespace {
 
 using Vector = __m512i;
 
-// The fewest rows, outputs, values and multiply-adds that make this faster than gemm_avx512.cpp (see the head).
-constexpr int64_t kLeastRows = 25, kLeastColumns = 256;
+// The fewest rows, outputs, values and multiply-adds from which this is faster than gemm_avx512.cpp. Outputs that are
+// neither bits nor float32 need more, because a function writes them, 32 at a time.
+constexpr int64_t kLeastRows = 25, kLeastColumns = 512;
 struct Least {
     int64_t values, products;
 };
-constexpr Least kLeastOfBits{512, 7 << 20}, kLeast{768, 3 << 22};
+constexpr Least kLeastOfBits{512, 1 << 24}, kLeastOfFloats{768, 1 << 24}, kLeastOfOthers{1024, 1 << 25};
 // Wider rows of numbers need more values, because memory takes them no faster.
 constexpr int64_t kWideRow = 4096, kLeastValuesOfWide = 1536;
-constexpr int64_t kMostValues = int64_t{1} << 15;  // 1 MiB in 32 rows
+constexpr int64_t kMostValues = int64_t{1} << 15;  // of which 32 rows are 1 MiB, half of L2
 
 // Returns how many of the last rows gemm_avx512.cpp multiplies faster: up to 20 of a block of 32, because they would
 // unpack all weights for themselves, and otherwise up to 8 of 16.
@@ -57,8 +59,8 @@ int64_t rest_of(int64_t rows, int64_t block) {
     return rest <= (alone ? 20 : 8) ? rest : 0;
 }
 
-// Writes the bytes and the sums of rows of signs. Rows that fill the last group keep any bytes,
-// because no output depends on them.
+// Writes the bytes and the sums of rows of signs. Rows that fill the last group keep the bytes that they have, because
+// no output depends on them.
 void write_signs(const Product& product, Range rows, uint8_t* bytes, int32_t* sums) {
     const ByteOrder order;
     const Vector plus = order.factors, minus = _mm512_sub_epi8(_mm512_setzero_si512(), plus);
@@ -83,7 +85,7 @@ void write_signs(const Product& product, Range rows, uint8_t* bytes, int32_t* su
     }
 }
 
-// y from row `row` on.
+// Returns y from row `row` on.
 Output rows_from(const Output& y, int64_t row) {
     const int64_t row_bytes = y.limits ? words_for(y.n) * kWordBytes : y.n * element_size(y.dtype);
     Output rest = y;
@@ -114,17 +116,16 @@ BITORCH_QLINEAR_TARGET_END
 
 namespace bitorch_qlinear {
 
-// These are outside the region, because they run before it is known that the process may use the instructions.
+// These need no tile registers, which the process may not have been granted.
 static bool has_size(int64_t rows, int64_t k) {
-    return rows >= kLeastRows && k >= std::min(kLeast.values, kLeastOfBits.values) && k <= kMostValues;
+    return rows >= kLeastRows && k >= kLeastOfBits.values && k <= kMostValues;
 }
 
-static bool is_faster(const Product& product, int64_t rows, int64_t columns) {
-    const Least& least = product.y.limits ? kLeastOfBits : kLeast;
-    const bool wide = !product.y.limits && product.n > kWideRow;
-    return has_size(rows, product.k) && columns >= kLeastColumns &&
-           product.k >= (wide ? kLeastValuesOfWide : least.values) &&
-           columns >= ceil_div(least.products, rows * product.k);
+bool amx_is_faster(const Output& y, int64_t rows, int64_t columns, int64_t k) {
+    const Least& least = y.limits ? kLeastOfBits : y.dtype == DType::float32 ? kLeastOfFloats : kLeastOfOthers;
+    const bool wide = !y.limits && y.n > kWideRow;
+    return has_size(rows, k) && columns >= kLeastColumns && k >= (wide ? kLeastValuesOfWide : least.values) &&
+           columns >= ceil_div(least.products, rows * k);
 }
 
 int64_t amx_workspace_bytes(int64_t rows, int64_t k) {
@@ -134,7 +135,7 @@ int64_t amx_workspace_bytes(int64_t rows, int64_t k) {
 
 void amx_gemm(const Product& product, Range rows, Range columns, uint8_t* workspace) {
     int64_t middle = rows.begin;
-    if (is_faster(product, size(rows), size(columns)) && tiles_granted()) {
+    if (amx_is_faster(product.y, size(rows), size(columns), product.k) && tiles_granted()) {
         middle = rows.end - rest_of(size(rows), byte_block_rows(product.k, product.y.limits));
         multiply(product, {rows.begin, middle}, columns, workspace);
     }

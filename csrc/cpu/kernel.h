@@ -88,6 +88,8 @@ extern const Kernel kAmxKernel;
 // kAmxKernel has these instead of kAvx512Kernel's (gemm_amx.cpp).
 int64_t amx_workspace_bytes(int64_t rows, int64_t k);
 void amx_gemm(const Product& product, Range rows, Range columns, uint8_t* workspace);
+// Returns whether amx_gemm uses tile registers for such a part of y if the process may.
+bool amx_is_faster(const Output& y, int64_t rows, int64_t columns, int64_t k);
 #endif
 extern const Kernel kAvx512Kernel;
 extern const Kernel kAvx2Kernel;

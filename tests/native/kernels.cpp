@@ -267,27 +267,41 @@ void check_tile_products(const Kernel& kernel) {
         std::printf("%s: signs as bytes are not tested: the system does not grant tile registers\n", kernel.name);
         return;
     }
-    size_t next = 0;  // every epilogue takes turns
+    size_t next = 0, taken = 0;  // every epilogue takes turns
     const auto check_sizes = [&](int64_t m, int64_t n, int64_t k) {
         const Case at{m, n, k, kEpilogues[next++ % std::size(kEpilogues)], true};
+        const int32_t limit = 0;
+        const Output y{nullptr,
+                       at.epilogue.dtype,
+                       n,
+                       static_cast<int32_t>(k),
+                       nullptr,
+                       nullptr,
+                       at.epilogue.limits ? &limit : nullptr};
+        taken += amx_is_faster(y, std::min(m, kernel.row_tile), n, k);
         below(4) ? check_random_product(kernel, at) : check_extreme_product(kernel, at);
         expect(!tiles_in_use(), describe(kernel, "product: the tile registers were not released", m, n, k));
     };
-    for (int64_t m = 24; m <= 66; ++m) check_sizes(m, 512 + below(70), 1000 + below(200));
-    for (int64_t m : around({84, 104, 128, 148, 161})) check_sizes(m, 256 + below(70), 1000 + below(200));
-    for (int64_t n = 512; n <= 580; ++n) check_sizes(32 + below(40), n, 768 + below(200));
-    for (int64_t n : around({255})) check_sizes(64 + below(40), n, 768 + below(200));
-    for (int64_t k = 1020; k <= 1160; ++k) check_sizes(40 + below(30), 384 + below(40), k);
-    for (int64_t k : around({512, 768, 2048, 3072, 4096, 8192})) {
-        for (size_t i = 0; i < std::size(kEpilogues); ++i) check_sizes(25 + below(50), 512 + below(40), k);
+    for (int64_t m = 24; m <= 66; ++m) check_sizes(m, 1400 + below(70), 1024 + below(200));
+    for (int64_t m : around({84, 104, 128, 148, 161})) check_sizes(m, 512 + below(70), 1024 + below(200));
+    for (int64_t n = 512; n <= 580; ++n) check_sizes(64 + below(40), n, 1100 + below(200));
+    for (int64_t n : around({511})) check_sizes(64 + below(40), n, 1100 + below(200));
+    for (int64_t k = 1020; k <= 1160; ++k) check_sizes(40 + below(30), 900 + below(40), k);
+    for (int64_t k : around({512, 768, 1024, 2048, 3072, 4096, 8192})) {
+        for (size_t i = 0; i < std::size(kEpilogues); ++i) check_sizes(27 + below(50), 1300 + below(40), k);
     }
     // Larger numbers of values leave fewer rows to a block, and at last take another method.
-    for (int64_t k : {16385, 20000}) check_sizes(70, 256 + below(40), k);
-    for (int64_t k : around({32768})) check_sizes(25 + below(20), 256 + below(40), k);
-    // So many multiply-adds or fewer take another method.
-    for (int64_t n : around({(7 << 20) / 28 / 1024, (3 << 22) / 28 / 1024})) {
+    for (int64_t k : {16385, 20000}) check_sizes(70, 512 + below(40), k);
+    for (int64_t k : around({32768})) check_sizes(25 + below(20), 512 + below(40), k);
+    // So many multiply-adds or fewer take another method, and so do wide rows of few values.
+    for (int64_t n : around({(1 << 24) / 28 / 1024, (1 << 25) / 28 / 1024})) {
         for (size_t i = 0; i < std::size(kEpilogues); ++i) check_sizes(28, n, 1024);
     }
+    for (int64_t n : around({4096})) {
+        for (int64_t k : around({1536})) check_sizes(26 + below(20), n, k);
+    }
+    expect(taken > 3 * next / 4, "most products of this test must be large enough for tile registers");
+    expect(taken < next, "some products of this test must be too small for them");
 #else
     (void)kernel;
 #endif

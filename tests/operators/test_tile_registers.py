@@ -42,7 +42,7 @@ def test_product_at_the_bounds_of_tiles(m, n, k):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_compute_the_same(threads):
     generator = torch.Generator().manual_seed(0)
-    x, weight = (random_words(rows, 1111, generator) for rows in (203, 1300))
+    x, weight = (random_words(rows, 1111, generator) for rows in (203, 2600))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -129,7 +129,7 @@ assert torch.equal(signs, large_x @ F.unpack_bits(large_words, 900, torch.float3
 @pytest.mark.parametrize("levels", [True, False])
 def test_torchs_own_use_of_tiles_is_not_disturbed(kernel, levels):
     """torch's products of bfloat16 and int8 may use the same registers in the same thread."""
-    x, words = torch.rand(64, 800) * 1.4 - 0.2, F.pack_bits(torch.randn(300, 800))
+    x, words = torch.rand(64, 800) * 1.4 - 0.2, F.pack_bits(torch.randn(1300, 800))
     a, b = torch.randn(96, 320).bfloat16(), torch.randn(320, 80).bfloat16()
 
     def compute() -> torch.Tensor:

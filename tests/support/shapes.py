@@ -21,7 +21,7 @@ CACHE_BLOCK = 16384
 # These repeat csrc/cpu/gemm_amx.cpp and byte_gemm_amx.cpp: rows and outputs of a tile, the fewest rows of a product,
 # the most rows at its end that are left to AVX-512 (of 16 and of 32), the fewest outputs, the values of a part, and the
 # most values.
-TILE_SIDE, TILE_FEWEST_ROWS, TILE_RESTS, TILE_FEWEST_OUTPUTS, TILE_PART = 16, 25, (8, 20), 256, 1024
+TILE_SIDE, TILE_FEWEST_ROWS, TILE_RESTS, TILE_FEWEST_OUTPUTS, TILE_PART = 16, 25, (8, 20), 512, 1024
 TILE_MOST_VALUES = 32768
 # Below so many multiply-adds (csrc/cpu/product.h), or so many values to pack (csrc/cpu/threads.h), one thread works.
 SERIAL_PRODUCTS = 1 << 24
@@ -76,7 +76,7 @@ def tile_products() -> list[tuple[int, int, int]]:
     """Return (m, n, k) around the fewest for which the AMX kernel uses tile registers, and around its tiles."""
     pair = 2 * TILE_SIDE
     ms = [*around(TILE_FEWEST_ROWS, pair, *(pair + rest for rest in TILE_RESTS), 2 * pair, ROW_TILE), 2 * ROW_TILE + 57]
-    ns = [2 * TILE_FEWEST_OUTPUTS + extra for extra in (0, 1, 15, 16, 17, 31, 32, 33, 63)]
+    ns = [3 * TILE_FEWEST_OUTPUTS + extra for extra in (0, 1, 15, 16, 17, 31, 32, 33, 63)]
     ks = around(FEWEST_VALUES, TILE_PART, TILE_PART + 32, TILE_PART + 64, 2 * TILE_PART)
     chosen = random.Random(0)
     products = {(m, chosen.choice(ns), chosen.choice(ks)) for m in ms for _ in range(2)}
