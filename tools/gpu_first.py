@@ -1,19 +1,23 @@
 """Run each CUDA kernel of the GPU for the first time, in a process of its own that is stopped if it hangs.
 
-A kernel that waits for ever would otherwise take the time of all tests and benchmarks behind it. ``make gpu`` starts
-nothing else if this fails.
+A kernel that waits for ever would otherwise take the time of all tests and benchmarks behind it. The exit code is 124
+if a kernel hangs, after which ``make gpu`` starts nothing else, and 1 if one fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
+
+from .gpu_run import OUT_OF_TIME
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 20  # of one kernel, of which torch and the device need several until the first launch
+SECONDS = 18  # of one kernel, of which torch and the device need several until the first launch
 MOST_ROWS = {"skinny": 16, "skinny_mma_sm80": 64}
 MOST_ROWS |= {"fused_skinny": 4, "fused_skinny_mma_sm80": 16, "fused_cluster_sm90": 16}
 WORKERS = 5  # fewer would take longer, and more would share the device with a kernel that hangs
@@ -36,6 +40,8 @@ def check(kernel: str) -> None:
     from bitorch_qlinear import _kernels, functional, kernels
 
     device = torch.device("cuda", 0)
+    torch.zeros(1, device=device).item()
+    print("torch is imported, and the device works", flush=True)
     capability, code = torch.cuda.get_device_capability(device), _kernels.cuda_code(0)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     fused = kernel.startswith("fused")
@@ -50,6 +56,7 @@ def check(kernel: str) -> None:
             on_device = words.to(device)
             form = functional.prepare_weight(on_device, k)
             for prepared in (None, form):
+                print(f"{m} x {n} x {k} {'without' if prepared is None else 'with'} a form", flush=True)
                 got = functional.linear(x.to(device), on_device, k, weight_prepared=prepared).cpu()
                 wrong = int((got != want).sum())
                 assert wrong == 0, f"{m} x {n} x {k}: {wrong} of {want.numel()} outputs are wrong"
@@ -63,16 +70,32 @@ def kernels_of_the_gpu() -> list[str]:
     ).stdout.split()
 
 
-def verdict(command: list[str], seconds: float = SECONDS) -> str:
-    """Run a command and return "ok", or in one line what went wrong."""
+class Verdict(NamedTuple):
+    """What a process said about a kernel.
+
+    Attributes:
+        text: "ok", or in one line what went wrong.
+        output: All that the process printed.
+        hangs: Whether it had to be stopped.
+    """
+
+    text: str
+    output: str
+    hangs: bool = False
+
+
+def verdict(command: list[str], seconds: float = SECONDS) -> Verdict:
+    """Run a command and return what became of it."""
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
-        )
-    except subprocess.TimeoutExpired:
-        return f"hangs: stopped after {seconds} s"
-    lines = [f"exit code {done.returncode}", *done.stdout.strip().splitlines()]
-    return "ok" if done.returncode == 0 else lines[-1]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        output = (error.stdout or b"").decode(errors="replace")
+        last = (output.strip().splitlines() or ["nothing was printed"])[-1]
+        return Verdict(f"hangs: stopped after {seconds:g} s, at: {last}", output, hangs=True)
+    output = done.stdout.decode(errors="replace")
+    lines = [f"exit code {done.returncode}", *output.strip().splitlines()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return Verdict("ok" if done.returncode == 0 else (errors or lines)[-1], output)
 
 
 def main() -> None:
@@ -82,13 +105,20 @@ def main() -> None:
     options = parser.parse_args()
     if options.kernel:
         return check(options.kernel)
-    names = kernels_of_the_gpu()
+    names, verdicts = kernels_of_the_gpu(), []
+    commands = ([sys.executable, "-m", "tools.gpu_first", "--kernel", name] for name in names)
     with ThreadPoolExecutor(WORKERS) as pool:
-        commands = ([sys.executable, "-m", "tools.gpu_first", "--kernel", name] for name in names)
-        verdicts = list(pool.map(verdict, commands))
+        for name, said in zip(names, pool.map(verdict, commands), strict=True):
+            print(f"{name:24} {said.text}", flush=True)
+            verdicts.append(said)
     for name, said in zip(names, verdicts, strict=True):
-        print(f"{name:24} {said}", flush=True)
-    if not names or set(verdicts) != {"ok"}:
+        if said.text != "ok":
+            print(f"\n{name} printed:\n{said.output}", flush=True)
+    if any(said.hangs for said in verdicts):
+        raise SystemExit(OUT_OF_TIME)
+    if not names:
+        raise SystemExit("the GPU has no kernel: it needs compute capability 7.5 or later")
+    if any(said.text != "ok" for said in verdicts):
         raise SystemExit(1)
 
 

@@ -14,7 +14,7 @@ from examples.digits.costs import environment
 
 from .contestants import random_rows
 from .measurements import reason
-from .rates import measure_rates
+from .rates import rates_of_the_gpu
 from .timing import GraphTimer, quartiles
 
 SMI_FIELDS = "name,driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw"
@@ -43,16 +43,14 @@ def clocks_at_work() -> str:
 
 
 def gpu_setting(timer: GraphTimer) -> dict[str, Any]:
-    """Describe the machine. Its rates are shown as soon as they are measured."""
+    """Describe the machine. Its rates are measured, and shown, before anything else is done on it."""
+    rates = rates_of_the_gpu()
+    for name, text in rates.items():
+        print(f"{name}: {text}", file=sys.stderr, flush=True)
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
     kernel = environment(device) | {"kernel": "by each product's sizes"}
     one = torch.ones(1, device=device)
-
-    def show(name: str, text: str) -> None:
-        print(f"{name}: {text}", file=sys.stderr, flush=True)
-
-    rates = measure_rates((properties.major, properties.minor), show)
     return {
         **kernel,
         "compute_capability": f"{properties.major}.{properties.minor}",

@@ -42,7 +42,9 @@ __global__ void fill(uint32_t* words, int64_t count) {
     }
 }
 
+// All threads of the block call it.
 __device__ __forceinline__ void store_results(const Results& results, int32_t sum, int64_t start) {
+    __syncthreads();  // the clocks are those of the block's last warp
     results.sums[blockIdx.x * blockDim.x + threadIdx.x] = sum;
     if (threadIdx.x == 0) results.clocks[blockIdx.x] = clock64() - start;
 }
@@ -130,11 +132,14 @@ __device__ __forceinline__ Part part_of_block(int pieces, int sharers) {
 
 constexpr int kLinesOfRow = 8;  // 8192 values
 constexpr int kStages = 12;     // pieces of a block in flight
+// Dynamic shared memory may begin at any multiple of 16 bytes, but swizzled lines need one of 1024.
+constexpr int kAlignment = 1024;
 
 __global__ void __launch_bounds__(kWarp)
     copy_boxes(const __grid_constant__ CUtensorMap map, int pieces, int sharers, int copies, Results results) {
 #ifdef BITORCH_QLINEAR_WGMMA_SM90A
-    extern __shared__ __align__(1024) uint8_t stages[];
+    extern __shared__ uint8_t memory[];
+    uint8_t* const stages = memory + (kAlignment - shared_address(memory) % kAlignment) % kAlignment;
     __shared__ uint64_t full[kStages];
     const int64_t start = clock64();
     if (threadIdx.x == 0) {
@@ -245,7 +250,7 @@ cudaError_t measure_warpgroups(int multiprocessors, Rate* rate) {
 }
 
 cudaError_t measure_l2(int multiprocessors, int64_t bytes, int sharers, bool boxes, Rate* rate) {
-    constexpr int kCopies = 4096, kSharedBytes = kStages * kPieceBytes;
+    constexpr int kCopies = 4096, kSharedBytes = kStages * kPieceBytes + kAlignment;
     const int64_t row_words = kLinesOfRow * kLineWords, rows = bytes / (row_words * kWordBytes);
     const int pieces = static_cast<int>(bytes / kPieceBytes), together = sharers ? sharers : multiprocessors;
     if (pieces < multiprocessors) return cudaErrorInvalidValue;

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,9 @@ from .measurements import reason
 from .tables import shown
 
 PROGRAM = Path(__file__).with_name("rates.cu")
-HEADERS = Path(__file__).parents[2] / "csrc"
+ROOT = Path(__file__).parents[2]
+HEADERS = ROOT / "csrc"
+SECONDS = 60.0  # of the process that measures; nvcc needs some 10 of them
 MATRIX = 1 << 24  # bytes; x and weights of 8192 x 8192 x 8192 as words
 
 Capability = tuple[int, int]
@@ -86,22 +90,60 @@ def measure_rates(capability: Capability, show: Callable[[str, str], None] = lam
         show: Called with each name and text as soon as they exist.
     """
     found = {}
+
+    def add(name: str, text: str) -> None:
+        found[name] = text
+        show(name, text)
+
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/rates.so"
         target = "sm_{}{}".format(*capability) + ("a" if capability == (9, 0) else "")
         command = [find_tool("nvcc") or "nvcc", "-O3", "-std=c++20", f"-arch={target}", f"-I{HEADERS}"]
         command += ["-shared", "-Xcompiler", "-fPIC", "-o", library, str(PROGRAM)]
         try:
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
             program = ctypes.CDLL(library)
+        except subprocess.CalledProcessError as error:
+            errors = [line for line in error.stderr.splitlines() if "error" in line.lower()]
+            add("rates", f"not measured: {(errors or [f'nvcc ended with {error.returncode}'])[0]}")
+            return found
         except (OSError, subprocess.SubprocessError) as error:
-            return {"rates": f"not measured: {reason(error)}"}
+            add("rates", f"not measured: {reason(error)}")
+            return found
         for part in PARTS:
             if not part.lowest <= capability <= part.highest:
                 continue
             function, measured = getattr(program, part.function), Measured()
             function.restype = ctypes.c_char_p
             error = function(*part.arguments, ctypes.byref(measured)).decode()
-            found[part.name] = f"not measured: {error}" if error else in_words(part, measured)
-            show(part.name, found[part.name])
+            add(part.name, f"not measured: {error}" if error else in_words(part, measured))
     return found
+
+
+def rates_of_the_gpu(command: list[str] | None = None, seconds: float = SECONDS) -> dict[str, str]:
+    """Measure in a process of its own, because a kernel that hangs or fails would take the benchmarks with it.
+
+    Returns:
+        The results that the process printed before its end, and the reason if it did not reach the last one.
+    """
+    command = command or [sys.executable, "-m", "benchmarks.gpu.rates"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=seconds)
+        output = done.stdout
+        lines = [f"exit code {done.returncode}", *done.stderr.decode(errors="replace").strip().splitlines()]
+        failure = lines[-1] if done.returncode else ""
+    except subprocess.TimeoutExpired as error:
+        output, failure = error.stdout or b"", f"stopped after {seconds:.0f} s"
+    found: dict[str, str] = dict(json.loads(line) for line in output.splitlines())
+    return found | ({"rates": f"not measured to the end: {failure}"} if failure else {})
+
+
+def main() -> None:
+    """Print a line of JSON for each result as soon as it exists."""
+    import torch
+
+    measure_rates(torch.cuda.get_device_capability(), lambda *result: print(json.dumps(result), flush=True))
+
+
+if __name__ == "__main__":
+    main()

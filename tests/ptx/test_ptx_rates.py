@@ -80,4 +80,4 @@ def test_bytes_from_l2(sharers):
     read = [[of_block[i % len(of_block)] for i in range(16)] for of_block in parts(pieces, sharers)]
     np.testing.assert_array_equal(sums.view(np.uint32), np.stack([of_pieces[i].sum(0, np.uint32) for i in read]))
     boxes = TensorMap(In(matrix), matrix.shape[::-1], (ROW,), (32, 128), 4, 128)
-    run("copy_boxes", 32, [boxes, pieces, sharers, 29], 12 * PIECE)
+    run("copy_boxes", 32, [boxes, pieces, sharers, 29], 12 * PIECE + 1024)
