@@ -4,7 +4,8 @@ Every kernel computes the same bits; only the time differs. By default the CPU k
 can run, and the CUDA kernel is chosen by the device and the sizes of each product. The environment variables
 ``BITORCH_QLINEAR_CPU_KERNEL`` and ``BITORCH_QLINEAR_CUDA_KERNEL`` force a kernel for a whole process, and
 :func:`forced` forces one inside a block. ``BITORCH_QLINEAR_CUDA_TILE`` (128x256, 128x192, 128x128 or 64x64) forces the
-tile of the CUDA kernels ``mma_sm80`` and ``wgmma_sm90a``, if they have it.
+tile of the CUDA kernels ``mma_sm80`` and ``wgmma_sm90a``, if they have it, and ``BITORCH_QLINEAR_CUDA_EARLY_START=0``
+makes every product wait for the launch before it.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -104,7 +105,7 @@ def measure_rates(capability: Capability, show: Callable[[str, str], None] = lam
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
             program = ctypes.CDLL(library)
         except subprocess.CalledProcessError as error:
-            errors = [line for line in error.stderr.splitlines() if "error" in line.lower()]
+            errors = [line for line in error.stderr.splitlines() if re.search("error|fatal", line)]
             add("rates", f"not measured: {(errors or [f'nvcc ended with {error.returncode}'])[0]}")
             return found
         except (OSError, subprocess.SubprocessError) as error:

@@ -2,9 +2,9 @@
 // form's header.
 //
 // A lane takes a word and not 16 bytes, because rows of the interchange form start on any word. A warp has kAlignSteps
-// loads of 128 bytes in flight, which is enough (an estimate, `python -m tools.gpu_model`): for each 128 bytes read and
-// written a warp has 17 instructions, and an SM of an H200 issues about 50 in the time that its share of the memory
-// takes.
+// loads of 128 bytes in flight, which is enough (an estimate, `python -m benchmarks gpu-model`): for each 128 bytes
+// read and written a warp has 17 instructions, and an SM of an H200 issues about 50 in the time that its share of the
+// memory takes.
 #include <algorithm>
 #include <iterator>
 

@@ -41,14 +41,6 @@ std::atomic<TileSize>& forced_tile_size() {
     return size;
 }
 
-bool starts_are_early() {
-    static const bool early = [] {
-        const char* value = std::getenv(kEarlyVariable);
-        return value_of(find_early(value ? value : ""));
-    }();
-    return early;
-}
-
 void check(cudaError_t error) {
     if (error == cudaSuccess) return;
     throw std::runtime_error(std::string("bitorch_qlinear: the CUDA devices do not tell what they are: ") +
@@ -105,6 +97,14 @@ int code_of(int32_t device_index) {
 }
 
 }  // namespace
+
+bool starts_are_early() {
+    static const bool early = [] {
+        const char* value = std::getenv(kEarlyVariable);
+        return value_of(find_early(value ? value : ""));
+    }();
+    return early;
+}
 
 void check_environment() {
     forced();

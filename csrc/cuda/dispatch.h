@@ -26,6 +26,9 @@ const Gpu& gpu_of(int32_t device_index);
 // every product start as usual, after the launch before it has ended.
 void check_environment();
 
+// Returns false if BITORCH_QLINEAR_CUDA_EARLY_START is 0.
+bool starts_are_early();
+
 // Makes the named kernel compute all products that it takes; "" selects the automatic choice. Throws std::runtime_error
 // if there is no kernel of that name. Until the first call, BITORCH_QLINEAR_CUDA_KERNEL decides.
 void force_kernel(const std::string& name);

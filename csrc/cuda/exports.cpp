@@ -13,7 +13,7 @@ using namespace bitorch_qlinear::cuda;
 using bitorch_qlinear::hold;
 
 Gpu gpu_with(int capability, int multiprocessors, int code) {
-    return {capability, multiprocessors, code ? code : kNewest};
+    return {capability, multiprocessors, code ? code : kNewest, starts_are_early()};
 }
 
 }  // namespace

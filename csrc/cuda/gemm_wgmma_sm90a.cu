@@ -455,7 +455,7 @@ __device__ __forceinline__ void consume(const Product& product, unsigned row_til
     ring.skip(which * stages);
     uint32_t turn_parity = which == 0;  // nobody gives the first consumer its first turn
     const unsigned step = kConsumers * gridDim.x;
-    wait_for_kernel_before();  // it makes x's set bits; the producer waits for it before it copies x's words
+    wait_for_kernel_before();  // it makes set bits; the producer waits for it before it copies x's words
     for (unsigned tile = blockIdx.x + gridDim.x * which; tile < row_tiles * column_tiles; tile += step) {
         const Corner at = corner<Shape>(tile, row_tiles, column_tiles);
         // The margins arrive while the other consumer multiplies.

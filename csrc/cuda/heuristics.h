@@ -267,12 +267,12 @@ static inline bool cluster_is_faster(const Gpu& gpu, int64_t m, int64_t k, int64
 }
 
 // Returns the automatic choice for real x with values of so many bytes, or 0 if x is given as words, or if its words
-// are a result too; `float64` tells whether y is float64, and `aligns` whether a launch has to align the weights,
-// because they have no form and k is no multiple of 128 or their words do not start on 16 bytes. Without binary tensor
-// cores gemm_skinny is best for all the rows that it takes. On 7.5, a T4's memory brings 1.3 words per clock, which for
-// 16 rows are 20 to count. From 10.0 on, a B200's memory brings 7.3, so that 4 rows hardly keep up, and an RTX 5090's
-// 1.1; but gemm_mma_int8_sm80 always multiplies 64 rows, in 1 clock for a word of weights (2 on 12.0), while 16 rows of
-// gemm_skinny take 0.6.
+// are a result too; `float64` tells whether y is float64, and `aligns` whether a launch has to align the weights: if k
+// is no multiple of 128, those without a form, and otherwise those whose words do not start on 16 bytes. Without binary
+// tensor cores gemm_skinny is best for all the rows that it takes. On 7.5, a T4's memory brings 1.3 words per clock,
+// which for 16 rows are 20 to count. From 10.0 on, a B200's memory brings 7.3, so that 4 rows hardly keep up, and an
+// RTX 5090's 1.1; but gemm_mma_int8_sm80 always multiplies 64 rows, in 1 clock for a word of weights (2 on 12.0), while
+// 16 rows of gemm_skinny take 0.6.
 static inline Choice choose(const Gpu& gpu, int64_t m, int64_t n, int64_t k, int64_t value_bytes = 0,
                             bool float64 = false, bool aligns = false) {
     const auto takes = [&](GemmKernel kernel) { return legal(kernel, gpu, m, k, value_bytes); };

@@ -76,7 +76,7 @@ cudaError_t find_code(int* capability);
 struct Operand {
     const uint32_t* words;
     int64_t stride;            // words from row to row
-    const int32_t* popcounts;  // set bits of each row, or null; mma_sm80 and mma_int8_sm80 alone read them
+    const int32_t* popcounts;  // set bits of each row, or null; read by the kernels whose record says so
 };
 
 // n values of a float type, contiguous, or null.

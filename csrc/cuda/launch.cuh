@@ -13,8 +13,8 @@
 //     the weights.
 //   - x's words, and the set bits of x and of the weights, which the maker may write, are loaded after
 //     wait_for_kernel_before(), which returns when all of the maker has ended, and not by ld.global.nc, which may give
-//     what was there before. A form's header lies before its set bits and is read early, but a maker
-//     counts only weights without a form.
+//     what was there before. A form's header lies before its set bits and is read early, but a maker counts only
+//     weights without a form.
 //   - The product writes y after that wait, too, even if it writes only that there is no result. So the allocator may
 //     give y memory that the maker reads. The product may report a wrong prepared form earlier, which no kernel reads.
 //   - Every block waits. So the product ends after the maker, and the kernel behind it, which is launched as usual,

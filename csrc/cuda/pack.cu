@@ -6,7 +6,7 @@
 //     Vectors  one load; the lane's values are neighbours, and make V bits of its word, which shuffles join
 //     Values   V loads, each of 32 neighbours by the 32 lanes, whose ballot is a word: rows of any length and alignment
 //
-// By estimate, not measured (`python -m tools.gpu_model`), an SM of an H200 gets the bytes of a segment of
+// By estimate, not measured (`python -m benchmarks gpu-model`), an SM of an H200 gets the bytes of a segment of
 // bfloat16 Vectors from memory in 105 clocks. Its 205 instructions take the units of logic, which start two of a warp
 // in a clock, 72 clocks, so memory is the limit. With in-range bits they take 144 clocks and memory 111, so these units
 // are, at 77 % of the memory's rate.
