@@ -556,12 +556,18 @@ MUTANTS = [
     ("gemm_mma_sm75", "rows_on_16_bytes(product.y, product.n)", "true"),
     ("gemm_skinny", "operand.stride >= aligned_words_for(product.k)", "true"),
     ("gemm_mma_sm80", "kBytes > 48 * 1024", "kBytes > 96 * 1024"),
-    ("gemm_mma_sm80", "if (error != cudaSuccess) return cudaGetLastError();", ""),
     (
         "gemm_mma_sm80",
-        "if (error != cudaSuccess) return cudaGetLastError();",
-        "if (error != cudaSuccess) return error;",
+        "if (const auto error = allow_shared_memory(kernel, kBytes); error != cudaSuccess) return error;",
+        "static_cast<void>(allow_shared_memory(kernel, kBytes));",
     ),
+    (
+        "gemm_mma_sm80",
+        "static_cast<void>(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));\n"
+        "    return cudaGetLastError();",
+        "return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);",
+    ),
+    ("gemm_mma_sm80", "    const RelaxedCapture relaxed;\n", ""),
     ("gemm_mma_sm80", "row_tiles > INT32_MAX / column_tiles", "row_tiles * column_tiles > UINT32_MAX"),
     ("gemm_mma_int8_sm80", "|| !have_popcounts(product)", ""),
     ("gemm_mma_int8_sm80", "!are_aligned(product) || ", ""),

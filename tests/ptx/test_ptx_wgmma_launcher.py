@@ -149,7 +149,10 @@ MUTANTS = [
     ("!are_aligned(product) || ", ""),
     ("|| !have_popcounts(product)", ""),
     ("if (product.m == 0 || product.n == 0) return cudaSuccess;", ""),
-    ("    if (error != cudaSuccess) return cudaGetLastError();", "    static_cast<void>(error);"),
+    (
+        "    error = allow_shared_memory(kernel, kBytes);\n    if (error != cudaSuccess) return error;\n",
+        "    static_cast<void>(allow_shared_memory(kernel, kBytes));\n",
+    ),
     ("half < product.n ? half : 0", "half"),
     ("ceil_div(product.n - first, Shape::kHalves)", "ceil_div(product.n, Shape::kHalves)"),
     ("product.weight.words + first * stride", "product.weight.words"),
