@@ -209,3 +209,10 @@ def test_mutants_of_launchers_are_caught(what, old, new):
         launcher = Launcher("gemm_fused_skinny", text=text.replace(old, new))
         check_errors(launcher)
         check_any_size(launcher, 200)
+
+
+def test_all_mutants_change_the_sources():
+    """Most of them are compiled in `make ptx-full` alone, so a text that is gone would be noticed late."""
+    of_clusters, of_blocks = source("gemm_fused_cluster_sm90.cu"), source("gemm_fused_skinny.cu")
+    assert [old for _, old, _ in CLUSTER_MUTANTS if of_clusters.count(old) != 1] == []
+    assert [old for _, old, _ in MUTANTS if of_blocks.count(old) != 1] == []

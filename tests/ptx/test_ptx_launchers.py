@@ -585,3 +585,8 @@ def test_mutants_of_launchers_are_caught(name, old, new):
     assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"
     with pytest.raises((AssertionError, PtxFault)):
         run(Launcher(name, text=text.replace(old, new)))
+
+
+def test_all_mutants_change_the_sources():
+    """Most of them are compiled in `make ptx-full` alone, so a text that is gone would be noticed late."""
+    assert [(name, old) for name, old, _ in MUTANTS if source(f"{name}.cu").count(old) != 1] == []

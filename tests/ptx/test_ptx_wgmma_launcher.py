@@ -177,3 +177,9 @@ def test_mutants_are_caught(old, new):
     with pytest.raises((AssertionError, PtxFault, ValueError, KeyError)):
         for check in (check_errors, check_largest, check_all):
             check(launcher)
+
+
+def test_all_mutants_change_the_source():
+    """Most of them are compiled in `make ptx-full` alone, so a text that is gone would be noticed late."""
+    text = source(f"{NAME}.cu")
+    assert [old for old, _ in MUTANTS if text.count(old) != 1] == []
