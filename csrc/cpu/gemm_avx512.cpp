@@ -24,15 +24,10 @@
 //     (400): this is without untangling the byte sums every 240 values, and a single row wastes half of it.
 // Among 2, 4 and 6 rows a tile, 4 is the best; prefetching the weights for a single row costs 17 %.
 #if defined(__x86_64__)
-#if !defined(__clang__)
-// gcc 12 warns about its own intrinsics, which begin with an undefined vector.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-
 #include <cstdint>
 #include <cstring>
 
+#include "intrinsics_avx512.h"
 #include "target.h"
 
 // Our own headers are compiled for AVX-512 here, too, and everything that they define has internal linkage.

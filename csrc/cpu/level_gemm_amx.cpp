@@ -5,13 +5,9 @@
 #include "target.h"
 
 #if defined(BITORCH_QLINEAR_HAS_AMX)
-#if !defined(__clang__)
-// gcc 12 warns about its own intrinsics, which begin with an undefined vector.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-
 #include <cstdint>
+
+#include "intrinsics_avx512.h"
 
 // Our own headers are compiled for AVX-512 here, too, and everything that they define has internal linkage.
 BITORCH_QLINEAR_AMX_BEGIN
