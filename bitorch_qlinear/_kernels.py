@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -209,3 +211,20 @@ def force_cuda_tile(name: str | None) -> None:
     error = cuda_library.bitorch_qlinear_cuda_force_tile((name or "").encode()).decode()
     if error:
         raise RuntimeError(error)
+
+
+@contextlib.contextmanager
+def forced_tile(name: str | None) -> Iterator[None]:
+    """Make the CUDA kernels compute with one tile inside a ``with`` block, as :func:`force_cuda_tile` does.
+
+    None changes nothing.
+    """
+    if name is None:
+        yield
+        return
+    before = forced_cuda_tile()
+    force_cuda_tile(name)
+    try:
+        yield
+    finally:
+        force_cuda_tile(before)

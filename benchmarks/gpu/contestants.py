@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -143,20 +142,6 @@ def ours(shape: Shape, device: torch.device) -> list[Contestant]:
 def tiles(kernel: str, m: int) -> list[str]:
     """Return the tiles of a kernel that are compared for m rows; the list is empty if it has one or if rows are few."""
     return TILES.get(kernel, []) if m >= TILED_ROWS else []
-
-
-@contextlib.contextmanager
-def forced_tile(name: str | None) -> Iterator[None]:
-    """Make the CUDA kernels compute with one tile inside a ``with`` block; None changes nothing."""
-    if name is None:
-        yield
-        return
-    before = _kernels.forced_cuda_tile()
-    _kernels.force_cuda_tile(name)
-    try:
-        yield
-    finally:
-        _kernels.force_cuda_tile(before)
 
 
 def kernels(device: torch.device) -> list[str]:

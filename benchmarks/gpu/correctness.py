@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from bitorch_qlinear import functional as F
+from bitorch_qlinear._kernels import forced_tile
 from bitorch_qlinear.kernels import forced
 
 from ..measuring import Shape
-from .contestants import forced_tile, kernels, random_rows, tiles
+from .contestants import kernels, random_rows, tiles
 
 SAMPLE = 64  # NumPy computes so many rows and columns of a result.
 

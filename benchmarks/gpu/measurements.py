@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 
 from bitorch_qlinear import functional as F
+from bitorch_qlinear._kernels import forced_tile
 from bitorch_qlinear.kernels import forced
 
 from ..measuring import Shape
-from .contestants import LAYER, PACKED, PACKING, Contestant, forced_tile, ours, peers, random_rows
+from .contestants import LAYER, PACKED, PACKING, Contestant, ours, peers, random_rows
 from .correctness import check
 from .shapes import FEW
 from .timing import Call, Timer, quartiles

@@ -382,11 +382,11 @@ def test_what_all_kernels_have_wrong_differs_from_numpy(monkeypatch):
 
 def test_a_forced_tile_is_put_back(monkeypatch):
     names = ["64x64"]
-    monkeypatch.setattr(contestants._kernels, "forced_cuda_tile", lambda: names[-1])
-    monkeypatch.setattr(contestants._kernels, "force_cuda_tile", names.append)
-    with pytest.raises(KeyError), contestants.forced_tile("128x128"):
+    monkeypatch.setattr(_kernels, "forced_cuda_tile", lambda: names[-1])
+    monkeypatch.setattr(_kernels, "force_cuda_tile", names.append)
+    with pytest.raises(KeyError), _kernels.forced_tile("128x128"):
         raise KeyError
-    with contestants.forced_tile(None):
+    with _kernels.forced_tile(None):
         pass
     assert names == ["64x64", "128x128", "64x64"]
 

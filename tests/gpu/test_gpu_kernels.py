@@ -265,31 +265,23 @@ def test_edges_of_tiles_of_warpgroups(k):
 @pytest.mark.skipif("mma_sm80" not in KERNELS, reason="there is no kernel with several tiles")
 @pytest.mark.parametrize("tile", ["128x256", "128x128", "64x64"])
 def test_a_forced_tile_computes_any_product(tile):
-    before = _kernels.forced_cuda_tile()
-    _kernels.force_cuda_tile(tile)
-    try:
+    with _kernels.forced_tile(tile):
         with forced("mma_sm80"):
             assert choice(1, 1, 1).startswith(f"mma_sm80 with tiles of {tile.replace('x', ' x ')}: the tile is forced")
         for m, n, k in ((1, 1, 1), (130, 260, 1100), (300, 40, 4097)):
             agree(m, n, k, ["mma_sm80"])
-    finally:
-        _kernels.force_cuda_tile(before)
 
 
 @pytest.mark.skipif("wgmma_sm90a" not in KERNELS, reason="there is no kernel of warpgroups")
 @pytest.mark.parametrize("tile", ["128x192", "128x128"])
 def test_a_forced_tile_of_warpgroups_computes_any_product(tile):
-    before = _kernels.forced_cuda_tile()
-    _kernels.force_cuda_tile(tile)
-    try:
+    with _kernels.forced_tile(tile):
         with forced("wgmma_sm90a"):
             assert choice(1, 1, 1).startswith(
                 f"wgmma_sm90a with tiles of {tile.replace('x', ' x ')}: the tile is forced"
             )
         for m, n, k in ((1, 1, 1), (130, 260, 1100), (300, 40, 4097)):
             agree(m, n, k, ["wgmma_sm90a"])
-    finally:
-        _kernels.force_cuda_tile(before)
 
 
 @pytest.mark.skipif("wgmma_sm90a" not in KERNELS, reason="there is no kernel of warpgroups")
@@ -301,9 +293,7 @@ def test_warpgroups_that_start_early_compute_several_tiles_each(tile):
     words = random_words_here(n, k)
     limits = torch.randint(k // 2 - 90, k // 2 + 90, (n,), generator=make, device=CUDA, dtype=torch.int32)
     form = F.prepare_weight(words, k)
-    before = _kernels.forced_cuda_tile()
-    _kernels.force_cuda_tile(tile)
-    try:
+    with _kernels.forced_tile(tile):
         for _ in range(10):
             x = torch.randn(m, k, generator=make, device=CUDA).bfloat16()
             with forced("popc"):
@@ -315,8 +305,6 @@ def test_warpgroups_that_start_early_compute_several_tiles_each(tile):
                     assert_same(F.linear(x, words, k, weight_prepared=form, out_dtype=torch.int32), integers)
                     assert_same(F.linear(x, words, k, weight_prepared=form), integers.bfloat16())
                     assert_same(F.linear(x, words, k, weight_prepared=form, out_limits=limits), bits)
-    finally:
-        _kernels.force_cuda_tile(before)
 
 
 def test_a_forced_kernel_is_the_one_that_runs():
